@@ -1,0 +1,92 @@
+"""Which kernel serves the operators on a device, and why another does not: facts only, a leaf.
+
+`attn_implementation="triton"` names one operator; the kernel behind it depends on the device and is one of `KERNELS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+
+import torch
+
+KERNELS = ("triton/cuda", "triton/interpreter", "triton/composite")
+"""Triton on CUDA; the same Triton kernels interpreted on CPU tensors; PyTorch operations on CPU tensors."""
+
+HEAD_DIMS = range(8, 129, 8)
+"""Head dimensions that the Triton kernels take."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether CPU tensors go through the Triton kernels in Triton's interpreter; fixed when the package is imported."""
+
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FUSED = ("triton/cuda",)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package `triton` can be imported; it is not imported to find out."""
+    if "triton" in sys.modules:
+        return sys.modules["triton"] is not None
+    return importlib.util.find_spec("triton") is not None
+
+
+def kernel_refusals(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    """Every reason why `kernel` cannot serve attention on `device` with this dtype and head dimension."""
+    if kernel == "triton/cuda":
+        return _cuda_refusals(device) + _triton_refusals(dtype, head_dim)
+    if kernel == "triton/interpreter":
+        reasons = () if INTERPRETED else ("TRITON_INTERPRET=1 was not set when beit_fast was imported",)
+        return _wrong_device(device, "cpu") + reasons + _triton_refusals(dtype, head_dim)
+    reasons = ("TRITON_INTERPRET=1 sends CPU tensors to Triton's interpreter",) if INTERPRETED else ()
+    return _wrong_device(device, "cpu", "meta") + reasons + _float_refusals(dtype)
+
+
+def serving_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The kernel that serves `"triton"` here, or None where none does."""
+    for kernel in KERNELS:
+        if not kernel_refusals(kernel, device, dtype, head_dim):
+            return kernel
+    return None
+
+
+def is_fused(kernel: str | None) -> bool:
+    """Whether `kernel` computes attention without ever holding a `[N, N]` matrix, and is meant to be fast."""
+    return kernel in _FUSED
+
+
+def _wrong_device(device: torch.device, *accepted: str) -> tuple[str, ...]:
+    return () if device.type in accepted else (f"serves {accepted[0]} tensors, not {device.type}",)
+
+
+def _float_refusals(dtype: torch.dtype) -> tuple[str, ...]:
+    return () if dtype.is_floating_point else (f"dtype {dtype} is not a floating-point type",)
+
+
+def _triton_refusals(dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    reasons = []
+    if not has_triton():
+        reasons.append("the package triton is not installed")
+    if dtype not in _TRITON_DTYPES:
+        reasons.append(f"dtype {dtype} is none of float16, bfloat16, float32")
+    if head_dim not in HEAD_DIMS:
+        reasons.append(f"head dimension {head_dim} is not a multiple of 8 from 8 to 128")
+    return tuple(reasons)
+
+
+def _cuda_refusals(device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return _wrong_device(device, "cuda")
+    if torch.version.hip is not None:
+        return ("the kernels are written for NVIDIA GPUs, and this is a ROCm build of torch",)
+    return _capability_refusals(device.index)
+
+
+@functools.cache
+def _capability_refusals(index: int | None) -> tuple[str, ...]:
+    if not torch.cuda.is_available():
+        return ("torch finds no CUDA device",)
+    major, minor = torch.cuda.get_device_capability(index)
+    return () if major >= 8 else (f"compute capability {major}.{minor} is below 8.0",)

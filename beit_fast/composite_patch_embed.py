@@ -1,0 +1,102 @@
+"""Patch embedding in PyTorch, forward and backward: what serves wherever no native kernel is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def patch_embed(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls: Tensor | None,
+    mask: Tensor | None,
+    mask_token: Tensor | None,
+    pos: Tensor | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+) -> Tensor:
+    """`beit_fast::patch_embed`: see `beit_fast.ops` for shapes and meaning."""
+    patches = extract_patches(normalize_pixels(pixels, mean, std, weight.dtype), weight.shape[2:])
+    tokens = torch.nn.functional.linear(patches, weight.flatten(1), bias)  # [B, P, E]
+    if mask is not None and mask_token is not None:
+        tokens = torch.where(mask.unsqueeze(-1), mask_token.view(1, 1, -1), tokens)
+    if cls is not None:
+        first = cls.view(1, 1, -1).expand(tokens.shape[0], 1, -1)
+        dtype = torch.promote_types(first.dtype, tokens.dtype)
+        tokens = torch.cat([first.to(dtype), tokens.to(dtype)], dim=1)  # [B, 1 + P, E]
+    return tokens if pos is None else tokens + pos
+
+
+def normalize_pixels(pixels: Tensor, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype) -> Tensor:
+    """`(pixels - mean) / std` per channel in fp32 at least, then in `dtype`; mean and std in the pixels' own units."""
+    if mean is None and std is None:
+        return pixels.to(dtype)
+    precise = pixels.to(torch.promote_types(dtype, torch.float32))
+    if mean is not None:
+        precise = precise - precise.new_tensor(mean).view(1, -1, 1, 1)
+    if std is not None:
+        precise = precise / precise.new_tensor(std).view(1, -1, 1, 1)
+    return precise.to(dtype)
+
+
+def extract_patches(pixels: Tensor, patch: tuple[int, int] | torch.Size) -> Tensor:
+    """Non-overlapping patches as rows, `[B, C, H, W]` to `[B, P, C * ph * pw]`; what fills no patch is cropped."""
+    batch, channels, height, width = pixels.shape
+    rows, columns = height // patch[0], width // patch[1]
+    cropped = pixels[:, :, : rows * patch[0], : columns * patch[1]]
+    blocks = cropped.reshape(batch, channels, rows, patch[0], columns, patch[1])
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch[0] * patch[1])
+
+
+def merge_patches(patches: Tensor, pixels_shape: torch.Size, patch: tuple[int, int] | torch.Size) -> Tensor:
+    """The adjoint of `extract_patches`: `[B, P, C * ph * pw]` back to `[B, C, H, W]`, zeros where it was cropped."""
+    batch, channels, height, width = pixels_shape
+    rows, columns = height // patch[0], width // patch[1]
+    blocks = patches.reshape(batch, rows, columns, channels, patch[0], patch[1]).permute(0, 3, 1, 4, 2, 5)
+    image = blocks.reshape(batch, channels, rows * patch[0], columns * patch[1])
+    return torch.nn.functional.pad(image, (0, width - columns * patch[1], 0, height - rows * patch[0]))
+
+
+def patch_embed_backward(
+    grad: Tensor,
+    pixels: Tensor,
+    weight: Tensor,
+    optional: Sequence[Tensor | None],
+    mean: list[float] | None,
+    std: list[float] | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the nine arguments of `patch_embed` for `grad` `[B, tokens, E]`, None where not `needed`.
+
+    `optional` is (bias, cls, mask, mask_token, pos).
+    """
+    bias, cls, mask, mask_token, pos = optional
+    need_pixels, need_weight, need_bias, need_cls, _, need_mask_token, need_pos = needed[:7]
+    grad_pos = grad.sum(0, keepdim=True).to(pos.dtype) if need_pos and pos is not None else None
+    grad_cls = grad[:, 0].sum(0).view(cls.shape).to(cls.dtype) if need_cls and cls is not None else None
+    grad_patches = grad if cls is None else grad[:, 1:]  # [B, P, E]
+    grad_mask_token = None
+    if mask is not None and mask_token is not None:
+        masked = mask.unsqueeze(-1)
+        if need_mask_token:
+            grad_mask_token = (
+                grad_patches.masked_fill(~masked, 0).sum((0, 1)).view(mask_token.shape).to(mask_token.dtype)
+            )
+        grad_patches = grad_patches.masked_fill(masked, 0)
+    grad_bias = grad_patches.sum((0, 1)).view(bias.shape).to(bias.dtype) if need_bias and bias is not None else None
+    grad_patches = grad_patches.to(weight.dtype)
+    grad_weight = None
+    if need_weight:
+        patches = extract_patches(normalize_pixels(pixels, mean, std, weight.dtype), weight.shape[2:])
+        grad_weight = (grad_patches.flatten(0, 1).t() @ patches.flatten(0, 1)).view(weight.shape)
+    grad_pixels = None
+    if need_pixels:
+        grad_pixels = merge_patches(grad_patches @ weight.flatten(1), pixels.shape, weight.shape[2:])
+        if std is not None:
+            grad_pixels = grad_pixels / grad_pixels.new_tensor(std).view(1, -1, 1, 1)
+        grad_pixels = grad_pixels.to(pixels.dtype)
+    return grad_pixels, grad_weight, grad_bias, grad_cls, None, grad_mask_token, grad_pos, None, None

@@ -1,0 +1,211 @@
+"""What each field of a `BeitConfig` accepts, and the one error that lists what is refused."""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+
+from .activations import ACTIVATIONS
+
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "triton")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+class Problem(NamedTuple):
+    """Why a configuration is refused; `wrong_type` where no value of that type would do."""
+
+    text: str
+    wrong_type: bool = False
+
+
+def raise_problems(owner: str, problems: Sequence[Problem]) -> None:
+    """Raise one error listing every problem: TypeError if all are about types, ValueError otherwise."""
+    if not problems:
+        return
+    error = TypeError if all(problem.wrong_type for problem in problems) else ValueError
+    count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise error(f"{owner} has {count}:\n" + "\n".join(f"- {problem.text}" for problem in problems))
+
+
+def describe(name: str, value: Any) -> str:
+    return f"{name}={reprlib.repr(value)}"
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one field accepts. `coerce` never raises: it hands back what it cannot convert."""
+
+    accepted: str
+    right_type: Callable[[Any], bool]
+    right_value: Callable[[Any], bool] = _anything
+    coerce: Callable[[Any], Any] = _unchanged
+
+    def problem(self, name: str, value: Any) -> Problem | None:
+        if not self.right_type(value):
+            text = f"{describe(name, value)} is of type {type(value).__name__}; accepted: {self.accepted}"
+            return Problem(text, wrong_type=True)
+        if not self.right_value(value):
+            return Problem(f"{describe(name, value)}; accepted: {self.accepted}")
+        return None
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def to_integer(value: Any) -> Any:
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _to_float(value: Any) -> Any:
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def _to_integers(value: Any) -> Any:
+    return tuple(map(to_integer, value)) if isinstance(value, (list, tuple)) else to_integer(value)
+
+
+def _to_patch_size(value: Any) -> Any:
+    sizes = _to_integers(value)
+    return sizes[0] if isinstance(sizes, tuple) and len(sizes) == 2 and sizes[0] == sizes[1] else sizes
+
+
+def _to_dtype(value: Any) -> Any:
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    return found if isinstance(found, torch.dtype) else value
+
+
+def to_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _to_path_string(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(is_integer, value))
+
+
+def _is_optional(kind: type) -> Callable[[Any], bool]:
+    return lambda value: value is None or isinstance(value, kind)
+
+
+def _is_floating_dtype(value: Any) -> bool:
+    return value is None or (isinstance(value, torch.dtype) and value.is_floating_point)
+
+
+def _are_strings(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+_POSITIVE = Rule("a positive int", is_integer, lambda value: value > 0, to_integer)
+COUNT = Rule("an int of at least 0", is_integer, lambda value: value >= 0, to_integer)
+_PROBABILITY = Rule("a number in [0, 1)", _is_number, lambda value: 0 <= value < 1, _to_float)
+_AMOUNT = Rule(
+    "a finite number of at least 0", _is_number, lambda value: value >= 0 and math.isfinite(value), _to_float
+)
+_FLAG = Rule("True or False", lambda value: isinstance(value, bool))
+_OPTIONAL_FLAG = Rule("True, False or None", _is_optional(bool))
+_OPTIONAL_STRING = Rule("a string or None", _is_optional(str))
+
+RULES: dict[str, Rule] = {
+    "vocab_size": _POSITIVE,
+    "hidden_size": _POSITIVE,
+    "num_hidden_layers": _POSITIVE,
+    "num_attention_heads": _POSITIVE,
+    "intermediate_size": _POSITIVE,
+    "hidden_act": Rule(
+        f"one of {', '.join(ACTIVATIONS)}",
+        lambda value: isinstance(value, str),
+        lambda value: value in ACTIVATIONS,
+    ),
+    "hidden_dropout_prob": _PROBABILITY,
+    "attention_probs_dropout_prob": _PROBABILITY,
+    "initializer_range": _AMOUNT,
+    "layer_norm_eps": _AMOUNT,
+    "image_size": Rule(
+        "a positive int or a (height, width) pair of them",
+        lambda value: is_integer(value) or _are_integers(value),
+        lambda value: value > 0 if is_integer(value) else len(value) == 2 and min(value) > 0,
+        _to_integers,
+    ),
+    "patch_size": Rule(
+        "a positive int, or a pair of equal ones (patches are square)",
+        lambda value: is_integer(value) or _are_integers(value),
+        lambda value: is_integer(value) and value > 0,
+        _to_patch_size,
+    ),
+    "num_channels": _POSITIVE,
+    "use_mask_token": _FLAG,
+    "use_absolute_position_embeddings": _FLAG,
+    "use_relative_position_bias": _FLAG,
+    "use_shared_relative_position_bias": _FLAG,
+    "layer_scale_init_value": _AMOUNT,
+    "drop_path_rate": _PROBABILITY,
+    "use_mean_pooling": _FLAG,
+    "pool_scales": Rule(
+        "one or more positive ints",
+        _are_integers,
+        lambda value: len(value) > 0 and min(value) > 0,
+        _to_integers,
+    ),
+    "use_auxiliary_head": _FLAG,
+    "auxiliary_loss_weight": _AMOUNT,
+    "auxiliary_channels": _POSITIVE,
+    "auxiliary_num_convs": COUNT,
+    "auxiliary_concat_input": _FLAG,
+    "semantic_loss_ignore_index": Rule("an int", is_integer, coerce=to_integer),
+    "add_fpn": _FLAG,
+    "reshape_hidden_states": _FLAG,
+    "head_dim": Rule(
+        "None or a positive int",
+        lambda value: value is None or is_integer(value),
+        lambda value: value is None or value > 0,
+        to_integer,
+    ),
+    "problem_type": Rule(
+        f"None or one of {', '.join(PROBLEM_TYPES)}",
+        _is_optional(str),
+        lambda value: value is None or value in PROBLEM_TYPES,
+    ),
+    "output_attentions": _OPTIONAL_FLAG,
+    "output_hidden_states": _OPTIONAL_FLAG,
+    "return_dict": _OPTIONAL_FLAG,
+    "dtype": Rule(
+        "None, a floating-point torch.dtype or its name such as 'float16'",
+        lambda value: value is None or isinstance(value, (str, torch.dtype)),
+        _is_floating_dtype,
+        _to_dtype,
+    ),
+    "architectures": Rule("None or a list of strings", _are_strings, coerce=to_list),
+    "transformers_version": _OPTIONAL_STRING,
+    "_name_or_path": Rule("a string", lambda value: isinstance(value, str), coerce=_to_path_string),
+    "chunk_size_feed_forward": COUNT,
+    "is_encoder_decoder": _FLAG,
+    "attn_implementation": Rule(
+        f"None or one of {', '.join(ATTENTION_IMPLEMENTATIONS)}",
+        _is_optional(str),
+        lambda value: value is None or value in ATTENTION_IMPLEMENTATIONS,
+    ),
+}
+"""Every plain field of `BeitConfig` and what it accepts."""

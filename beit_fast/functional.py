@@ -1,0 +1,153 @@
+"""The operators as functions for people: defaults, refusals and `torch.func` transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .position_bias import Window
+
+
+def rel_pos_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None = None,
+    window: Window | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Attention with a learned 2-D relative position bias, `softmax(scale * q k^T + bias) v`.
+
+    Args:
+        q, k, v: `[B, N, H, D]`, one dtype, any strides; slices of one packed projection go in without a copy.
+        table: bias table `[(2 * height - 1) * (2 * width - 1) + 3, H]` in any float dtype, or None for no bias.
+        window: `(height, width)` in patches, with `N = height * width + 1`; needed with a table.
+        key_mask: bool `[B, N]`, True where a key may be attended to. A query left with no key gives zeros.
+        scale: factor of `q k^T`; `D ** -0.5` if None.
+        dropout_p: probability of dropping an attention weight, in `[0, 1)`.
+        seed: chooses the dropped weights, the same ones in the backward pass, in `[0, 2**63)`.
+
+    Returns:
+        `[B, N, H, D]`, contiguous, in the dtype of q. Arithmetic is fp32 (fp64 for fp64 inputs, on CPU).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or no kernel serves them here; every reason is listed.
+        RuntimeError: forward-mode or double differentiation, which the operator does not have.
+    """
+    if table is not None and window is None:
+        raise ValueError("rel_pos_attention needs window=(height, width) with a table")
+    _refuse_forward_mode(q, k, v, table)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    window = (1, 1) if window is None else window
+    arguments = (q, k, v, table, key_mask, window, scale, dropout_p, seed)
+    if _transforms_are_active():
+        return RelPosAttention.apply(*arguments)[0]
+    return ops._attention_op(*arguments)[0]
+
+
+def patch_embed(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    cls: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    pos: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """Pixels to tokens in one operator: normalise, project patches, put in mask tokens, CLS and positions.
+
+    Args:
+        pixels: `[B, C, H, W]`, uint8 or floating point, any strides; what does not fill a patch is cropped.
+        weight: `[E, C, ph, pw]`, the weight of a convolution with stride = kernel = patch size.
+        bias, cls, mask_token: E numbers each.
+        mask: bool `[B, P]`, True where the patch is replaced by `mask_token`.
+        pos: `[1, 1 + P, E]`, or `[1, P, E]` without `cls`.
+        mean, std: one number a channel in the units of the pixels (0 to 255 for uint8): `(pixels - mean) / std`.
+
+    Returns:
+        `[B, 1 + P, E]`, or `[B, P, E]` without `cls`, in the widest dtype of weight, cls, mask_token and pos.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; every reason is listed.
+    """
+    _refuse_forward_mode(pixels, weight, bias, cls, mask_token, pos)
+    arguments = (pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
+    if _transforms_are_active():
+        return PatchEmbed.apply(*arguments)
+    return ops._patch_embed_op(*arguments)
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if any(x is not None and unpack(x).tangent is not None for x in tensors):
+        raise RuntimeError("beit_fast operators have no forward-mode derivative; use attn_implementation='eager'")
+
+
+def _transforms_are_active() -> bool:
+    """Whether a `torch.func` transform or `torch.vmap` is running, outside `torch.compile`."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+class RelPosAttention(torch.autograd.Function):
+    """`beit_fast::rel_pos_attention` under `torch.func`, which refuses what `register_autograd` makes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return ops._attention_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ops._save_attention(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return ops._attention_grad(ctx, grad_out, grad_lse, RelPosAttentionBackward.apply)
+
+
+class RelPosAttentionBackward(torch.autograd.Function):
+    """`beit_fast::rel_pos_attention_backward`, which has no derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return ops._attention_backward_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        ops._refuse_double_backward(ctx, *grads)
+
+
+class PatchEmbed(torch.autograd.Function):
+    """`beit_fast::patch_embed`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return ops._patch_embed_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ops._save_patch_embed(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ops._patch_embed_grad(ctx, grad)

@@ -1,0 +1,133 @@
+"""What the operators accept, checked once for every kernel: each failure is one error that lists all its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .position_bias import Window, table_rows, token_count
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    key_mask: Tensor | None,
+    window: Window,
+    dropout_p: float,
+    seed: int,
+) -> None:
+    """Raise ValueError unless the arguments of `rel_pos_attention` fit together (see there for shapes)."""
+    problems = attention_problems(q, k, v, table, key_mask) + _window_problems(q, table, window)
+    if not 0.0 <= dropout_p < 1.0:
+        problems.append(f"dropout_p is {dropout_p}, not in [0, 1)")
+    if not 0 <= seed < 2**63:
+        problems.append(f"seed is {seed}, not in [0, 2**63)")
+    if problems:
+        raise_problems("rel_pos_attention", problems, q=q, k=k, v=v, table=table, key_mask=key_mask)
+
+
+def attention_problems(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, key_mask: Tensor | None) -> list[str]:
+    """What is wrong with the tensors' ranks, dtypes, devices and heads; safe with symbolic sizes."""
+    problems = []
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
+        problems.append("q, k and v must have one shape [B, N, H, D]")
+    if not q.dtype.is_floating_point or k.dtype != q.dtype or v.dtype != q.dtype:
+        problems.append("q, k and v must have one floating-point dtype")
+    if any(x is not None and x.device != q.device for x in (k, v, table, key_mask)):
+        problems.append("all tensors must be on one device")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.ndim != 2):
+        problems.append("key_mask must be bool [B, N], True where a key may be attended to")
+    elif key_mask is not None and q.ndim == 4 and key_mask.shape != q.shape[:2]:
+        problems.append(f"key_mask must be [B, N] = {list(q.shape[:2])}")
+    if table is not None and (table.ndim != 2 or not table.dtype.is_floating_point):
+        problems.append("table must be a floating-point matrix [rows, H]")
+    elif table is not None and q.ndim == 4 and table.shape[1] != q.shape[2]:
+        problems.append(f"table must have one column for each of the {q.shape[2]} heads")
+    return problems
+
+
+def _window_problems(q: Tensor, table: Tensor | None, window: Window) -> list[str]:
+    if table is None or q.ndim != 4 or table.ndim != 2:
+        return []
+    if len(window) != 2 or min(window) < 1:
+        return [f"window must be two positive numbers (height, width) of patches, not {tuple(window)}"]
+    problems = []
+    if q.shape[1] != token_count(window):
+        problems.append(f"a window {tuple(window)} has {token_count(window)} tokens, not {q.shape[1]}")
+    if table.shape[0] != table_rows(window):
+        problems.append(f"a window {tuple(window)} has {table_rows(window)} table rows, not {table.shape[0]}")
+    return problems
+
+
+def check_patch_embed(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls: Tensor | None,
+    mask: Tensor | None,
+    mask_token: Tensor | None,
+    pos: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    """Raise ValueError unless the arguments of `patch_embed` fit together (see there for shapes)."""
+    tensors = {"pixels": pixels, "weight": weight, "bias": bias, "cls": cls, "mask": mask}
+    tensors |= {"mask_token": mask_token, "pos": pos}
+    if pixels.ndim != 4 or weight.ndim != 4:
+        raise_problems(
+            "patch_embed",
+            ["pixels must be [B, C, H, W] and weight [E, C, patch height, patch width]"],
+            **tensors,
+        )
+    problems = _pixel_problems(pixels, weight, mean, std)
+    patches = (pixels.shape[2] // weight.shape[2]) * (pixels.shape[3] // weight.shape[3])
+    embed = weight.shape[0]
+    if any(x is not None and x.device != pixels.device for x in tensors.values()):
+        problems.append("all tensors must be on one device")
+    for name in ("bias", "cls", "mask_token"):
+        tensor = tensors[name]
+        if tensor is not None and tensor.numel() != embed:
+            problems.append(f"{name} must hold {embed} numbers, as weight has {embed} output channels")
+    if (mask is None) != (mask_token is None):
+        problems.append("mask and mask_token go together: give both or neither")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (pixels.shape[0], patches)):
+        problems.append(f"mask must be bool [B, patches] = {[pixels.shape[0], patches]}")
+    tokens = patches + (cls is not None)
+    if pos is not None and pos.shape != (1, tokens, embed):
+        problems.append(f"pos must be [1, tokens, E] = {[1, tokens, embed]}")
+    if problems:
+        raise_problems("patch_embed", problems, **tensors)
+
+
+def _pixel_problems(
+    pixels: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> list[str]:
+    problems = []
+    if not (pixels.dtype.is_floating_point or pixels.dtype == torch.uint8):
+        problems.append("pixels must be uint8 or floating point")
+    if not weight.dtype.is_floating_point:
+        problems.append("weight must be floating point")
+    if pixels.shape[1] != weight.shape[1]:
+        problems.append(f"pixels have {pixels.shape[1]} channels, weight takes {weight.shape[1]}")
+    if pixels.shape[2] < weight.shape[2] or pixels.shape[3] < weight.shape[3]:
+        problems.append("the image is smaller than one patch")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != pixels.shape[1]:
+            problems.append(f"{name} must have one number for each of the {pixels.shape[1]} channels")
+    if std is not None and any(value == 0 for value in std):
+        problems.append("std must not contain 0")
+    return problems
+
+
+def raise_problems(operator: str, problems: Sequence[str], **tensors: Tensor | None) -> None:
+    """Raise one ValueError with what was given and every reason why it is refused."""
+    given = ", ".join(
+        f"{name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+    raise ValueError(f"beit_fast::{operator} cannot serve {given}: {'; '.join(problems)}")

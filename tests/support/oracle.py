@@ -1,0 +1,116 @@
+"""The reference every kernel is held to: attention written out from the paper, in whatever precision it is given.
+
+Nothing here comes from `beit_fast`: the relative index is built by looping over token pairs, so a mistake in the
+package's index arithmetic cannot hide in its own oracle.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def _paper_index(window: tuple[int, int]) -> Tensor:
+    height, width = window
+    patches = [(row, column) for row in range(height) for column in range(width)]
+    rows = (2 * height - 1) * (2 * width - 1) + 3
+    index = torch.empty(len(patches) + 1, len(patches) + 1, dtype=torch.int64)
+    for i, (row_i, column_i) in enumerate(patches):
+        for j, (row_j, column_j) in enumerate(patches):
+            index[i + 1, j + 1] = (row_i - row_j + height - 1) * (2 * width - 1) + column_i - column_j + width - 1
+    index[0, :] = rows - 3
+    index[:, 0] = rows - 2
+    index[0, 0] = rows - 1
+    return index
+
+
+def paper_index(window: tuple[int, int]) -> Tensor:
+    """Row of the bias table for every (query, key) pair, int64 `[N, N]`, `N = height * width + 1`."""
+    return _paper_index(tuple(window)).clone()
+
+
+def dense_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """The bias matrix `[H, N, N]` of a table `[(2Wh-1)(2Ww-1)+3, H]`."""
+    return table[_paper_index(tuple(window)).to(table.device)].permute(2, 0, 1)
+
+
+def philox_keep(seed: int, dropout_p: float, batch: int, heads: int, tokens: int) -> Tensor:
+    """Which attention weights dropout keeps, bool `[B, H, N, N]`, by Philox4x32-10 (Salmon et al., SC 2011).
+
+    Written with Python integers, so that it shares nothing with the tensor or the Triton version.
+    """
+    threshold = int(dropout_p * 2**31)
+    kept = [
+        (_philox_first_word(seed, i, j, plane) >> 1) >= threshold
+        for plane in range(batch * heads)
+        for i in range(tokens)
+        for j in range(tokens)
+    ]
+    return torch.tensor(kept).reshape(batch, heads, tokens, tokens)
+
+
+def _philox_first_word(seed: int, c0: int, c1: int, c2: int) -> int:
+    low = 0xFFFFFFFF
+    c3 = 0
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & low, (first >> 32) ^ c3 ^ k1, first & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0
+
+
+def attention_oracle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Dense, differentiable attention with the relative position bias, `[B, N, H, D]` in and out.
+
+    With fp64 inputs this is the reference; with inputs of the tested dtype its error is the error budget.
+    A query that may attend to no key gives zeros.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale  # [B, H, N, N]
+    if table is not None:
+        assert window is not None
+        scores = scores + dense_bias(table, window).to(scores.dtype)
+    if key_mask is not None:
+        allowed = key_mask[:, None, None, :]
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        weights = scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0).softmax(-1)
+        weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    else:
+        weights = scores.softmax(-1)
+    if keep is not None:
+        weights = weights * keep / (1 - dropout_p)
+    return torch.einsum("bhij,bjhd->bihd", weights.to(value.dtype), value)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """`norm(actual - expected) / norm(expected)`, both taken in fp64; two empty or zero tensors agree."""
+    expected = expected.double()
+    difference = torch.linalg.vector_norm(actual.double() - expected).item()
+    size = torch.linalg.vector_norm(expected).item()
+    return difference / size if size else difference
+
+
+def assert_within_budget(name: str, actual: Tensor, reference: Tensor, eager: Tensor, factor: float) -> None:
+    """`actual` may be `factor` times as far from the fp64 `reference` as same-dtype `eager`, plus a rounding floor.
+
+    The floor is four units of the dtype's machine epsilon. NaN and infinity never pass.
+    """
+    assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(reference.shape)}"
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    budget = factor * relative_error(eager, reference) + 4 * torch.finfo(eager.dtype).eps
+    error = relative_error(actual, reference)
+    assert error <= budget, f"{name}: relative error {error:.3e} is over the budget {budget:.3e}"
