@@ -46,6 +46,8 @@ def rel_pos_attention(
     _refuse_forward_mode(q, k, v, table)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window = (1, 1) if window is None else window
+    if torch.jit.is_tracing():  # sizes are tensors there, and an operator's integers must be constants
+        window = (int(window[0]), int(window[1]))
     arguments = (q, k, v, table, key_mask, window, scale, dropout_p, seed)
     if _transforms_are_active():
         return RelPosAttention.apply(*arguments)[0]

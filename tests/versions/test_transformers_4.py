@@ -1,0 +1,56 @@
+"""Transformers 4.x: the same configuration files, the same parameter names in memory, the same numbers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+import beit_fast
+
+from ..support.transformers_reference import (
+    CLASSES,
+    POSITIONS,
+    TINY,
+    main_output,
+    options_for,
+    random_inputs,
+    randomize,
+)
+
+
+def build(name, **options):
+    values = TINY | options_for(name) | options
+    theirs = getattr(transformers, name)._from_config(transformers.BeitConfig(**values), attn_implementation="sdpa")
+    theirs = theirs.double().eval()
+    randomize(theirs)
+    ours = getattr(beit_fast, name)(beit_fast.BeitConfig(**values), attn_implementation="triton").double().eval()
+    state = {key: x for key, x in theirs.state_dict().items() if "relative_position_index" not in key}
+    ours.load_state_dict(state, strict=True)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_names_in_memory_and_outputs(name, position):
+    theirs, ours = build(name, **POSITIONS[position])
+    inputs = random_inputs(name, ours)
+    with torch.no_grad():
+        expected, actual = main_output(theirs(**inputs)), main_output(ours(**inputs))
+    for mine, wanted in zip(actual, expected, strict=True):
+        assert (mine - wanted).norm() / wanted.norm() < 1e-9
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_configurations_load_both_ways(name, tmp_path):
+    labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    values = TINY | options_for(name) | labels | {"use_relative_position_bias": True}
+    values.pop("num_labels")
+    theirs = transformers.BeitConfig(**values)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = beit_fast.BeitConfig.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    again = transformers.BeitConfig.from_pretrained(tmp_path / "ours")
+    for key, value in theirs.to_dict().items():
+        if key not in ("transformers_version", "_name_or_path", "_attn_implementation_autoset"):
+            assert json.dumps(getattr(again, key)) == json.dumps(value), key
