@@ -1,7 +1,7 @@
 """Attention with relative position bias in PyTorch: what serves CPU tensors where no native kernel is built.
 
-Arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs' dtype. It runs one sample at a time, so scratch
-is a few `[H, N, N]` matrices and never `[B, H, N, N]`.
+Arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs' dtype. It runs one sample and a few heads at a
+time, so scratch is a few megabytes, or a few `[N, N]` matrices where those are larger, and never `[H, N, N]`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .position_bias import Window, gather_bias, reduce_bias
+from .position_bias import Window, gather_bias, reduce_bias, relative_position_index
+
+_GROUP_ELEMENTS = 2**20
 
 
 def attention_forward(
@@ -23,24 +25,26 @@ def attention_forward(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """`beit_fast::rel_pos_attention`: see `beit_fast.ops` for shapes and meaning."""
+    """`beit_fast::rel_pos_attention`: see `beit_fast.functional` for shapes and meaning."""
     batch, tokens, heads, _ = q.shape
     compute = _compute_dtype(q)
     out = q.new_empty(q.shape)  # [B, N, H, D]
     lse = q.new_empty(batch, heads, tokens, dtype=compute)
-    bias = None if table is None else gather_bias(table.to(compute), window)  # [H, N, N]
-    for sample in range(batch):
-        query, key, value = (_heads_first(x[sample], compute) for x in (q, k, v))  # [H, N, D]
-        scores = _scores(query, key, bias, None if key_mask is None else key_mask[sample], scale)
-        highest = scores.amax(-1, keepdim=True)
-        highest = highest.masked_fill(highest == float("-inf"), 0.0)
-        weights = scores.sub_(highest).exp_()  # [H, N, N], not yet normalised
-        total = weights.sum(-1, keepdim=True)
-        lse[sample] = (highest + total.log()).squeeze(-1)
-        if dropout_p > 0:
-            weights = weights * _dropout_factor(seed, dropout_p, sample, scores)
-        mixed = torch.bmm(weights, value) / total.masked_fill(total == 0, 1.0)
-        out[sample] = mixed.transpose(0, 1)
+    index = None if table is None else relative_position_index(window, table.device)
+    for group in _head_groups(heads, tokens):
+        bias = None if table is None else gather_bias(table[:, group].to(compute), window, index)  # [G, N, N]
+        for sample in range(batch):
+            query, key, value = (_heads_first(x[sample, :, group], compute) for x in (q, k, v))  # [G, N, D]
+            scores = _scores(query, key, bias, None if key_mask is None else key_mask[sample], scale)
+            highest = scores.amax(-1, keepdim=True)
+            highest = highest.masked_fill(highest == float("-inf"), 0.0)
+            weights = scores.sub_(highest).exp_()  # [G, N, N], not yet normalised
+            total = weights.sum(-1, keepdim=True)
+            lse[sample, group] = (highest + total.log()).squeeze(-1)
+            if dropout_p > 0:
+                weights.mul_(_dropout_factor(seed, dropout_p, sample * heads + group.start, weights))
+            mixed = torch.bmm(weights, value).div_(total.masked_fill(total == 0, 1.0))
+            out[sample, :, group] = mixed.transpose(0, 1)
     return out, lse
 
 
@@ -61,33 +65,45 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`beit_fast::rel_pos_attention_backward`: gradients of q, k, v and table, empty where not asked for."""
     need_q, need_k, need_v, need_table = output_mask
+    batch, tokens, heads, _ = q.shape
     compute = _compute_dtype(q)
     grad_q, grad_k, grad_v = (q.new_empty(q.shape if needed else 0) for needed in output_mask[:3])
-    bias = None if table is None else gather_bias(table.to(compute), window)
-    grad_bias = torch.zeros_like(bias) if need_table and bias is not None else None
-    for sample in range(q.shape[0]):
-        query, key, value, grad, mixed = (_heads_first(x[sample], compute) for x in (q, k, v, grad_out, out))
-        weights = _scores(query, key, bias, None if key_mask is None else key_mask[sample], scale)
-        row_lse = lse[sample].unsqueeze(-1)
-        weights.sub_(row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp_()  # [H, N, N]
-        grad_weights = torch.bmm(grad, value.transpose(1, 2))
-        kept_weights = weights
-        if dropout_p > 0:
-            factor = _dropout_factor(seed, dropout_p, sample, weights)
-            kept_weights, grad_weights = weights * factor, grad_weights * factor
-        delta = (grad * mixed).sum(-1, keepdim=True)
-        grad_scores = weights * grad_weights.sub_(delta)  # [H, N, N]
-        if need_q:
-            grad_q[sample] = torch.bmm(grad_scores, key).mul_(scale).transpose(0, 1)
-        if need_k:
-            grad_k[sample] = torch.bmm(grad_scores.transpose(1, 2), query).mul_(scale).transpose(0, 1)
-        if need_v:
-            grad_v[sample] = torch.bmm(kept_weights.transpose(1, 2), grad).transpose(0, 1)
+    grad_table = q.new_empty(0) if table is None or not need_table else torch.empty_like(table)
+    index = None if table is None else relative_position_index(window, table.device)
+    for group in _head_groups(heads, tokens):
+        bias = None if table is None else gather_bias(table[:, group].to(compute), window, index)  # [G, N, N]
+        grad_bias = torch.zeros_like(bias) if need_table and bias is not None else None
+        for sample in range(batch):
+            query, key, value, grad, mixed = (
+                _heads_first(x[sample, :, group], compute) for x in (q, k, v, grad_out, out)
+            )
+            weights = _scores(query, key, bias, None if key_mask is None else key_mask[sample], scale)
+            row_lse = lse[sample, group].unsqueeze(-1)
+            weights.sub_(row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp_()  # [G, N, N]
+            grad_weights = torch.bmm(grad, value.transpose(1, 2))
+            kept_weights = weights
+            if dropout_p > 0:
+                factor = _dropout_factor(seed, dropout_p, sample * heads + group.start, weights)
+                kept_weights, grad_weights = weights * factor, grad_weights.mul_(factor)
+            if need_v:
+                grad_v[sample, :, group] = torch.bmm(kept_weights.transpose(1, 2), grad).transpose(0, 1)
+            delta = (grad * mixed).sum(-1, keepdim=True)
+            grad_scores = weights.mul_(grad_weights.sub_(delta))
+            if need_q:
+                grad_q[sample, :, group] = torch.bmm(grad_scores, key).mul_(scale).transpose(0, 1)
+            if need_k:
+                grad_k[sample, :, group] = torch.bmm(grad_scores.transpose(1, 2), query).mul_(scale).transpose(0, 1)
+            if grad_bias is not None:
+                grad_bias += grad_scores
         if grad_bias is not None:
-            grad_bias += grad_scores
-    if grad_bias is None or table is None:
-        return grad_q, grad_k, grad_v, q.new_empty(0)
-    return grad_q, grad_k, grad_v, reduce_bias(grad_bias, window).to(table.dtype)
+            grad_table[:, group] = reduce_bias(grad_bias, window).to(grad_table.dtype)
+    return grad_q, grad_k, grad_v, grad_table
+
+
+def _head_groups(heads: int, tokens: int) -> list[slice]:
+    """Heads that are worked on together: as many as keep their `[G, N, N]` scores near a core's cache."""
+    size = max(1, min(heads, _GROUP_ELEMENTS // (tokens * tokens)))
+    return [slice(start, min(start + size, heads)) for start in range(0, heads, size)]
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -107,10 +123,10 @@ def _scores(query: Tensor, key: Tensor, bias: Tensor | None, key_mask: Tensor | 
     return scores if key_mask is None else scores.masked_fill_(~key_mask, float("-inf"))
 
 
-def _dropout_factor(seed: int, dropout_p: float, sample: int, like: Tensor) -> Tensor:
-    """`1 / (1 - p)` where a weight is kept and 0 where it is dropped, for one sample, `[H, N, N]`."""
+def _dropout_factor(seed: int, dropout_p: float, first_plane: int, like: Tensor) -> Tensor:
+    """`1 / (1 - p)` where a weight is kept and 0 where it is dropped, `[G, N, N]`; planes count `b * H + h`."""
     heads, queries, keys = like.shape
-    planes = torch.arange(sample * heads, (sample + 1) * heads, device=like.device)
+    planes = torch.arange(first_plane, first_plane + heads, device=like.device)
     counter = torch.meshgrid(
         planes,
         torch.arange(queries, device=like.device),

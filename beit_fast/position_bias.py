@@ -47,10 +47,13 @@ def relative_position_index(window: Window, device: torch.device | str | None = 
     return torch.cat([keys_of_cls[None], keys_of_patches])
 
 
-def gather_bias(table: Tensor, window: Window) -> Tensor:
-    """The dense bias `[H, N, N]` of a table `[rows, H]`: what eager attention and SDPA need, and the kernels avoid."""
+def gather_bias(table: Tensor, window: Window, index: Tensor | None = None) -> Tensor:
+    """The dense bias `[H, N, N]` of a table `[rows, H]`: what eager attention and SDPA need, and the kernels avoid.
+
+    `index` is `relative_position_index(window)` where the caller already has it.
+    """
     tokens = token_count(window)
-    index = relative_position_index(window, table.device)
+    index = relative_position_index(window, table.device) if index is None else index
     return table.t().index_select(1, index.flatten()).view(-1, tokens, tokens)
 
 

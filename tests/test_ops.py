@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import beit_fast
+from beit_fast import composite_attention
 from beit_fast.position_bias import table_rows
 
 from .support.cases import attention_case, oracle_gradients
@@ -138,6 +139,15 @@ def test_gradcheck():
         lambda *leaves: beit_fast.rel_pos_attention(*leaves, case.window, dropout_p=0.2, seed=3),
         case.leaves(),
     )
+
+
+def test_heads_in_several_groups(monkeypatch):
+    """Many tokens split the heads into groups; the parts must fit together, dropout included."""
+    monkeypatch.setattr(composite_attention, "_GROUP_ELEMENTS", 2 * 13 * 13)
+    case = attention_case((3, 4), heads=5, masked=True)
+    assert len(composite_attention._head_groups(5, 13)) == 3
+    check_against_oracle(case, torch.float32)
+    check_against_oracle(case, torch.float64, dropout_p=0.3, seed=9)
 
 
 def test_log_sum_exp():

@@ -1,0 +1,229 @@
+"""What is measured: shapes, inputs, the fp64 reference, and the error that a peer is allowed."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from beit_fast.position_bias import Window, gather_bias, table_rows, token_count
+
+FORWARD = "forward"
+TRAINING = "training"
+TRAINING_FROZEN = "training, frozen table"
+MODES = (FORWARD, TRAINING, TRAINING_FROZEN)
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape, dtype and device, and what is timed: the forward, or a training step with its backward."""
+
+    mode: str
+    batch: int
+    window: Window  # (height, width) in patches; N = height * width + 1
+    dtype: torch.dtype
+    device: str
+    heads: int = 12
+    head_dim: int = 64
+
+    def __str__(self) -> str:
+        mode = self.mode.replace(", ", "-").replace(" ", "-")
+        return f"{mode}-{self.batch}x{self.tokens}-{DTYPE_NAMES[self.dtype]}"
+
+    @property
+    def tokens(self) -> int:
+        return token_count(self.window)
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def trains(self) -> bool:
+        return self.mode != FORWARD
+
+    @property
+    def trains_table(self) -> bool:
+        return self.mode == TRAINING
+
+    @property
+    def flops(self) -> int:
+        """Two products in the forward; five in the backward, the scores that it computes again included."""
+        product = 2 * self.batch * self.heads * self.tokens**2 * self.head_dim
+        return product * (7 if self.trains else 2)
+
+    def least_bytes(self, biased: bool) -> int:
+        """Bytes that any kernel has to move: inputs read once, results written once, no [N, N] matrix."""
+        size = self.dtype.itemsize
+        activation = self.batch * self.tokens * self.heads * self.head_dim * size
+        table = table_rows(self.window) * self.heads * size if biased else 0
+        lse = self.batch * self.heads * self.tokens * 4
+        forward = 4 * activation + table
+        if not self.trains:
+            return forward
+        backward = 8 * activation + table * (2 if self.trains_table else 1)
+        return forward + backward + 2 * lse
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v and grad_out `[B, N, H, D]`, table `[rows, H]`, all drawn from N(0, 1) in the case's dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: torch.nn.Parameter
+    grad_out: Tensor
+
+    def leaves(self, case: Case, biased: bool = True) -> dict[str, Tensor]:
+        """The tensors that the case's training step asks gradients for, by name; empty for a forward."""
+        if not case.trains:
+            return {}
+        leaves: dict[str, Tensor] = {"q": self.q, "k": self.k, "v": self.v}
+        if case.trains_table and biased:
+            leaves["table"] = self.table
+        return leaves
+
+
+def draw(case: Case) -> Inputs:
+    """Fresh inputs of `case`, the same values at each call."""
+    generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.device, case.dtype)
+
+    shape = (case.batch, case.tokens, case.heads, case.head_dim)
+    q, k, v, grad_out = (normal(*shape) for _ in range(4))
+    for leaf in (q, k, v):
+        leaf.requires_grad_(case.trains)
+    table = torch.nn.Parameter(normal(table_rows(case.window), case.heads), requires_grad=case.trains_table)
+    return Inputs(q, k, v, table, grad_out)
+
+
+def textbook_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale * q k^T + bias) v in the dtype of q; q, k, v `[B, N, H, D]`, bias `[H, N, N]`."""
+    scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+    if bias is not None:
+        scores = scores + bias
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """fp64 results by name ("out", or a gradient's input), and the relative error accepted for each."""
+
+    results: dict[str, Tensor]
+    budgets: dict[str, float]
+
+
+@functools.lru_cache(maxsize=2)
+def reference(case: Case, biased: bool) -> Reference:
+    """The fp64 results of `case`, with budgets from the error of textbook attention in the case's own dtype.
+
+    The budget is twice that error for the output and three times for a gradient, plus four eps of the dtype.
+    """
+    exact = _reference_results(case, biased)
+    inputs = draw(case)
+    rounded = results_of(case, inputs, _textbook(case, inputs, biased), biased)
+    floor = 4 * torch.finfo(case.dtype).eps
+    budgets = {name: (2 if name == "out" else 3) * relative_error(rounded[name], exact[name]) + floor for name in exact}
+    return Reference(exact, budgets)
+
+
+def _textbook(case: Case, inputs: Inputs, biased: bool) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        bias = gather_bias(inputs.table, case.window) if biased else None
+        return textbook_attention(inputs.q, inputs.k, inputs.v, bias, case.scale)
+
+    return run
+
+
+def _reference_results(case: Case, biased: bool) -> dict[str, Tensor]:
+    """fp64, one sample at a time, so that a few [H, N, N] matrices are all that is held."""
+    inputs = draw(case)
+    table = inputs.table.detach().double().requires_grad_(case.trains_table)
+    parts: list[dict[str, Tensor]] = []
+    for sample in range(case.batch):
+        one = slice(sample, sample + 1)
+        q, k, v = (x.detach()[one].double().requires_grad_(case.trains) for x in (inputs.q, inputs.k, inputs.v))
+        single = Inputs(q, k, v, table, inputs.grad_out[one].double())  # type: ignore[arg-type]
+        parts.append(results_of(case, single, _textbook(case, single, biased), biased))
+    results = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "table"}
+    if "table" in parts[0]:
+        results["table"] = torch.stack([part["table"] for part in parts]).sum(0)
+    return results
+
+
+def results_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased: bool) -> dict[str, Tensor]:
+    """The output of `attention` as "out", and by name the gradients that the case asks for."""
+    leaves = inputs.leaves(case, biased)
+    with torch.set_grad_enabled(case.trains):
+        out = attention()
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out) if leaves else ()
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """norm(actual - exact) / norm(exact) in fp64; NaN where `actual` holds one."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def step_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased: bool) -> Callable[[], object]:
+    """What is timed: the forward without a graph, or forward and backward to the leaves of the case."""
+    leaves = list(inputs.leaves(case, biased).values())
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attention()
+
+    def train() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention(), leaves, inputs.grad_out)
+
+    return train if case.trains else forward
+
+
+def chosen_device(requested: str | None) -> str:
+    """The device of a run: the requested one, else "cuda" where there is one, else "cpu"."""
+    return requested or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cases(device: str, full: bool) -> list[Case]:
+    """The cases of a run on `device` ("cpu" or "cuda"): a quick set, and with `full` every size."""
+    sizes = _FULL[device] if full else _QUICK[device]
+    return [Case(mode, batch, (side, side), dtype, device) for mode, dtype, shapes in sizes for batch, side in shapes]
+
+
+_LARGE = ((64, 14), (32, 24), (8, 32), (8, 40), (1, 40))
+_QUICK = {
+    "cpu": (
+        (FORWARD, torch.float32, ((1, 14), (8, 14), (1, 24), (1, 32))),
+        (FORWARD, torch.bfloat16, ((1, 24),)),
+        (TRAINING, torch.float32, ((1, 14), (1, 24))),
+        (TRAINING_FROZEN, torch.float32, ((1, 14), (1, 24))),
+    ),
+    "cuda": (
+        (FORWARD, torch.bfloat16, ((64, 14), (8, 32))),
+        (TRAINING, torch.bfloat16, ((64, 14), (8, 32))),
+        (TRAINING_FROZEN, torch.bfloat16, ((64, 14), (8, 32))),
+    ),
+}
+_FULL = {
+    "cpu": (
+        (FORWARD, torch.float32, ((1, 14), (8, 14), (1, 24), (1, 32), *_LARGE)),
+        (FORWARD, torch.bfloat16, ((1, 24), *_LARGE)),
+        (TRAINING, torch.float32, ((1, 14), (1, 24), (1, 32), (8, 14), (8, 24))),
+        (TRAINING_FROZEN, torch.float32, ((1, 14), (1, 24), (1, 32), (8, 14), (8, 24))),
+    ),
+    "cuda": (
+        (FORWARD, torch.bfloat16, _LARGE),
+        (FORWARD, torch.float32, ((8, 32),)),
+        (TRAINING, torch.bfloat16, _LARGE),
+        (TRAINING_FROZEN, torch.bfloat16, _LARGE),
+    ),
+}

@@ -1,0 +1,248 @@
+"""Who is measured: every peer declared once, with the reason where it cannot take part."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from beit_fast import attention
+from beit_fast.position_bias import gather_bias, relative_position_index
+
+from .cases import Case, Inputs, draw
+
+Attention = Callable[[], Tensor]
+"""One forward over inputs bound when it was built; gives `[B, N, H, D]`, contiguous, as a model needs it."""
+
+
+def _never_missing(case: Case) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute attention.
+
+    name: unique. what: one line for the reader. build: binds a case and its inputs to a function.
+    kernel: what runs. why_missing: the reason why it cannot take part in a case, or None.
+    biased: whether it adds the relative position bias. compiles: whether building compiles for long on a CPU.
+    """
+
+    name: str
+    what: str
+    build: Callable[[Case, Inputs], Attention]
+    kernel: Callable[[Case], str]
+    why_missing: Callable[[Case], str | None] = _never_missing
+    biased: bool = True
+    compiles: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _ours(implementation: str) -> Peer:
+    what = {
+        "triton": "the bias read inside the kernel",
+        "eager": "gathered bias, matrix products and softmax",
+        "sdpa": "gathered bias given to SDPA",
+    }
+
+    def build(case: Case, inputs: Inputs) -> Attention:
+        return functools.partial(
+            attention.attend,
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            table=inputs.table,
+            window=case.window,
+            scale=case.scale,
+            implementation=implementation,
+        )
+
+    def kernel(case: Case) -> str:
+        return attention.kernel_name(implementation, torch.device(case.device), case.dtype, case.head_dim)
+
+    return Peer(f"beit_fast {implementation}", what[implementation], build, kernel)
+
+
+def _sdpa(inputs: Inputs, bias: Tensor | None, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))  # [B, H, N, D]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2).contiguous()
+
+
+def _sdpa_prebuilt(backend: SDPBackend | None = None) -> Peer:
+    label = backend.name.removesuffix("_ATTENTION").lower().replace("_", "-") if backend else "chosen"
+
+    def build(case: Case, inputs: Inputs) -> Attention:
+        with torch.no_grad():
+            bias = gather_bias(inputs.table, case.window)[None]  # [1, H, N, N]
+        if backend is None:
+            return lambda: _sdpa(inputs, bias, case.scale)
+
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return _sdpa(inputs, bias, case.scale)
+
+        return run
+
+    def why_missing(case: Case) -> str | None:
+        if backend is not None and case.device != "cuda":
+            return f"forces a CUDA backend of SDPA, this case runs on {case.device}"
+        if case.trains_table:
+            return "a bias that is built beforehand gives the table no gradient"
+        return None if backend is None else _refusal(case, build)
+
+    name = f"sdpa prebuilt bias {label}" if backend else "sdpa prebuilt bias"
+    what = "SDPA with a dense bias that is built beforehand and not timed"
+    return Peer(name, what, build, lambda case: f"sdpa/{label}", why_missing)
+
+
+def _refusal(case: Case, build: Callable[[Case, Inputs], Attention]) -> str | None:
+    """What PyTorch says where the forced backend does not take the case."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            build(case, draw(case))()
+        except RuntimeError as error:
+            reasons = [str(error), *(str(warning.message) for warning in caught)]
+            return "; ".join(reason.splitlines()[0] for reason in reasons)
+    return None
+
+
+def _sdpa_without_bias() -> Peer:
+    def why_missing(case: Case) -> str | None:
+        return "has no table to train" if case.trains_table else None
+
+    return Peer(
+        "sdpa without bias",
+        "the speed limit for a bias that costs nothing; computes something else",
+        lambda case, inputs: lambda: _sdpa(inputs, None, case.scale),
+        lambda case: "sdpa/chosen",
+        why_missing,
+        biased=False,
+    )
+
+
+def _flex_attention() -> Peer:
+    def build(case: Case, inputs: Inputs) -> Attention:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        index = relative_position_index(case.window, case.device).int()
+        table = inputs.table if case.trains_table else inputs.table.detach()
+
+        def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + table[index[query, key], head]
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def run() -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))  # [B, H, N, D]
+            return compiled(q, k, v, score_mod=add_bias, scale=case.scale).transpose(1, 2).contiguous()
+
+        return run
+
+    def why_missing(case: Case) -> str | None:
+        return "FlexAttention on a CPU is for inference only" if case.trains and case.device == "cpu" else None
+
+    what = "FlexAttention, compiled, with a score_mod that reads the table"
+    return Peer("flex_attention", what, build, lambda case: "flex_attention", why_missing, compiles=True)
+
+
+class _Given(nn.Module):
+    """Stands in for a projection and gives a tensor that exists, so that only attention is timed."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self.given = given.flatten(2)  # [B, N, H * D]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.given
+
+
+def _transformers(implementation: str) -> Peer:
+    def build(case: Case, inputs: Inputs) -> Attention:
+        from transformers.models.beit import modeling_beit
+
+        older = hasattr(modeling_beit, "BEIT_SELF_ATTENTION_CLASSES")  # 4.x
+        return (_transformers_4 if older else _transformers_5)(case, inputs, implementation)
+
+    def why_missing(case: Case) -> str | None:
+        if importlib.util.find_spec("transformers") is None:
+            return "transformers is not installed (pip install 'beit-fast[bench]')"
+        height, width = case.window
+        return None if height == width else "transformers reads the table of a rectangular window the wrong way"
+
+    what = f"BEiT's attention as Transformers runs it in each layer, {implementation}"
+    return Peer(f"transformers {implementation}", what, build, lambda case: implementation, why_missing)
+
+
+def _transformers_config(case: Case, implementation: str) -> object:
+    from transformers import BeitConfig
+
+    return BeitConfig(
+        hidden_size=case.heads * case.head_dim,
+        num_attention_heads=case.heads,
+        image_size=16 * case.window[0],
+        patch_size=16,
+        use_relative_position_bias=True,
+        attn_implementation=implementation,
+    )
+
+
+def _transformers_5(case: Case, inputs: Inputs, implementation: str) -> Attention:
+    """Transformers 5: the layer builds the bias and gives it to the attention as a mask."""
+    from transformers.models.beit.modeling_beit import BeitAttention, BeitRelativePositionBias
+
+    config = _transformers_config(case, implementation)
+    position_bias = BeitRelativePositionBias(config)
+    position_bias.relative_position_bias_table = inputs.table
+    module = BeitAttention(config).to(case.device)
+    module.q_proj, module.k_proj, module.v_proj = (_Given(x) for x in (inputs.q, inputs.k, inputs.v))
+    module.o_proj = nn.Identity()
+
+    def run() -> Tensor:
+        bias = position_bias(case.window, dim_size=case.tokens)
+        out, _ = module(module.q_proj.given, attention_mask=bias)
+        return out.unflatten(2, (case.heads, case.head_dim))
+
+    return run
+
+
+def _transformers_4(case: Case, inputs: Inputs, implementation: str) -> Attention:
+    """Transformers 4: the attention owns the table and builds the bias itself."""
+    from transformers.models.beit.modeling_beit import BEIT_SELF_ATTENTION_CLASSES
+
+    attention_class = BEIT_SELF_ATTENTION_CLASSES[implementation]
+    module = attention_class(_transformers_config(case, implementation), window_size=case.window).to(case.device)
+    module.relative_position_bias.relative_position_bias_table = inputs.table
+    module.query, module.key, module.value = (_Given(x) for x in (inputs.q, inputs.k, inputs.v))
+    resolution = tuple(16 * side for side in case.window)
+
+    def run() -> Tensor:
+        out = module(module.query.given, resolution=resolution)[0]
+        return out.unflatten(2, (case.heads, case.head_dim))
+
+    return run
+
+
+PEERS = (
+    _ours("triton"),
+    _ours("sdpa"),
+    _ours("eager"),
+    _transformers("sdpa"),
+    _transformers("eager"),
+    _flex_attention(),
+    _sdpa_prebuilt(),
+    _sdpa_prebuilt(SDPBackend.CUDNN_ATTENTION),
+    _sdpa_prebuilt(SDPBackend.EFFICIENT_ATTENTION),
+    _sdpa_prebuilt(SDPBackend.MATH),
+    _sdpa_without_bias(),
+)

@@ -1,0 +1,331 @@
+"""BEiT on a photograph under its three attention backends: the differences, the cost, and a picture.
+
+python examples/demo.py [--image PATH] [--out demo.png]
+
+The weights are random, from a fixed seed: the numbers compare the backends and say nothing about the image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from beit_fast import BeitConfig, BeitForImageClassification
+from beit_fast.measure import environment, latency, peak_memory, why_no_peak_memory
+from beit_fast.position_bias import Window, gather_bias
+
+BACKENDS = ("eager", "sdpa", "triton")
+COLOURS = ("#8d99ae", "#457b9d", "#d1495b")
+SEED = 0
+REPEATS = 7
+FIGURE_INCHES = (13.6, 8.4)
+TABLE_SUFFIX = "relative_position_bias_table"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One backend: the kernel that ran, logits `[1, num_labels]`, median seconds, peak bytes of a forward."""
+
+    backend: str
+    kernel: str
+    logits: Tensor
+    seconds: float
+    memory: int | None
+
+
+def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -> int:
+    """Run the demo and return its exit code; `config` replaces BEiT-base/16-224."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.model is not None:
+        parser.error(f"--model {options.model}: this version loads no checkpoints; leave it out for random weights")
+    try:
+        import matplotlib.cbook
+        from PIL import Image
+
+        path = options.image or matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+        photograph = Image.open(path).convert("RGB")
+    except ImportError as error:
+        parser.error(f"the picture needs matplotlib: pip install 'beit-fast[demo]' ({error})")
+    except OSError as error:
+        parser.error(f"cannot read the image: {error}")
+    config = config or BeitConfig(use_relative_position_bias=True, num_labels=1000)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    conditions = environment(device)
+    model = build_model(config, device)
+    print(describe_run(model, conditions, Path(path)))
+    pixels = preprocess(photograph, config.image_size).to(device)
+    results = measure_backends(model, pixels)
+    print(format_table(results))
+    print(f"with every bias table at zero the logits move by {effect_of_bias(model, pixels):.1e} (relative)")
+    if (reason := why_no_peak_memory(device)) is not None:
+        print(f"peak memory is not measured: {reason}")
+    draw(photograph, model, results, conditions, options.out)
+    print(f"picture: {options.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Run BEiT on a photograph under eager, sdpa and triton attention.")
+    parser.add_argument("--image", type=Path, help="a photograph (default: the one that matplotlib ships)")
+    parser.add_argument("--model", metavar="FOLDER_OR_ID", help="a checkpoint (not in this version)")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture to write (default: demo.png)")
+    return parser
+
+
+def build_model(config: BeitConfig, device: torch.device) -> BeitForImageClassification:
+    """A model with seeded random weights, and bias tables that vary smoothly, with deviation 1."""
+    torch.manual_seed(SEED)
+    model = BeitForImageClassification(config).eval()
+    window = window_of(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(TABLE_SUFFIX):
+                parameter.copy_(smooth_table(window, config.num_attention_heads))
+    return model.to(device)
+
+
+def window_of(config: BeitConfig) -> Window:
+    """Patches of the configuration's own image size, (height, width)."""
+    height, width = _pair(config.image_size)
+    return height // config.patch_size, width // config.patch_size
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def smooth_table(window: Window, heads: int) -> Tensor:
+    """Blurred noise `[rows, heads]`, each head blurred more than the one before: mean 0, deviation 1."""
+    height, width = (2 * side - 1 for side in window)
+    noise = torch.randn(1, heads, height, width)
+    for axis in (2, 3):
+        noise = _blur(noise, axis)
+    grid = noise[0].flatten(1)  # [heads, (2Wh-1)(2Ww-1)]
+    grid = (grid - grid.mean(1, keepdim=True)) / grid.std(1, keepdim=True)
+    return torch.cat([grid.t(), torch.randn(3, heads)])
+
+
+def _blur(noise: Tensor, axis: int) -> Tensor:
+    """Gaussian blur along one axis of `[1, heads, h, w]`, with a width of 0.8 to 2.6 patches by head."""
+    heads = noise.shape[1]
+    reach = 12
+    distance = torch.arange(-reach, reach + 1, dtype=noise.dtype)
+    widths = torch.linspace(0.8, 2.6, heads)[:, None]
+    weights = torch.exp(-((distance / widths) ** 2) / 2)  # [heads, 2 * reach + 1]
+    shape = (heads, 1, -1, 1) if axis == 2 else (heads, 1, 1, -1)
+    padding = (reach, 0) if axis == 2 else (0, reach)
+    return F.conv2d(noise, weights.view(shape), padding=padding, groups=heads)
+
+
+def preprocess(photograph: Any, image_size: Any) -> Tensor:
+    """RGB photograph to pixels `[1, 3, H, W]` in [-1, 1], resized bicubically (it is not cropped)."""
+    from PIL import Image
+
+    height, width = _pair(image_size)
+    pixels = torch.from_numpy(np.array(photograph.resize((width, height), Image.Resampling.BICUBIC)))
+    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1.0
+
+
+def measure_backends(model: BeitForImageClassification, pixels: Tensor) -> list[Result]:
+    """Logits, latency and peak memory of one forward under each backend."""
+    results = []
+    with (
+        tqdm(total=3 * len(BACKENDS), unit="step", file=sys.stderr, leave=False) as bar,
+        torch.inference_mode(),
+    ):
+        for backend in BACKENDS:
+            model.set_attn_implementation(backend)
+
+            def forward() -> Tensor:
+                return model(pixels).logits
+
+            bar.set_description(f"{backend}: logits")
+            logits = forward()
+            kernel = model.attention_report().kernel
+            bar.update()
+            bar.set_description(f"{backend}: latency")
+            seconds = latency(forward, pixels.device, repeats=REPEATS, warmup=1).median
+            bar.update()
+            bar.set_description(f"{backend}: memory")
+            results.append(Result(backend, kernel, logits, seconds, peak_memory(forward, pixels.device)))
+            bar.update()
+    return results
+
+
+def effect_of_bias(model: BeitForImageClassification, pixels: Tensor) -> float:
+    """Relative change of the logits when every bias table is zero, as if a backend had lost it."""
+    tables = [parameter for name, parameter in model.named_parameters() if name.endswith(TABLE_SUFFIX)]
+    saved = [table.detach().clone() for table in tables]
+    with torch.no_grad():
+        exact = model(pixels).logits
+        for table in tables:
+            table.zero_()
+        without = model(pixels).logits
+        for table, values in zip(tables, saved, strict=True):
+            table.copy_(values)
+    return ((without - exact).norm() / exact.norm()).item()
+
+
+def describe_run(model: BeitForImageClassification, conditions: dict[str, Any], image: Path) -> str:
+    """What is about to run, on what."""
+    config = model.config
+    height, width = _pair(config.image_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return "\n".join(
+        [
+            f"device   {conditions['device_name']}, {conditions['threads']} CPU threads",
+            f"with     torch {conditions['torch']}, triton {conditions['triton'] or 'none'}, "
+            f"beit_fast {conditions['beit_fast']}",
+            f"image    {image.name}, resized to {height}x{width}",
+            f"model    BEiT, {config.num_hidden_layers} layers of width {config.hidden_size}, "
+            f"patch {config.patch_size}, {parameters:.1f} M parameters, fp32, batch 1",
+            f"weights  random (seed {SEED}), bias tables smooth with deviation 1: no classes to name",
+            "",
+        ]
+    )
+
+
+def format_table(results: list[Result]) -> str:
+    """One line a backend; differences of the logits are taken from the first backend."""
+    head = f"{'backend':9}{'kernel':20}{'largest difference':>20}{'relative':>11}"
+    lines = [f"{head}{'median ms':>11}{'peak MiB':>10}"]
+    exact = results[0].logits.double()
+    for result in results:
+        difference = (result.logits.double() - exact).abs().max().item()
+        relative = ((result.logits.double() - exact).norm() / exact.norm()).item()
+        memory = "-" if result.memory is None else f"{result.memory / 2**20:.1f}"
+        apart = f"{difference:20.2e}{relative:11.2e}" if result is not results[0] else f"{'(reference)':>20}{'':11}"
+        lines.append(f"{result.backend:9}{result.kernel:20}{apart}{result.seconds * 1e3:11.1f}{memory:>10}")
+    lines.append(
+        f"logits against {results[0].backend}: largest difference, and norm of the difference over norm;\n"
+        f"median of {REPEATS} forwards; peak memory above the level before a forward"
+    )
+    return "\n".join(lines)
+
+
+def draw(
+    photograph: Any, model: BeitForImageClassification, results: list[Result], conditions: dict[str, Any], path: Path
+) -> None:
+    """The photograph, the bias of one patch over it in some heads of the first layer, and the bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=FIGURE_INCHES)
+    _draw_bias(figure, photograph, model)
+    _draw_bars(_axis(figure, 1.75, 0.75, 3.6, 1.2), results, "seconds", 1e3, "median latency of one image, ms")
+    _draw_bars(_axis(figure, 7.55, 0.75, 3.9, 1.2), results, "memory", 1 / 2**20, "peak memory of a forward, MiB")
+    title = "BEiT's relative position bias: what the marked patch adds to its score for every patch, first layer"
+    figure.text(0.5, 0.957, title, ha="center", fontsize=14)
+    figure.text(0.5, 0.018, _caption(conditions), ha="center", fontsize=9, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _axis(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
+    """An axis placed in inches."""
+    across, up = FIGURE_INCHES
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def _draw_bias(figure: Any, photograph: Any, model: BeitForImageClassification) -> None:
+    config = model.config
+    window = window_of(config)
+    query = window[0] // 2, window[1] // 2
+    height, width = _pair(config.image_size)
+    pixels = np.asarray(photograph.resize((width, height)))
+    main_axis = _axis(figure, 0.35, 2.75, 4.8, 4.8)
+    main_axis.imshow(pixels)
+    _mark_query(main_axis, query, config.patch_size)
+    main_axis.set_title("the photograph and the marked patch", fontsize=11)
+    main_axis.set_axis_off()
+    bias = patch_bias(model, window, query)
+    heads = _spread(bias.shape[0], 6)
+    limit = float(np.percentile(np.abs(bias[heads]), 98))
+    for place, head in enumerate(heads):
+        row, column = divmod(place, 3)
+        axis = _axis(figure, 5.5 + 2.31 * column, 5.35 - 2.6 * row, 2.2, 2.2)
+        shown = _draw_head(axis, pixels, bias[head], query, config.patch_size, limit)
+        axis.set_title(f"head {head + 1}", fontsize=10.5)
+        axis.set_axis_off()
+    bar = figure.colorbar(shown, cax=_axis(figure, 12.5, 2.95, 0.16, 4.4), extend="both")
+    bar.set_label("added to the attention score", fontsize=10)
+
+
+def patch_bias(model: BeitForImageClassification, window: Window, query: tuple[int, int]) -> np.ndarray:
+    """What the first layer adds to the scores of the patch at `query` for every patch: `[heads, Wh, Ww]`."""
+    table = next(parameter for name, parameter in model.named_parameters() if name.endswith(TABLE_SUFFIX))
+    token = 1 + query[0] * window[1] + query[1]
+    bias = gather_bias(table.detach().float().cpu(), window)[:, token, 1:]
+    return bias.unflatten(1, window).numpy()
+
+
+def _spread(heads: int, wanted: int) -> list[int]:
+    return sorted({round(float(head)) for head in np.linspace(0, heads - 1, min(wanted, heads))})
+
+
+def _draw_head(
+    axis: Any, pixels: np.ndarray, bias: np.ndarray, query: tuple[int, int], patch: int, limit: float
+) -> Any:
+    height, width = pixels.shape[:2]
+    axis.imshow(pixels.mean(-1), cmap="gray", vmin=-40, vmax=255)
+    shown = axis.imshow(
+        bias, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.7, interpolation="nearest",
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )  # fmt: skip
+    _mark_query(axis, query, patch)
+    return shown
+
+
+def _mark_query(axis: Any, query: tuple[int, int], patch: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    corner = (query[1] * patch - 0.5, query[0] * patch - 0.5)
+    axis.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor="#ffd60a", linewidth=2))
+
+
+def _draw_bars(axis: Any, results: list[Result], field: str, scale: float, title: str) -> None:
+    """One bar a backend of `field` times `scale`; a value that was not measured is said to be so."""
+    rows = range(len(results))
+    known = [getattr(result, field) for result in results]
+    lengths = [0.0 if value is None else value * scale for value in known]
+    longest = max(lengths) or 1.0
+    axis.barh(rows, lengths, color=COLOURS[: len(results)], height=0.66)
+    for row, (value, length) in enumerate(zip(known, lengths, strict=True)):
+        text = "not measured" if value is None else f"{length:.1f}"
+        axis.text(length + 0.015 * longest, row, text, va="center", fontsize=10)
+    axis.set_title(title, fontsize=11, loc="left")
+    axis.set_xlim(0, 1.15 * longest)
+    axis.set_xticks([])
+    axis.set_yticks(rows, [_label(result) for result in results])
+    axis.tick_params(left=False)
+    axis.invert_yaxis()
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _label(result: Result) -> str:
+    return result.backend if result.kernel == result.backend else f"{result.backend}\n({result.kernel})"
+
+
+def _caption(conditions: dict[str, Any]) -> str:
+    return (
+        f"{conditions['device_name']}, {conditions['threads']} CPU threads; torch {conditions['torch']}; "
+        f"triton {conditions['triton'] or 'none'}; beit_fast {conditions['beit_fast']}; "
+        f"fp32, batch 1, median of {REPEATS} forwards; seeded random weights"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""`beit-fast` and `python -m beit_fast`, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_fast import __version__, attention, cli
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "beit_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=False)
+
+
+def test_info_prints_aligned_text_and_nothing_else() -> None:
+    done = run_command("info")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"beit_fast {__version__}")
+    for section in ("versions", "devices", "native libraries"):
+        assert section in lines
+    assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)
+    kernels = [line for line in lines if line.startswith("  triton/")]
+    assert len({line.index("no: ") for line in kernels if "no: " in line}) == 1
+
+
+def test_info_json_agrees_with_the_dispatcher() -> None:
+    done = run_command("info", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = json.loads(done.stdout)
+    assert facts["environment"]["torch"] == torch.__version__
+    assert facts["devices"][0]["name"] == "cpu"
+    described = {kernel["kernel"]: kernel for kernel in facts["kernels"]}
+    for kernel, available, reasons in attention.describe_kernels():
+        assert described[kernel]["available"] is available
+        assert described[kernel]["reasons"] == list(reasons)
+        assert available is not bool(reasons)
+
+
+@pytest.mark.parametrize("arguments", [(), ("fly",), ("info", "--yaml")])
+def test_wrong_arguments_exit_with_2_and_say_what_is_accepted(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_an_unknown_command_is_named_with_the_known_ones() -> None:
+    done = run_command("fly")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "fly" in done.stderr
+    assert "info" in done.stderr
+
+
+def test_native_libraries_are_reported_as_they_lie_beside_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    assert cli.native_libraries() == {"_C": None, "_C_cuda": None}
+    (tmp_path / "_C_cuda.abi3.so").touch()
+    (tmp_path / "_C.cpp").touch()
+    assert cli.native_libraries() == {"_C": None, "_C_cuda": "_C_cuda.abi3.so"}
+    (tmp_path / "_C.abi3.so").touch()
+    assert cli.native_libraries()["_C"] == "_C.abi3.so"
+    assert "_C_cuda.abi3.so" in cli.format_facts(cli.gather_facts())
