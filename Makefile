@@ -16,6 +16,7 @@ SOURCES := pyproject.toml setup.py Makefile
 IMAGE ?=
 MODEL ?=
 OUT ?= demo.png
+BENCH_OPTIONS ?=
 
 .PHONY: demo test test-full test-other-tritons test-other-transformers bench lint format clean
 
@@ -46,9 +47,10 @@ test-other-transformers: $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
 	  PYTHONPATH=$(CURDIR)/.venvs/transformers-$$version $(BIN)/pytest tests/versions; \
 	done
 
-# Compares with the peers and writes benchmarks/results/.
+# Compares with the peers and writes benchmarks/results/; BENCH_OPTIONS=--full takes every size.
 bench: $(VENV)/.bench
-	$(BIN)/pytest benchmarks/ --full --benchmark-json=build/benchmarks.json
+	mkdir -p build
+	$(BIN)/pytest benchmarks/ $(BENCH_OPTIONS) --benchmark-json=build/benchmarks.json
 	$(BIN)/python benchmarks/plot.py build/benchmarks.json --results benchmarks/results
 
 lint: $(VENV)/.dev

@@ -24,9 +24,9 @@ _library = torch.library.Library("beit_fast", "FRAGMENT")
 
 _SCHEMAS = (
     "rel_pos_attention(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? key_mask, SymInt[2] window, "
-    "float scale, float dropout_p=0., int seed=0) -> (Tensor out, Tensor lse)",
+    "float scale, float dropout_p=0., SymInt seed=0) -> (Tensor out, Tensor lse)",
     "rel_pos_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? key_mask, "
-    "Tensor out, Tensor lse, SymInt[2] window, float scale, float dropout_p, int seed, bool[4] output_mask) "
+    "Tensor out, Tensor lse, SymInt[2] window, float scale, float dropout_p, SymInt seed, bool[4] output_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "patch_embed(Tensor pixels, Tensor weight, Tensor? bias, Tensor? cls, Tensor? mask, Tensor? mask_token, "
     "Tensor? pos, float[]? mean, float[]? std) -> Tensor",

@@ -336,3 +336,22 @@ def test_exported_programs_can_be_saved():
     torch.export.save(torch.export.export(model, (pixels,)), buffer)
     buffer.seek(0)
     torch.testing.assert_close(torch.export.load(buffer).module()(pixels).logits, model(pixels).logits)
+
+
+def test_attention_dropout_compiles_and_is_drawn_anew_in_each_step():
+    """The seed is a symbolic integer of the graph: baked in, it would drop the same weights in every step."""
+    torch.compiler.reset()
+    model = build(attention_probs_dropout_prob=0.3).train()
+    pixels, labels = images(), torch.tensor([0, 1])
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+        def step(seed):
+            torch.manual_seed(seed)
+            model.zero_grad()
+            compiled(pixels, labels=labels).loss.backward()
+            return model.beit.encoder.layer[0].attention.attention.query.weight.grad.clone()
+
+        first, second, again = step(1), step(2), step(1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
