@@ -20,6 +20,8 @@ pytest.importorskip("triton", reason="there is nothing to compile without Triton
 
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HEAD_DIMS = (16, 32, 64, 80, 128)
+FEW_BYTES = 32
+"""What ptxas may move to the stack for the sake of occupancy: eight registers of a thread, in fp32 and dropout."""
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,7 @@ def compile_all(requests: list[dict[str, Any]], cache: Path) -> list[dict[str, i
     return json.loads(process.stdout)
 
 
-def check_resources(requests: list[dict[str, Any]], cache: Path, *, spills_allowed: bool = False) -> None:
+def check_resources(requests: list[dict[str, Any]], cache: Path, *, spill_limit: int = 0) -> None:
     """Build every request and collect everything that is wrong before failing."""
     wrong = []
     for request, resources in zip(requests, compile_all(requests, cache), strict=True):
@@ -50,7 +52,7 @@ def check_resources(requests: list[dict[str, Any]], cache: Path, *, spills_allow
         limit = SHARED_MEMORY_KIB[request["capability"]] * 1024
         if resources["shared"] > limit:
             wrong.append(f"{request}: {resources['shared']} bytes of shared memory, limit {limit}")
-        if not spills_allowed and resources["stack"] + resources["local"]:
+        if resources["stack"] + resources["local"] > spill_limit:
             wrong.append(f"{request}: spills {resources['stack']} + {resources['local']} bytes")
     assert not wrong, "\n".join(wrong)
 
@@ -77,7 +79,7 @@ def test_kernels_neither_spill_nor_exceed_shared_memory(capability: int, compile
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_dtype_and_head_dimension(capability: int, dtype: str, compiler_cache: Path) -> None:
     requests = [request for head_dim in HEAD_DIMS for request in requests_for(capability, dtype, head_dim, mask=True)]
-    check_resources(requests, compiler_cache)
+    check_resources(requests, compiler_cache, spill_limit=FEW_BYTES if dtype == "fp32" else 0)
 
 
 @pytest.mark.slow
@@ -85,20 +87,21 @@ def test_every_dtype_and_head_dimension(capability: int, dtype: str, compiler_ca
 def test_key_mask_and_tf32(capability: int, compiler_cache: Path) -> None:
     requests = requests_for(capability, "bf16", 64, mask=True)
     requests += requests_for(capability, "bf16", 128, mask=True)
-    requests += requests_for(capability, "fp32", 64, precision="tf32")
-    requests += requests_for(capability, "fp32", 128, precision="tf32")
     check_resources(requests, compiler_cache)
+    requests = requests_for(capability, "fp32", 64, precision="tf32")
+    requests += requests_for(capability, "fp32", 128, precision="tf32")
+    check_resources(requests, compiler_cache, spill_limit=FEW_BYTES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_dropout_and_no_bias(capability: int, compiler_cache: Path) -> None:
-    """Philox needs registers: a few bytes may spill, shared memory may not overflow."""
+    """Philox needs registers."""
     requests = requests_for(capability, "bf16", 64, mask=True, dropout=True)
     requests += [
         request for request in requests_for(capability, "bf16", 64, bias=False) if request["kernel"] != "bias_gradient"
     ]
-    check_resources(requests, compiler_cache, spills_allowed=True)
+    check_resources(requests, compiler_cache, spill_limit=FEW_BYTES)
 
 
 def test_kernel_files_import_without_torch() -> None:
