@@ -6,6 +6,8 @@ time, so scratch is a few megabytes, or a few `[N, N]` matrices where those are 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def attention_forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """`beit_fast::rel_pos_attention`: see `beit_fast.functional` for shapes and meaning."""
+    _resolve_vector_math()
     batch, tokens, heads, _ = q.shape
     compute = _compute_dtype(q)
     out = q.new_empty(q.shape)  # [B, N, H, D]
@@ -64,6 +67,7 @@ def attention_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`beit_fast::rel_pos_attention_backward`: gradients of q, k, v and table, empty where not asked for."""
+    _resolve_vector_math()
     need_q, need_k, need_v, need_table = output_mask
     batch, tokens, heads, _ = q.shape
     compute = _compute_dtype(q)
@@ -98,6 +102,19 @@ def attention_backward(
         if grad_bias is not None:
             grad_table[:, group] = reduce_bias(grad_bias, window).to(grad_table.dtype)
     return grad_q, grad_k, grad_v, grad_table
+
+
+@functools.cache
+def _resolve_vector_math() -> None:
+    """Call exp and log on one element first, which takes one thread.
+
+    oneMKL chooses the kernel of such a function at its first call; where several threads make that call together, one
+    of them may run a low-precision kernel, once (pytorch/pytorch#188792).
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        one.exp()
+        one.log()
 
 
 def _head_groups(heads: int, tokens: int) -> list[slice]:

@@ -1,5 +1,8 @@
 """The operators as torch sees them: numbers, gradients, fakes, autocast, vmap, FLOPs and refusals, on CPU tensors."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,6 +151,30 @@ def test_heads_in_several_groups(monkeypatch):
     assert len(composite_attention._head_groups(5, 13)) == 3
     check_against_oracle(case, torch.float32)
     check_against_oracle(case, torch.float64, dropout_p=0.3, seed=9)
+
+
+def test_vector_math_is_resolved_by_one_thread_first():
+    """oneMKL's first exp or log, made by several threads, may be wrong by 1e-4 (pytorch/pytorch#188792)."""
+    code = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from beit_fast.composite_attention import attention_forward
+
+first = {}
+
+class Spy(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name in ("exp", "log"):
+            first.setdefault((name, args[0].dtype), args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+q = torch.randn(1, 5, 2, 8)
+with Spy():
+    attention_forward(q, q, q, None, None, (1, 1), 0.3, 0.0, 0)
+assert first == {(name, dtype): 1 for name in ("exp", "log") for dtype in (torch.float32, torch.float64)}, first
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_log_sum_exp():
