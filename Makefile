@@ -78,9 +78,10 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.ba
 	$(PIP) install --no-build-isolation --editable ".[$*]" "$(TORCH)" "$(TRITON)" $(if $(filter demo,$*),,"$(TRANSFORMERS)")
 	touch $@
 
+# The interpreter of Triton 3.6 does not run on NumPy 2.4.
 .venvs/triton-%/.done:
 	rm -rf $(@D)
-	$(PIP) install --no-deps --target $(@D) "triton==$*"
+	$(PIP) install --no-deps --target $(@D) "triton==$*" "numpy<2.4"
 	touch $@
 
 .venvs/transformers-%/.done:

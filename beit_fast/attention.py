@@ -105,10 +105,15 @@ def attend(
         seed = int(torch.randint(2**62, ()).item()) if dropout_p > 0 else 0
         return rel_pos_attention(q, k, v, table, window, key_mask, scale, dropout_p, seed)
     if bias is None and table is not None and window is not None:
-        bias = gather_bias(table, window)
+        bias = dense_bias(table, window)
     if resolved == "sdpa":
         return _sdpa(q, k, v, bias, key_mask, scale, dropout_p)
     return eager_attention(q, k, v, bias, key_mask, scale, dropout_p)[0]
+
+
+def dense_bias(table: Tensor, window: Window) -> Tensor:
+    """The bias `[H, N, N]` for `"eager"` and `"sdpa"`, at least fp32: its gradient is then summed in fp32 too."""
+    return gather_bias(table.to(torch.promote_types(table.dtype, torch.float32)), window)
 
 
 def eager_attention(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import attention
 from .activations import ACTIVATIONS
 from .configuration import BeitConfig
-from .position_bias import Window, gather_bias, resize_position_embeddings, resize_table, table_rows
+from .position_bias import Window, resize_position_embeddings, resize_table, table_rows
 
 
 def window_of(pixel_values: Tensor, patch_size: int) -> Window:
@@ -136,7 +136,7 @@ class BeitSelfAttention(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         weights = None
         if output_attentions:
-            bias = gather_bias(table, window) if bias is None and table is not None else bias
+            bias = attention.dense_bias(table, window) if bias is None and table is not None else bias
             out, weights = attention.eager_attention(q, k, v, bias, key_mask, dropout_p=dropout_p)
         else:
             out = attention.attend(q, k, v, table, window, key_mask, None, dropout_p, self.attn_implementation, bias)
@@ -316,4 +316,4 @@ class BeitEncoder(nn.Module):
         resolved = attention.resolve(
             first.attn_implementation, hidden_states.device, hidden_states.dtype, first.head_dim
         )
-        return table, gather_bias(table, window) if output_attentions or resolved != "triton" else None
+        return table, attention.dense_bias(table, window) if output_attentions or resolved != "triton" else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import textwrap
@@ -136,11 +137,11 @@ def draw(results: dict[str, Any], path: Path) -> Path:
         [handles[name] for name in names], names, loc="upper left", ncols=4, frameon=False, fontsize=9,
         bbox_to_anchor=(0.015, 1 - 0.36 / height), columnspacing=1.4,
     )  # fmt: skip
+    legend_lines = math.ceil(len(names) / 4)
     text = caption(results, panels)
     figure.text(0.02, 0.1 / height, text, fontsize=8, color="#444444", va="bottom")
-    figure.tight_layout(
-        rect=(0, (0.25 + 0.14 * len(text.splitlines())) / height, 1, 1 - 1.0 / height), h_pad=1.6, w_pad=2.5
-    )
+    bottom, top = 0.25 + 0.14 * len(text.splitlines()), 0.45 + 0.19 * legend_lines
+    figure.tight_layout(rect=(0, bottom / height, 1, 1 - top / height), h_pad=1.6, w_pad=2.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -175,7 +176,6 @@ def _draw_speed(axis: Any, rows: list[Row]) -> dict[str, Any]:
     unit, scale = ("TFLOP/s", 1) if max(row["tflops"] for row in rows) >= 1 else ("GFLOP/s", 1000)
     axis.set_title(f"{rows[0]['mode']}, {rows[0]['dtype']}: speed", loc="left", fontsize=10)
     axis.set_ylabel(f"{unit} (higher is better)")
-    axis.set_yscale("log")
     return _draw_lines(axis, rows, lambda row: row["tflops"] * scale)
 
 
@@ -186,13 +186,10 @@ def _draw_memory(axis: Any, rows: list[Row]) -> dict[str, Any]:
     if not measured:
         axis.text(0.5, 0.5, "not measured on this device", transform=axis.transAxes, ha="center", color="#666666")
         return {}
-    axis.set_yscale("log")
     return _draw_lines(axis, measured, lambda row: row["peak_memory"] / 2**20 / row["batch"])
 
 
 def _draw_lines(axis: Any, rows: list[Row], value: Any) -> dict[str, Any]:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     handles = {}
     for peer in dict.fromkeys(row["peer"] for row in rows):
         points = sorted((row["tokens"], value(row)) for row in rows if row["peer"] == peer)
@@ -205,13 +202,24 @@ def _draw_lines(axis: Any, rows: list[Row], value: Any) -> dict[str, Any]:
             markersize=5,
             linewidth=1.5,
         )
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    _scale_values(axis, [value(row) for row in rows])
     axis.grid(axis="y", color="#e3e3e3", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     return handles
+
+
+def _scale_values(axis: Any, values: list[float]) -> None:
+    """From zero where that shows every difference, else logarithmic."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if max(values) < 10 * min(values):
+        axis.set_ylim(0, 1.08 * max(values))
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label_tokens(axis: Any, rows: list[Row]) -> None:
