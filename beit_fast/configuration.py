@@ -71,7 +71,7 @@ class BeitConfig:
         intermediate_size: channels inside a block's MLP.
         hidden_act: activation of the MLP, a name in `beit_fast.activations.ACTIVATIONS`.
         hidden_dropout_prob, attention_probs_dropout_prob: dropout after projections, of attention weights.
-        initializer_range: standard deviation of the truncated normal that weights start from.
+        initializer_range: standard deviation of the normal distribution that weights start from.
         layer_norm_eps: epsilon of every LayerNorm.
         image_size: native size in pixels, an int or (height, width); others are fine at run time.
         patch_size: side of a square patch in pixels.

@@ -51,7 +51,7 @@ def rel_pos_attention(
     arguments = (q, k, v, table, key_mask, window, scale, dropout_p, seed)
     if _transforms_are_active():
         return RelPosAttention.apply(*arguments)[0]
-    return ops._attention_op(*arguments)[0]
+    return ops.attention_op(*arguments)[0]
 
 
 def patch_embed(
@@ -85,7 +85,7 @@ def patch_embed(
     arguments = (pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
     if _transforms_are_active():
         return PatchEmbed.apply(*arguments)
-    return ops._patch_embed_op(*arguments)
+    return ops.patch_embed_op(*arguments)
 
 
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
@@ -108,15 +108,15 @@ class RelPosAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return ops._attention_op(*inputs)
+        return ops.attention_op(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ops._save_attention(ctx, inputs, output)
+        ops.save_attention(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return ops._attention_grad(ctx, grad_out, grad_lse, RelPosAttentionBackward.apply)
+        return ops.attention_grad(ctx, grad_out, grad_lse, RelPosAttentionBackward.apply)
 
 
 class RelPosAttentionBackward(torch.autograd.Function):
@@ -126,7 +126,7 @@ class RelPosAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return ops._attention_backward_op(*inputs)
+        return ops.attention_backward_op(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -134,7 +134,7 @@ class RelPosAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        ops._refuse_double_backward(ctx, *grads)
+        ops.refuse_double_backward(ctx, *grads)
 
 
 class PatchEmbed(torch.autograd.Function):
@@ -144,12 +144,12 @@ class PatchEmbed(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return ops._patch_embed_op(*inputs)
+        return ops.patch_embed_op(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ops._save_patch_embed(ctx, inputs, output)
+        ops.save_patch_embed(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ops._patch_embed_grad(ctx, grad)
+        return ops.patch_embed_grad(ctx, grad)

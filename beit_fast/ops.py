@@ -20,7 +20,7 @@ from . import backends, composite_attention, composite_patch_embed
 from .position_bias import Window
 from .validation import attention_problems, check_attention, check_patch_embed, raise_problems
 
-_library = torch.library.Library("beit_fast", "FRAGMENT")
+library = torch.library.Library("beit_fast", "FRAGMENT")
 
 _SCHEMAS = (
     "rel_pos_attention(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? key_mask, SymInt[2] window, "
@@ -32,11 +32,11 @@ _SCHEMAS = (
     "Tensor? pos, float[]? mean, float[]? std) -> Tensor",
 )
 for _schema in _SCHEMAS:
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-_attention_op = torch.ops.beit_fast.rel_pos_attention.default
-_attention_backward_op = torch.ops.beit_fast.rel_pos_attention_backward.default
-_patch_embed_op = torch.ops.beit_fast.patch_embed.default
+attention_op = torch.ops.beit_fast.rel_pos_attention.default
+attention_backward_op = torch.ops.beit_fast.rel_pos_attention_backward.default
+patch_embed_op = torch.ops.beit_fast.patch_embed.default
 
 
 def _attention(
@@ -96,15 +96,15 @@ def _patch_embed(
 
 
 # CompositeExplicitAutograd rather than CPU: a native library can add CPU kernels later without overriding anything.
-_library.impl("rel_pos_attention", _attention, "CompositeExplicitAutograd")
-_library.impl("rel_pos_attention_backward", composite_attention.attention_backward, "CompositeExplicitAutograd")
-_library.impl("patch_embed", _patch_embed, "CompositeExplicitAutograd")
+library.impl("rel_pos_attention", _attention, "CompositeExplicitAutograd")
+library.impl("rel_pos_attention_backward", composite_attention.attention_backward, "CompositeExplicitAutograd")
+library.impl("patch_embed", _patch_embed, "CompositeExplicitAutograd")
 for _key in ("CUDA", "CPU") if backends.INTERPRETED else ("CUDA",):
-    _library.impl("rel_pos_attention", _attention_triton, _key)
-    _library.impl("rel_pos_attention_backward", _attention_backward_triton, _key)
+    library.impl("rel_pos_attention", _attention_triton, _key)
+    library.impl("rel_pos_attention_backward", _attention_backward_triton, _key)
 
 
-@torch.library.register_fake("beit_fast::rel_pos_attention", lib=_library)
+@torch.library.register_fake("beit_fast::rel_pos_attention", lib=library)
 def _attention_fake(
     q: Tensor,
     k: Tensor,
@@ -123,7 +123,7 @@ def _attention_fake(
     return q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=lse_dtype)
 
 
-@torch.library.register_fake("beit_fast::rel_pos_attention_backward", lib=_library)
+@torch.library.register_fake("beit_fast::rel_pos_attention_backward", lib=library)
 def _attention_backward_fake(
     grad_out: Tensor,
     q: Tensor,
@@ -146,7 +146,7 @@ def _attention_backward_fake(
     )  # type: ignore[return-value]
 
 
-@torch.library.register_fake("beit_fast::patch_embed", lib=_library)
+@torch.library.register_fake("beit_fast::patch_embed", lib=library)
 def _patch_embed_fake(
     pixels: Tensor,
     weight: Tensor,
@@ -165,18 +165,18 @@ def _patch_embed_fake(
     return weight.new_empty(pixels.shape[0], patches + (cls is not None), weight.shape[0], dtype=dtype)
 
 
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.window, ctx.scale, ctx.dropout_p, ctx.seed = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
 
-def _attention_grad(
+def attention_grad(
     ctx: Any,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
-    backward: Callable[..., Any] = _attention_backward_op,
+    backward: Callable[..., Any] = attention_backward_op,
 ) -> tuple[Tensor | None, ...]:
     needed = [bool(flag) for flag in ctx.needs_input_grad[:4]]
     if grad_out is None or not any(needed):
@@ -188,30 +188,28 @@ def _attention_grad(
     return (*(grad if flag else None for grad, flag in zip(grads, needed, strict=True)), *(None,) * 5)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "beit_fast::rel_pos_attention has no second derivative; use attn_implementation='eager' for double backward"
     )
 
 
 torch.library.register_autograd(
-    "beit_fast::rel_pos_attention", _attention_grad, setup_context=_save_attention, lib=_library
+    "beit_fast::rel_pos_attention", attention_grad, setup_context=save_attention, lib=library
 )
-torch.library.register_autograd("beit_fast::rel_pos_attention_backward", _refuse_double_backward, lib=_library)
+torch.library.register_autograd("beit_fast::rel_pos_attention_backward", refuse_double_backward, lib=library)
 
 
-def _save_patch_embed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_patch_embed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.mean, ctx.std = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _patch_embed_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def patch_embed_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pixels, weight, *optional = ctx.saved_tensors
     return composite_patch_embed.patch_embed_backward(
         grad, pixels, weight, optional, ctx.mean, ctx.std, ctx.needs_input_grad
     )
 
 
-torch.library.register_autograd(
-    "beit_fast::patch_embed", _patch_embed_grad, setup_context=_save_patch_embed, lib=_library
-)
+torch.library.register_autograd("beit_fast::patch_embed", patch_embed_grad, setup_context=save_patch_embed, lib=library)

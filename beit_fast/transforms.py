@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import _attention_backward_op, _attention_op, _library, _patch_embed_op
+from .ops import attention_backward_op, attention_op, library, patch_embed_op
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,16 +24,16 @@ def _register_autocast(device_type: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return _attention_op(_cast(q, dtype), _cast(k, dtype), _cast(v, dtype), *rest)
+            return attention_op(_cast(q, dtype), _cast(k, dtype), _cast(v, dtype), *rest)
 
     def patch_embed(pixels: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(below):
             bias = None if bias is None else _cast(bias, dtype)
-            return _patch_embed_op(_cast(pixels, dtype), _cast(weight, dtype), bias, *rest)
+            return patch_embed_op(_cast(pixels, dtype), _cast(weight, dtype), bias, *rest)
 
-    _library.impl("rel_pos_attention", attention, key)
-    _library.impl("patch_embed", patch_embed, key)
+    library.impl("rel_pos_attention", attention, key)
+    library.impl("patch_embed", patch_embed, key)
 
 
 for _device_type in ("cpu", "cuda"):
@@ -72,42 +72,42 @@ def _refuse_unset_randomness(info: Any, dropout_p: float) -> None:
         )
 
 
-@torch.library.register_vmap("beit_fast::rel_pos_attention", lib=_library)
+@torch.library.register_vmap("beit_fast::rel_pos_attention", lib=library)
 def _attention_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     dropout_p = args[7] if len(args) > 7 else 0.0
     _refuse_unset_randomness(info, dropout_p)
     size = info.batch_size
     if in_dims[3] is not None or dropout_p > 0:  # a table each, or masks that depend on the place in the batch
-        return _loop(_attention_op, size, in_dims, args)
+        return _loop(attention_op, size, in_dims, args)
     q, k, v = (_fold(x, dim, size) for x, dim in zip(args[:3], in_dims[:3], strict=True))
     key_mask = _fold(args[4], in_dims[4], size)
-    out, lse = _attention_op(q, k, v, args[3], key_mask, *args[5:])
+    out, lse = attention_op(q, k, v, args[3], key_mask, *args[5:])
     return (_unfold(out, size), _unfold(lse, size)), (0, 0)
 
 
-@torch.library.register_vmap("beit_fast::rel_pos_attention_backward", lib=_library)
+@torch.library.register_vmap("beit_fast::rel_pos_attention_backward", lib=library)
 def _attention_backward_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     *tensors, window, scale, dropout_p, seed, output_mask = args
     _refuse_unset_randomness(info, dropout_p)
     size = info.batch_size
     table_is_mapped = in_dims[4] is not None
     if table_is_mapped or dropout_p > 0 or output_mask[3]:  # a table gradient each
-        return _loop(_attention_backward_op, size, in_dims, args)
+        return _loop(attention_backward_op, size, in_dims, args)
     folded = [
         x if place == 4 else _fold(x, dim, size)
         for place, (x, dim) in enumerate(zip(tensors, in_dims[:8], strict=True))
     ]
-    grads = _attention_backward_op(*folded, window, scale, dropout_p, seed, output_mask)
+    grads = attention_backward_op(*folded, window, scale, dropout_p, seed, output_mask)
     split = tuple(_unfold(g, size) if n else g for g, n in zip(grads, output_mask, strict=True))
     return split, tuple(0 if n else None for n in output_mask)
 
 
-@torch.library.register_vmap("beit_fast::patch_embed", lib=_library)
+@torch.library.register_vmap("beit_fast::patch_embed", lib=library)
 def _patch_embed_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     size = info.batch_size
     only_images_are_mapped = all(in_dims[place] is None for place in (1, 2, 3, 5, 6))
     if not only_images_are_mapped:
-        return _loop(_patch_embed_op, size, in_dims, args)
+        return _loop(patch_embed_op, size, in_dims, args)
     pixels, mask = _fold(args[0], in_dims[0], size), _fold(args[4], in_dims[4], size)
-    tokens = _patch_embed_op(pixels, *args[1:4], mask, *args[5:])
+    tokens = patch_embed_op(pixels, *args[1:4], mask, *args[5:])
     return _unfold(tokens, size), 0
