@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 TRANSFORMERS ?= transformers==5.23.0
+TIMM ?= timm==1.0.31
 # Other versions that `make test-full` runs, each in a folder of its own laid over .venv.
 OTHER_TRITONS ?= 3.6.0 3.9.0
 OTHER_TRANSFORMERS ?= 4.57.6
@@ -74,8 +75,10 @@ $(VENV)/.base: $(SOURCES)
 	$(PIP) install --no-build-isolation --editable .
 	touch $@
 
+# timm comes without what it depends on: that is torchvision, whose wheel breaks a CPU build of torch.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.base
 	$(PIP) install --no-build-isolation --editable ".[$*]" "$(TORCH)" "$(TRITON)" $(if $(filter demo,$*),,"$(TRANSFORMERS)")
+	$(if $(filter test,$*),$(PIP) install --no-deps "$(TIMM)")
 	touch $@
 
 # The interpreter of Triton 3.6 does not run on NumPy 2.4.

@@ -170,7 +170,7 @@ class BeitConfig:
         raise_problems(type(self).__name__, problems)
 
     def _model_type_problems(self, model_type: Any) -> list[Problem]:
-        accepted = sorted({"beit", self.model_type})
+        accepted = sorted({"beit", "data2vec-vision", self.model_type})
         if model_type in accepted:
             return []
         return [Problem(f"{describe('model_type', model_type)}; accepted: {', '.join(accepted)}")]
@@ -354,15 +354,31 @@ class BeitConfig:
         return cls.from_dict(read_json_object(Path(path)), **overrides)
 
     @classmethod
-    def from_pretrained(cls, folder_or_file: str | os.PathLike[str], /, **overrides: Any) -> Self:
-        """A configuration from a local folder with a `config.json`, or from a local JSON file.
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        /,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """A configuration from a folder with a `config.json`, a JSON file, or a hub repository such as "org/name".
 
         Raises:
             FileNotFoundError: there is no such file.
         """
-        file = find_config_file(Path(folder_or_file))
+        from .checkpoint_files import HubOptions, find_on_hub, is_repository_name
+
+        name, path = os.fspath(name_or_path), Path(name_or_path)
+        if not path.exists() and "/" in name and is_repository_name(name):
+            file = find_on_hub(name, CONFIG_NAME, HubOptions(revision, cache_dir, token, local_files_only))
+        else:
+            file = find_config_file(path)
         config = cls.from_json_file(file, **overrides)
-        config.name_or_path = os.fspath(folder_or_file)
+        config.name_or_path = name
         return config
 
     def __eq__(self, other: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar, Self
 
 import torch
@@ -49,6 +50,99 @@ class BeitPreTrainedModel(nn.Module):
         if isinstance(dtype, str):
             dtype = BeitConfig(dtype=dtype).dtype
         return model if dtype is None else model.to(dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: Any = None,
+        attn_implementation: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        num_labels: int | None = None,
+        ignore_mismatched_sizes: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+        position_interpolation: str = "bilinear",
+        output_loading_info: bool = False,
+        **config_overrides: Any,
+    ) -> Any:
+        """A model with a checkpoint's parameters, in evaluation mode.
+
+        Reads what Transformers 4 and 5 write (BEiT, DiT, Data2VecVision) and the files of timm, unilm and
+        mmsegmentation, whose configuration is told from shapes. The file may be another head's: parameters that it
+        lacks are initialised, with one warning; what belongs to another head only is left out. Where the file has
+        one bias table for all layers and the configuration one for each, every layer gets a copy, as in unilm.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a file (safetensors, an index of shards, or a pickle of tensors,
+                read with `weights_only=True`), or a hub repository such as `"microsoft/beit-base-patch16-224"`.
+            config: a `BeitConfig`, one of Transformers, a dict of fields or where to find one, instead of the
+                checkpoint's own.
+            attn_implementation: see the class.
+            dtype, torch_dtype: of the parameters; by default, or for `"auto"`, the configuration's, else the file's.
+            device: where the parameters go.
+            revision, cache_dir, token, local_files_only: passed to `huggingface_hub`.
+            num_labels: classes, where another number than the file's; needs `ignore_mismatched_sizes` beside a head.
+            ignore_mismatched_sizes: initialise parameters whose shape differs, with a warning, rather than refuse.
+            image_size: resize bias tables and position embeddings for images of this size.
+            position_interpolation: how: `"bilinear"` (Transformers, MiDaS) or `"geometric"` (timm, unilm).
+            output_loading_info: return `(model, info)`, the latter with missing, unexpected and mismatched keys.
+            config_overrides: fields of `BeitConfig` that win over the checkpoint's, and `add_pooling_layer`.
+
+        Raises:
+            FileNotFoundError: nothing is there; says what was looked for.
+            TypeError: an override that is no field.
+            ValueError: a file that does not fit, with every missing, unexpected and mismatched parameter; a damaged
+                or unsafe file; a configuration that shapes do not tell.
+        """
+        from . import checkpoint
+
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"{dtype=} and {torch_dtype=} are two names of one argument; give one")
+        options = checkpoint.LoadOptions(
+            attn_implementation,
+            torch_dtype if dtype is None else dtype,
+            device,
+            checkpoint.HubOptions(revision, cache_dir, token, local_files_only),
+            image_size,
+            position_interpolation,
+            ignore_mismatched_sizes,
+        )
+        labels = {} if num_labels is None else {"num_labels": num_labels}
+        model, info = checkpoint.load_model(
+            cls, pretrained_model_name_or_path, config, options, config_overrides | labels
+        )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write `config.json` and safetensors under the hub's names, which Transformers 4 and 5 read.
+
+        All files are written beside the old ones and flushed before any is replaced, each whole: a process that is
+        killed leaves the old weights or the new ones, never a part.
+
+        Args:
+            save_directory: the folder, made if need be.
+            max_shard_size: where the weights take more, they are split, with an index; bytes or as in `"5GB"`.
+            safe_serialization: True; pickles are not written.
+
+        Raises:
+            ValueError: `safe_serialization=False`, or parameters on the meta device.
+        """
+        from . import checkpoint
+
+        checkpoint.save_model(self, save_directory, max_shard_size, safe_serialization)
 
     @property
     def base_model(self) -> nn.Module:

@@ -220,7 +220,9 @@ def test_from_pretrained_takes_a_folder_or_a_file_and_overrides(tmp_path):
 
 def test_a_missing_file_is_one_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such file or folder; accepted: the path of"):
-        BeitConfig.from_pretrained("microsoft/beit-base-patch16-224")
+        BeitConfig.from_pretrained("no-such-folder")
+    with pytest.raises(FileNotFoundError, match=r"gave none of config\.json at revision 'main'.*local folder"):
+        BeitConfig.from_pretrained("microsoft/beit-base-patch16-224", cache_dir=tmp_path, local_files_only=True)
     with pytest.raises(FileNotFoundError, match=r"that folder has no config\.json"):
         BeitConfig.from_pretrained(tmp_path)
 

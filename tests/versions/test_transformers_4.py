@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import beit_fast
 
@@ -54,3 +55,23 @@ def test_configurations_load_both_ways(name, tmp_path):
     for key, value in theirs.to_dict().items():
         if key not in ("transformers_version", "_name_or_path", "_attn_implementation_autoset"):
             assert json.dumps(getattr(again, key)) == json.dumps(value), key
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_checkpoints_load_both_ways_bit_for_bit(name, position, tmp_path):
+    """Transformers' file to our model, our file to Transformers' model: the same names, the same bits."""
+    theirs = getattr(transformers, name)(transformers.BeitConfig(**(TINY | options_for(name) | POSITIONS[position])))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, info = getattr(beit_fast, name).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(info.values())
+    ours.save_pretrained(tmp_path / "ours")
+    written, stored = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs"))
+    stored = {key: x for key, x in stored.items() if not key.endswith("relative_position_index")}
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[key], x) for key, x in stored.items())
+    again, info = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    state = again.state_dict()
+    assert all(torch.equal(state[key], x) for key, x in theirs.state_dict().items())

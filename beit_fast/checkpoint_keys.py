@@ -1,0 +1,175 @@
+"""Names of parameters in every format that holds a BEiT, brought to those of the hub.
+
+The target is the full name on the hub: the trunk under `beit.`, heads beside it. Formats: Transformers 4.x (what is on
+the hub) and 5.x (in memory), Data2VecVision, DiT (plain BEiT), timm and unilm, mmsegmentation and unilm's ADE20k.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+TRUNK_PREFIX = "beit."
+_TRUNK_PARTS = ("embeddings.", "encoder.", "pooler.")
+_Rules = Sequence[tuple[str, str]]
+
+_TABLE_IN_LAYER = "attention.attention.relative_position_bias."
+
+_TRANSFORMERS_5: _Rules = (
+    (r"^(beit\.)?layers\.(\d+)\.attention\.q_proj\.", r"\1encoder.layer.\2.attention.attention.query."),
+    (r"^(beit\.)?layers\.(\d+)\.attention\.k_proj\.", r"\1encoder.layer.\2.attention.attention.key."),
+    (r"^(beit\.)?layers\.(\d+)\.attention\.v_proj\.", r"\1encoder.layer.\2.attention.attention.value."),
+    (r"^(beit\.)?layers\.(\d+)\.attention\.o_proj\.", r"\1encoder.layer.\2.attention.output.dense."),
+    (r"^(beit\.)?layers\.(\d+)\.relative_position_bias\.", rf"\1encoder.layer.\2.{_TABLE_IN_LAYER}"),
+    (r"^(beit\.)?layers\.(\d+)\.mlp\.fc1\.", r"\1encoder.layer.\2.intermediate.dense."),
+    (r"^(beit\.)?layers\.(\d+)\.mlp\.fc2\.", r"\1encoder.layer.\2.output.dense."),
+    (r"^(beit\.)?layers\.(\d+)\.(lambda_|layernorm_)", r"\1encoder.layer.\2.\3"),
+    (r"^(beit\.)?shared_position_bias\.", r"\1encoder.relative_position_bias."),
+    (r"^fpn\.fpn1\.conv_transpose1\.", "fpn1.0."),
+    (r"^fpn\.fpn1\.normalization\.", "fpn1.1."),
+    (r"^fpn\.fpn1\.conv_transpose2\.", "fpn1.3."),
+    (r"^fpn\.fpn2\.", "fpn2.0."),
+    (r"^decode_head\.psp_bottleneck\.", "decode_head.bottleneck."),
+    (r"^decode_head\.psp_modules\.blocks\.(\d+)\.conv\.", r"decode_head.psp_modules.\1.1."),
+    (r"^(decode_head\..*|auxiliary_head\..*)\.convolution\.", r"\1.conv."),
+    (r"^(decode_head\..*|auxiliary_head\..*)\.normalization\.", r"\1.bn."),
+)  # fmt: skip
+
+_LAYER = "beit.encoder.layer"
+_HEADS_OF_MMSEG: _Rules = (
+    (r"^(decode_head|auxiliary_head)\.conv_seg\.", r"\1.classifier."),
+    (r"^neck\.upsample_4x\.", "fpn1."),
+    (r"^neck\.upsample_2x\.", "fpn2."),
+    (r"^backbone\.(fpn\d)\.", r"\1."),
+    (r"^backbone\.", ""),
+)
+_UNILM_BLOCK: _Rules = (
+    (r"^cls_token$", "beit.embeddings.cls_token"),
+    (r"^mask_token$", "beit.embeddings.mask_token"),
+    (r"^pos_embed$", "beit.embeddings.position_embeddings"),
+    (r"^patch_embed\.(?:proj|projection)\.", "beit.embeddings.patch_embeddings.projection."),
+    (r"^rel_pos_bias\.", "beit.encoder.relative_position_bias."),
+    (r"^blocks\.(\d+)\.attn\.q_bias$", rf"{_LAYER}.\1.attention.attention.query.bias"),
+    (r"^blocks\.(\d+)\.attn\.v_bias$", rf"{_LAYER}.\1.attention.attention.value.bias"),
+    (r"^blocks\.(\d+)\.attn\.relative_position", rf"{_LAYER}.\1.{_TABLE_IN_LAYER}relative_position"),
+    (r"^blocks\.(\d+)\.attn\.proj\.", rf"{_LAYER}.\1.attention.output.dense."),
+    (r"^blocks\.(\d+)\.norm1\.", rf"{_LAYER}.\1.layernorm_before."),
+    (r"^blocks\.(\d+)\.norm2\.", rf"{_LAYER}.\1.layernorm_after."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.", rf"{_LAYER}.\1.intermediate.dense."),
+    (r"^blocks\.(\d+)\.mlp\.fc2\.", rf"{_LAYER}.\1.output.dense."),
+    (r"^blocks\.(\d+)\.gamma_([12])$", rf"{_LAYER}.\1.lambda_\2"),
+    (r"^fc_norm\.", "beit.pooler.layernorm."),
+    (r"^head\.", "classifier."),
+)  # fmt: skip
+_MMSEG_BLOCK: _Rules = (
+    (r"^layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+    (r"^layers\.(\d+)\.", r"blocks.\1."),
+    (r"^ln1\.", "norm."),
+)
+_PACKED = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.weight$")
+
+OTHER_TASKS = (
+    "classifier.",
+    "lm_head.",
+    "layernorm.",
+    "decode_head.",
+    "auxiliary_head.",
+    "fpn1.",
+    "fpn2.",
+    "beit.pooler.",
+    "beit.layernorm.",
+    "beit.embeddings.mask_token",
+    "cls_pt_",
+)
+"""Full names that start so belong to a head or to pooling: a model of another task starts without them."""
+
+
+def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The tensors under full hub names, less the index buffers, and the format that they came in.
+
+    Formats: `"transformers"`, `"transformers5"`, `"data2vec"`, `"timm"` (unilm too), `"mmseg"` (unilm's ADE20k too).
+
+    Raises:
+        ValueError: the names are of no format that holds a BEiT.
+    """
+    state = {key: tensor for key, tensor in tensors.items() if not key.endswith("relative_position_index")}
+    if state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    form = format_of(state)
+    if form in ("timm", "mmseg"):
+        state = _from_unilm(_renamed(state, (*_HEADS_OF_MMSEG, *_MMSEG_BLOCK) if form == "mmseg" else ()))
+    else:
+        # Names of version 4 match no rule; Data2VecVision mixes both versions.
+        state = _renamed(state, ((r"^data2vec_vision\.", TRUNK_PREFIX), *_TRANSFORMERS_5))
+    masked_modelling = any(key.startswith("lm_head.") for key in state)
+    return {full_name(key, masked_modelling): tensor for key, tensor in state.items()}, form
+
+
+def format_of(keys: Iterable[str]) -> str:
+    """Which format has such names; ValueError, with some of the names, where none has."""
+    keys = list(keys)
+
+    def has(pattern: str) -> bool:
+        return any(re.match(pattern, key) for key in keys)
+
+    if has(r"backbone\.(layers|blocks)\.\d+\.attn\.") or has(r"layers\.\d+\.attn\.qkv\."):
+        return "mmseg"
+    if has(r"blocks\.\d+\.attn\."):
+        return "timm"
+    if has(r"(beit\.)?layers\.\d+\.attention\.q_proj\."):
+        return "transformers5"
+    if has(r"data2vec_vision\."):
+        return "data2vec"
+    if has(r"(beit\.)?encoder\.layer\.\d+\.attention\."):
+        return "transformers"
+    shown = ", ".join(keys[:5]) or "none at all"
+    raise ValueError(
+        "the file holds no BEiT: its names are neither those of Transformers (encoder.layer.0.attention...) or "
+        f"Data2VecVision, nor of timm, unilm (blocks.0.attn...) or mmsegmentation (backbone.layers.0.attn...): {shown}"
+    )
+
+
+def full_name(key: str, masked_modelling: bool = False) -> str:
+    """The full name of a parameter of a bare trunk or backbone; other names are full already.
+
+    Beside an `lm_head` a plain `layernorm` is that head's, else the trunk's.
+    """
+    trunk = key.startswith(_TRUNK_PARTS) or (key.startswith("layernorm.") and not masked_modelling)
+    return TRUNK_PREFIX + key if trunk else key
+
+
+def share_table_among_layers(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """A shared table as one copy for each layer: how unilm fine-tunes what was pre-trained with a shared one."""
+    shared = "beit.encoder.relative_position_bias.relative_position_bias_table"
+    own = _TABLE_IN_LAYER + "relative_position_bias_table"
+    copies = {f"{_LAYER}.{layer}.{own}": state[shared].clone() for layer in range(layers)}
+    return {key: tensor for key, tensor in state.items() if key != shared} | copies
+
+
+def _renamed(state: Mapping[str, Tensor], rules: _Rules) -> dict[str, Tensor]:
+    """Every rule is applied in turn to every name."""
+    renamed = {}
+    for key, tensor in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = tensor
+    return renamed
+
+
+def _from_unilm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Packed projections become three; `norm` is the head's beside an `lm_head`, else the trunk's."""
+    norm = "layernorm." if any(key.startswith("lm_head.") for key in state) else "beit.layernorm."
+    unpacked: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        packed = _PACKED.match(key)
+        if packed is None:
+            unpacked[key] = tensor
+            continue
+        for name, part in zip(("query", "key", "value"), torch.chunk(tensor, 3), strict=True):
+            unpacked[f"{_LAYER}.{packed[1]}.attention.attention.{name}.weight"] = part.clone()
+    return _renamed(unpacked, (*_UNILM_BLOCK, (r"^norm\.", norm)))

@@ -1,0 +1,145 @@
+"""timm's BEiT as a reference. timm imports torchvision, of which BEiT needs nothing: a stand-in serves the import."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class _Anything:
+    """A class whose attributes are such classes, to be subclassed, called or compared while timm is imported."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything
+
+    def __call__(self, *args: object, **kwargs: object) -> _Anything:
+        return self
+
+
+class _StandIn(types.ModuleType):
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _MetaAnything(name, (), {})
+
+
+class _MetaAnything(type):
+    """Classes that answer every attribute."""
+
+    def __getattr__(cls, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything()
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return _StandIn(spec.name)
+
+    def exec_module(self, module):
+        module.__version__ = "0.0"
+
+
+def _import_timm() -> types.ModuleType:
+    """timm, with the stand-in gone again: others must not take it for torchvision."""
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        import timm
+        import timm.layers
+        import timm.models.beit
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    return timm
+
+
+timm = _import_timm()
+
+TINY = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 4,
+    "mlp_ratio": 1.5,
+    "num_classes": 5,
+    "init_values": 0.1,
+}
+POSITIONS = {
+    "per layer": {"use_rel_pos_bias": True},
+    "shared": {"use_shared_rel_pos_bias": True},
+    "absolute": {"use_abs_pos_emb": True},
+    "absolute and shared": {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": True},
+}
+
+
+def build(**options: object) -> torch.nn.Module:
+    """timm's `Beit`, tiny, with every parameter drawn, in evaluation mode."""
+    values = TINY | {"use_abs_pos_emb": False} | options
+    model = timm.models.beit.Beit(**values).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3, generator=generator)
+            else:
+                spread = 1.0 if "table" in name or "pos_embed" in name else 0.15
+                parameter.normal_(0.0, spread, generator=generator)
+    return model
+
+
+def masked_modelling_state(model: torch.nn.Module, vocabulary: int = 11) -> dict[str, Tensor]:
+    """unilm's pre-training names from timm's: a mask token, a plain `norm`, an `lm_head`, the index as a buffer."""
+    generator = torch.Generator().manual_seed(4)
+    width = model.embed_dim
+    state = {key: x for key, x in model.state_dict().items() if not key.startswith(("head.", "fc_norm.", "norm."))}
+    state |= {
+        "mask_token": torch.randn(1, 1, width, generator=generator),
+        "norm.weight": torch.rand(width, generator=generator) + 0.5,
+        "norm.bias": torch.randn(width, generator=generator),
+        "lm_head.weight": torch.randn(vocabulary, width, generator=generator),
+        "lm_head.bias": torch.randn(vocabulary, generator=generator),
+    }
+    for key in [key for key in state if key.endswith("relative_position_bias_table")]:
+        side = model.patch_embed.grid_size[0]
+        index = timm.layers.pos_embed_rel.gen_relative_position_index((side, side), class_token=True)
+        state[key.replace("bias_table", "index")] = index
+    return state
+
+
+def mmseg_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's weights under the names of mmsegmentation's `BEiT`."""
+    parts = {
+        "blocks.": "layers.",
+        "norm1.": "ln1.",
+        "norm2.": "ln2.",
+        "mlp.fc1.": "ffn.layers.0.0.",
+        "mlp.fc2.": "ffn.layers.1.",
+        "patch_embed.proj.": "patch_embed.projection.",
+    }
+    renamed = {}
+    for key, tensor in state.items():
+        if key.startswith(("head.", "fc_norm.", "norm.")):
+            continue
+        for old, new in parts.items():
+            key = key.replace(old, new)
+        renamed[f"backbone.{key}"] = tensor
+    return renamed
