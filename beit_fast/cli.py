@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ NATIVE_LIBRARIES = {"_C": "operators on the CPU", "_C_cuda": "patch embedding on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code, 0; wrong arguments exit with 2 (argparse's SystemExit)."""
+    """Run one command; its exit code is 0 done, 1 some images failed, 2 refused (argparse exits by itself)."""
     options = _parser().parse_args(arguments)
     return options.run(options)
 
@@ -22,11 +22,90 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="beit-fast", description="BEiT with its position bias inside the attention kernels."
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     info = commands.add_parser("info", help="versions, devices, and which attention kernel serves each of them")
     info.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     info.set_defaults(run=_info)
+    _add_classify(commands)
+    _add_segment(commands)
+    _add_convert(commands)
     return parser
+
+
+def _add_classify(commands: Any) -> None:
+    parser = commands.add_parser("classify", help="the most probable classes of images")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--top", type=_positive, default=5, help="classes to print for each image (default: 5)")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="images in one forward (default: 8)")
+    _add_model_options(parser)
+    parser.set_defaults(run=_command("classify"))
+
+
+def _add_segment(commands: Any) -> None:
+    parser = commands.add_parser("segment", help="the class of every pixel of an image, drawn over it")
+    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")
+    parser.add_argument("--labels", type=Path, metavar="PNG", help="also write the classes as a 16-bit grey picture")
+    parser.add_argument("--opacity", type=_fraction, default=0.5, help="of the colours, 0 to 1 (default: 0.5)")
+    _add_model_options(parser)
+    parser.set_defaults(run=_command("segment"))
+
+
+def _add_convert(commands: Any) -> None:
+    from .commands import TASKS
+
+    parser = commands.add_parser(
+        "convert", help="rewrite a checkpoint of Transformers, timm, unilm or mmseg for the hub"
+    )
+    parser.add_argument("source", metavar="SRC", help="a folder, a file, or a name on the hub")
+    parser.add_argument("target", type=Path, metavar="DST", help="the folder to write")
+    parser.add_argument("--task", choices=TASKS, help="the model it holds (default: what its config.json says)")
+    parser.add_argument("--image-size", type=_size, metavar="N or HxW", help="resize positions for this image size")
+    parser.add_argument("--position-interpolation", choices=("bilinear", "geometric"), default="bilinear")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
+    parser.set_defaults(run=_command("convert"))
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a checkpoint: a folder, or a name on the hub")
+    parser.add_argument("--attn", choices=("eager", "sdpa", "triton"), help="attention (default: by device and dtype)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    """The command's function, imported when it is called: `info` needs neither numpy nor a model."""
+
+    def run(options: argparse.Namespace) -> int:
+        from . import commands
+
+        return getattr(commands, name)(options)
+
+    return run
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    sides = [_positive(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor HEIGHTxWIDTH")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def _info(options: argparse.Namespace) -> int:

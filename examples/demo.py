@@ -1,8 +1,9 @@
 """BEiT on a photograph under its three attention backends: the differences, the cost, and a picture.
 
-python examples/demo.py [--image PATH] [--out demo.png]
+python examples/demo.py [--image PATH] [--model FOLDER_OR_ID] [--out demo.png]
 
-The weights are random, from a fixed seed: the numbers compare the backends and say nothing about the image.
+Without --model the weights are random, from a fixed seed: the numbers compare the backends and say nothing about the
+image. A small trained model then reads handwritten digits that it has not seen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beit_fast import BeitConfig, BeitForImageClassification
+from beit_fast.commands import processor_of, top_classes
 from beit_fast.measure import environment, latency, peak_memory, why_no_peak_memory
 from beit_fast.position_bias import Window, gather_bias
 
@@ -28,6 +30,7 @@ COLOURS = ("#8d99ae", "#457b9d", "#d1495b")
 SEED = 0
 REPEATS = 7
 FIGURE_INCHES = (13.6, 8.4)
+DIGITS = Path(__file__).parent / "digits"
 TABLE_SUFFIX = "relative_position_bias_table"
 
 
@@ -46,8 +49,6 @@ def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -
     """Run the demo and return its exit code; `config` replaces BEiT-base/16-224."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.model is not None:
-        parser.error(f"--model {options.model}: this version loads no checkpoints; leave it out for random weights")
     try:
         import matplotlib.cbook
         from PIL import Image
@@ -58,26 +59,39 @@ def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -
         parser.error(f"the picture needs matplotlib: pip install 'beit-fast[demo]' ({error})")
     except OSError as error:
         parser.error(f"cannot read the image: {error}")
-    config = config or BeitConfig(use_relative_position_bias=True, num_labels=1000)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = environment(device)
-    model = build_model(config, device)
-    print(describe_run(model, conditions, Path(path)))
-    pixels = preprocess(photograph, config.image_size).to(device)
+    if options.model is None:
+        model = build_model(config or BeitConfig(use_relative_position_bias=True, num_labels=1000), device)
+        pixels = preprocess(photograph, model.config.image_size).to(device)
+        weights = f"random (seed {SEED}), bias tables smooth with deviation 1: no classes to name"
+    else:
+        try:
+            model = BeitForImageClassification.from_pretrained(options.model, device=device)
+            pixels = processor_of(options.model, model.config)(photograph, return_tensors="pt")["pixel_values"].to(
+                device
+            )
+        except (OSError, ValueError) as error:
+            parser.error(f"--model {options.model}: {error}")
+        weights = options.model
+    print(describe_run(model, conditions, Path(path), weights))
     results = measure_backends(model, pixels)
     print(format_table(results))
+    if options.model is not None:
+        print("\n".join(format_classes(results[-1].logits[0], model.config.id2label)))
     print(f"with every bias table at zero the logits move by {effect_of_bias(model, pixels):.1e} (relative)")
     if (reason := why_no_peak_memory(device)) is not None:
         print(f"peak memory is not measured: {reason}")
     draw(photograph, model, results, conditions, options.out)
     print(f"picture: {options.out}")
+    print(classify_digits(DIGITS, device))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Run BEiT on a photograph under eager, sdpa and triton attention.")
     parser.add_argument("--image", type=Path, help="a photograph (default: the one that matplotlib ships)")
-    parser.add_argument("--model", metavar="FOLDER_OR_ID", help="a checkpoint (not in this version)")
+    parser.add_argument("--model", metavar="FOLDER_OR_ID", help="a checkpoint to use instead of random weights")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture to write (default: demo.png)")
     return parser
 
@@ -176,7 +190,30 @@ def effect_of_bias(model: BeitForImageClassification, pixels: Tensor) -> float:
     return ((without - exact).norm() / exact.norm()).item()
 
 
-def describe_run(model: BeitForImageClassification, conditions: dict[str, Any], image: Path) -> str:
+def format_classes(logits: Tensor, id2label: dict[int, str]) -> list[str]:
+    """The five most probable classes, a line each."""
+    return [
+        f"{100 * entry['probability']:7.2f} %  {entry['index']:5d}  {entry['label']}"
+        for entry in top_classes(logits, id2label, 5)
+    ]
+
+
+def classify_digits(folder: Path, device: torch.device) -> str:
+    """Let the shipped digits model read the shipped images, which were held out of its training."""
+    model = BeitForImageClassification.from_pretrained(folder, attn_implementation="triton", device=device)
+    files = sorted((folder / "images").glob("*.png"))
+    processor = processor_of(str(folder), model.config)
+    pixels = processor([str(file) for file in files], return_tensors="pt")["pixel_values"].to(device)
+    with torch.inference_mode():
+        answers = model(pixels).logits.argmax(-1).tolist()
+    right = sum(file.name.startswith(f"{answer}_") for file, answer in zip(files, answers, strict=True))
+    return (
+        f"digits: {right} of {len(files)} handwritten digits it has not seen read right by the trained model in "
+        f"{folder.name}/ ({model.attention_report().kernel}): {' '.join(map(str, answers))}"
+    )
+
+
+def describe_run(model: BeitForImageClassification, conditions: dict[str, Any], image: Path, weights: str) -> str:
     """What is about to run, on what."""
     config = model.config
     height, width = _pair(config.image_size)
@@ -189,7 +226,7 @@ def describe_run(model: BeitForImageClassification, conditions: dict[str, Any], 
             f"image    {image.name}, resized to {height}x{width}",
             f"model    BEiT, {config.num_hidden_layers} layers of width {config.hidden_size}, "
             f"patch {config.patch_size}, {parameters:.1f} M parameters, fp32, batch 1",
-            f"weights  random (seed {SEED}), bias tables smooth with deviation 1: no classes to name",
+            f"weights  {weights}",
             "",
         ]
     )

@@ -70,8 +70,33 @@ def test_demo_compares_the_backends_and_draws(
     assert float(moved[1]) > 1e-4
     assert "photograph.png, resized to 64x64" in text
     assert "random" in text
+    assert "digits: 20 of 20" in text
     with Image.open(picture) as image:
         assert image.size == tuple(round(side * 120) for side in demo.FIGURE_INCHES)
+
+
+def test_demo_names_classes_of_a_checkpoint(
+    demo: ModuleType, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--image", str(photograph), "--out", str(tmp_path / "demo.png"), "--model", str(demo.DIGITS)]
+    assert demo.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert f"weights  {demo.DIGITS}" in text
+    classes = re.findall(r"^ +(\d+\.\d\d) % +\d  (\w+)$", text, re.MULTILINE)
+    assert len(classes) == 5
+    assert {name for _, name in classes} <= {
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+    }
+    assert sum(float(share) for share, _ in classes) <= 100.1
 
 
 def test_demo_shows_the_bias_that_the_model_adds(demo: ModuleType, config: BeitConfig) -> None:
@@ -112,7 +137,7 @@ def test_demo_preprocessing_covers_minus_one_to_one(demo: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "microsoft/beit-base-patch16-224"], "loads no checkpoints"),
+        (["--model", "there-is/no-such-model"], "no checkpoint 'there-is/no-such-model'"),
         (["--image", "there-is-no-such-file.jpg"], "cannot read the image"),
         (["--image", str(DEMO)], "cannot read the image"),
     ],
