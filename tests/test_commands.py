@@ -15,6 +15,7 @@ from beit_fast.image_processing import BeitImageProcessor
 
 from .support.transformers_reference import TINY, randomize
 
+DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 SEGMENTATION = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "auxiliary_channels": 6, "pool_scales": (1, 2)}
 
 
@@ -167,3 +168,17 @@ def test_wrong_arguments_exit_with_2(line):
     with pytest.raises(SystemExit) as caught:
         cli.main(line.split())
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "triton"])
+def test_from_image_files_to_labels(capsys, attention):
+    """The whole path with trained weights: digits that the shipped model has not seen are named."""
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    files = sorted((DIGITS / "images").glob("*.png"))
+    code, out, _ = run(
+        capsys, "classify", *files, "--model", DIGITS, "--attn", attention, "--json", "--top", 1, "--device", "cpu"
+    )
+    assert code == 0
+    answers = [result["classes"][0]["label"] for result in json.loads(out)["results"]]
+    assert len(files) == 20
+    assert answers == [names[int(file.name.split("_")[0])] for file in files]
