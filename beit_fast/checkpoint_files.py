@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_files import CONFIG_NAME, read_json_object
+from .configuration_files import CONFIG_NAME, find_json_file, read_json_object
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -69,9 +69,16 @@ def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> Ch
     return CheckpointFiles(name, repository.fetch_optional(CONFIG_NAME), shards)
 
 
-def find_on_hub(name: str | os.PathLike[str], file: str, hub: HubOptions) -> Path:
-    """One file of a hub repository; FileNotFoundError as in `find_checkpoint`."""
-    return _Repository(_checked_repository(os.fspath(name)), hub).fetch_first((file,))
+def find_options(name_or_path: str | os.PathLike[str], file_name: str, what: str, hub: HubOptions) -> Path:
+    """A JSON file beside a checkpoint: in a folder or a hub repository, or given by its own path.
+
+    Raises:
+        FileNotFoundError: nothing is there; `what` says what was looked for.
+    """
+    name, path = os.fspath(name_or_path), Path(name_or_path)
+    if not path.exists() and "/" in name and is_repository_name(name):
+        return _Repository(_checked_repository(name), hub).fetch_first((file_name,))
+    return find_json_file(path, file_name, what)
 
 
 def is_repository_name(name: str) -> bool:

@@ -11,7 +11,6 @@ import torch
 
 from .configuration_files import (
     CONFIG_NAME,
-    find_config_file,
     json_text,
     plain,
     read_json_object,
@@ -370,15 +369,11 @@ class BeitConfig:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        from .checkpoint_files import HubOptions, find_on_hub, is_repository_name
+        from .checkpoint_files import HubOptions, find_options
 
-        name, path = os.fspath(name_or_path), Path(name_or_path)
-        if not path.exists() and "/" in name and is_repository_name(name):
-            file = find_on_hub(name, CONFIG_NAME, HubOptions(revision, cache_dir, token, local_files_only))
-        else:
-            file = find_config_file(path)
-        config = cls.from_json_file(file, **overrides)
-        config.name_or_path = name
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        config = cls.from_json_file(find_options(name_or_path, CONFIG_NAME, "configuration", hub), **overrides)
+        config.name_or_path = os.fspath(name_or_path)
         return config
 
     def __eq__(self, other: object) -> bool:

@@ -54,14 +54,14 @@ def replace_file(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def find_config_file(path: Path) -> Path:
-    """The `config.json` of the folder `path`, or `path` itself if it is a file."""
-    file = path / CONFIG_NAME if path.is_dir() else path
+def find_json_file(path: Path, file_name: str, what: str) -> Path:
+    """The file of that name in the folder `path`, or `path` itself if it is a file; `what` is what it would hold."""
+    file = path / file_name if path.is_dir() else path
     if file.is_file():
         return file
-    reason = f"that folder has no {CONFIG_NAME}" if path.is_dir() else "there is no such file or folder"
-    accepted = f"the path of a folder with a {CONFIG_NAME}, or of a JSON file"
-    raise FileNotFoundError(f"no configuration at {os.fspath(path)!r}: {reason}; accepted: {accepted}")
+    reason = f"that folder has no {file_name}" if path.is_dir() else "there is no such file or folder"
+    accepted = f"the path of a folder with a {file_name}, or of a JSON file, or 'org/name' on the hub"
+    raise FileNotFoundError(f"no {what} at {os.fspath(path)!r}: {reason}; accepted: {accepted}")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -287,19 +287,10 @@ class BeitImageProcessor:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        from .checkpoint_files import HubOptions, find_on_hub, is_repository_name
+        from .checkpoint_files import HubOptions, find_options
 
-        name, path = os.fspath(name_or_path), Path(name_or_path)
-        if not path.exists() and "/" in name and is_repository_name(name):
-            hub = HubOptions(revision, cache_dir, token, local_files_only)
-            return cls.from_json_file(find_on_hub(name, PREPROCESSOR_NAME, hub), **overrides)
-        file = path / PREPROCESSOR_NAME if path.is_dir() else path
-        if not file.is_file():
-            reason = f"that folder has no {PREPROCESSOR_NAME}" if path.is_dir() else "there is no such file or folder"
-            raise FileNotFoundError(
-                f"no image processor at {name!r}: {reason}; accepted: the path of a folder with a "
-                f"{PREPROCESSOR_NAME} or of a JSON file, or 'org/name' on the hub"
-            )
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        file = find_options(name_or_path, PREPROCESSOR_NAME, "image processor", hub)
         return cls.from_json_file(file, **overrides)
 
     def __repr__(self) -> str:
