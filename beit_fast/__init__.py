@@ -3,7 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import compile_cache as compile_cache
 from . import flops as flops
+from . import sharding as sharding
 from . import transforms as transforms
 from ._version import __version__
 from .backbone import BeitBackbone

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .position_bias import Window
+from .validation import raise_problems, tensor_problems
 
 
 def rel_pos_attention(
@@ -42,9 +43,11 @@ def rel_pos_attention(
         RuntimeError: forward-mode or double differentiation, which the operator does not have.
     """
     if table is not None and window is None:
-        raise ValueError("rel_pos_attention needs window=(height, width) with a table")
+        problems = [*tensor_problems(q, k, v, table, key_mask), "a table needs window=(height, width)"]
+        raise_problems("rel_pos_attention", problems, q=q, k=k, v=v, table=table, key_mask=key_mask)
     _refuse_forward_mode(q, k, v, table)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.ndim == 4 and q.shape[-1] != 0 else 1.0  # any other q is refused
     window = (1, 1) if window is None else window
     if torch.jit.is_tracing():  # sizes are tensors there, and an operator's integers must be constants
         window = (int(window[0]), int(window[1]))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends, composite_attention, composite_patch_embed
 from .position_bias import Window
-from .validation import attention_problems, check_attention, check_patch_embed, raise_problems
+from .validation import check_attention, check_attention_backward, check_patch_embed
 
 library = torch.library.Library("beit_fast", "FRAGMENT")
 
@@ -54,6 +54,11 @@ def _attention(
     return composite_attention.attention_forward(q, k, v, table, key_mask, window, scale, dropout_p, seed)
 
 
+def _attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_attention_backward(*args)
+    return composite_attention.attention_backward(*args)
+
+
 def _attention_triton(
     q: Tensor,
     k: Tensor,
@@ -65,19 +70,22 @@ def _attention_triton(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    check_attention(q, k, v, table, key_mask, window, dropout_p, seed)
-    kernel = "triton/cuda" if q.is_cuda else "triton/interpreter"
-    if reasons := backends.kernel_refusals(kernel, q.device, q.dtype, q.shape[-1]):
-        raise_problems("rel_pos_attention", reasons, q=q, k=k, v=v, table=table, key_mask=key_mask)
+    check_attention(q, k, v, table, key_mask, window, dropout_p, seed, refusals=_triton_refusals(q))
     from .kernels.attention import launch
 
     return launch.attention_forward(q, k, v, table, key_mask, window, scale, dropout_p, seed)
 
 
 def _attention_backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_attention_backward(*args, refusals=_triton_refusals(args[1]))
     from .kernels.attention import launch
 
     return launch.attention_backward(*args)
+
+
+def _triton_refusals(q: Tensor) -> tuple[str, ...]:
+    kernel = "triton/cuda" if q.is_cuda else "triton/interpreter"
+    return backends.kernel_refusals(kernel, q.device, q.dtype, q.shape[-1] if q.ndim else 0)
 
 
 def _patch_embed(
@@ -97,7 +105,7 @@ def _patch_embed(
 
 # CompositeExplicitAutograd rather than CPU: a native library can add CPU kernels later without overriding anything.
 library.impl("rel_pos_attention", _attention, "CompositeExplicitAutograd")
-library.impl("rel_pos_attention_backward", composite_attention.attention_backward, "CompositeExplicitAutograd")
+library.impl("rel_pos_attention_backward", _attention_backward, "CompositeExplicitAutograd")
 library.impl("patch_embed", _patch_embed, "CompositeExplicitAutograd")
 for _key in ("CUDA", "CPU") if backends.INTERPRETED else ("CUDA",):
     library.impl("rel_pos_attention", _attention_triton, _key)
@@ -116,8 +124,7 @@ def _attention_fake(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    if problems := attention_problems(q, k, v, table, key_mask):
-        raise_problems("rel_pos_attention", problems, q=q, k=k, v=v, table=table, key_mask=key_mask)
+    check_attention(q, k, v, table, key_mask, window, dropout_p, seed)
     batch, tokens, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=lse_dtype)
@@ -139,6 +146,7 @@ def _attention_backward_fake(
     seed: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_attention_backward(grad_out, q, k, v, table, key_mask, out, lse, window, scale, dropout_p, seed, output_mask)
     inputs = (q, k, v, table)
     return tuple(
         x.new_empty(x.shape) if needed and x is not None else q.new_empty(0)

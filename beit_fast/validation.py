@@ -19,22 +19,76 @@ def check_attention(
     window: Window,
     dropout_p: float,
     seed: int,
+    *,
+    refusals: Sequence[str] = (),
 ) -> None:
-    """Raise ValueError unless the arguments of `rel_pos_attention` fit together (see there for shapes)."""
-    problems = attention_problems(q, k, v, table, key_mask) + _window_problems(q, table, window)
+    """Raise ValueError unless the arguments of `rel_pos_attention` fit together (see there for shapes).
+
+    `refusals` are further reasons, of the kernel that would serve. Sizes may be symbolic: those are left to run time.
+    """
+    problems = _attention_problems(q, k, v, table, key_mask, window, dropout_p, seed)
+    if problems or refusals:
+        given = {"q": q, "k": k, "v": v, "table": table, "key_mask": key_mask}
+        raise_problems("rel_pos_attention", [*problems, *refusals], **given)
+
+
+def check_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: Window,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    output_mask: Sequence[bool],
+    *,
+    refusals: Sequence[str] = (),
+) -> None:
+    """Raise ValueError unless the arguments of `rel_pos_attention_backward` fit together, as `check_attention` does."""
+    problems = _attention_problems(q, k, v, table, key_mask, window, dropout_p, seed)
+    for name, tensor in (("grad_out", grad_out), ("out", out)):
+        if tensor.shape != q.shape or tensor.dtype != q.dtype:
+            problems.append(f"{name} must have the shape and dtype of q")
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if lse.dtype != lse_dtype or q.ndim != 4 or lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
+        problems.append(f"lse must be {str(lse_dtype).removeprefix('torch.')} [B, H, N]")
+    if any(x.device != q.device for x in (grad_out, out, lse)):
+        problems.append("grad_out, out and lse must be on the device of q")
+    if problems or refusals:
+        given = {"grad_out": grad_out, "q": q, "k": k, "v": v, "table": table, "key_mask": key_mask}
+        raise_problems("rel_pos_attention_backward", [*problems, *refusals], **given, out=out, lse=lse)
+
+
+def _attention_problems(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    key_mask: Tensor | None,
+    window: Window,
+    dropout_p: float,
+    seed: int,
+) -> list[str]:
+    problems = tensor_problems(q, k, v, table, key_mask) + _window_problems(q, table, window)
     if not 0.0 <= dropout_p < 1.0:
         problems.append(f"dropout_p is {dropout_p}, not in [0, 1)")
-    if not 0 <= seed < 2**63:
+    if isinstance(seed, int) and not 0 <= seed < 2**63:
         problems.append(f"seed is {seed}, not in [0, 2**63)")
-    if problems:
-        raise_problems("rel_pos_attention", problems, q=q, k=k, v=v, table=table, key_mask=key_mask)
+    return problems
 
 
-def attention_problems(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, key_mask: Tensor | None) -> list[str]:
-    """What is wrong with the tensors' ranks, dtypes, devices and heads; safe with symbolic sizes."""
+def tensor_problems(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, key_mask: Tensor | None) -> list[str]:
+    """What is wrong with the tensors of attention: ranks, sizes, dtypes, devices and heads."""
     problems = []
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
         problems.append("q, k and v must have one shape [B, N, H, D]")
+    elif 0 in _known(q.shape[1], q.shape[3]):
+        problems.append("q, k and v must have at least one token and one number a head")
     if not q.dtype.is_floating_point or k.dtype != q.dtype or v.dtype != q.dtype:
         problems.append("q, k and v must have one floating-point dtype")
     if any(x is not None and x.device != q.device for x in (k, v, table, key_mask)):
@@ -51,16 +105,21 @@ def attention_problems(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, ke
 
 
 def _window_problems(q: Tensor, table: Tensor | None, window: Window) -> list[str]:
-    if table is None or q.ndim != 4 or table.ndim != 2:
+    if table is None or q.ndim != 4 or table.ndim != 2 or len(_known(*window)) != len(window):
         return []
     if len(window) != 2 or min(window) < 1:
         return [f"window must be two positive numbers (height, width) of patches, not {tuple(window)}"]
     problems = []
-    if q.shape[1] != token_count(window):
+    if any(tokens != token_count(window) for tokens in _known(q.shape[1])):
         problems.append(f"a window {tuple(window)} has {token_count(window)} tokens, not {q.shape[1]}")
-    if table.shape[0] != table_rows(window):
+    if any(rows != table_rows(window) for rows in _known(table.shape[0])):
         problems.append(f"a window {tuple(window)} has {table_rows(window)} table rows, not {table.shape[0]}")
     return problems
+
+
+def _known(*sizes: int) -> list[int]:
+    """The sizes that are numbers: comparing a symbolic one would bind a traced program to it."""
+    return [size for size in sizes if isinstance(size, int)]
 
 
 def check_patch_embed(

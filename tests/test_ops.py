@@ -221,18 +221,35 @@ def test_two_runs_give_the_same_bits():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck_attention(masked):
-    case = attention_case((2, 3), masked=masked)
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck_attention(biased, masked):
+    case = attention_case((2, 3), masked=masked, biased=biased)
     opcheck(attention_op, (case.q, case.k, case.v, case.table, case.key_mask, case.window, 0.25, 0.1, 4))
-    opcheck(attention_op, (case.q, case.k, case.v, None, case.key_mask, (1, 1), 0.25))
 
 
-def test_opcheck_attention_backward():
+@pytest.mark.parametrize("trained", [(), (0,), (1, 2), (3,), (0, 1, 2)])
+def test_opcheck_attention_with_frozen_inputs(trained):
     case = attention_case((2, 3))
-    tensors = [x.detach() for x in (case.q, case.k, case.v, case.table)]
-    out, lse = attention_op(*tensors, None, case.window, 0.25)
+    leaves = [x.detach().requires_grad_(number in trained) for number, x in enumerate(case.leaves())]
+    opcheck(attention_op, (*leaves, None, case.window, 0.25))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck_attention_backward(biased, masked):
+    case = attention_case((2, 3), masked=masked, biased=biased)
+    tensors = [None if x is None else x.detach() for x in (case.q, case.k, case.v, case.table)] + [case.key_mask]
+    out, lse = attention_op(*tensors, case.window, 0.25, 0.1, 4)
     for mask in ([True] * 4, [False, False, False, True], [True, False, True, False]):
-        opcheck(backward_op, (case.grad_out, *tensors, None, out, lse, case.window, 0.25, 0.0, 0, mask))
+        opcheck(backward_op, (case.grad_out, *tensors, out, lse, case.window, 0.25, 0.1, 4, mask))
+
+
+def test_opcheck_attention_backward_of_a_transposed_table():
+    """The gradient is contiguous whatever the table's strides are, as the fake says: NVIDIA/cuEquivariance#223."""
+    case = attention_case((2, 3))
+    tensors = [x.detach() for x in (case.q, case.k, case.v)] + [case.table.detach().t().contiguous().t(), None]
+    out, lse = attention_op(*tensors, case.window, 0.25)
+    opcheck(backward_op, (case.grad_out, *tensors, out, lse, case.window, 0.25, 0.0, 0, [True] * 4))
 
 
 def test_double_backward_is_refused():
