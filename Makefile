@@ -1,4 +1,4 @@
-# Everything runs in .venv, which each target brings up to what it needs.
+# Everything runs in .venv, which each target brings up to what it needs; what needs a GPU runs in GPU_PYTHON as it is.
 PYTHON ?= python3
 # What the suite is run against; the package itself sets lower bounds only.
 TORCH ?= torch==2.13.0
@@ -8,6 +8,9 @@ TIMM ?= timm==1.0.31
 # Other versions that `make test-full` runs, each in a folder of its own laid over .venv.
 OTHER_TRITONS ?= 3.6.0 3.9.0
 OTHER_TRANSFORMERS ?= 4.57.6
+
+# Where there is a GPU: a Python that has torch with CUDA, Triton, pytest and Hypothesis already.
+GPU_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,40 +22,80 @@ MODEL ?=
 OUT ?= demo.png
 BENCH_OPTIONS ?=
 
-.PHONY: demo test test-full test-other-tritons test-other-transformers bench lint format clean
+.PHONY: demo test test-compiled test-interpreted test-full test-slow-compiled test-slow-interpreted
+.PHONY: bench lint format clean
+.PHONY: gpu gpu-test gpu-test-kernels gpu-test-device gpu-bench
 
 # The main job: BEiT on a photograph under three attention backends.
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out "$(OUT)" $(if $(IMAGE),--image "$(IMAGE)") $(if $(MODEL),--model "$(MODEL)")
 
-# The suite: three kinds of process, since Triton's interpreter and its compiler cannot share one.
+# Two processes at a time, each on one thread; what one of them prints is held back until it ends.
+SIDE_BY_SIDE := $(MAKE) --jobs=2 --output-sync=target --no-print-directory
+
+# The suite: separate processes, since Triton's interpreter and its compiler cannot share one.
 test: $(VENV)/.test
+	$(SIDE_BY_SIDE) test-interpreted test-compiled
+
+test-compiled:
 	$(BIN)/pytest -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" tests/interpreter
+
+test-interpreted:
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" tests/kernels
 
 # The long sweeps, and other versions of what we build on.
-test-full: $(VENV)/.test test-other-tritons test-other-transformers
+test-full: $(VENV)/.test $(OTHER_TRITONS:%=.venvs/triton-%/.done) $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
+	$(SIDE_BY_SIDE) test-slow-interpreted test-slow-compiled \
+	  $(OTHER_TRITONS:%=test-triton-%) $(OTHER_TRANSFORMERS:%=test-transformers-%)
+
+test-slow-compiled:
 	$(BIN)/pytest -m slow
-	TRITON_INTERPRET=1 $(BIN)/pytest -m slow tests/interpreter
 
-test-other-tritons: $(OTHER_TRITONS:%=.venvs/triton-%/.done)
-	set -e; for version in $(OTHER_TRITONS); do \
-	  echo "== triton $$version"; \
-	  PYTHONPATH=$(CURDIR)/.venvs/triton-$$version $(BIN)/pytest -m "not slow" tests/test_kernels_aot.py; \
-	  PYTHONPATH=$(CURDIR)/.venvs/triton-$$version TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" tests/interpreter; \
-	done
+test-slow-interpreted:
+	TRITON_INTERPRET=1 $(BIN)/pytest -m slow tests/kernels
 
-test-other-transformers: $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
-	set -e; for version in $(OTHER_TRANSFORMERS); do \
-	  echo "== transformers $$version"; \
-	  PYTHONPATH=$(CURDIR)/.venvs/transformers-$$version $(BIN)/pytest tests/versions; \
-	done
+# Another Triton: everything that it compiles, and the files that take every route through its interpreter.
+test-triton-%: .venvs/triton-%/.done
+	PYTHONPATH=$(CURDIR)/.venvs/triton-$* $(BIN)/pytest -m "not slow" tests/test_kernels_aot.py tests/test_machine_code.py
+	PYTHONPATH=$(CURDIR)/.venvs/triton-$* TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" \
+	  $(addprefix tests/kernels/test_,bias.py contract.py layouts.py parity.py routes.py)
+
+test-transformers-%: .venvs/transformers-%/.done
+	PYTHONPATH=$(CURDIR)/.venvs/transformers-$* $(BIN)/pytest tests/versions
+
+# What needs a CUDA device. Nothing is installed and nothing downloaded.
+gpu: gpu-test gpu-bench
+
+# The kernels against the oracle, and what only a device has: streams, graphs, memory, compute-sanitizer. Side by side,
+# because most of the time goes into compiling kernels, on one core each.
+gpu-test:
+	$(SIDE_BY_SIDE) gpu-test-kernels gpu-test-device
+
+gpu-test-kernels: GPU_TESTS := tests/kernels
+gpu-test-device: GPU_TESTS := tests/gpu
+gpu-test-kernels gpu-test-device:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" \
+	  $(GPU_TESTS)
 
 # Compares with the peers and writes benchmarks/results/; BENCH_OPTIONS=--full takes every size.
 bench: $(VENV)/.bench
 	mkdir -p build
 	$(BIN)/pytest benchmarks/ $(BENCH_OPTIONS) --benchmark-json=build/benchmarks.json
-	$(BIN)/python benchmarks/plot.py build/benchmarks.json --results benchmarks/results
+	$(BIN)/python -m benchmarks.plot build/benchmarks.json --results benchmarks/results
+
+# Attention on a GPU against its peers, in the Python at hand (torch for CUDA, Triton, pytest-benchmark, transformers,
+# matplotlib): no .venv, nothing is downloaded. RESULTS=FOLDER gets a copy, and the log of rows as the run goes on;
+# COMMIT=... is written down where this folder is no checkout.
+GPU_BUDGET ?= 440
+GPU_ROWS := $(or $(RESULTS),build)/gpu-bench.jsonl
+gpu-bench: export PYTHONPATH := $(CURDIR)
+gpu-bench:
+	rm -f "$(GPU_ROWS)"
+	$(GPU_PYTHON) -m pytest benchmarks/bench_attention.py --device=cuda --rows="$(GPU_ROWS)" --budget=$(GPU_BUDGET) \
+	  $(if $(COMMIT),--commit="$(COMMIT)") $(BENCH_OPTIONS); status=$$?; \
+	$(GPU_PYTHON) -m benchmarks.plot "$(GPU_ROWS)" --results benchmarks/results && \
+	$(if $(RESULTS),$(GPU_PYTHON) -m benchmarks.plot "$(GPU_ROWS)" --results "$(RESULTS)" &&) \
+	$(GPU_PYTHON) -m benchmarks.targets "$(GPU_ROWS)" && exit $$status
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

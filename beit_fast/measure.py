@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,41 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
         "default_dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "triton_interpret": os.environ.get("TRITON_INTERPRET") == "1",
+        "gpu": _gpu_facts(device) if device.type == "cuda" else None,
     }
+
+
+def _gpu_facts(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cudnn": torch.backends.cudnn.version(),
+        **gpu_readings(device, ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")),
+    }
+
+
+def gpu_readings(device: torch.device | str, fields: Sequence[str]) -> dict[str, str | None]:
+    """What nvidia-smi says of a CUDA device, by the names of `nvidia-smi --help-query-gpu`; None where it says nothing.
+
+    Clocks are in MHz, the power limit in watts.
+    """
+    return _ask_nvidia_smi(f"GPU-{torch.cuda.get_device_properties(device).uuid}", fields)
+
+
+def _ask_nvidia_smi(gpu: str, fields: Sequence[str]) -> dict[str, str | None]:
+    query = ",".join(fields)
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return dict.fromkeys(fields)
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    if done.returncode != 0 or len(values) != len(fields):
+        return dict.fromkeys(fields)
+    return {field: None if value.startswith("[") else value for field, value in zip(fields, values, strict=True)}
 
 
 def installed_version(distribution: str) -> str | None:

@@ -13,16 +13,17 @@ from torch import Tensor
 from beit_fast.position_bias import Window, gather_bias, table_rows, token_count
 
 FORWARD = "forward"
+BACKWARD = "backward"  # alone: the forward ran before the clock, and its graph is kept
 TRAINING = "training"
 TRAINING_FROZEN = "training, frozen table"
-MODES = (FORWARD, TRAINING, TRAINING_FROZEN)
+MODES = (FORWARD, BACKWARD, TRAINING, TRAINING_FROZEN)
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape, dtype and device, and what is timed: the forward, or a training step with its backward."""
+    """One shape, dtype and device, and what is timed: the forward, the backward, or both as a training step."""
 
     mode: str
     batch: int
@@ -50,13 +51,13 @@ class Case:
 
     @property
     def trains_table(self) -> bool:
-        return self.mode == TRAINING
+        return self.mode in (BACKWARD, TRAINING)
 
     @property
     def flops(self) -> int:
         """Two products in the forward; five in the backward, the scores that it computes again included."""
         product = 2 * self.batch * self.heads * self.tokens**2 * self.head_dim
-        return product * (7 if self.trains else 2)
+        return product * {FORWARD: 2, BACKWARD: 5}.get(self.mode, 7)
 
     def least_bytes(self, biased: bool) -> int:
         """Bytes that any kernel has to move: inputs read once, results written once, no [N, N] matrix."""
@@ -65,10 +66,10 @@ class Case:
         table = table_rows(self.window) * self.heads * size if biased else 0
         lse = self.batch * self.heads * self.tokens * 4
         forward = 4 * activation + table
-        if not self.trains:
-            return forward
-        backward = 8 * activation + table * (2 if self.trains_table else 1)
-        return forward + backward + 2 * lse
+        backward = 8 * activation + table * (2 if self.trains_table else 1) + lse
+        if self.mode == BACKWARD:
+            return backward
+        return forward + lse + backward if self.trains else forward
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Inputs:
     grad_out: Tensor
 
     def leaves(self, case: Case, biased: bool = True) -> dict[str, Tensor]:
-        """The tensors that the case's training step asks gradients for, by name; empty for a forward."""
+        """The tensors that the case asks gradients for, by name; empty for a forward."""
         if not case.trains:
             return {}
         leaves: dict[str, Tensor] = {"q": self.q, "k": self.k, "v": self.v}
@@ -92,11 +93,11 @@ class Inputs:
 
 
 def draw(case: Case) -> Inputs:
-    """Fresh inputs of `case`, the same values at each call."""
-    generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    """Fresh inputs of `case`, the same values at each call on one kind of device."""
+    generator = torch.Generator(case.device).manual_seed(zlib.crc32(str(case).encode()))
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(case.device, case.dtype)
+        return torch.randn(*shape, generator=generator, device=case.device).to(case.dtype)
 
     shape = (case.batch, case.tokens, case.heads, case.head_dim)
     q, k, v, grad_out = (normal(*shape) for _ in range(4))
@@ -165,7 +166,8 @@ def results_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], bias
     leaves = inputs.leaves(case, biased)
     with torch.set_grad_enabled(case.trains):
         out = attention()
-    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out) if leaves else ()
+    keep = case.mode == BACKWARD
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out, retain_graph=keep) if leaves else ()
     return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
@@ -175,7 +177,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def step_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased: bool) -> Callable[[], object]:
-    """What is timed: the forward without a graph, or forward and backward to the leaves of the case."""
+    """What is timed: the forward without a graph, forward and backward to the leaves of the case, or that backward."""
     leaves = list(inputs.leaves(case, biased).values())
 
     def forward() -> Tensor:
@@ -185,6 +187,9 @@ def step_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased:
     def train() -> tuple[Tensor, ...]:
         return torch.autograd.grad(attention(), leaves, inputs.grad_out)
 
+    if case.mode == BACKWARD:
+        out = attention()
+        return lambda: torch.autograd.grad(out, leaves, inputs.grad_out, retain_graph=True)
     return train if case.trains else forward
 
 
@@ -199,31 +204,38 @@ def cases(device: str, full: bool) -> list[Case]:
     return [Case(mode, batch, (side, side), dtype, device) for mode, dtype, shapes in sizes for batch, side in shapes]
 
 
-_LARGE = ((64, 14), (32, 24), (8, 32), (8, 40), (1, 40))
+_LARGE = ((64, 14), (32, 24), (8, 32), (8, 40))  # batch, side of the window
+_SINGLE = ((1, 24), (1, 32), (1, 40))
 _QUICK = {
     "cpu": (
         (FORWARD, torch.float32, ((1, 14), (8, 14), (1, 24), (1, 32))),
         (FORWARD, torch.bfloat16, ((1, 24),)),
+        (BACKWARD, torch.float32, ((1, 14),)),
         (TRAINING, torch.float32, ((1, 14), (1, 24))),
         (TRAINING_FROZEN, torch.float32, ((1, 14), (1, 24))),
     ),
     "cuda": (
-        (FORWARD, torch.bfloat16, ((64, 14), (8, 32))),
-        (TRAINING, torch.bfloat16, ((64, 14), (8, 32))),
-        (TRAINING_FROZEN, torch.bfloat16, ((64, 14), (8, 32))),
+        (FORWARD, torch.bfloat16, _LARGE + _SINGLE),
+        (TRAINING, torch.bfloat16, _LARGE + _SINGLE),
+        (BACKWARD, torch.bfloat16, _LARGE + _SINGLE),
+        (TRAINING_FROZEN, torch.bfloat16, _LARGE + _SINGLE),
+        (FORWARD, torch.float16, ((8, 32),)),
+        (TRAINING, torch.float16, ((8, 32),)),
+        (FORWARD, torch.float32, ((8, 32),)),
+        (TRAINING, torch.float32, ((8, 32),)),
     ),
 }
 _FULL = {
     "cpu": (
-        (FORWARD, torch.float32, ((1, 14), (8, 14), (1, 24), (1, 32), *_LARGE)),
-        (FORWARD, torch.bfloat16, ((1, 24), *_LARGE)),
+        (FORWARD, torch.float32, ((1, 14), (8, 14), *_SINGLE, *_LARGE)),
+        (FORWARD, torch.bfloat16, ((1, 24), (1, 40), *_LARGE)),
+        (BACKWARD, torch.float32, ((1, 14), (1, 24), (1, 32), (8, 14), (8, 24))),
         (TRAINING, torch.float32, ((1, 14), (1, 24), (1, 32), (8, 14), (8, 24))),
         (TRAINING_FROZEN, torch.float32, ((1, 14), (1, 24), (1, 32), (8, 14), (8, 24))),
     ),
-    "cuda": (
-        (FORWARD, torch.bfloat16, _LARGE),
-        (FORWARD, torch.float32, ((8, 32),)),
-        (TRAINING, torch.bfloat16, _LARGE),
-        (TRAINING_FROZEN, torch.bfloat16, _LARGE),
+    "cuda": tuple(
+        (mode, dtype, _LARGE + _SINGLE)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for mode in (FORWARD, TRAINING, BACKWARD, TRAINING_FROZEN)
     ),
 }

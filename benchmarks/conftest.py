@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from beit_fast.measure import environment, peak_memory, synchronize, why_no_peak_memory
+from beit_fast.measure import environment, gpu_readings, peak_memory, why_no_peak_memory
 
 from .cases import DTYPE_NAMES, Case, chosen_device, draw, reference, relative_error, results_of, step_of
+from .clocks import DeviceClock, HostClock, clock_of, single_call
 from .peers import Peer
+from .rows import Row, RowLog, row_of
 
-SECONDS_PER_TEST = 1.0  # spent in timed rounds, as far as the least number of rounds lets
-ROUNDS = (5, 50)  # least, most
-SHORTEST_ROUND = 1e-3  # seconds: shorter calls are repeated within a round
-_rows = pytest.StashKey[list[dict[str, Any]]]()
+_conditions = pytest.StashKey[dict[str, Any]]()
+_rows = pytest.StashKey[list[Row]]()
+_log = pytest.StashKey[RowLog | None]()
+_started = pytest.StashKey[float]()
+_entry = pytest.StashKey[tuple[Case, Peer]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="where to measure (cuda where there is one, else cpu)",
     )
+    group.addoption("--rows", type=Path, metavar="FILE.jsonl", help="write each measurement here as soon as it is done")
+    group.addoption("--budget", type=float, metavar="SECONDS", help="after this time the remaining tests are skipped")
+    group.addoption("--commit", help="what was measured, where this folder is no git checkout that would tell")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,42 +47,65 @@ def pytest_configure(config: pytest.Config) -> None:
     if chosen_device(config.option.device) == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
     config.option.benchmark_quiet = True  # the table below says more
+    conditions = environment(chosen_device(config.option.device))
+    conditions["commit"] = config.option.commit or conditions["commit"]
+    config.stash[_conditions] = conditions
     config.stash[_rows] = []
+    config.stash[_log] = RowLog(config.option.rows, conditions) if config.option.rows else None
+    config.stash[_started] = time.monotonic()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    conditions = environment(chosen_device(config.option.device))
+    conditions = config.stash[_conditions]
     lines = [f"measured on: {conditions['device_name']}, {conditions['threads']} threads, {conditions['system']}"]
     names = ("torch", "cuda", "triton", "transformers", "beit_fast", "commit", "python")
     lines.append("with: " + ", ".join(f"{name} {conditions[name] or 'none'}" for name in names))
+    if conditions["gpu"]:
+        lines.append("gpu: " + ", ".join(f"{name} {value or 'unknown'}" for name, value in conditions["gpu"].items()))
     reason = why_no_peak_memory(chosen_device(config.option.device))
     return lines + ([f"peak memory is not measured: {reason}"] if reason else [])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["beit_fast"] = environment(chosen_device(config.option.device))
+    machine_info["beit_fast"] = config.stash[_conditions]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    clock = functools.partial(_idle_clock, chosen_device(config.option.device))
-    clock.__name__ = "perf_counter_of_idle_device"  # type: ignore[attr-defined]
-    clock.__module__ = __name__
     for item in items:
+        clock = clock_of(chosen_device(config.option.device))
         item.add_marker(pytest.mark.benchmark(timer=clock, disable_gc=True))
+    items.sort(key=_long_compilation)
 
 
-def _idle_clock(device: str) -> float:
-    """Seconds, read once the device has done its work: a round is timed from idle to idle."""
-    synchronize(device)
-    return time.perf_counter()
+def _long_compilation(item: pytest.Item) -> str:
+    """Sorts what compiles for long to the end, one peer after the other: it is what a budget should cut."""
+    callspec = getattr(item, "callspec", None)  # only parametrised tests have one
+    peer = callspec.params.get("peer") if callspec is not None else None
+    return peer.name if peer is not None and peer.compiles else ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    log = item.config.stash[_log]
+    if log is not None and call.excinfo is not None and _entry in item.stash:
+        case, peer = item.stash[_entry]
+        reason = " ".join(str(call.excinfo.value).removeprefix(f"{peer.name}: ").split())
+        log.left_out(str(case), peer.name, reason[:500] or call.excinfo.typename)
+    return report
 
 
 @pytest.fixture
 def race(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[[Case, Peer], None]]:
     """Check one peer on one case against fp64, then time it; what is wrong fails and gets no time."""
+    stash = request.config.stash
+    clock: HostClock | DeviceClock = request.node.get_closest_marker("benchmark").kwargs["timer"]
 
     def run(case: Case, peer: Peer) -> None:
+        request.node.stash[_entry] = case, peer
         _skip_missing(case, peer, request.config)
         if peer.compiles:
             torch.compiler.reset()
@@ -84,25 +113,49 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[[C
         attention = peer.build(case, inputs)
         errors = _checked_errors(case, peer, results_of(case, inputs, attention, peer.biased))
         step = step_of(case, inputs, attention, peer.biased)
+        facts = benchmark.extra_info
+        facts.update(_facts(case, peer), errors=errors, clock=clock.meaning)
         benchmark.group = str(case)
-        benchmark.extra_info.update(_facts(case, peer), errors=errors)
-        _time(benchmark, step, case.device)
+        iterations, rounds = clock.plan(step)
+        benchmark.pedantic(step, rounds=rounds, iterations=iterations, warmup_rounds=1)
         if benchmark.stats is None:  # --benchmark-disable: the check alone was asked for
             return
-        benchmark.extra_info["peak_memory"] = peak_memory(step, case.device)
-        benchmark.extra_info["tflops"] = case.flops / benchmark.stats.stats.median / 1e12
-        request.config.stash[_rows].append(_row(benchmark))
+        facts.update(
+            queued_ahead=clock.queued_ahead,
+            sm_clock_mhz=_sm_clock(case),
+            single_call=single_call(step, case.device) if case.device == "cuda" else None,
+            peak_memory=peak_memory(step, case.device),
+            tflops=case.flops / benchmark.stats.stats.median / 1e12,
+        )
+        times = benchmark.stats.stats
+        stats = {"median": times.median, "iqr": times.iqr, "rounds": times.rounds, "iterations": iterations}
+        stash[_rows].append({**facts, **stats})
+        if (log := stash[_log]) is not None:
+            log.measured(row_of(facts, stats))
 
     yield run
     gc.collect()
+    gc.freeze()  # or every collection goes through all that torch and Transformers hold, hundreds of times
 
 
 def _skip_missing(case: Case, peer: Peer, config: pytest.Config) -> None:
+    budget = config.getoption("budget")
+    if budget is not None and time.monotonic() - config.stash[_started] > budget:
+        pytest.skip(f"{peer.name}: the run's budget of {budget:g} seconds is spent")
     reason = peer.why_missing(case)
     if reason is None and peer.compiles and case.device == "cpu" and not config.getoption("full"):
         reason = "compiles for long on a CPU: measured with --full"
     if reason is not None:
         pytest.skip(f"{peer.name}: {reason}")
+
+
+@functools.lru_cache(maxsize=1)
+def _sm_clock(case: Case) -> int | None:
+    """MHz, right after the first peer of a case was timed."""
+    if case.device != "cuda":
+        return None
+    clock = gpu_readings(case.device, ("clocks.sm",))["clocks.sm"]
+    return int(clock) if clock is not None else None
 
 
 def _checked_errors(case: Case, peer: Peer, results: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -118,15 +171,6 @@ def _checked_errors(case: Case, peer: Peer, results: dict[str, torch.Tensor]) ->
     return errors
 
 
-def _time(benchmark: Any, step: Callable[[], object], device: str) -> None:
-    start = _idle_clock(device)
-    step()
-    once = _idle_clock(device) - start
-    iterations = max(1, min(1000, math.ceil(SHORTEST_ROUND / once)))
-    rounds = int(min(max(SECONDS_PER_TEST / (once * iterations), ROUNDS[0]), ROUNDS[1]))
-    benchmark.pedantic(step, rounds=rounds, iterations=iterations, warmup_rounds=1)
-
-
 def _facts(case: Case, peer: Peer) -> dict[str, Any]:
     return {
         "case": str(case),
@@ -140,18 +184,17 @@ def _facts(case: Case, peer: Peer) -> dict[str, Any]:
         "peer": peer.name,
         "what": peer.what,
         "biased": peer.biased,
+        "learnable": peer.learnable,
         "kernel": peer.kernel(case),
         "least_bytes": case.least_bytes(peer.biased),
         "flops": case.flops,
     }
 
 
-def _row(benchmark: Any) -> dict[str, Any]:
-    stats = benchmark.stats.stats
-    return {**benchmark.extra_info, "median": stats.median, "iqr": stats.iqr, "rounds": stats.rounds}
-
-
-_TABLE_HEAD = f"{'peer':36}{'kernel':20}{'median ms':>11}{'iqr ms':>9}{'TFLOP/s':>9}{'peak MiB':>10}{'worst error':>13}"
+_TABLE_HEAD = (
+    f"{'peer':48}{'kernel':20}{'median ms':>12}{'iqr ms':>9}{'1 call ms':>11}{'TFLOP/s':>9}{'peak MiB':>10}"
+    f"{'worst error':>13}"
+)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -161,12 +204,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(_TABLE_HEAD)
         for row in sorted((row for row in rows if row["case"] == case), key=lambda row: row["median"]):
             terminalreporter.write_line(_table_line(row))
+    if any(row["queued_ahead"] is False for row in rows):
+        terminalreporter.write_line("* the device had to wait for the host, so the median holds time of the host too")
 
 
 def _table_line(row: dict[str, Any]) -> str:
     memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.1f}"
+    single = "-" if row["single_call"] is None else f"{row['single_call'] * 1e3:.3f}"
     name = row["peer"] if row["biased"] else row["peer"] + " (another result)"
+    waited = "*" if row["queued_ahead"] is False else " "
     return (
-        f"{name:36}{row['kernel']:20}{row['median'] * 1e3:11.3f}{row['iqr'] * 1e3:9.3f}{row['tflops']:9.3f}"
-        f"{memory:>10}{max(row['errors'].values()):13.1e}"
+        f"{name:48}{row['kernel']:20}{row['median'] * 1e3:11.3f}{waited}{row['iqr'] * 1e3:9.3f}{single:>11}"
+        f"{row['tflops']:9.3f}{memory:>10}{max(row['errors'].values()):13.1e}"
     )

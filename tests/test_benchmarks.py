@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -17,26 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-PACKAGE = "beit_fast_benchmarks"
+from beit_fast import measure
+from beit_fast.position_bias import relative_position_index, token_count
+
+from .support.benchmarks import BENCHMARKS, benchmark_house
 
 
 @pytest.fixture(scope="module")
 def house() -> Iterator[ModuleType]:
-    """The folder `benchmarks/` as a package, whatever else is called so."""
-    spec = importlib.util.spec_from_file_location(PACKAGE, BENCHMARKS / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACKAGE] = module
-    spec.loader.exec_module(module)
-    for name in ("cases", "peers", "plot"):
-        importlib.import_module(f"{PACKAGE}.{name}")
-    yield module
-    for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
-        del sys.modules[name]
+    with benchmark_house() as module:
+        yield module
 
 
 def small_case(house: ModuleType, mode: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -58,8 +46,16 @@ def test_every_case_names_itself_once(house: ModuleType) -> None:
             assert len(set(names)) == len(names) > 0
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward", "training", "training, frozen table"])
+def test_a_gpu_run_has_every_mode_at_every_size(house: ModuleType, mode: str) -> None:
+    cases = house.cases.cases("cuda", full=False)
+    sizes = {(case.batch, case.tokens) for case in cases if case.mode == mode and case.dtype == torch.bfloat16}
+    assert {(64, 197), (32, 577), (8, 1025), (8, 1601), (1, 577), (1, 1025), (1, 1601)} == sizes
+    assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16, torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mode", ["forward", "training", "training, frozen table"])
+@pytest.mark.parametrize("mode", ["forward", "backward", "training", "training, frozen table"])
 def test_every_peer_that_can_run_is_right(house: ModuleType, mode: str, dtype: torch.dtype) -> None:
     case = small_case(house, mode, dtype)
     checked = []
@@ -85,7 +81,173 @@ def test_a_peer_that_cannot_take_part_says_why(house: ModuleType) -> None:
     assert "inference only" in peers["flex_attention"].why_missing(training)
     assert "gradient" in peers["sdpa prebuilt bias"].why_missing(training)
     assert "CUDA backend" in peers["sdpa prebuilt bias cudnn"].why_missing(training)
-    assert "no table" in peers["sdpa without bias"].why_missing(training)
+    on_cuda = house.cases.Case("training", 2, (3, 3), torch.float32, "cuda")
+    assert "by name" in peers["sdpa without bias"].why_missing(on_cuda)
+    assert "by name" in peers["sdpa prebuilt bias"].why_missing(on_cuda)
+    assert "gradient" in peers["sdpa prebuilt bias cudnn"].why_missing(on_cuda)
+    assert peers["flex_attention"].why_missing(on_cuda) is None
+
+
+def test_a_backend_that_is_forced_and_refuses_is_quoted(house: ModuleType) -> None:
+    backend = torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+
+    def build(case: Any, inputs: Any) -> Any:
+        def run() -> torch.Tensor:
+            with torch.nn.attention.sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
+
+        return run
+
+    refusal = house.peers._refusal(small_case(house, "forward"), build, False)
+    assert "No viable backend" in refusal or "No available kernel" in refusal
+
+
+def test_a_backend_that_refuses_only_its_backward_is_quoted(house: ModuleType) -> None:
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no plan for this backward\nand a long trace")
+
+    def build(case: Any, inputs: Any) -> Any:
+        return lambda: Forward.apply(inputs.q + inputs.k + inputs.v)
+
+    assert house.peers._refusal(small_case(house, "forward"), build, False) is None
+    assert house.peers._refusal(small_case(house, "backward"), build, False) == "no plan for this backward"
+
+
+@pytest.mark.parametrize("window", [(3, 3), (2, 5), (5, 2)])
+@pytest.mark.parametrize("name", ["row_by_index", "row_by_coordinates"])
+def test_flex_attention_reads_the_rows_of_the_paper(house: ModuleType, name: str, window: tuple[int, int]) -> None:
+    row_of = getattr(house.peers, name)(house.cases.Case("forward", 1, window, torch.float32, "cpu"))
+    tokens = torch.arange(token_count(window), dtype=torch.int32)
+    rows = torch.vmap(torch.vmap(row_of, (None, 0)), (0, None))(tokens, tokens)
+    assert torch.equal(rows.long(), relative_position_index(window))
+
+
+def test_a_ready_bias_is_the_gathered_one_with_padded_rows(house: ModuleType) -> None:
+    case = small_case(house, "forward")
+    inputs = house.cases.draw(case)
+    ready = house.peers._prebuilt_bias(case, inputs)()
+    assert torch.equal(ready, house.peers._gathered_bias(case, inputs)())
+    assert ready.stride(-1) == 1
+    assert ready.stride(-2) == 16  # 10 tokens
+
+
+def test_backward_alone_runs_no_forward(house: ModuleType) -> None:
+    case = small_case(house, "backward")
+    inputs = house.cases.draw(case)
+    peer = next(peer for peer in house.peers.PEERS if peer.name == "beit_fast triton")
+    forwards: list[int] = []
+    attention = peer.build(case, inputs)
+
+    def counted() -> torch.Tensor:
+        forwards.append(1)
+        return attention()
+
+    step = house.cases.step_of(case, inputs, counted, True)
+    gradients = [step(), step()]
+    assert len(forwards) == 1
+    exact = house.cases.reference(case, True)
+    for once in gradients:
+        for name, gradient in zip(("q", "k", "v", "table"), once, strict=True):
+            assert house.cases.relative_error(gradient, exact.results[name]) <= exact.budgets[name]
+
+
+class SimulatedDevice:
+    """A device with one queue and a host that launches into it: times in seconds, on two clocks of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, clocks: ModuleType) -> None:
+        self.host = self.device = 1.0
+        simulation = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: Any) -> None:
+                self.time = max(simulation.device, simulation.host)
+
+            def query(self) -> bool:
+                return self.time <= simulation.host
+
+            def synchronize(self) -> None:
+                simulation.host = max(simulation.host, self.time)
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.time - self.time) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(0.0, cycles / clocks.SPIN_RATE))
+        monkeypatch.setattr(clocks, "synchronize", lambda device: self.wait())
+        monkeypatch.setattr(clocks.time, "perf_counter", lambda: self.host)
+
+    def launch(self, cost: float, work: float) -> None:
+        self.host += cost
+        self.device = max(self.device, self.host) + work
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+
+@pytest.mark.parametrize(("cost", "work"), [(1e-4, 2e-5), (2e-5, 1e-3), (3e-3, 1e-5)])
+def test_device_clock_leaves_out_what_the_host_needs(
+    house: ModuleType, monkeypatch: pytest.MonkeyPatch, cost: float, work: float
+) -> None:
+    simulated = SimulatedDevice(monkeypatch, house.clocks)
+    clock = house.clocks.clock_of("cuda")
+    iterations, rounds = clock.plan(lambda: simulated.launch(cost, work))
+    assert 10 <= rounds <= 30
+    for _ in range(rounds):
+        started = clock()
+        for _ in range(iterations):
+            simulated.launch(cost, work)
+        assert clock() - started == pytest.approx(iterations * work)
+    assert clock.queued_ahead is True
+
+
+def test_device_clock_tells_when_the_device_waited_for_the_host(
+    house: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated = SimulatedDevice(monkeypatch, house.clocks)
+    clock = house.clocks.clock_of("cuda")
+
+    def waiting_step() -> None:
+        simulated.launch(1e-4, 2e-5)
+        simulated.wait()
+
+    clock.plan(waiting_step)
+    started = clock()
+    for _ in range(3):
+        waiting_step()
+    assert clock() - started == pytest.approx(2e-5 + 2 * 1.2e-4)
+    assert clock.queued_ahead is False
+
+
+def test_device_clock_forgives_a_host_that_is_late_now_and_then(
+    house: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated = SimulatedDevice(monkeypatch, house.clocks)
+    clock = house.clocks.clock_of("cuda")
+    clock.plan(lambda: simulated.launch(1e-4, 2e-5))
+    for late in (False, False, True, False):
+        clock()
+        simulated.launch(1.0 if late else 1e-4, 2e-5)
+        clock()
+    assert clock.queued_ahead is True
+    clock()
+    simulated.launch(1.0, 2e-5)
+    clock()
+    assert clock.queued_ahead is False
+
+
+def test_single_call_holds_the_host_part(house: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated = SimulatedDevice(monkeypatch, house.clocks)
+    assert house.clocks.single_call(lambda: simulated.launch(1e-4, 2e-5), "cuda") == pytest.approx(1.2e-4)
 
 
 def test_counts_of_work_and_bytes(house: ModuleType) -> None:
@@ -95,6 +257,10 @@ def test_counts_of_work_and_bytes(house: ModuleType) -> None:
     assert case.least_bytes(biased=True) - case.least_bytes(biased=False) == 732 * 12 * 2
     training = house.cases.Case("training", 8, (14, 14), torch.bfloat16, "cpu")
     assert training.flops * 2 == case.flops * 7
+    backward = house.cases.Case("backward", 8, (14, 14), torch.bfloat16, "cpu")
+    assert backward.flops + case.flops == training.flops
+    lse = 8 * 12 * 197 * 4  # written by the forward of a training step
+    assert backward.least_bytes(True) + case.least_bytes(True) + lse == training.least_bytes(True)
 
 
 PROBE = """
@@ -139,17 +305,21 @@ def test_probe(peer, race):
 """
 
 
-def test_wrong_is_refused_before_it_is_timed(tmp_path: Path) -> None:
-    """Only `frozen` has the right output: its table gradient is zero, and that is seen too."""
+def run_probe(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    for name in ("__init__.py", "cases.py", "peers.py", "conftest.py"):
+    for name in ("__init__.py", "cases.py", "clocks.py", "peers.py", "rows.py", "conftest.py"):
         shutil.copy(BENCHMARKS / name, folder)
     (folder / "bench_probe.py").write_text(PROBE)
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -ra\n")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--device=cpu", "--benchmark-json=run.json"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--device=cpu", *options]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=120, check=False)
+
+
+def test_wrong_is_refused_before_it_is_timed(house: ModuleType, tmp_path: Path) -> None:
+    """Only `frozen` has the right output: its table gradient is zero, and that is seen too."""
+    done = run_probe(tmp_path, "--benchmark-json=run.json", "--rows=rows.jsonl", "--commit=0123abc")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "3 failed, 1 passed, 1 skipped" in done.stdout
     assert "transposed is wrong on training-2x10-fp32 and was not timed. out: relative error" in done.stdout
@@ -157,7 +327,7 @@ def test_wrong_is_refused_before_it_is_timed(tmp_path: Path) -> None:
     assert "frozen is wrong on training-2x10-fp32 and was not timed. table: relative error" in done.stdout
     assert "absent: stayed at home" in done.stdout
     assert "measured on: " in done.stdout
-    calls = (folder / "calls.txt").read_text().split()
+    calls = (tmp_path / "benchmarks" / "calls.txt").read_text().split()
     assert [calls.count(name) for name in ("transposed", "nan", "frozen")] == [1, 1, 1]
     assert calls.count("right") > 5
     (measured,) = json.loads((tmp_path / "run.json").read_text())["benchmarks"]
@@ -168,98 +338,54 @@ def test_wrong_is_refused_before_it_is_timed(tmp_path: Path) -> None:
     assert set(facts["errors"]) == {"out", "q", "k", "v", "table"}
     assert facts["least_bytes"] > 0
 
-
-def measured(mode: str, batch: int, tokens: int, dtype: str, peer: str, memory: int | None) -> dict[str, Any]:
-    """One entry as pytest-benchmark writes it, with the fixture's facts."""
-    side = math.isqrt(tokens - 1)
-    return {
-        "extra_info": {
-            **{"mode": mode, "batch": batch, "tokens": tokens, "window": [side, side], "heads": 12, "head_dim": 64},
-            **{"dtype": dtype, "peer": peer, "kernel": "triton/composite", "biased": True, "tflops": 0.123456789},
-            **{"peak_memory": memory, "errors": {"out": 1.23456789e-7}, "flops": 10, "least_bytes": 20},
-            "case": "not kept",
-        },
-        "stats": {"median": 0.0123456789, "iqr": 1e-4, "rounds": 9, "iterations": 2, "data": [1, 2, 3]},
-    }
+    logged = house.rows.read_results(tmp_path / "rows.jsonl")
+    from_pytest = house.rows.read_results(tmp_path / "run.json")
+    assert logged["rows"] == from_pytest["rows"]
+    assert logged["conditions"] == from_pytest["conditions"]
+    assert logged["conditions"]["commit"] == "0123abc"
+    left_out = {entry["peer"]: entry for entry in logged["left_out"]}
+    assert set(left_out) == {"transposed", "nan", "frozen", "absent"}
+    assert left_out["absent"] == {"peer": "absent", "reason": "stayed at home", "cases": ["training-2x10-fp32"]}
+    assert "was not timed. table: relative error" in left_out["frozen"]["reason"]
 
 
-def write_run(path: Path, memory: int | None = 5 << 20) -> Path:
-    conditions = {
-        **{"device": "cpu", "device_name": "AMD EPYC 9B14 96-Core Processor", "threads": 2, "commit": "0123abc"},
-        **{"torch": "2.13.0+cpu", "triton": None, "transformers": "5.23.0", "beit_fast": "0.1.0"},
-    }
-    benchmarks = [
-        measured(mode, batch, tokens, "fp32", peer, memory)
-        for mode in ("forward", "training")
-        for batch, tokens in ((8, 197), (1, 197), (1, 577), (1, 1025))
-        for peer in ("beit_fast triton", "transformers sdpa", "a peer of tomorrow")
-    ]
-    machine = {"beit_fast": conditions, "node": "a-private-host-name"}
-    run = {"machine_info": machine, "datetime": "2026-02-03T04:05:06", "benchmarks": benchmarks}
-    path.write_text(json.dumps(run))
-    return path
+def test_a_spent_budget_skips_what_is_left_and_says_so(tmp_path: Path) -> None:
+    done = run_probe(tmp_path, "--budget=0", "--rows=rows.jsonl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 skipped" in done.stdout
+    conditions, *left_out = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert conditions["conditions"]["device"] == "cpu"
+    assert [entry["left_out"] for entry in left_out] == ["the run's budget of 0 seconds is spent"] * 5
 
 
-def test_plot_condenses_a_run_and_draws_it(house: ModuleType, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run.json")
-    assert house.plot.main([str(run), "--results", str(tmp_path / "results")]) == 0
-    text = (tmp_path / "results" / "amd-epyc-9b14-cpu-2-threads.json").read_text()
-    results = json.loads(text)
-    assert "a-private-host-name" not in text
-    assert results["conditions"]["commit"] == "0123abc"
-    assert results["date"] == "2026-02-03"
-    assert len(results["rows"]) == 24
-    row = results["rows"][0]
-    assert tuple(row) == house.plot.ROW_FIELDS
-    assert (row["median"], row["iqr"], row["rounds"], row["errors"]) == (0.01235, 1e-4, 9, {"out": 1.235e-7})
-    with Image.open(tmp_path / "results" / "amd-epyc-9b14-cpu-2-threads.png") as picture:
-        assert picture.width > 1000
-        assert len(picture.getcolors(1 << 24) or []) > 50
-
-
-def test_plot_reads_its_own_results_again(house: ModuleType, tmp_path: Path) -> None:
-    write_run(tmp_path / "run.json")
-    house.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path)])
-    first = (tmp_path / "amd-epyc-9b14-cpu-2-threads.json").read_bytes()
-    again = tmp_path / "again"
-    assert house.plot.main([str(tmp_path / "amd-epyc-9b14-cpu-2-threads.json"), "--results", str(again)]) == 0
-    assert (again / "amd-epyc-9b14-cpu-2-threads.json").read_bytes() == first
-
-
-def test_plot_draws_where_memory_was_not_measured(house: ModuleType, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run.json", memory=None)
-    assert house.plot.main([str(run), "--out", str(tmp_path / "out")]) == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["amd-epyc-9b14-cpu-2-threads.png"]
-
-
-def test_picture_takes_the_commonest_batch_of_a_size_and_says_its_conditions(house: ModuleType, tmp_path: Path) -> None:
-    results = house.plot.read_results(write_run(tmp_path / "run.json"))
-    panels = house.plot.panels_of(results["rows"])
-    assert [rows[0]["mode"] for rows in panels] == ["forward", "training"]
-    assert {(row["tokens"], row["batch"]) for row in panels[0]} == {(197, 1), (577, 1), (1025, 1)}
-    caption = " ".join(house.plot.caption(results, panels).split())
-    for condition in ("AMD EPYC 9B14", "2 CPU threads", "torch 2.13.0+cpu", "0123abc", "2026-02-03", "H=12, D=64"):
-        assert condition in caption
+def test_gpu_bench_uses_the_python_at_hand() -> None:
+    command = ["make", "--dry-run", "gpu-bench", "RESULTS=elsewhere", "COMMIT=0123abc", "GPU_PYTHON=some-python"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, check=True)
+    assert "pip" not in done.stdout
+    assert ".venv" not in done.stdout
+    assert "some-python -m pytest benchmarks/bench_attention.py --device=cuda" in done.stdout
+    assert '--rows="elsewhere/gpu-bench.jsonl"' in done.stdout
+    assert "some-python -m benchmarks.targets" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("device", "name", "slug"),
+    ("script", "expected"),
     [
-        ("cuda", "NVIDIA H200", "nvidia-h200"),
-        ("cpu", "Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz", "intel-xeon-gold-6338-cpu-2-threads"),
-        ("cpu", "aarch64", "aarch64-cpu-2-threads"),
+        ("echo 580.1, [N/A]", {"driver_version": "580.1", "power.limit": None}),
+        ("echo No devices were found; exit 6", {"driver_version": None, "power.limit": None}),
+        ("echo 580.1", {"driver_version": None, "power.limit": None}),
     ],
 )
-def test_file_name_of_a_device(house: ModuleType, device: str, name: str, slug: str) -> None:
-    assert house.plot.device_slug({"device": device, "device_name": name, "threads": 2}) == slug
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"machine_info": {"beit_fast": {}}, "benchmarks": []}'])
-def test_plot_refuses_what_holds_no_measurement(
-    house: ModuleType, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+def test_nvidia_smi_is_read_and_its_silence_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, expected: dict[str, str | None]
 ) -> None:
-    (tmp_path / "run.json").write_text(content)
-    assert house.plot.main([str(tmp_path / "run.json"), "--out", str(tmp_path)]) == 2
-    assert "run.json" in capsys.readouterr().err
-    assert house.plot.main([str(tmp_path / "missing.json")]) == 2
-    assert list(tmp_path.glob("*.png")) == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert measure._ask_nvidia_smi("GPU-0", ("driver_version", "power.limit")) == expected
+
+
+def test_a_machine_without_nvidia_smi_tells_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure._ask_nvidia_smi("GPU-0", ("driver_version",)) == {"driver_version": None}

@@ -1,113 +1,249 @@
 """Every attention kernel becomes a cubin for every supported GPU, without a GPU: nothing spills, everything fits.
 
-The compiler runs in a process of its own, once for each architecture and dtype.
+Also counted: the instructions of the main loop, with and without the bias; and read off the compiler's own layouts:
+that the vector loads of the bias find in a thread's registers what they take to be there.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from .support import aot
+triton = pytest.importorskip("triton", reason="there is nothing to compile without Triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
 
-pytest.importorskip("triton", reason="there is nothing to compile without Triton")
+from beit_fast.kernels.attention import ahead_of_time, configs, machine_code, tile_layouts  # noqa: E402
+from beit_fast.kernels.attention.ahead_of_time import CAPABILITIES, Inspection, Variant, shipped  # noqa: E402
 
-SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-HEAD_DIMS = (16, 32, 64, 80, 128)
-FEW_BYTES = 32
-"""What ptxas may move to the stack for the sake of occupancy: eight registers of a thread, in fp32 and dropout."""
-
-
-@pytest.fixture(scope="session")
-def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("triton-cache")
-
-
-def compile_all(requests: list[dict[str, Any]], cache: Path) -> list[dict[str, int]]:
-    """Resources of each request, from a fresh process that compiles and imports no torch."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, aot.__file__, json.dumps(requests)],
-        env={**environment, "TRITON_CACHE_DIR": str(cache)},
-        cwd=cache,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+REPOSITORY = Path(__file__).resolve().parent.parent
+CACHE = ahead_of_time.cache_folder(REPOSITORY / "build" / "aot")
+REFERENCE_TILE = configs.TileConfig(64, 64, 4, 2)
+COUNTED_WITH = "3.7.1"
+PRECISIONS = {"half": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "ieee": ("fp32", "ieee")}
+CAPABILITIES_OF = {
+    architecture: [
+        capability for capability in CAPABILITIES if configs.architecture_class(*divmod(capability, 10)) == architecture
+    ]
+    for architecture in configs.ARCHITECTURES
+}
 
 
-def check_resources(requests: list[dict[str, Any]], cache: Path, *, spill_limit: int = 0) -> None:
-    """Build every request and collect everything that is wrong before failing."""
+def even_route(capability: int, dtype: str = "bf16") -> configs.BiasRoute:
+    """How the bias of a usual window is read: its width is even, its band fits."""
+    return ahead_of_time.bias_routes(capability, dtype)[0]
+
+
+def inspected(*variants: Variant) -> list[Inspection]:
+    """What came out of each variant, all of which compile."""
+    found = list(ahead_of_time.inspect_all(variants, CACHE))
+    failures = [inspection for _, inspection in found if isinstance(inspection, str)]
+    assert not failures, "\n".join(failures)
+    return [inspection for _, inspection in found if not isinstance(inspection, str)]
+
+
+def complaints(variants: Iterable[Variant], workers: int = 1) -> list[str]:
+    """Everything that is wrong with what the variants compile to."""
     wrong = []
-    for request, resources in zip(requests, compile_all(requests, cache), strict=True):
-        print(request, resources)
-        limit = SHARED_MEMORY_KIB[request["capability"]] * 1024
-        if resources["shared"] > limit:
-            wrong.append(f"{request}: {resources['shared']} bytes of shared memory, limit {limit}")
-        if resources["stack"] + resources["local"] > spill_limit:
-            wrong.append(f"{request}: spills {resources['stack']} + {resources['local']} bytes")
+    for variant, found in ahead_of_time.inspect_all(variants, CACHE, workers):
+        if isinstance(found, str):
+            wrong.append(found)
+            continue
+        limit = ahead_of_time.shared_memory_limit(variant)
+        if found.shared > limit:
+            wrong.append(f"{variant}: {found.shared} bytes of shared memory, limit {limit}")
+        if found.spills:
+            wrong.append(f"{variant}: spills {found.stack} + {found.local} bytes")
+        wrong += [f"{variant}: {problem}" for problem in layout_complaints(variant, found)]
+    return wrong
+
+
+def layout_complaints(variant: Variant, found: Inspection) -> list[str]:
+    """What is wrong with the places that the bias loads fill, or with which loads there are."""
+    if variant.tile is None:
+        return []
+    expected = {variant.route.vector} - {0}
+    if variant.route.layout == "extended" and variant.route.vector:
+        expected.add(2)  # of the column offsets
+    vectors = {load.vector for load in found.bias_loads}
+    wrong = [] if vectors == expected else [f"loads vectors of {sorted(vectors)} and not of {sorted(expected)}"]
+    return wrong + [problem for load in found.bias_loads if (problem := tile_layouts.misplaced(load))]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int) -> None:
+    """Small GPUs have 99 KiB: triton-lang/triton#8182, state-spaces/mamba#387."""
+    route = even_route(capability)
+    variants = [shipped(Variant(kernel, capability, route=route)) for kernel in configs.KERNELS]
+    variants += [shipped(Variant("forward", capability))]
+    variants += [shipped(Variant("forward", capability, route=route, split=True))]
+    variants += ahead_of_time.small_kernels(capability)
+    assert not (wrong := complaints(variants)), "\n".join(wrong)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_vector_loads_fill_registers_in_the_layout_of_the_tensor_cores(kernel: str, capability: int) -> None:
+    """The pair of columns, and the rows m and m + 8, that primitives.load_bias_tile takes a thread to hold."""
+    variant = shipped(Variant(kernel, capability, route=even_route(capability)))
+    (found,) = inspected(variant)
+    assert {load.vector for load in found.bias_loads} == {variant.route.vector} != {1}
+    assert [tile_layouts.misplaced(load) for load in found.bias_loads] == [None] * len(found.bias_loads)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_column_offsets_of_an_extended_table_are_loaded_in_pairs(capability: int) -> None:
+    variant = shipped(Variant("forward", capability, route=configs.BiasRoute("extended", 1)))
+    (found,) = inspected(variant)
+    assert {load.vector for load in found.bias_loads} == {1, 2}
+    assert not layout_complaints(variant, found)
+
+
+def issued(variant: Variant) -> float:
+    """Instructions of the main loop that each scheduler issues for 64 x 64 scores."""
+    (found,) = inspected(variant)
+    unknown = [name for name in found.loop if not machine_code.is_known(name)]
+    assert not unknown, f"{variant}: machine_code.py does not know {unknown}"
+    return sum(machine_code.instructions_by_pipe(found.loop, ahead_of_time.work(variant)).values())
+
+
+counted = pytest.mark.skipif(
+    triton.__version__ != COUNTED_WITH, reason=f"instructions are counted with Triton {COUNTED_WITH}"
+)
+
+
+@counted
+@pytest.mark.parametrize(("capability", "limit"), [(90, 386), (80, 463)])
+def test_instructions_of_the_forward_loop(capability: int, limit: int) -> None:
+    assert issued(Variant("forward", capability, REFERENCE_TILE, route=even_route(capability))) <= limit
+
+
+@counted
+@pytest.mark.parametrize(("layout", "ratio"), [("paired", 1.05), ("plain", 1.25), ("extended", 1.4)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_bias_costs_next_to_no_instructions(capability: int, layout: str, ratio: float) -> None:
+    """Of the shipped tiles; windows of even width read paired bands, those of odd width plain ones."""
+    (route,) = [route for route in ahead_of_time.bias_routes(capability, "bf16") if route.layout == layout]
+    with_bias = issued(shipped(Variant("forward", capability, route=route)))
+    assert with_bias <= ratio * issued(shipped(Variant("forward", capability)))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_main_loop_is_one_tile(capability: int) -> None:
+    """What is divided by the tiles of an iteration holds that many: the compiler has unrolled nothing."""
+    for kernel in configs.KERNELS:
+        variant = Variant(kernel, capability, REFERENCE_TILE, route=even_route(capability))
+        (found,) = inspected(variant)
+        work = ahead_of_time.work(variant)
+        assert machine_code.multiply_adds(found.loop) == work.multiply_adds / work.warps, kernel
+
+
+def test_every_kernel_has_tiles_for_every_arithmetic_head_dimension_and_architecture() -> None:
+    wrong = []
+    for entry in itertools.product(
+        configs.KERNELS, configs.ARCHITECTURES, configs.HEAD_DIMS, configs.ARITHMETICS, (False, True)
+    ):
+        try:
+            tile = configs.select(*entry)
+        except LookupError as error:
+            wrong.append(f"{entry}: no entry ({error!r})")
+            continue
+        sizes = (tile.block_m, tile.block_n, tile.num_warps)
+        if any(size & (size - 1) for size in sizes) or min(sizes[:2]) < 16 or not 1 <= tile.num_warps <= 16:
+            wrong.append(f"{entry}: {tile} is no tile")
     assert not wrong, "\n".join(wrong)
 
 
-def requests_for(capability: int, dtype: str, head_dim: int, **options: Any) -> list[dict[str, Any]]:
-    return [
-        {"kernel": kernel, "capability": capability, "dtype": dtype, "head_dim": head_dim, **options}
-        for kernel in aot.SCORE_KERNELS
-    ]
+def test_capabilities_cover_every_architecture_class() -> None:
+    assert all(CAPABILITIES_OF.values())
+    assert [configs.padded_head_dim(head_dim - 8) for head_dim in configs.HEAD_DIMS] == list(configs.HEAD_DIMS)
+    assert set(PRECISIONS) == set(configs.ARITHMETICS)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY_KIB)
-def test_kernels_neither_spill_nor_exceed_shared_memory(capability: int, compiler_cache: Path) -> None:
-    """Small GPUs have 99 KiB: triton-lang/triton#8182, state-spaces/mamba#387."""
-    requests = requests_for(capability, "bf16", 64)
-    requests += [
-        {"kernel": kernel, "capability": capability, "dtype": "bf16", "head_dim": 64} for kernel in aot.SMALL_KERNELS
-    ]
-    check_resources(requests, compiler_cache)
+def table_variants(architecture: str) -> list[Variant]:
+    """Each entry of the table of configs for the GPUs of one class.
+
+    At its most demanding: the extended table, a key mask, and a head dimension that is not the padded one. Without
+    dropout, half precision also from the band, whose vector loads depend on the tile; the other routes at head
+    dimension 64. Of the small GPUs sm_86 stands for sm_89, and sm_120 is taken where registers are scarce.
+    """
+    variants = []
+    for kernel, arithmetic, block_d, dropout, capability in itertools.product(
+        configs.KERNELS, configs.ARITHMETICS, configs.HEAD_DIMS, (False, True), CAPABILITIES_OF[architecture]
+    ):
+        is_half = arithmetic == "half"
+        if capability == 89 or (capability == 120 and not (is_half and block_d >= 64)):
+            continue
+        dtype, precision = PRECISIONS[arithmetic]
+        even, odd, large = ahead_of_time.bias_routes(capability, dtype)
+        variant = shipped(
+            Variant(kernel, capability, None, dtype, precision, block_d - 8, large, key_mask=True, dropout=dropout)
+        )
+        variants.append(variant)
+        if is_half and not dropout:
+            variants.append(variant._replace(route=even, head_dim=block_d, key_mask=False))
+        if block_d == 64 and not dropout:
+            others = [odd if is_half else even] + ([] if kernel == "bias_gradient" else [configs.NO_BIAS])
+            variants += [variant._replace(route=route, head_dim=64) for route in others]
+    return variants
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_dtype_and_head_dimension(capability: int, dtype: str, compiler_cache: Path) -> None:
-    requests = [request for head_dim in HEAD_DIMS for request in requests_for(capability, dtype, head_dim, mask=True)]
-    check_resources(requests, compiler_cache, spill_limit=FEW_BYTES if dtype == "fp32" else 0)
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+def test_the_whole_table_of_configs(architecture: str) -> None:
+    wrong = complaints(table_variants(architecture), workers=2)
+    assert not wrong, f"{len(wrong)} of the table's variants:\n" + "\n".join(wrong)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED_MEMORY_KIB)
-def test_key_mask_and_tf32(capability: int, compiler_cache: Path) -> None:
-    requests = requests_for(capability, "bf16", 64, mask=True)
-    requests += requests_for(capability, "bf16", 128, mask=True)
-    check_resources(requests, compiler_cache)
-    requests = requests_for(capability, "fp32", 64, precision="tf32")
-    requests += requests_for(capability, "fp32", 128, precision="tf32")
-    check_resources(requests, compiler_cache, spill_limit=FEW_BYTES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
-def test_dropout_and_no_bias(capability: int, compiler_cache: Path) -> None:
-    """Philox needs registers."""
-    requests = requests_for(capability, "bf16", 64, mask=True, dropout=True)
-    requests += [
-        request for request in requests_for(capability, "bf16", 64, bias=False) if request["kernel"] != "bias_gradient"
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_small_kernels_of_every_head_dimension_and_dtype(capability: int) -> None:
+    variants = [
+        variant
+        for dtype, head_dim in itertools.product(("fp16", "fp32"), (8, 64, 120, 128))
+        for variant in ahead_of_time.small_kernels(capability, dtype, head_dim)
     ]
-    check_resources(requests, compiler_cache, spill_limit=FEW_BYTES)
+    assert not (wrong := complaints(variants, workers=2)), "\n".join(wrong)
+
+
+def test_a_second_look_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = Variant("cls_rows_gradient", 80)
+    first = ahead_of_time.inspect(variant, tmp_path)
+    monkeypatch.setattr(triton, "compile", None)
+    assert ahead_of_time.inspect(variant, tmp_path) == first
+    monkeypatch.setattr(configs, "CLS_BLOCK", 2 * configs.CLS_BLOCK)
+    with pytest.raises(ahead_of_time.CompilationError):
+        ahead_of_time.inspect(variant, tmp_path)
+
+
+def test_what_does_not_compile_is_told_and_not_kept(tmp_path: Path) -> None:
+    """A tile of 48 rows is no power of two; the other variant is served all the same."""
+    bad = Variant("forward", 80, configs.TileConfig(48, 64, 4, 2))
+    good = Variant("cls_rows_gradient", 80)
+    (_, failure), (_, found) = ahead_of_time.inspect_all([bad, good], tmp_path)
+    assert isinstance(failure, str)
+    assert failure.startswith(f"{bad} does not compile")
+    assert isinstance(found, Inspection)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BEIT_FAST_AOT_CACHE", raising=False)
+    assert ahead_of_time.cache_folder(tmp_path) == tmp_path
+    monkeypatch.setenv("BEIT_FAST_AOT_CACHE", "/elsewhere")
+    assert ahead_of_time.cache_folder(tmp_path) == Path("/elsewhere")
 
 
 def test_kernel_files_import_without_torch() -> None:
     """What compiles ahead of time needs Triton alone."""
-    modules = "attention.forward, attention.backward, attention.primitives, attention.configs"
-    script = f"import sys; sys.path.insert(0, {str(aot.KERNELS_FOLDER)!r}); import {modules}"
+    folder = REPOSITORY / "kernels"
+    script = f"import sys; sys.path.insert(0, {str(folder)!r}); from attention import ahead_of_time"
     script += "; assert 'torch' not in sys.modules"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr

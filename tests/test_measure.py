@@ -125,7 +125,6 @@ def test_version_of_a_distribution_that_is_not_installed_is_none() -> None:
     assert measure.installed_version("torch") == torch.__version__
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 def test_cuda_latency_and_peak_memory() -> None:
     def allocate() -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 import beit_fast
 
 ROOT = Path(beit_fast.__file__).parents[1]
-KERNEL_FILES = {"__init__.py", "backward.py", "configs.py", "forward.py", "launch.py", "primitives.py"}
+KERNEL_FILES = {file.name for file in (ROOT / "kernels" / "attention").glob("*.py")}
 FORWARD = """
 import torch, beit_fast
 config = beit_fast.BeitConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,

@@ -1,69 +1,54 @@
-"""Tile sizes of the attention kernels: a plain table, looked up at launch. Nothing is tuned at run time."""
+"""How the attention kernels are tiled, and which table layout they read: plain tables, looked up at launch.
+
+Nothing is tuned at run time.
+"""
 
 from typing import NamedTuple
 
+from .tiles import SM80, SM90, SM100, SMALL, TILES, TileConfig
 
-class TileConfig(NamedTuple):
-    """How one kernel is tiled and compiled."""
 
-    block_m: int  # queries
-    block_n: int  # keys
-    num_warps: int
-    num_stages: int
+class BiasRoute(NamedTuple):
+    """Where the bias is read from, and how: see primitives.load_bias_tile."""
 
+    layout: str
+    vector: int
+
+
+class TableGradientPlan(NamedTuple):
+    """What one launch of the bias gradient covers, so that its scratch is bounded."""
+
+    batch_splits: int  # parts of the batch, summed apart
+    heads: int
+    rows: int
+
+
+NO_BIAS = BiasRoute("none", 0)
 
 INTERPRETER = "interpreter"
-SMALL = "small"
-SM80 = "sm80"
-SM90 = "sm90"
-SM100 = "sm100"
+ARCHITECTURES = (SMALL, SM80, SM90, SM100)
+KERNELS = ("forward", "key_value_gradient", "query_gradient", "bias_gradient")
+ARITHMETICS = ("half", "tf32", "ieee")
+HEAD_DIMS = (16, 32, 64, 128)
 
 SHARED_MEMORY_LIMIT = {SMALL: 99 * 1024, SM80: 163 * 1024, SM90: 227 * 1024, SM100: 227 * 1024}
 """Bytes of shared memory that one program may use, by architecture class."""
 
-EXPAND_BLOCK = 1024
-DELTA_BLOCK = 64
+BAND_BYTES = 2**20
+"""Of one head's record: beyond it the band is given up for the extended table, which needs few bytes."""
+SCRATCH_BYTES = 2**26
+"""Of the bias gradient before it is summed along diagonals; a launch covers as many heads or rows as that holds."""
+RECORD_MARGIN = 256
+"""Entries that the last tile of columns may read beyond a record: 127 columns, two entries apart."""
+
+RECORD_BLOCK = 1024
+STATISTICS_BLOCK = 16
+MERGE_BLOCK = 16
 DIAGONAL_BLOCK_PATCHES = 32
 DIAGONAL_BLOCK_DIFFERENCES = 32
 CLS_BLOCK = 256
 
-_WIDE = TileConfig(64, 64, 8, 2)
-_SQUARE = TileConfig(64, 64, 4, 2)
-_SHORT = TileConfig(64, 32, 4, 2)
-_TALL = TileConfig(32, 64, 4, 2)
-_LITTLE = TileConfig(32, 32, 4, 2)
-_SINGLE = TileConfig(32, 32, 4, 1)
-_SINGLE_WIDE = TileConfig(32, 32, 8, 1)
-_SINGLE_SHORT = TileConfig(32, 16, 8, 1)
 _INTERPRETED = TileConfig(64, 32, 4, 1)
-
-_HALF_PRECISION = {
-    # kernel, architecture class: padded head dimension 16, 32, 64, 128
-    ("forward", SMALL): (_SQUARE, _SQUARE, _SQUARE, _WIDE),
-    ("forward", SM80): (_SQUARE, _SQUARE, _SQUARE, _WIDE),
-    ("forward", SM90): (_SQUARE, _SQUARE, _SQUARE, _WIDE),
-    ("forward", SM100): (_WIDE, _WIDE, _WIDE, _WIDE),
-    ("key_value_gradient", SMALL): (_SQUARE, _SHORT, _SHORT, _LITTLE),
-    ("key_value_gradient", SM80): (_SQUARE, _SHORT, _SHORT, _LITTLE),
-    ("key_value_gradient", SM90): (_SQUARE, _SQUARE, _SQUARE, _WIDE),
-    ("key_value_gradient", SM100): (_WIDE, _WIDE, _TALL, _TALL),
-    ("query_gradient", SMALL): (_SQUARE, _SHORT, _SHORT, _WIDE),
-    ("query_gradient", SM80): (_SQUARE, _SHORT, _SHORT, _WIDE),
-    ("query_gradient", SM90): (_SQUARE, _SQUARE, _SQUARE, _WIDE),
-    ("query_gradient", SM100): (_WIDE, _WIDE, _WIDE, _WIDE),
-    ("bias_gradient", SMALL): (_SHORT, _SHORT, _SHORT, _TALL),
-    ("bias_gradient", SM80): (_SHORT, _SHORT, _SHORT, _TALL),
-    ("bias_gradient", SM90): (_WIDE, _WIDE, _SQUARE, _WIDE),
-    ("bias_gradient", SM100): (_WIDE, _WIDE, _WIDE, _WIDE),
-}
-
-_SINGLE_PRECISION = {
-    # kernel, on every architecture: padded head dimension 16, 32, 64, 128
-    "forward": (_SINGLE, _SINGLE, _SINGLE_WIDE, _SINGLE_SHORT),
-    "key_value_gradient": (_SINGLE, _SINGLE, _SINGLE_WIDE, _SINGLE_WIDE),
-    "query_gradient": (_SINGLE, _SINGLE, _SINGLE_WIDE, _SINGLE_SHORT),
-    "bias_gradient": (_SINGLE, _SINGLE, _SINGLE_WIDE, _SINGLE_SHORT),
-}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -78,16 +63,94 @@ def architecture_class(major: int, minor: int) -> str:
     return {9: SM90, 10: SM100}.get(major, SMALL)
 
 
-def select(kernel: str, architecture: str, block_d: int, element_size: int) -> TileConfig:
+def arithmetic(element_size: int, precision: str) -> str:
+    """Which of ARITHMETICS a kernel multiplies in.
+
+    Args:
+        element_size: bytes of an element of q, k and v.
+        precision: of fp32 products, "tf32" or "ieee".
+    """
+    return precision if element_size == 4 else "half"
+
+
+def select(kernel: str, architecture: str, block_d: int, multiplies: str, dropout: bool) -> TileConfig:
     """The tiles of a kernel.
 
     Args:
-        kernel: "forward", "key_value_gradient", "query_gradient" or "bias_gradient".
+        kernel: one of KERNELS.
         architecture: what `architecture_class` gave, or INTERPRETER.
-        block_d: padded head dimension, 16 to 128.
-        element_size: bytes of an element of q, k and v.
+        block_d: padded head dimension, one of HEAD_DIMS.
+        multiplies: one of ARITHMETICS.
+        dropout: whether attention weights are dropped, which takes registers.
     """
     if architecture == INTERPRETER:
         return _INTERPRETED
-    by_head_dim = _SINGLE_PRECISION[kernel] if element_size == 4 else _HALF_PRECISION[kernel, architecture]
-    return by_head_dim[block_d.bit_length() - 5]
+    return TILES[kernel, multiplies, dropout, architecture][HEAD_DIMS.index(block_d)]
+
+
+def bias_route(architecture: str, element_size: int, window: tuple[int, int]) -> BiasRoute:
+    """How the bias of a window `(height, width)` is read.
+
+    Vector loads are for the layouts of the tensor cores: fp32 reads entry by entry through tl.load, and so does the
+    interpreter. On sm_100 a thread holds a row of the tile, elsewhere parts of two.
+    """
+    in_mma_layout = architecture != INTERPRETER and element_size == 2
+    if band_bytes(window) > BAND_BYTES:
+        return BiasRoute("extended", 1 if in_mma_layout else 0)
+    if window[1] % 2:
+        return BiasRoute("plain", 1 if in_mma_layout else 0)
+    if architecture == SM100:
+        return BiasRoute("plain", 2 if in_mma_layout else 0)
+    return BiasRoute("paired", 4 if in_mma_layout else 0)
+
+
+def band_bytes(window: tuple[int, int]) -> int:
+    """Bytes of one head's band."""
+    height, width = window
+    return 4 * (2 * height - 1) * width * width
+
+
+def record_size(layout: str, window: tuple[int, int]) -> int:
+    """fp32 entries of one head: patch rows, the row of CLS, two for the CLS column; a multiple of 4 for alignment."""
+    height, width = window
+    patches = height * width
+    if layout == "extended":
+        table = (2 * height - 1) * (2 * width - 1)
+        entries = table + (table - 1) // 2 + 1
+    else:
+        entries = band_bytes(window) // 4 + patches * (2 if layout == "paired" else 1)
+    return (entries + 2 + 3) // 4 * 4
+
+
+def statistic_pitch(patch_count: int) -> int:
+    """Entries of a row of statistics: patches, padding up to any tile's end, and four of which the first is CLS's."""
+    return (patch_count + 127) // 128 * 128 + 4
+
+
+def scratch_pitch(patch_count: int) -> int:
+    """Entries of a row of the bias gradient's scratch."""
+    return (patch_count + 3) // 4 * 4
+
+
+def key_splits(programs: int, patch_count: int, block_n: int, processors: int) -> int:
+    """Parts of the keys that a forward of `programs` programs is split into, so that every multiprocessor has work.
+
+    Each part has at least four steps; `processors` is 0 where splitting is of no use.
+    """
+    wanted = -(-2 * processors // programs)
+    return max(1, min(wanted, patch_count // (4 * block_n), 8))
+
+
+def plan_table_gradient(
+    batch_size: int, patch_count: int, head_count: int, config: TileConfig, processors: int
+) -> TableGradientPlan:
+    """Heads and rows of a launch from SCRATCH_BYTES; splits of the batch where tiles are too few for the GPU."""
+    row_bytes = 4 * scratch_pitch(patch_count)
+    rows = patch_count + 1
+    heads = min(head_count, SCRATCH_BYTES // (row_bytes * rows))
+    if heads == 0:
+        rows = max(1, SCRATCH_BYTES // (row_bytes * config.block_m)) * config.block_m
+        return TableGradientPlan(1, 1, rows)
+    tiles = -(-rows // config.block_m) * -(-patch_count // config.block_n) * heads
+    splits = min(-(-2 * processors // tiles), batch_size, SCRATCH_BYTES // (row_bytes * rows * heads))
+    return TableGradientPlan(max(1, splits), heads, rows)

@@ -1,86 +1,135 @@
-"""Forward kernels: the extended bias table, and attention with an online softmax in base 2."""
+"""Forward kernels: attention with an online softmax in base 2, and the merging of split keys."""
 
 import triton
 import triton.language as tl
 
 from .primitives import (
     LN_2,
-    LOG2_E,
     RUNTIME_INTEGERS,
+    bias_rows,
+    biased_products,
+    cls_validity,
     dropout_keep,
-    key_bias_offsets,
-    load_bias_tile,
-    load_key_validity,
-    load_rows,
+    head_base,
+    load_cls,
+    load_cls_bias,
+    load_owned,
+    load_patches,
     matmul,
-    query_bias_offsets,
+    owned_again,
+    owned_rows,
+    patch_base,
+    patch_validity,
+    row_tokens,
     split_program_id,
     store_rows,
+    token_stride,
 )
 
 
-@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def expand_table_kernel(
-    table,  # [2 * span + 4, heads], any float type
-    extended,  # [heads, 5 * span + 4] fp32, written
-    table_strides,  # (row, head), elements
-    span,  # half of the number of patch rows, rounded down
-    BLOCK: tl.constexpr,
-):
-    """Write the extended table, times log2(e). Grid: (blocks of one head, heads) flattened, block fastest."""
-    size = 5 * span + 4
-    block_count = tl.cdiv(size, BLOCK)
-    program = tl.program_id(0)
-    head = (program // block_count).to(tl.int64)
-    columns = (program % block_count) * BLOCK + tl.arange(0, BLOCK)
-    patch_rows = 2 * span + 1
-    rows = tl.where(
-        columns < patch_rows,
-        columns,
-        tl.where(
-            columns < patch_rows + span + 1,
-            patch_rows + 1,
-            tl.where(columns < patch_rows + 2 * span + 2, patch_rows, patch_rows + 2),
-        ),
-    )
-    inside = columns < size
-    offsets = rows.to(tl.int64) * table_strides[0] + head * table_strides[1]
-    values = tl.load(table + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(extended + head * size + columns, values * LOG2_E, mask=inside)
-
-
 @triton.jit
-def softmax_step(scores, m_i, l_i):
-    """One step of the online softmax in base 2: (weights, rescaling of what came before, m_i, l_i).
-
-    `scores` [M, N] fp32; a row that has seen only -inf keeps m_i = -inf and l_i = 0 without producing NaN.
-    """
-    m_new = tl.maximum(m_i, tl.max(scores, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(scores - m_safe[:, None])
+def softmax_step(
+    scores,  # [M, N] fp32, divided by the scale
+    valid,  # [N] bool; unused unless MASKED
+    m_i,  # [M] fp32 running maximum of scores * scale * log2(e)
+    l_i,  # [M] fp32 running sum of 2 ** (scores * scale_log2 - m_i)
+    scale_log2,
+    MASKED: tl.constexpr,
+    GUARD: tl.constexpr,  # whether a row may have seen only -inf so far
+):
+    """One step of the online softmax in base 2: (weights, rescaling of what came before, m_i, l_i)."""
+    if MASKED:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
+    m_safe = m_new
+    if GUARD:
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(scores * scale_log2 - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
+@triton.jit
+def forward_step(
+    m_i,
+    l_i,
+    acc,  # [M, D] fp32
+    start,  # first patch of this step
+    q,  # [M, D]
+    queries,  # [M] tokens
+    query,  # pointer to token 0 of the head
+    key,  # pointers to patch `start` of the head
+    value,
+    row_pointers,
+    column_offsets,
+    key_mask,
+    query_strides,
+    key_strides,
+    value_strides,
+    mask_strides,
+    batch,
+    head,
+    head_count,
+    patch_count,
+    scale_log2,
+    drop_threshold,
+    seed_low,
+    seed_high,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BIAS_LAYOUT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    GUARD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Take BLOCK_N more keys in: (m_i, l_i, acc)."""
+    q = owned_again(q, query, queries, query_strides, HEAD_DIM, BLOCK_D)
+    k = load_patches(key, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
+    scores = biased_products(
+        q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
+    )  # [M, N]
+    MASKED: tl.constexpr = TAIL or key_mask is not None
+    valid = None
+    if MASKED:
+        valid = patch_validity(key_mask, batch, start, patch_count, mask_strides, BLOCK_N)
+    p, alpha, m_i, l_i = softmax_step(scores, valid, m_i, l_i, scale_log2, MASKED, GUARD)
+    if DROPOUT:
+        keys = start + tl.arange(0, BLOCK_N) + 1
+        keep = dropout_keep(
+            queries[:, None], keys[None, :], batch, head, head_count, seed_low, seed_high, drop_threshold
+        )
+        p = tl.where(keep, p, 0.0)
+    v = load_patches(value, start, patch_count, value_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
+    acc = acc * alpha[:, None] + matmul(p.to(v.dtype), v, PRECISION, UPCAST)
+    return m_i, l_i, acc
+
+
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def attention_forward_kernel(
-    query,  # [batch_size, token_count, head_count, HEAD_DIM] fp16, bf16 or fp32
+    query,  # [batch_size, patch_count + 1, head_count, HEAD_DIM] fp16, bf16 or fp32
     key,  # as query
     value,  # as query
-    bias_table,  # [head_count, 5 * span + 4] fp32, times log2(e), or None
-    key_mask,  # [batch_size, token_count] bool, or None
-    out,  # contiguous, as query, written
-    lse,  # [batch_size, head_count, token_count] fp32, natural logarithm, written
+    bias_records,  # [head_count, record_size] fp32, or None
+    column_offsets,  # [patch_count] int32 for the layout "extended", else None
+    key_mask,  # [batch_size, patch_count + 1] bool, or None
+    out,  # contiguous, as query; for SPLIT [splits, ...] fp32; written
+    lse,  # [batch_size, head_count, patch_count + 1] fp32, natural logarithm; for SPLIT [splits, ...]; written
     query_strides,  # (batch, token, head), elements
     key_strides,
     value_strides,
     mask_strides,  # (batch, token), elements
     batch_size,
-    token_count,
+    patch_count,
     head_count,
-    window_width,  # patches in a row of the window
-    span,  # half of the number of patch rows of the table, rounded down
-    scale_log2,  # scale * log2(e)
+    record_size,
+    window_height,
+    window_width,
+    keys_per_split,  # patches, a multiple of BLOCK_N; all of them without SPLIT
+    scale_log2,  # scale * log2(e), positive
     drop_threshold,  # int(dropout_p * 2**31)
     drop_scale,  # 1 / (1 - dropout_p)
     seed_low,  # low and high word of the seed, as signed 32-bit integers
@@ -89,45 +138,136 @@ def attention_forward_kernel(
     BLOCK_D: tl.constexpr,  # HEAD_DIM rounded up to a power of two
     BLOCK_M: tl.constexpr,  # queries of a program
     BLOCK_N: tl.constexpr,  # keys of a step
+    BIAS_LAYOUT: tl.constexpr,  # "paired", "plain", "extended", or "none"
+    BIAS_VECTOR: tl.constexpr,
+    SPLIT: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,  # how tl.dot multiplies fp32
     UPCAST: tl.constexpr,
 ):
-    """One program computes `out` and `lse` of BLOCK_M queries of one head, in one pass over the keys."""
-    batch, block, head = split_program_id(batch_size, tl.cdiv(token_count, BLOCK_M))
-    queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(query, batch, head, queries, token_count, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
-    if bias_table is not None:
-        head_table = bias_table + head * (5 * span + 4)
-        query_offsets = query_bias_offsets(queries, token_count, window_width, span)
+    """One program computes `out` and `lse` of BLOCK_M queries of one head, in one pass over its keys.
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, token_count, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k = load_rows(key, batch, head, keys, token_count, key_strides, HEAD_DIM, BLOCK_D)  # [N, D]
-        scores = matmul(q, tl.trans(k), PRECISION, UPCAST) * scale_log2  # [M, N]
-        if bias_table is not None:
-            key_offsets = key_bias_offsets(keys, token_count, window_width, span)
-            scores += load_bias_tile(head_table, query_offsets[:, None], key_offsets[None, :])
-        valid = load_key_validity(key_mask, batch, keys, token_count, mask_strides)
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i)
-        if DROPOUT:
-            keep = dropout_keep(
-                queries[:, None], keys[None, :], batch, head, head_count, seed_low, seed_high, drop_threshold
-            )
-            p = tl.where(keep, p, 0.0)
-        v = load_rows(value, batch, head, keys, token_count, value_strides, HEAD_DIM, BLOCK_D)  # [N, D]
-        acc = acc * alpha[:, None] + matmul(p.to(value.dtype.element_ty), v, PRECISION, UPCAST)
+    Grid: (batch, query blocks, heads, splits) flattened, batch fastest.
+    """
+    GUARD: tl.constexpr = SPLIT or key_mask is not None
+    batch, block, outer = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_M))
+    head = outer % head_count
+    split = outer // head_count
+    rows = owned_rows(block, BLOCK_M, BIAS_LAYOUT)
+    queries = row_tokens(rows, patch_count)
+    query = head_base(query, batch, head, query_strides)
+    q = load_owned(query, queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
+    key = head_base(key, batch, head, key_strides)
+    value = head_base(value, batch, head, value_strides)
 
-    no_key = l_i == 0.0
-    l_safe = tl.where(no_key, 1.0, l_i)
-    acc = tl.where(no_key[:, None], 0.0, acc / l_safe[:, None])
+    m_i = tl.sum(q.to(tl.float32) * load_cls(key, HEAD_DIM, BLOCK_D)[None, :], 1)
+    row_pointers = None
+    if BIAS_LAYOUT != "none":
+        row_pointers = bias_rows(
+            bias_records,
+            head,
+            rows,
+            patch_count,
+            record_size,
+            window_height,
+            window_width,
+            BIAS_LAYOUT,
+            BIAS_VECTOR,
+        )
+        m_i += load_cls_bias(bias_records, head, rows, patch_count, record_size)
+    m_i *= scale_log2
+    l_i = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + load_cls(value, HEAD_DIM, BLOCK_D)[None, :]
+    if DROPOUT:
+        keep = dropout_keep(queries, 0, batch, head, head_count, seed_low, seed_high, drop_threshold)
+        acc = tl.where(keep[:, None], acc, 0.0)
+    if GUARD:
+        takes_cls = split == 0
+        if key_mask is not None:
+            takes_cls = takes_cls & cls_validity(key_mask, batch, mask_strides)
+        m_i = tl.where(takes_cls, m_i, float("-inf"))
+        l_i = tl.where(takes_cls, l_i, 0.0)
+        acc = tl.where(takes_cls, acc, 0.0)
+
+    if SPLIT:
+        first = (split * keys_per_split).to(tl.int32)
+        last = tl.minimum(first + keys_per_split, patch_count)
+    else:
+        first = 0
+        last = patch_count
+    key = patch_base(key, first, key_strides)
+    value = patch_base(value, first, value_strides)
+    whole = last - (last % BLOCK_N)
+    for start in range(first, whole, BLOCK_N):
+        m_i, l_i, acc = forward_step(
+            m_i, l_i, acc, start, q, queries, query, key, value, row_pointers, column_offsets, key_mask,
+            query_strides, key_strides, value_strides, mask_strides, batch, head, head_count, patch_count,
+            scale_log2, drop_threshold, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR,
+            DROPOUT, PRECISION, UPCAST, GUARD, False,
+        )  # fmt: skip
+        key += BLOCK_N * token_stride(key_strides, tl.int64)
+        value += BLOCK_N * token_stride(value_strides, tl.int64)
+    if (whole < last) & (first <= whole):
+        m_i, l_i, acc = forward_step(
+            m_i, l_i, acc, whole, q, queries, query, key, value, row_pointers, column_offsets, key_mask,
+            query_strides, key_strides, value_strides, mask_strides, batch, head, head_count, patch_count,
+            scale_log2, drop_threshold, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR,
+            DROPOUT, PRECISION, UPCAST, GUARD, True,
+        )  # fmt: skip
+
+    row_lse = (m_i + tl.log2(l_i)) * LN_2
+    if GUARD:
+        no_key = l_i == 0.0
+        row_lse = tl.where(no_key, float("-inf"), row_lse)
+        l_i = tl.where(no_key, 1.0, l_i)
+    acc = acc / l_i[:, None]
     if DROPOUT:
         acc *= drop_scale
-    store_rows(out, acc, batch, head, queries, token_count, head_count, HEAD_DIM, BLOCK_D)
-    row = (batch * head_count + head) * token_count + queries
-    row_lse = tl.where(no_key, float("-inf"), (m_i + tl.log2(l_safe)) * LN_2)
-    tl.store(lse + row, row_lse, mask=queries < token_count)
+    store_rows(out, acc, split * batch_size + batch, head, rows, patch_count, head_count, HEAD_DIM, BLOCK_D)
+    row = ((split * batch_size + batch) * head_count + head) * (patch_count + 1) + queries
+    tl.store(lse + row, row_lse, mask=rows <= patch_count)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def merge_splits_kernel(
+    partial_out,  # [split_count, batch_size, token_count, head_count, HEAD_DIM] fp32
+    partial_lse,  # [split_count, batch_size, head_count, token_count] fp32
+    out,  # [batch_size, token_count, head_count, HEAD_DIM], written
+    lse,  # [batch_size, head_count, token_count] fp32, written
+    batch_size,
+    token_count,
+    head_count,
+    split_count,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Weigh the results on parts of the keys by their shares of the softmax's sum, BLOCK_M queries of one head."""
+    batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(token_count, BLOCK_M))
+    tokens = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    inside = tokens < token_count
+    mask = inside[:, None] & (columns < HEAD_DIM)[None, :]
+    statistics = (batch * head_count + head) * token_count + tokens
+    lines = (batch * token_count + tokens) * head_count + head
+    offsets = lines[:, None] * HEAD_DIM + columns[None, :]
+    statistics_size = batch_size.to(tl.int64) * head_count * token_count
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for split in range(0, split_count):
+        part = tl.load(partial_lse + split * statistics_size + statistics, mask=inside, other=float("-inf"))
+        largest = tl.maximum(largest, part)
+    safe = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for split in range(0, split_count):
+        part = tl.load(partial_lse + split * statistics_size + statistics, mask=inside, other=float("-inf"))
+        share = tl.exp(part - safe)
+        total += share
+        acc += share[:, None] * tl.load(
+            partial_out + split * statistics_size * HEAD_DIM + offsets, mask=mask, other=0.0
+        )
+    no_key = total == 0.0
+    acc = acc / tl.where(no_key, 1.0, total)[:, None]
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + statistics, tl.where(no_key, float("-inf"), safe + tl.log(total)), mask=inside)

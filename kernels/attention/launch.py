@@ -5,18 +5,24 @@ The caller has validated shapes, dtypes and devices.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from . import backward, configs, forward
-
-BIAS_SCRATCH_BYTES = 2**28
+from . import backward, configs, forward, key_value_gradient, query_gradient, table_gradient
+from .arguments import (
+    Inputs,
+    addressable,
+    bias_arguments,
+    device_of,
+    drop_scale,
+    prepare,
+    processors_of,
+    score_arguments,
+    tile_config,
+)
 
 
 def attention_forward(
@@ -50,11 +56,16 @@ def attention_forward(
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    with _device_of(q):
-        arguments = _score_arguments(q, k, v, table, key_mask, window, scale, dropout_p, seed)
-        config = _config("forward", q)
-        grid = (batch * triton.cdiv(tokens, config.block_m) * heads,)
-        forward.attention_forward_kernel[grid](**arguments, **_tile(config), out=out, lse=lse)
+    with device_of(q):
+        inputs = prepare(q, k, v, table, key_mask, window, scale, dropout_p, seed)
+        arguments = {**score_arguments(inputs), **bias_arguments(inputs, flipped=False)}
+        config = tile_config("forward", arguments)
+        programs = batch * triton.cdiv(tokens, config.block_m) * heads
+        splits = configs.key_splits(programs, tokens - 1, config.block_n, processors_of(q))
+        if splits == 1:
+            _launch_forward(arguments, config, programs, dropout_p, out, lse)
+        else:
+            _launch_split_forward(arguments, config, programs, dropout_p, out, lse, splits)
     return out, lse
 
 
@@ -96,187 +107,201 @@ def attention_backward(
     if not (want_q or want_k or want_v or want_table):
         return dq, dk, dv, dtable
 
-    with _device_of(q):
-        arguments = _score_arguments(q, k, v, table, key_mask, window, scale, dropout_p, seed)
-        grad_out = _unit_stride(grad_out)
-        arguments.update(grad_out=grad_out, grad_strides=grad_out.stride()[:3], lse=lse.contiguous(), delta=None)
-        if want_q or want_k or want_table:
-            arguments["delta"] = _delta(grad_out, out, lse, arguments)
+    with device_of(q):
+        inputs = prepare(q, k, v, table, key_mask, window, scale, dropout_p, seed)
+        arguments = _backward_arguments(inputs, addressable(grad_out), addressable(out), lse.contiguous())
         if want_k or want_v:
-            _launch_key_value_gradient(arguments, scale, dk if want_k else None, dv if want_v else None)
+            arguments.update(bias_arguments(inputs, flipped=True))
+            _launch_key_value_gradient(arguments, inputs.scale, dk if want_k else None, dv if want_v else None)
+        if want_q or want_table:
+            arguments.update(bias_arguments(inputs, flipped=False))
         if want_q:
-            _launch_query_gradient(arguments, scale, dq)
+            _launch_query_gradient(arguments, inputs.scale * inputs.sign, dq)
         if want_table:
-            _launch_table_gradient(arguments, dtable, window)
+            _launch_table_gradient(arguments, dtable)
     return dq, dk, dv, dtable
 
 
-def _score_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    key_mask: Tensor | None,
-    window: tuple[int, int],
-    scale: float,
+def _launch_forward(
+    arguments: dict[str, Any], config: configs.TileConfig, programs: int, dropout_p: float, out: Tensor, lse: Tensor
+) -> None:
+    forward.attention_forward_kernel[(programs,)](
+        **arguments,
+        **_tile(config),
+        drop_scale=drop_scale(dropout_p),
+        keys_per_split=arguments["patch_count"],
+        out=out,
+        lse=lse,
+        SPLIT=False,
+    )
+
+
+def _launch_split_forward(
+    arguments: dict[str, Any],
+    config: configs.TileConfig,
+    programs: int,
     dropout_p: float,
-    seed: int,
-) -> dict[str, Any]:
-    """The kernel arguments that the forward and the score-recomputing backward kernels share, by name."""
-    batch, tokens, heads, head_dim = q.shape
-    height, width = window if table is not None else (1, 1)
-    span = _span(height, width)
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    on_cpu = q.device.type == "cpu"
-    return {
-        "query": q,
-        "key": k,
-        "value": v,
-        "bias_table": None if table is None else _expand_table(table, span),
-        "key_mask": key_mask,
-        "query_strides": q.stride()[:3],
-        "key_strides": k.stride()[:3],
-        "value_strides": v.stride()[:3],
-        "mask_strides": (0, 0) if key_mask is None else key_mask.stride(),
-        "batch_size": batch,
-        "token_count": tokens,
-        "head_count": heads,
-        "window_width": width,
-        "span": span,
-        "scale_log2": scale * math.log2(math.e),
-        "drop_threshold": min(int(dropout_p * 2**31), 2**31 - 1),
-        "drop_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
-        "seed_low": _signed_word(seed),
-        "seed_high": _signed_word(seed >> 32),
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": configs.padded_head_dim(head_dim),
-        "DROPOUT": dropout_p > 0.0,
-        "PRECISION": _dot_precision(q),
-        "UPCAST": on_cpu and q.dtype != torch.float32,
-    }
-
-
-def _expand_table(table: Tensor, span: int) -> Tensor:
-    """The extended table `[H, 5 * span + 4]` fp32, times log2(e)."""
-    heads, size = table.shape[1], 5 * span + 4
-    extended = torch.empty((heads, size), dtype=torch.float32, device=table.device)
-    grid = (heads * triton.cdiv(size, configs.EXPAND_BLOCK),)
-    forward.expand_table_kernel[grid](table, extended, table.stride(), span, BLOCK=configs.EXPAND_BLOCK)
-    return extended
-
-
-def _delta(grad_out: Tensor, out: Tensor, lse: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """rowsum(grad_out * out), `[B, H, N]` fp32."""
-    batch, tokens, heads, head_dim = grad_out.shape
-    out = _unit_stride(out)
-    delta = torch.empty_like(lse)
-    backward.delta_kernel[(batch * triton.cdiv(tokens, configs.DELTA_BLOCK) * heads,)](
-        grad_out,
+    out: Tensor,
+    lse: Tensor,
+    splits: int,
+) -> None:
+    """Each part of the keys on its own, then one result from all."""
+    batch, tokens, heads, head_dim = out.shape
+    partial_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
+    partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=out.device)
+    forward.attention_forward_kernel[(programs * splits,)](
+        **arguments,
+        **_tile(config),
+        drop_scale=drop_scale(dropout_p),
+        keys_per_split=triton.cdiv(triton.cdiv(tokens - 1, splits), config.block_n) * config.block_n,
+        out=partial_out,
+        lse=partial_lse,
+        SPLIT=True,
+    )
+    forward.merge_splits_kernel[(batch * triton.cdiv(tokens, configs.MERGE_BLOCK) * heads,)](
+        partial_out,
+        partial_lse,
         out,
-        delta,
-        grad_out.stride()[:3],
-        out.stride()[:3],
+        lse,
         batch,
         tokens,
         heads,
+        splits,
         HEAD_DIM=head_dim,
         BLOCK_D=arguments["BLOCK_D"],
-        BLOCK_M=configs.DELTA_BLOCK,
+        BLOCK_M=configs.MERGE_BLOCK,
     )
-    return delta
+
+
+def _backward_arguments(inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    """The score arguments, the gradient, and the row statistics that are computed here."""
+    batch, tokens, heads, head_dim = out.shape
+    arguments = score_arguments(inputs)
+    pitch = configs.statistic_pitch(tokens - 1)
+    row_lse = torch.empty((batch, heads, pitch), dtype=torch.float32, device=out.device)
+    row_delta = torch.empty_like(row_lse)
+    grid = (batch * triton.cdiv(pitch, configs.STATISTICS_BLOCK) * heads,)
+    backward.row_statistics_kernel[grid](
+        grad_out,
+        out,
+        lse,
+        row_lse,
+        row_delta,
+        grad_out.stride()[:3],
+        out.stride()[:3],
+        batch,
+        tokens - 1,
+        heads,
+        pitch,
+        HEAD_DIM=head_dim,
+        BLOCK_D=arguments["BLOCK_D"],
+        BLOCK_M=configs.STATISTICS_BLOCK,
+    )
+    arguments.update(
+        grad_out=grad_out,
+        grad_strides=grad_out.stride()[:3],
+        row_lse=row_lse,
+        row_delta=row_delta,
+        statistic_pitch=pitch,
+        drop_scale=drop_scale(inputs.dropout_p),
+    )
+    return arguments
 
 
 def _launch_key_value_gradient(arguments: dict[str, Any], scale: float, dk: Tensor | None, dv: Tensor | None) -> None:
-    config = _config("key_value_gradient", arguments["query"])
-    key_blocks = triton.cdiv(arguments["token_count"], config.block_n)
+    config = tile_config("key_value_gradient", arguments)
+    key_blocks = triton.cdiv(arguments["patch_count"] + 1, config.block_n)
     grid = (arguments["batch_size"] * key_blocks * arguments["head_count"],)
-    backward.key_value_gradient_kernel[grid](
-        **arguments,
-        **_tile(config),
-        grad_key=dk,
-        grad_value=dv,
-        scale=scale,
-        COMPUTE_KEY=dk is not None,
-        COMPUTE_VALUE=dv is not None,
+    key_value_gradient.key_value_gradient_kernel[grid](
+        **arguments, **_tile(config), grad_key=dk, grad_value=dv, scale=scale
     )
 
 
 def _launch_query_gradient(arguments: dict[str, Any], scale: float, dq: Tensor) -> None:
-    config = _config("query_gradient", arguments["query"])
-    query_blocks = triton.cdiv(arguments["token_count"], config.block_m)
+    config = tile_config("query_gradient", arguments)
+    query_blocks = triton.cdiv(arguments["patch_count"] + 1, config.block_m)
     grid = (arguments["batch_size"] * query_blocks * arguments["head_count"],)
-    backward.query_gradient_kernel[grid](**arguments, **_tile(config), grad_query=dq, scale=scale)
+    query_gradient.query_gradient_kernel[grid](**arguments, **_tile(config), grad_query=dq, scale=scale)
 
 
-def _launch_table_gradient(arguments: dict[str, Any], dtable: Tensor, window: tuple[int, int]) -> None:
-    """Score gradients summed over the batch into a scratch of some heads at a time, then along diagonals."""
-    config = _config("bias_gradient", arguments["query"])
-    tokens, heads, span = arguments["token_count"], arguments["head_count"], arguments["span"]
-    height, width = window
-    chunk = max(1, min(heads, BIAS_SCRATCH_BYTES // (4 * tokens * tokens)))
-    scratch = torch.empty((chunk, tokens, tokens), dtype=torch.float32, device=dtable.device)
-    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(tokens, config.block_n)
-    difference_blocks = triton.cdiv(2 * width - 1, configs.DIAGONAL_BLOCK_DIFFERENCES) * (2 * height - 1)
-    for start in range(0, heads, chunk):
-        count = min(chunk, heads - start)
-        backward.bias_gradient_kernel[(tiles * count,)](
-            **arguments, **_tile(config), grad_bias=scratch, head_start=start
+def _launch_table_gradient(arguments: dict[str, Any], dtable: Tensor) -> None:
+    """Score gradients summed over the batch, some heads or rows at a time, each then summed along diagonals."""
+    config = tile_config("bias_gradient", arguments)
+    batch, patches, heads = arguments["batch_size"], arguments["patch_count"], arguments["head_count"]
+    plan = configs.plan_table_gradient(batch, patches, heads, config, processors_of(dtable))
+    pitch = configs.scratch_pitch(patches)
+    scratch = torch.empty((plan.batch_splits, plan.heads, plan.rows, pitch), dtype=torch.float32, device=dtable.device)
+    total = dtable if dtable.dtype == torch.float32 else torch.empty_like(dtable, dtype=torch.float32)
+    cls_column = _cls_column_gradient(arguments)
+    for head_start in range(0, heads, plan.heads):
+        chunk_heads = min(plan.heads, heads - head_start)
+        for row_start in range(0, patches + 1, plan.rows):
+            part = {
+                "chunk_heads": chunk_heads,
+                "head_start": head_start,
+                "row_start": row_start,
+                "row_end": min(row_start + plan.rows, patches + 1),
+                "scratch_pitch": pitch,
+                "scratch": scratch,
+            }
+            _launch_bias_gradient(arguments, config, part, triton.cdiv(batch, plan.batch_splits), plan.batch_splits)
+            _launch_patch_rows_gradient(arguments, part, plan.batch_splits, total)
+        table_gradient.cls_rows_gradient_kernel[(chunk_heads,)](
+            **part,
+            cls_column=cls_column,
+            grad_table=total,
+            table_row=dtable.shape[0] - 3,
+            split_count=plan.batch_splits,
+            batch_size=batch,
+            patch_count=patches,
+            head_count=heads,
+            BLOCK=configs.CLS_BLOCK,
         )
-        backward.patch_rows_gradient_kernel[(difference_blocks * count,)](
-            scratch,
-            dtable,
-            start,
-            heads,
-            height,
-            width,
-            BLOCK_P=configs.DIAGONAL_BLOCK_PATCHES,
-            BLOCK_V=configs.DIAGONAL_BLOCK_DIFFERENCES,
-        )
-        backward.cls_rows_gradient_kernel[(count,)](
-            scratch, dtable, start, tokens, heads, span, BLOCK=configs.CLS_BLOCK
-        )
+    if total is not dtable:
+        dtable.copy_(total)
 
 
-def _span(height: int, width: int) -> int:
-    """Half of the number of patch rows of the table, rounded down."""
-    return ((2 * height - 1) * (2 * width - 1) - 1) // 2
+def _launch_bias_gradient(
+    arguments: dict[str, Any], config: configs.TileConfig, part: dict[str, Any], batches: int, splits: int
+) -> None:
+    """Fill the scratch with one part's score gradients."""
+    key_blocks = triton.cdiv(arguments["patch_count"], config.block_n)
+    query_blocks = triton.cdiv(part["row_end"] - part["row_start"], config.block_m)
+    table_gradient.bias_gradient_kernel[(key_blocks * query_blocks * part["chunk_heads"] * splits,)](
+        **arguments, **part, **_tile(config), batches_per_split=batches
+    )
 
 
-def _signed_word(value: int) -> int:
-    """The low 32 bits as a signed integer, so that Triton sees an int32 whatever the seed is."""
-    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+def _launch_patch_rows_gradient(arguments: dict[str, Any], part: dict[str, Any], splits: int, total: Tensor) -> None:
+    """Sum one part's scratch along diagonals into the patch rows of the table."""
+    height, width = arguments["window_height"], arguments["window_width"]
+    programs = triton.cdiv(2 * width - 1, configs.DIAGONAL_BLOCK_DIFFERENCES) * (2 * height - 1) * part["chunk_heads"]
+    table_gradient.patch_rows_gradient_kernel[(programs,)](
+        **part,
+        grad_table=total,
+        accumulate=int(part["row_start"] > 0),
+        split_count=splits,
+        head_count=arguments["head_count"],
+        window_height=height,
+        window_width=width,
+        BLOCK_P=configs.DIAGONAL_BLOCK_PATCHES,
+        BLOCK_V=configs.DIAGONAL_BLOCK_DIFFERENCES,
+    )
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _cls_column_gradient(arguments: dict[str, Any]) -> Tensor:
+    """`[B, H, N]` fp32: the gradient of every query's score with the CLS key, CLS as query last."""
+    batch, tokens, heads = arguments["batch_size"], arguments["patch_count"] + 1, arguments["head_count"]
+    column = torch.empty((batch, heads, tokens), dtype=torch.float32, device=arguments["query"].device)
+    kernel = table_gradient.cls_column_gradient_kernel
+    taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+    grid = (batch * triton.cdiv(tokens, configs.STATISTICS_BLOCK) * heads,)
+    kernel[grid](**taken, cls_column=column, BLOCK_M=configs.STATISTICS_BLOCK)
+    return column
 
 
 def _gradient_like(tensor: Tensor, wanted: bool) -> Tensor:
     return torch.empty(tensor.shape if wanted else 0, dtype=tensor.dtype, device=tensor.device)
-
-
-def _dot_precision(q: Tensor) -> str:
-    """tf32 only where torch's own fp32 matrix products on CUDA may use it."""
-    if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
-
-
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _config(kernel: str, q: Tensor) -> configs.TileConfig:
-    architecture = _architecture(q.device.index) if q.is_cuda else configs.INTERPRETER
-    return configs.select(kernel, architecture, configs.padded_head_dim(q.shape[-1]), q.element_size())
-
-
-@functools.cache
-def _architecture(device_index: int) -> str:
-    if torch.version.hip is not None:
-        return configs.SMALL
-    return configs.architecture_class(*torch.cuda.get_device_capability(device_index))
 
 
 def _tile(config: configs.TileConfig) -> dict[str, int]:

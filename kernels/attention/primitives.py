@@ -1,4 +1,9 @@
-"""Device functions that the forward and the backward attention kernels share."""
+"""Device functions that the forward and the backward attention kernels share.
+
+A tile has rows and columns. Rows are what a program owns, columns what it passes over: queries and keys, or keys and
+queries in the kernel of dK and dV. Rows are numbered patches first, CLS last; columns are patches only, because CLS
+is taken in before the loop.
+"""
 
 import triton
 import triton.language as tl
@@ -8,62 +13,133 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 # Triton compiles a kernel anew for integers that are 1 or multiples of 16, which is of no use for these.
 RUNTIME_INTEGERS = [
+    "accumulate",
     "batch_size",
-    "token_count",
+    "batches_per_split",
+    "chunk_heads",
+    "drop_threshold",
+    "flipped",
     "head_count",
     "head_start",
-    "chunk_heads",
+    "keys_per_split",
+    "patch_count",
+    "record_size",
+    "row_end",
+    "row_start",
+    "scratch_pitch",
+    "seed_high",
+    "seed_low",
+    "split_count",
+    "statistic_pitch",
+    "table_row",
+    "token_count",
     "window_height",
     "window_width",
-    "span",
-    "drop_threshold",
-    "seed_low",
-    "seed_high",
 ]
 
 
 @triton.jit
-def split_program_id(batch_size, block_count):
-    """(batch, block, head) of this program in a one-dimensional grid, batch fastest; batch and head int64."""
-    program = tl.program_id(0)
-    batch = program % batch_size
-    block = (program // batch_size) % block_count
-    head = program // (batch_size * block_count)
-    return batch.to(tl.int64), block, head.to(tl.int64)
+def split_program_id(program, inner_count, block_count):
+    """(inner, block, outer) of a number in a one-dimensional grid, inner fastest; inner and outer int64."""
+    inner = program % inner_count
+    block = (program // inner_count) % block_count
+    outer = program // (inner_count * block_count)
+    return inner.to(tl.int64), block, outer.to(tl.int64)
 
 
 @triton.jit
-def row_offsets(batch, head, tokens, strides):
-    """Element offsets of rows of a [batch, token, head, column] tensor, int64 in the shape of `tokens`.
-
-    `batch` and `head` are int64 scalars, `tokens` int32, `strides` those of (batch, token, head) in elements.
-    """
-    return batch * strides[0] + head * strides[2] + tokens.to(tl.int64) * strides[1]
-
-
-@triton.jit
-def tile_mask(tokens, token_count, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which elements of a [BLOCK, BLOCK_D] tile of rows exist."""
-    inside = (tokens < token_count)[:, None]
-    if HEAD_DIM != BLOCK_D:
-        inside = inside & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    return inside
+def owned_rows(block, BLOCK: tl.constexpr, BIAS_LAYOUT: tl.constexpr):
+    """[BLOCK] int32 row numbers; paired rows 2t and 2t+1 sit where one thread holds both, at t and t + 8 of 16."""
+    lanes = tl.arange(0, BLOCK)
+    if BIAS_LAYOUT == "paired":
+        lanes = (lanes & -16) | ((lanes & 7) << 1) | ((lanes >> 3) & 1)
+    return block * BLOCK + lanes
 
 
 @triton.jit
-def load_rows(
-    base,  # pointer to [batch, token, head, HEAD_DIM], unit stride in the last dimension
-    batch,
-    head,
-    tokens,  # [BLOCK] int32
-    token_count,
-    strides,  # (batch, token, head), elements
+def row_tokens(rows, patch_count):
+    """The token of a row: patches in order, then CLS; rows beyond read CLS again, so that no load needs a mask."""
+    return tl.where(rows < patch_count, rows + 1, 0)
+
+
+@triton.jit
+def head_base(base, batch, head, strides):
+    """Pointer to token 0 of one head; `strides` are those of (batch, token, head) in elements, multiples of 8."""
+    return base + tl.multiple_of(batch * strides[0] + head * strides[2], 8)
+
+
+@triton.jit
+def token_stride(strides, dtype: tl.constexpr):
+    """Elements between tokens, as `dtype`; 16 bytes divide it, which Triton sees by itself for multiples of 16 only."""
+    return tl.multiple_of(tl.cast(strides[1], dtype), 8)
+
+
+@triton.jit
+def patch_base(base, start, strides):
+    """Pointer to patch `start`, from one to token 0 of the head."""
+    return base + tl.cast(start + 1, tl.int64) * token_stride(strides, tl.int64)
+
+
+@triton.jit
+def load_owned(base, tokens, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] rows of existing tokens; columns beyond HEAD_DIM read as 0."""
+    columns = tl.arange(0, BLOCK_D)
+    addresses = base + tokens.to(tl.int64)[:, None] * token_stride(strides, tl.int64) + columns[None, :]
+    if HEAD_DIM == BLOCK_D:
+        values = tl.load(addresses)
+    else:
+        values = tl.load(addresses, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    return values
+
+
+@triton.jit
+def owned_again(
+    values,  # [BLOCK, BLOCK_D], what load_owned gave
+    base,  # pointer to token 0 of a head
+    tokens,
+    strides,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """[BLOCK, BLOCK_D] rows; what lies outside the tensor reads as 0."""
-    addresses = base + row_offsets(batch, head, tokens, strides)[:, None] + tl.arange(0, BLOCK_D)[None, :]
-    return tl.load(addresses, mask=tile_mask(tokens, token_count, HEAD_DIM, BLOCK_D), other=0.0)
+    """The same rows; read again for fp32, where products keep their operands in registers and would spill."""
+    if values.dtype == tl.float32:
+        columns = tl.arange(0, BLOCK_D)
+        addresses = base + tokens.to(tl.int64)[:, None] * token_stride(strides, tl.int64) + columns[None, :]
+        values = tl.load(addresses, mask=(columns < HEAD_DIM)[None, :], other=0.0, volatile=True)
+    return values
+
+
+@triton.jit
+def load_patches(
+    base,  # pointer to patch `start` of a head
+    start,
+    patch_count,
+    strides,  # (batch, token, head), elements
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,  # whether patches may lie beyond the last, which then read as 0
+):
+    """[BLOCK, BLOCK_D] rows of consecutive patches. Offsets within the tile are int32: see the launcher."""
+    lanes = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    offsets = lanes[:, None] * token_stride(strides, tl.int32) + columns[None, :]
+    addresses = base + offsets
+    if TAIL:
+        inside = (start + lanes < patch_count)[:, None] & (columns < HEAD_DIM)[None, :]
+        values = tl.load(addresses, mask=inside, other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        values = tl.load(addresses)
+    else:
+        values = tl.load(addresses, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    return values
+
+
+@triton.jit
+def load_cls(base, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_D] fp32: the CLS token of a head."""
+    columns = tl.arange(0, BLOCK_D)
+    return tl.load(base + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -72,59 +148,140 @@ def store_rows(
     values,  # [BLOCK, BLOCK_D] fp32
     batch,
     head,
-    tokens,  # [BLOCK] int32
-    token_count,
+    rows,  # [BLOCK] int32
+    patch_count,
     head_count,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Round rows to the tensor's dtype and store those that exist."""
-    rows = (batch * token_count + tokens.to(tl.int64)) * head_count + head
-    addresses = base + rows[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
-    mask = tile_mask(tokens, token_count, HEAD_DIM, BLOCK_D)
-    tl.store(addresses, values.to(base.dtype.element_ty), mask=mask)
+    columns = tl.arange(0, BLOCK_D)
+    tokens = row_tokens(rows, patch_count).to(tl.int64)
+    lines = (batch * (patch_count + 1) + tokens) * head_count + head
+    mask = (rows <= patch_count)[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(base + lines[:, None] * HEAD_DIM + columns[None, :], values.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_key_validity(
-    key_mask,  # pointer to [batch, token] bool, or None
-    batch,
-    keys,  # [BLOCK] int32
-    token_count,
-    mask_strides,  # (batch, token), elements
-):
-    """[BLOCK] bool: the key exists and may be attended to."""
-    valid = keys < token_count
+def load_key_validity(key_mask, batch, tokens, mask_strides):
+    """[BLOCK] bool: the key may be attended to. `tokens` exist; `mask_strides` are those of (batch, token)."""
+    return tl.load(key_mask + batch * mask_strides[0] + tokens.to(tl.int64) * mask_strides[1]) != 0
+
+
+@triton.jit
+def cls_validity(key_mask, batch, mask_strides):
+    """Whether CLS may be attended to as a key, a scalar."""
+    return tl.load(key_mask + batch * mask_strides[0]) != 0
+
+
+@triton.jit
+def patch_validity(key_mask, batch, start, patch_count, mask_strides, BLOCK: tl.constexpr):
+    """[BLOCK] bool: the patch exists and may be attended to as a key."""
+    patches = start + tl.arange(0, BLOCK)
+    valid = patches < patch_count
     if key_mask is not None:
-        offsets = batch * mask_strides[0] + keys.to(tl.int64) * mask_strides[1]
-        valid = valid & (tl.load(key_mask + offsets, mask=valid, other=0) != 0)
+        valid &= load_key_validity(key_mask, batch, tl.minimum(patches, patch_count - 1) + 1, mask_strides)
     return valid
 
 
 @triton.jit
-def query_bias_offsets(tokens, token_count, window_width, span):
-    """A(i): what a query contributes to its address in the extended table, int32 in the shape of `tokens`."""
-    patches = tl.maximum(tl.minimum(tokens, token_count - 1) - 1, 0)
-    affine = patches + (patches // window_width) * (window_width - 1)
-    return tl.where(tokens == 0, 4 * span + 2, affine + span)
+def bias_rows(
+    records,  # pointer to [head_count, record_size] fp32
+    head,
+    rows,  # [BLOCK] int32
+    patch_count,
+    record_size,
+    window_height,
+    window_width,
+    BIAS_LAYOUT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
+):
+    """[BLOCK] pointers: where the bias of each row begins, in the unit that `load_bias_tile` counts columns in.
 
-
-@triton.jit
-def key_bias_offsets(tokens, token_count, window_width, span):
-    """B(j): what a key takes from that address, int32 in the shape of `tokens`."""
-    patches = tl.maximum(tl.minimum(tokens, token_count - 1) - 1, 0)
-    affine = patches + (patches // window_width) * (window_width - 1)
-    return tl.where(tokens == 0, -(span + 1), affine)
-
-
-@triton.jit
-def load_bias_tile(head_table, query_offsets, key_offsets):
-    """The bias of every (query, key) pair, times log2(e), fp32.
-
-    `head_table` points to one head's row of the extended table; the offsets are [M, 1] and [1, N], or for a
-    transposed tile [1, M] and [N, 1].
+    A paired table is read in units of two columns of one row (8 bytes), the others in single entries.
     """
-    return tl.load(head_table + (query_offsets - key_offsets))
+    record = records + head * record_size
+    patches = tl.minimum(rows, patch_count - 1)
+    is_patch = rows < patch_count
+    line = patches // window_width
+    column = patches - line * window_width
+    line_size = (2 * window_height - 1) * window_width
+    if BIAS_LAYOUT == "extended":
+        span = ((2 * window_height - 1) * (2 * window_width - 1) - 1) // 2
+        offsets = tl.where(is_patch, patches + line * (window_width - 1) + span, 3 * span + 1)
+    elif BIAS_LAYOUT == "paired":
+        units = (column // 2) * line_size + (window_height - 1 - line) * window_width
+        units = tl.where(is_patch, units, (window_width // 2) * line_size)
+        if BIAS_VECTOR == 4:
+            record = record.to(tl.pointer_type(tl.int64), bitcast=True)
+            offsets = units
+        else:
+            offsets = 2 * units + tl.where(is_patch, 2 * (column & 1), 0)
+    else:
+        offsets = column * line_size + (window_height - 1 - line) * window_width
+        offsets = tl.where(is_patch, offsets, window_width * line_size)
+    return record + offsets
+
+
+@triton.jit
+def load_bias_tile(
+    row_pointers,  # [BLOCK] from bias_rows
+    column_offsets,  # pointer to int32 [patch_count], for an extended table
+    start,  # first patch of the columns
+    BLOCK: tl.constexpr,  # columns
+    BIAS_LAYOUT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,  # entries that one instruction loads in the mma layout; 0 for tl.load
+):
+    """[rows, BLOCK] fp32 bias divided by the scale. Columns beyond the last patch read something arbitrary.
+
+    The vector loads take it that a thread's registers hold 1: any one element, 2: two adjacent columns of a row, 4: two
+    adjacent columns of tile row m, then those of tile row m + 8.
+    """
+    patches = start + tl.arange(0, BLOCK)
+    if BIAS_LAYOUT == "extended":
+        addresses = row_pointers[:, None] - load_column_offsets(column_offsets + patches, BIAS_VECTOR)[None, :]
+    elif BIAS_LAYOUT == "paired" and BIAS_VECTOR == 0:
+        addresses = row_pointers[:, None] + (2 * patches - (patches & 1))[None, :]
+    else:
+        addresses = row_pointers[:, None] + patches[None, :]
+    if BIAS_VECTOR == 4:
+        bias = tl.inline_asm_elementwise(
+            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
+            "=f,=f,=f,=f,l,l,l,l",
+            [addresses],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
+    elif BIAS_VECTOR == 2:
+        bias = tl.inline_asm_elementwise(
+            "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=f,=f,l,l", [addresses], dtype=tl.float32, is_pure=True, pack=2
+        )
+    elif BIAS_VECTOR == 1:
+        bias = tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [addresses], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        bias = tl.load(addresses)
+    return bias
+
+
+@triton.jit
+def load_column_offsets(addresses, BIAS_VECTOR: tl.constexpr):
+    """int32 in the shape of `addresses`, which are consecutive; the vector load is as in load_bias_tile."""
+    if BIAS_VECTOR == 0:
+        offsets = tl.load(addresses)
+    else:
+        offsets = tl.inline_asm_elementwise(
+            "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l,l", [addresses], dtype=tl.int32, is_pure=True, pack=2
+        )
+    return offsets
+
+
+@triton.jit
+def load_cls_bias(records, head, rows, patch_count, record_size):
+    """[BLOCK] fp32 bias of each row with the CLS column, divided by the scale: the last two entries of a record."""
+    return tl.load(records + head * record_size + record_size - 2 + tl.where(rows < patch_count, 0, 1))
 
 
 @triton.jit
@@ -137,10 +294,35 @@ def matmul(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def biased_products(
+    rows,  # [A, D]
+    columns,  # [B, D]
+    row_pointers,  # [A] from bias_rows; unused without a bias
+    column_offsets,
+    start,  # first patch of the columns
+    BLOCK: tl.constexpr,  # B
+    BIAS_LAYOUT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """[A, B] fp32 scores divided by the scale: the bias is what the matrix product starts from."""
+    if UPCAST:
+        rows = rows.to(tl.float32)
+        columns = columns.to(tl.float32)
+    if BIAS_LAYOUT == "none":
+        products = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+    else:
+        bias = load_bias_tile(row_pointers, column_offsets, start, BLOCK, BIAS_LAYOUT, BIAS_VECTOR)
+        products = tl.dot(rows, tl.trans(columns), bias, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def dropout_keep(queries, keys, batch, head, head_count, seed_low, seed_high, threshold):
     """Which attention weights are kept: Philox4x32-10 of (query, key, plane), bool in the broadcast shape.
 
-    `queries` and `keys` are int32 and broadcast against each other; the seed comes as two int32 words.
+    `queries` and `keys` are int32 tokens and broadcast against each other; the seed comes as two int32 words.
     """
     high = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64)
     low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -150,53 +332,7 @@ def dropout_keep(queries, keys, batch, head, head_count, seed_low, seed_high, th
 
 
 @triton.jit
-def load_row_statistic(pointer, batch, head, queries, token_count, head_count, OTHER: tl.constexpr):
-    """[BLOCK] fp32 of a contiguous [batch, head, token] tensor, OTHER outside."""
-    offsets = (batch * head_count + head) * token_count + queries
-    return tl.load(pointer + offsets, mask=queries < token_count, other=OTHER)
-
-
-@triton.jit
-def load_lse_base_two(lse, batch, head, queries, token_count, head_count):
-    """[BLOCK] fp32 log-sum-exp in base 2; +inf (all weights 0) for a query that has no key or is outside."""
-    row_lse = load_row_statistic(lse, batch, head, queries, token_count, head_count, float("inf"))
-    return tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
-
-
-@triton.jit
-def tile_weights(
-    left,  # [A, D], queries or keys
-    right,  # [B, D], keys or queries
-    head_table,  # pointer to one head's row of the extended table, or None
-    query_offsets,  # int32, broadcasts with key_offsets to [A, B]
-    key_offsets,
-    lse_base_two,  # fp32, broadcasts to [A, B]
-    key_valid,  # bool, broadcasts to [A, B]
-    scale_log2,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """[A, B] fp32 attention weights, recomputed; 0 where the key is masked or the query has no key."""
-    scores = matmul(left, tl.trans(right), PRECISION, UPCAST) * scale_log2
-    if head_table is not None:
-        scores += load_bias_tile(head_table, query_offsets, key_offsets)
-    return tl.where(key_valid, tl.exp2(scores - lse_base_two), 0.0)
-
-
-@triton.jit
-def tile_score_gradient(
-    weights,  # [A, B] fp32
-    left,  # [A, D], grad_out or value
-    right,  # [B, D], value or grad_out
-    delta,  # fp32, broadcasts to [A, B]
-    keep,  # bool [A, B]; unused when DROPOUT is false
-    drop_scale,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """[A, B] fp32 gradient of the scores, bias included."""
-    weight_gradient = matmul(left, tl.trans(right), PRECISION, UPCAST)
-    if DROPOUT:
-        weight_gradient = tl.where(keep, weight_gradient * drop_scale, 0.0)
-    return weights * (weight_gradient - delta)
+def row_statistic(pointer, batch, head, rows, patch_count, head_count, statistic_pitch):
+    """[BLOCK] fp32 of a [batch, head, statistic_pitch] tensor: patches first, CLS fourth from the end."""
+    places = tl.where(rows < patch_count, rows, statistic_pitch - 4)
+    return tl.load(pointer + (batch * head_count + head) * statistic_pitch + places)

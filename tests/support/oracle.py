@@ -17,12 +17,15 @@ def _paper_index(window: tuple[int, int]) -> Tensor:
     height, width = window
     patches = [(row, column) for row in range(height) for column in range(width)]
     rows = (2 * height - 1) * (2 * width - 1) + 3
-    index = torch.empty(len(patches) + 1, len(patches) + 1, dtype=torch.int64)
-    for i, (row_i, column_i) in enumerate(patches):
-        for j, (row_j, column_j) in enumerate(patches):
-            index[i + 1, j + 1] = (row_i - row_j + height - 1) * (2 * width - 1) + column_i - column_j + width - 1
-    index[0, :] = rows - 3
-    index[:, 0] = rows - 2
+    from_patches = [
+        [rows - 2]
+        + [
+            (row_i - row_j + height - 1) * (2 * width - 1) + column_i - column_j + width - 1
+            for row_j, column_j in patches
+        ]
+        for row_i, column_i in patches
+    ]
+    index = torch.tensor([[rows - 3] * (len(patches) + 1), *from_patches])
     index[0, 0] = rows - 1
     return index
 
@@ -104,13 +107,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return difference / size if size else difference
 
 
-def assert_within_budget(name: str, actual: Tensor, reference: Tensor, eager: Tensor, factor: float) -> None:
+def assert_within_budget(
+    name: str, actual: Tensor, reference: Tensor, eager: Tensor, factor: float, dtype: torch.dtype | None = None
+) -> None:
     """`actual` may be `factor` times as far from the fp64 `reference` as same-dtype `eager`, plus a rounding floor.
 
-    The floor is four units of the dtype's machine epsilon. NaN and infinity never pass.
+    The floor is four units of the machine epsilon of `dtype`, in which the arithmetic's inputs are rounded; without
+    one that of `eager`. NaN and infinity never pass.
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(reference.shape)}"
     assert torch.isfinite(actual).all(), f"{name}: not finite"
-    budget = factor * relative_error(eager, reference) + 4 * torch.finfo(eager.dtype).eps
+    budget = factor * relative_error(eager, reference) + 4 * torch.finfo(dtype or eager.dtype).eps
     error = relative_error(actual, reference)
     assert error <= budget, f"{name}: relative error {error:.3e} is over the budget {budget:.3e}"

@@ -1,0 +1,218 @@
+"""What each attention kernel needs and does, counted in its machine code; no GPU is needed.
+
+    python benchmarks/inspect_kernels.py                          # sm_80 and sm_90, bf16, D = 64
+    python benchmarks/inspect_kernels.py --all --json kernels.json
+    python benchmarks/inspect_kernels.py --kernel forward --capability 90 --tile 128,64,8,2 --markdown
+
+For each kernel, GPU architecture, tile and way to read the bias: registers of a thread, bytes spilled, shared memory of
+a program, instructions of the main loop that each scheduler issues for 64 x 64 scores, by the pipe that executes them,
+and their ratio to the kernel without a bias. The bound is the largest of the cycles that issue, the tensor cores (mma),
+exp2 (xu), memory accesses (lsu) and arithmetic (alu, fma) take at least: see kernels/attention/machine_code.py.
+
+"shipped" is the tile that the launcher chooses, "reference" is 64x64 with 4 warps and 2 stages. Results are kept in
+build/aot, or in the folder that BEIT_FAST_AOT_CACHE names, until the kernels' source changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton
+from tqdm import tqdm
+
+from beit_fast.kernels.attention import ahead_of_time, configs, machine_code
+from beit_fast.kernels.attention.ahead_of_time import Inspection, Variant
+
+Row = dict[str, Any]
+
+REFERENCE = configs.TileConfig(64, 64, 4, 2)
+CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
+COLUMNS = ("kernel", "sm", "tile", "bias", "registers", "spills", "shared KiB", "total", *machine_code.PIPES)
+LAST_COLUMNS = ("to none", "bound")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 0, 1 where a kernel does not compile, 2 where nothing can be."""
+    options = parse(arguments)
+    variants = [
+        variant
+        for kernel in options.kernel
+        for capability in options.capability
+        for variant in variants_of(kernel, capability, options)
+    ]
+    cache = ahead_of_time.cache_folder(CACHE)
+    try:
+        results = list(
+            tqdm(
+                ahead_of_time.inspect_all(variants, cache, options.workers),
+                desc="compiling",
+                total=len(variants),
+                disable=not sys.stderr.isatty(),
+            )
+        )
+    except RuntimeError as error:
+        print(f"inspect_kernels.py: {error}", file=sys.stderr)
+        return 2
+    failures = [found for _, found in results if isinstance(found, str)]
+    rows = with_ratios([row(variant, found) for variant, found in results if not isinstance(found, str)])
+    if options.json is not None:
+        options.json.write_text(json.dumps({"conditions": conditions(options), "rows": rows}, indent=1) + "\n")
+    print(markdown(rows) if options.markdown else text(rows))
+    for failure in failures:
+        print(f"inspect_kernels.py: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options; exits with 2 and one message where they make no sense."""
+    parser = argparse.ArgumentParser(
+        description="Count what the attention kernels need and do, without a GPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--kernel", nargs="+", choices=configs.KERNELS, default=list(configs.KERNELS))
+    parser.add_argument("--capability", nargs="+", type=int, choices=ahead_of_time.CAPABILITIES, default=[80, 90])
+    parser.add_argument("--all", action="store_true", help="every architecture")
+    parser.add_argument("--head-dim", type=head_dim, default=64, help="a multiple of 8 from 8 to 128")
+    parser.add_argument("--dtype", choices=ahead_of_time.DTYPES, default="bf16")
+    parser.add_argument("--precision", choices=("ieee", "tf32"), default="ieee", help="of products in fp32")
+    parser.add_argument("--key-mask", action="store_true", help="with a key mask")
+    parser.add_argument("--dropout", action="store_true", help="with dropout of attention weights")
+    parser.add_argument("--tile", type=tile, help="M,N,WARPS,STAGES instead of the shipped and the reference tile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--workers", type=int, choices=range(1, 65), default=1, metavar="N", help="compiling processes")
+    options = parser.parse_args(arguments)
+    if options.precision == "tf32" and options.dtype != "fp32":
+        parser.error(f"--precision tf32 is for --dtype fp32, got --dtype {options.dtype}")
+    if options.all:
+        options.capability = list(ahead_of_time.CAPABILITIES)
+    return options
+
+
+def head_dim(given: str) -> int:
+    """A head dimension that the kernels accept."""
+    if not given.isdecimal() or int(given) % 8 or not 8 <= int(given) <= configs.HEAD_DIMS[-1]:
+        raise argparse.ArgumentTypeError(f"{given!r} is no multiple of 8 from 8 to {configs.HEAD_DIMS[-1]}")
+    return int(given)
+
+
+def tile(given: str) -> configs.TileConfig:
+    """A tile from what its four numbers are."""
+    numbers = [int(part) if part.isdecimal() else 0 for part in given.split(",")]
+    powers = all(number > 0 and number & (number - 1) == 0 for number in numbers[:3])
+    if len(numbers) != 4 or not powers or min(numbers[:2]) < 16 or numbers[2] > 32 or numbers[3] < 1:
+        raise argparse.ArgumentTypeError(
+            f"{given!r} is not M,N,WARPS,STAGES: M and N powers of two from 16, WARPS one up to 32, STAGES from 1"
+        )
+    return configs.TileConfig(*numbers)
+
+
+def variants_of(kernel: str, capability: int, options: argparse.Namespace) -> list[Variant]:
+    """Every tile with every way to read the bias; the bias gradient exists only with a bias."""
+    routes = list(dict.fromkeys([configs.NO_BIAS, *ahead_of_time.bias_routes(capability, options.dtype)]))
+    if kernel == "bias_gradient":
+        routes.remove(configs.NO_BIAS)
+    variant = Variant(
+        kernel,
+        capability,
+        options.tile,
+        options.dtype,
+        options.precision,
+        options.head_dim,
+        key_mask=options.key_mask,
+        dropout=options.dropout,
+    )
+    shipped = ahead_of_time.shipped(variant).tile
+    tiles = [options.tile] if options.tile else list(dict.fromkeys([shipped, REFERENCE]))
+    return [variant._replace(tile=tile, route=route) for tile in tiles for route in routes]
+
+
+def row(variant: Variant, found: Inspection) -> Row:
+    """One line of the table: plain values, for JSON too."""
+    work = ahead_of_time.work(variant)
+    by_pipe = machine_code.instructions_by_pipe(found.loop, work)
+    cycles = machine_code.cycles_by_pipe(found.loop, work)
+    return {
+        "kernel": variant.kernel,
+        "capability": variant.capability,
+        "tile": variant.tile,
+        "shipped": variant == ahead_of_time.shipped(variant),
+        "bias": ahead_of_time.route_name(variant.route),
+        "registers": found.registers,
+        "spills": found.spills,
+        "shared": found.shared,
+        "instructions": sum(by_pipe.values()),
+        "by_pipe": by_pipe,
+        "cycles": cycles,
+        "bound": machine_code.bound(cycles),
+        "unknown": sorted(name for name in found.loop if not machine_code.is_known(name)),
+    }
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """Adds `to_none`: instructions over those of the same kernel without a bias, None where there is no such kernel."""
+    base = {
+        (row["kernel"], row["capability"], row["tile"]): row["instructions"] for row in rows if row["bias"] == "none"
+    }
+    for row in rows:
+        without = base.get((row["kernel"], row["capability"], row["tile"]))
+        row["to_none"] = row["instructions"] / without if without else None
+    return rows
+
+
+def conditions(options: argparse.Namespace) -> Row:
+    """Under which the table holds."""
+    names = ("dtype", "precision", "head_dim", "key_mask", "dropout")
+    return {"triton": triton.__version__, "per": "64 x 64 scores", **{name: getattr(options, name) for name in names}}
+
+
+def cells(row: Row) -> list[str]:
+    """A row as it is printed."""
+    tile_name = ahead_of_time.tile_name(row["tile"])
+    names = [name for name, holds in (("shipped", row["shipped"]), ("reference", row["tile"] == REFERENCE)) if holds]
+    counts = [f"{row['by_pipe'][pipe]:.0f}" for pipe in machine_code.PIPES]
+    return [
+        row["kernel"],
+        str(row["capability"]),
+        f"{tile_name} ({', '.join(names)})" if names else tile_name,
+        row["bias"],
+        str(row["registers"]),
+        str(row["spills"]),
+        f"{row['shared'] / 1024:.0f}",
+        f"{row['instructions']:.0f}",
+        *counts,
+        f"{row['to_none']:.2f}" if row["to_none"] else "",
+        f"{row['bound']} {row['cycles'][row['bound']]:.0f}",
+    ]
+
+
+def text(rows: list[Row]) -> str:
+    """Columns aligned: words to the left, numbers to the right."""
+    lines = [[*COLUMNS, *LAST_COLUMNS], *(cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if _is_word(column) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table for a README."""
+    header = [*COLUMNS, *LAST_COLUMNS]
+    rule = ["---" if _is_word(column) else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *(cells(row) for row in rows)])
+
+
+def _is_word(column: int) -> bool:
+    return column in (0, 2, 3, len(COLUMNS) + len(LAST_COLUMNS) - 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The measurements as files: rows logged while a run goes on, and the small results file that is kept."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+STATS = ("median", "iqr", "rounds", "iterations")
+ROW_FIELDS = (
+    *("mode", "batch", "tokens", "window", "heads", "head_dim", "dtype", "peer", "kernel", "biased", "learnable"),
+    *(*STATS, "clock", "queued_ahead", "single_call", "tflops", "peak_memory", "errors", "flops", "least_bytes"),
+    "sm_clock_mhz",
+)
+
+
+class RowLog:
+    """One line of JSON for the conditions, then one for each measurement or missing peer, written as it happens.
+
+    What a run has measured stays when it is killed; `read_results` reads the file at any time.
+    """
+
+    def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        self._append({"conditions": conditions, "date": datetime.date.today().isoformat()})
+
+    def measured(self, row: Row) -> None:
+        self._append({"row": row})
+
+    def left_out(self, case: str, peer: str, reason: str) -> None:
+        self._append({"case": case, "peer": peer, "left_out": reason})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def row_of(facts: dict[str, Any], stats: dict[str, Any]) -> Row:
+    """A row from a benchmark's `extra_info` and its statistics."""
+    known = {**facts, **{name: stats[name] for name in STATS}}
+    return {name: _rounded(known[name]) for name in ROW_FIELDS}
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits: more would be noise, and would change in every line of a diff."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return {name: _rounded(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """{"conditions": ..., "date": ..., "rows": [...], "left_out": [...]}; ValueError says what is wrong with the file.
+
+    `path` is a results file, what a RowLog wrote, or the JSON of `pytest benchmarks/ --benchmark-json=...`, which does
+    not say what was left out.
+    """
+    text = path.read_text()
+    content = _parse_log(text, path) if path.suffix == ".jsonl" else _parse(text, path)
+    if not isinstance(content, dict) or not ("rows" in content or "beit_fast" in content.get("machine_info", {})):
+        raise ValueError(
+            f"{path} is neither a results file, nor a log of rows (.jsonl), "
+            "nor the JSON of `pytest benchmarks/ --benchmark-json=...`"
+        )
+    if not content.get("rows", content.get("benchmarks")):
+        raise ValueError(f"{path} holds no measurement: every benchmark failed or was skipped")
+    return content if "rows" in content else _from_pytest_benchmark(content)
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _parse_log(text: str, path: Path) -> dict[str, Any] | None:
+    lines = text.splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):  # the run was killed within this line
+        lines.pop()
+    entries = [_parse(line, path) for line in lines]
+    if not entries or "conditions" not in entries[0]:
+        return None
+    rows = [entry["row"] for entry in entries if "row" in entry]
+    missing = [entry for entry in entries if "left_out" in entry]
+    reasons = dict.fromkeys((entry["peer"], entry["left_out"]) for entry in missing)
+    left_out = [
+        {
+            "peer": peer,
+            "reason": reason,
+            "cases": [entry["case"] for entry in missing if (entry["peer"], entry["left_out"]) == (peer, reason)],
+        }
+        for peer, reason in reasons
+    ]
+    return {**entries[0], "rows": _sorted(rows), "left_out": left_out}
+
+
+def _from_pytest_benchmark(content: dict[str, Any]) -> dict[str, Any]:
+    rows = [row_of(benchmark["extra_info"], benchmark["stats"]) for benchmark in content["benchmarks"]]
+    return {
+        "conditions": content["machine_info"]["beit_fast"],
+        "date": content["datetime"][:10],
+        "rows": _sorted(rows),
+        "left_out": [],
+    }
+
+
+def _sorted(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["mode"], row["dtype"], row["tokens"], row["batch"], row["peer"]))
+
+
+def write_results(results: dict[str, Any], path: Path) -> Path:
+    """One line a row, so that a diff shows which measurement changed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lists = {name: value for name, value in results.items() if isinstance(value, list)}
+    head = {name: value for name, value in results.items() if name not in lists}
+    parts = [json.dumps(head, indent=1)[:-2]]
+    for name, entries in lists.items():
+        lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
+        parts.append(f' "{name}": [\n{lines}\n ]' if entries else f' "{name}": []')
+    path.write_text(",\n".join(parts) + "\n}\n")
+    return path
+
+
+def device_slug(conditions: dict[str, Any]) -> str:
+    """A file name from the device: "nvidia-h200", "amd-epyc-9b14-cpu-2-threads"."""
+    name = re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\bProcessor\b|\b\d+-Core\b", " ", conditions["device_name"])
+    if conditions["device"] == "cpu":
+        name += f" cpu {conditions['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

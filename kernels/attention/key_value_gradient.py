@@ -1,0 +1,214 @@
+"""dK and dV: one pass over the queries, on transposed tiles."""
+
+import triton
+import triton.language as tl
+
+from .backward import score_gradient
+from .primitives import (
+    RUNTIME_INTEGERS,
+    bias_rows,
+    biased_products,
+    dropout_keep,
+    head_base,
+    load_cls,
+    load_cls_bias,
+    load_key_validity,
+    load_owned,
+    load_patches,
+    matmul,
+    owned_again,
+    owned_rows,
+    patch_base,
+    row_tokens,
+    split_program_id,
+    store_rows,
+    token_stride,
+)
+
+
+@triton.jit
+def key_value_step(
+    key_acc,  # [N, D] fp32, or None
+    value_acc,
+    start,  # first query patch of this step
+    k,  # [N, D]
+    v,  # [N, D], or None without key_acc
+    keys,  # [N] tokens
+    key,  # pointers to token 0 of the head
+    value,
+    query,  # pointers to patch `start` of the head
+    grad_out,
+    lse_row,  # pointers to the head's statistics
+    delta_row,
+    row_pointers,
+    column_offsets,
+    key_strides,
+    value_strides,
+    query_strides,
+    grad_strides,
+    batch,
+    head,
+    head_count,
+    patch_count,
+    scale_log2,
+    drop_threshold,
+    drop_scale,
+    seed_low,
+    seed_high,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BIAS_LAYOUT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Add what BLOCK_M more queries give: (key_acc, value_acc). Tiles are transposed: [keys, queries]."""
+    k = owned_again(k, key, keys, key_strides, HEAD_DIM, BLOCK_D)
+    v = owned_again(v, value, keys, value_strides, HEAD_DIM, BLOCK_D)
+    q = load_patches(query, start, patch_count, query_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)  # [M, D]
+    gradient = load_patches(grad_out, start, patch_count, grad_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)
+    scores = biased_products(
+        k, q, row_pointers, column_offsets, start, BLOCK_M, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
+    )  # [N, M]
+    patches = start + tl.arange(0, BLOCK_M)
+    p = tl.exp2(scores * scale_log2 - tl.load(lse_row + patches)[None, :])
+    if TAIL:
+        p = tl.where((patches < patch_count)[None, :], p, 0.0)
+    keep = None
+    if DROPOUT:
+        keep = dropout_keep(
+            patches[None, :] + 1, keys[:, None], batch, head, head_count, seed_low, seed_high, drop_threshold
+        )
+    if value_acc is not None:
+        dropped = p
+        if DROPOUT:
+            dropped = tl.where(keep, p * drop_scale, 0.0)
+        value_acc += matmul(dropped.to(gradient.dtype), gradient, PRECISION, UPCAST)
+    if key_acc is not None:
+        weight_gradient = matmul(v, tl.trans(gradient), PRECISION, UPCAST)  # [N, M]
+        ds = score_gradient(p, weight_gradient, tl.load(delta_row + patches)[None, :], keep, drop_scale, DROPOUT)
+        key_acc += matmul(ds.to(q.dtype), q, PRECISION, UPCAST)
+    return key_acc, value_acc
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def key_value_gradient_kernel(
+    grad_out,  # [batch_size, patch_count + 1, head_count, HEAD_DIM]
+    query,  # as grad_out
+    key,  # as grad_out
+    value,  # as grad_out
+    bias_records,  # [head_count, record_size] fp32, flipped, or None
+    column_offsets,  # [patch_count] int32 for the layout "extended", else None
+    key_mask,  # [batch_size, patch_count + 1] bool, or None
+    row_lse,  # [batch_size, head_count, statistic_pitch] fp32
+    row_delta,  # as row_lse
+    grad_key,  # contiguous, as key, written; None if it is not wanted
+    grad_value,  # contiguous, as value, written; None if it is not wanted
+    grad_strides,  # (batch, token, head), elements
+    query_strides,
+    key_strides,
+    value_strides,
+    mask_strides,  # (batch, token), elements
+    batch_size,
+    patch_count,
+    head_count,
+    statistic_pitch,
+    record_size,
+    window_height,
+    window_width,
+    scale,
+    scale_log2,  # scale * log2(e), positive
+    drop_threshold,  # int(dropout_p * 2**31)
+    drop_scale,  # 1 / (1 - dropout_p)
+    seed_low,  # low and high word of the seed, as signed 32-bit integers
+    seed_high,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries of a step
+    BLOCK_N: tl.constexpr,  # keys of a program
+    BIAS_LAYOUT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """dK and dV of BLOCK_N keys of one head: one pass over the queries. Grid: (batch, key blocks, heads) flattened."""
+    batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_N))
+    rows = owned_rows(block, BLOCK_N, BIAS_LAYOUT)
+    keys = row_tokens(rows, patch_count)
+    key = head_base(key, batch, head, key_strides)
+    value = head_base(value, batch, head, value_strides)
+    k = load_owned(key, keys, key_strides, HEAD_DIM, BLOCK_D)  # [N, D]
+    v = load_owned(value, keys, value_strides, HEAD_DIM, BLOCK_D)
+    query = head_base(query, batch, head, query_strides)
+    grad_out = head_base(grad_out, batch, head, grad_strides)
+    lse_row = row_lse + (batch * head_count + head) * statistic_pitch
+    delta_row = row_delta + (batch * head_count + head) * statistic_pitch
+
+    cls_query = load_cls(query, HEAD_DIM, BLOCK_D)[None, :]
+    cls_gradient = load_cls(grad_out, HEAD_DIM, BLOCK_D)[None, :]
+    scores = tl.sum(k.to(tl.float32) * cls_query, 1)  # [N], of the CLS query
+    row_pointers = None
+    if BIAS_LAYOUT != "none":
+        row_pointers = bias_rows(
+            bias_records,
+            head,
+            rows,
+            patch_count,
+            record_size,
+            window_height,
+            window_width,
+            BIAS_LAYOUT,
+            BIAS_VECTOR,
+        )
+        scores += load_cls_bias(bias_records, head, rows, patch_count, record_size)
+    p = tl.exp2(scores * scale_log2 - tl.load(lse_row + statistic_pitch - 4))
+    keep = None
+    dropped = p
+    if DROPOUT:
+        keep = dropout_keep(0, keys, batch, head, head_count, seed_low, seed_high, drop_threshold)
+        dropped = tl.where(keep, p * drop_scale, 0.0)
+    value_acc = None
+    if grad_value is not None:
+        value_acc = dropped[:, None] * cls_gradient  # [N, D]
+    key_acc = None
+    if grad_key is not None:
+        weight_gradient = tl.sum(v.to(tl.float32) * cls_gradient, 1)
+        cls_delta = tl.load(delta_row + statistic_pitch - 4)
+        key_acc = score_gradient(p, weight_gradient, cls_delta, keep, drop_scale, DROPOUT)[:, None] * cls_query
+
+    query = patch_base(query, 0, query_strides)
+    grad_out = patch_base(grad_out, 0, grad_strides)
+    whole = patch_count - (patch_count % BLOCK_M)
+    for start in range(0, whole, BLOCK_M):
+        key_acc, value_acc = key_value_step(
+            key_acc, value_acc, start, k, v, keys, key, value, query, grad_out, lse_row, delta_row, row_pointers,
+            column_offsets, key_strides, value_strides, query_strides, grad_strides, batch, head, head_count,
+            patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_M,
+            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST,
+            False,
+        )  # fmt: skip
+        query += BLOCK_M * token_stride(query_strides, tl.int64)
+        grad_out += BLOCK_M * token_stride(grad_strides, tl.int64)
+    if whole < patch_count:
+        key_acc, value_acc = key_value_step(
+            key_acc, value_acc, whole, k, v, keys, key, value, query, grad_out, lse_row, delta_row, row_pointers,
+            column_offsets, key_strides, value_strides, query_strides, grad_strides, batch, head, head_count,
+            patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_M,
+            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST,
+            True,
+        )  # fmt: skip
+
+    if key_mask is not None:
+        valid = load_key_validity(key_mask, batch, keys, mask_strides)[:, None]
+    if grad_key is not None:
+        if key_mask is not None:
+            key_acc = tl.where(valid, key_acc, 0.0)
+        store_rows(grad_key, key_acc * scale, batch, head, rows, patch_count, head_count, HEAD_DIM, BLOCK_D)
+    if grad_value is not None:
+        if key_mask is not None:
+            value_acc = tl.where(valid, value_acc, 0.0)
+        store_rows(grad_value, value_acc, batch, head, rows, patch_count, head_count, HEAD_DIM, BLOCK_D)

@@ -1,0 +1,220 @@
+"""What a cubin holds: resources, the instructions of its main loop, and the cycles they cost at least.
+
+The model counts a multiprocessor's cycles for one 64 x 64 tile of scores. An iteration of the main loop is one tile
+of BLOCK_M x BLOCK_N, which `warps` warps work through together, all with the same instructions; so an instruction that
+stands in the loop once is issued `warps / (BLOCK_M * BLOCK_N / 4096)` times for 64 x 64 scores. Each such issue takes
+
+- issue: 1/4 cycle, since four schedulers issue one warp instruction a cycle each (compute capability 8.0 and later);
+- alu, fma, xu: 32 lanes over the lanes of that pipe. "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA
+  C++ Best Practices Guide has them: 16 results a cycle for exp2 and conversions, 64 fp32 on 8.0 and 128 later, 64
+  integer operations up to 9.0; for 10.0 and 12.0 the largest of that class, 128, so that the bound stays a lower one;
+- lsu: a cycle for 32 lanes of 4 bytes, so two for 64-bit and four for 128-bit accesses: 32 load/store lanes and 128
+  bytes of shared memory a cycle, as NVIDIA's whitepapers on A100 (GA100), H100 (GH100) and later have it. Bank
+  conflicts, uncoalesced addresses, and what wgmma reads from shared memory by itself are not in it;
+- mma: the products' multiply-adds over the dense rate of the whitepapers' tables, fp32 accumulation. GeForce parts
+  have half of what stands here for 8.6, 8.9 and 12.0; tf32 has half of fp16 everywhere.
+
+The largest of these is the bound; dependencies and latencies come on top.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import NamedTuple
+
+from triton import knobs
+
+PIPES = ("mma", "xu", "lsu", "alu", "fma", "uniform", "other")
+
+NAMES = {
+    "xu": "BREV F2F F2I FLO FRND I2F I2I MUFU POPC",
+    "lsu": "ATOM ATOMG ATOMS LD LDC LDG LDGSTS LDL LDS LDSM LDTM MATCH RED SHFL ST STG STL STS STSM STTM",
+    "fma": "FADD FADD2 FADD32I FFMA FFMA2 FFMA32I FHFMA FMUL FMUL2 FMUL32I FSWZADD HADD2 HFMA2 HMUL2 IDP IMAD",
+    "alu": """BMSK F2FP FCHK FMNMX FMNMX3 FSEL FSET FSETP HMNMX2 HSETP2 I2FP IABS IADD IADD3 IMNMX IMNMX3 ISETP LEA LEPC
+        LOP LOP3 MOV MOV32I P2R PLOP3 PRMT R2P SEL SGXT SHF SHL SHR VIADD VIADDMNMX VIMNMX VIMNMX3""",
+    "uniform": "LDCU R2UR S2UR VOTEU",
+    "other": """ACQBULK ARRIVES BAR BMOV BPT BRA BREAK BRX BSSY BSYNC CALL CCTL CS2R DEPBAR ELECT ERRBAR EXIT FENCE JMP
+        LDGDEPBAR MEMBAR NANOSLEEP NOP PMTRIG PREEXIT REDUX RET S2R SYNCS UTCATOMSWS UTCBAR VOTE WARPGROUP WARPSYNC
+        YIELD""",
+}
+PIPE_OF = {name: pipe for pipe, names in NAMES.items() for name in names.split()}
+MATRIX = re.compile(r"(H|HG|I|QG|UTC\w*)MMA")
+
+
+class Resources(NamedTuple):
+    """Of one program; bytes, but for the registers of a thread."""
+
+    registers: int
+    stack: int
+    local: int
+
+
+class Rates(NamedTuple):
+    """Of one multiprocessor, a cycle."""
+
+    matrix: int  # fp16 multiply-adds
+    fma: int  # lanes
+    alu: int  # lanes
+
+
+RATES = {
+    80: Rates(1024, 64, 64),
+    86: Rates(512, 128, 64),
+    89: Rates(512, 128, 64),
+    90: Rates(2048, 128, 64),
+    100: Rates(4096, 128, 128),
+    120: Rates(512, 128, 128),
+}
+SCHEDULERS = 4
+XU_LANES = 16
+LSU_LANES = 32
+WARP = 32
+
+
+class Work(NamedTuple):
+    """What an iteration of a main loop does."""
+
+    capability: int
+    warps: int
+    scores: int  # BLOCK_M * BLOCK_N
+    multiply_adds: int  # of all its matrix products
+    tf32: bool
+
+
+def resources(cubin: bytes) -> Resources:
+    """Registers, stack and local memory of the one kernel of a cubin."""
+    usage = _run_on(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+    fields = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(fields["REG"], fields["STACK"], fields["LOCAL"])
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code of a cubin as nvdisasm prints it."""
+    return _run_on(cubin, knobs.nvidia.nvdisasm.path, "-c")
+
+
+def _run_on(cubin: bytes, *command: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def main_loop(disassembly: str) -> Counter[str]:
+    """How often each instruction, modifiers included, stands in the loop that multiplies matrices; empty without one.
+
+    A loop is what lies between a label and a branch back to it. Of the loops around a matrix instruction it is the one
+    that ends first: waits for a barrier, which stand behind the code on sm_100, branch back over the loop as well.
+    Without tensor cores it is the shortest loop with the most FFMA.
+    """
+    instructions, loops = _instructions_and_loops(disassembly)
+    bodies = [instructions[first : last + 1] for first, last in loops]
+    with_matrices = [body for body in bodies if any(MATRIX.match(name) for name in body)]
+    if with_matrices:
+        return Counter(with_matrices[0])
+    fused = [sum(base_name(name) in ("FFMA", "FFMA2") for name in body) for body in bodies]
+    candidates = [body for body, count in zip(bodies, fused, strict=True) if count == max(fused) > 0]
+    candidates.sort(key=len)
+    return Counter(candidates[0] if candidates else [])
+
+
+def _instructions_and_loops(disassembly: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Names of all instructions, and (first, last) of each loop in the order in which loops end."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    branches: list[tuple[str, int]] = []
+    for line in disassembly.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            if base_name(found[1]) == "BRA" and (target := re.search(r"`\((\.L_x_\d+)\)", found[2])):
+                branches.append((target[1], len(instructions)))
+            instructions.append(found[1])
+    loops = [(labels[target], place) for target, place in branches if labels[target] <= place]
+    return instructions, loops
+
+
+def base_name(instruction: str) -> str:
+    """The name without its modifiers: LDG of LDG.E.128."""
+    return instruction.partition(".")[0]
+
+
+def pipe_of(instruction: str) -> str:
+    """Which of PIPES executes an instruction."""
+    name = base_name(instruction)
+    if MATRIX.fullmatch(name):
+        return "mma"
+    return PIPE_OF.get(name, "uniform" if name.startswith("U") else "other")
+
+
+def is_known(instruction: str) -> bool:
+    """Whether `pipe_of` was told about an instruction: one of a new architecture counts as "other"."""
+    return pipe_of(instruction) != "other" or base_name(instruction) in PIPE_OF
+
+
+def instructions_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
+    """Warp instructions that each scheduler issues for a 64 x 64 tile: four warps' worth on four schedulers."""
+    counts = dict.fromkeys(PIPES, 0.0)
+    for instruction, count in loop.items():
+        counts[pipe_of(instruction)] += count * _issues(work) / SCHEDULERS
+    return counts
+
+
+def cycles_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
+    """Cycles of a multiprocessor that a 64 x 64 tile takes at least, by what would bound it: see the module."""
+    rates = RATES[work.capability]
+    lanes = {"xu": XU_LANES, "alu": rates.alu, "fma": rates.fma}
+    cycles = dict.fromkeys(("issue", "mma", "xu", "lsu", "alu", "fma"), 0.0)
+    for instruction, count in loop.items():
+        pipe = pipe_of(instruction)
+        cycles["issue"] += count * _issues(work) / SCHEDULERS
+        if pipe in lanes:
+            cycles[pipe] += count * _issues(work) * WARP / lanes[pipe]
+        elif pipe == "lsu":
+            cycles["lsu"] += count * _issues(work) * access_words(instruction) * WARP / LSU_LANES
+    if any(pipe_of(instruction) == "mma" for instruction in loop):
+        in_loop = multiply_adds(loop)
+        total = work.multiply_adds if in_loop is None else in_loop * work.warps
+        cycles["mma"] = total / (rates.matrix / (2 if work.tf32 else 1)) / (work.scores / 4096)
+    return cycles
+
+
+def bound(cycles: dict[str, float]) -> str:
+    """Which of the cycles are the most."""
+    return max(cycles, key=lambda name: cycles[name])
+
+
+def _issues(work: Work) -> float:
+    """How often an instruction of the loop is issued for 64 x 64 scores."""
+    return work.warps / (work.scores / 4096)
+
+
+def access_words(instruction: str) -> int:
+    """Words of 4 bytes that each lane moves; 1 for tensor memory, which has a port of its own."""
+    if base_name(instruction) in ("LDSM", "STSM"):
+        return int(instruction[-1]) if instruction.endswith((".2", ".4")) else 1
+    if base_name(instruction) in ("LDTM", "STTM"):
+        return 1
+    modifiers = instruction.split(".")
+    return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
+
+
+def multiply_adds(loop: Counter[str]) -> int | None:
+    """Of one warp's matrix instructions; None where their shape is not in the name, as on sm_100.
+
+    HMMA.16816 is 16 x 8 x 16 by one warp, HGMMA.64x64x16 is 64 x 64 x 16 by four.
+    """
+    total = 0
+    for instruction, count in loop.items():
+        if pipe_of(instruction) != "mma":
+            continue
+        shape = instruction.split(".")[1] if "." in instruction else ""
+        if base_name(instruction) == "HGMMA":
+            m, n, k = map(int, shape.split("x"))
+            total += count * m * n * k // 4
+        elif base_name(instruction) == "HMMA":
+            total += count * 16 * 8 * int(shape.removeprefix("168"))
+        else:
+            return None
+    return total

@@ -1,0 +1,190 @@
+"""dQ: one pass over the keys."""
+
+import triton
+import triton.language as tl
+
+from .backward import score_gradient
+from .primitives import (
+    RUNTIME_INTEGERS,
+    bias_rows,
+    biased_products,
+    cls_validity,
+    dropout_keep,
+    head_base,
+    load_cls,
+    load_cls_bias,
+    load_owned,
+    load_patches,
+    matmul,
+    owned_again,
+    owned_rows,
+    patch_base,
+    patch_validity,
+    row_statistic,
+    row_tokens,
+    split_program_id,
+    store_rows,
+    token_stride,
+)
+
+
+@triton.jit
+def query_step(
+    acc,  # [M, D] fp32
+    start,  # first key patch of this step
+    q,  # [M, D]
+    gradient,  # [M, D]
+    queries,  # [M] tokens
+    lse,  # [M] fp32, base 2
+    delta,  # [M] fp32
+    query,  # pointers to token 0 of the head
+    grad_out,
+    key,  # pointers to patch `start` of the head
+    value,
+    row_pointers,
+    column_offsets,
+    key_mask,
+    query_strides,
+    grad_strides,
+    key_strides,
+    value_strides,
+    mask_strides,
+    batch,
+    head,
+    head_count,
+    patch_count,
+    scale_log2,
+    drop_threshold,
+    drop_scale,
+    seed_low,
+    seed_high,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BIAS_LAYOUT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Add what BLOCK_N more keys give."""
+    q = owned_again(q, query, queries, query_strides, HEAD_DIM, BLOCK_D)
+    gradient = owned_again(gradient, grad_out, queries, grad_strides, HEAD_DIM, BLOCK_D)
+    k = load_patches(key, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
+    v = load_patches(value, start, patch_count, value_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)
+    scores = biased_products(
+        q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
+    )  # [M, N]
+    p = tl.exp2(scores * scale_log2 - lse[:, None])
+    if TAIL or key_mask is not None:
+        p = tl.where(patch_validity(key_mask, batch, start, patch_count, mask_strides, BLOCK_N)[None, :], p, 0.0)
+    keep = None
+    if DROPOUT:
+        keys = start + tl.arange(0, BLOCK_N) + 1
+        keep = dropout_keep(
+            queries[:, None], keys[None, :], batch, head, head_count, seed_low, seed_high, drop_threshold
+        )
+    weight_gradient = matmul(gradient, tl.trans(v), PRECISION, UPCAST)  # [M, N]
+    ds = score_gradient(p, weight_gradient, delta[:, None], keep, drop_scale, DROPOUT)
+    return acc + matmul(ds.to(k.dtype), k, PRECISION, UPCAST)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def query_gradient_kernel(
+    grad_out,  # [batch_size, patch_count + 1, head_count, HEAD_DIM]
+    query,  # as grad_out
+    key,  # as grad_out
+    value,  # as grad_out
+    bias_records,  # [head_count, record_size] fp32, or None
+    column_offsets,  # [patch_count] int32 for the layout "extended", else None
+    key_mask,  # [batch_size, patch_count + 1] bool, or None
+    row_lse,  # [batch_size, head_count, statistic_pitch] fp32
+    row_delta,  # as row_lse
+    grad_query,  # contiguous, as query, written
+    grad_strides,  # (batch, token, head), elements
+    query_strides,
+    key_strides,
+    value_strides,
+    mask_strides,  # (batch, token), elements
+    batch_size,
+    patch_count,
+    head_count,
+    statistic_pitch,
+    record_size,
+    window_height,
+    window_width,
+    scale,  # of the result, signed
+    scale_log2,  # |scale| * log2(e)
+    drop_threshold,  # int(dropout_p * 2**31)
+    drop_scale,  # 1 / (1 - dropout_p)
+    seed_low,  # low and high word of the seed, as signed 32-bit integers
+    seed_high,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries of a program
+    BLOCK_N: tl.constexpr,  # keys of a step
+    BIAS_LAYOUT: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """dQ of BLOCK_M queries of one head: one pass over the keys. Grid: (batch, query blocks, heads) flattened."""
+    batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_M))
+    rows = owned_rows(block, BLOCK_M, BIAS_LAYOUT)
+    queries = row_tokens(rows, patch_count)
+    query = head_base(query, batch, head, query_strides)
+    grad_out = head_base(grad_out, batch, head, grad_strides)
+    q = load_owned(query, queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
+    gradient = load_owned(grad_out, queries, grad_strides, HEAD_DIM, BLOCK_D)
+    lse = row_statistic(row_lse, batch, head, rows, patch_count, head_count, statistic_pitch)
+    delta = row_statistic(row_delta, batch, head, rows, patch_count, head_count, statistic_pitch)
+    key = head_base(key, batch, head, key_strides)
+    value = head_base(value, batch, head, value_strides)
+
+    cls_key = load_cls(key, HEAD_DIM, BLOCK_D)[None, :]
+    scores = tl.sum(q.to(tl.float32) * cls_key, 1)  # [M], with the CLS key
+    row_pointers = None
+    if BIAS_LAYOUT != "none":
+        row_pointers = bias_rows(
+            bias_records,
+            head,
+            rows,
+            patch_count,
+            record_size,
+            window_height,
+            window_width,
+            BIAS_LAYOUT,
+            BIAS_VECTOR,
+        )
+        scores += load_cls_bias(bias_records, head, rows, patch_count, record_size)
+    p = tl.exp2(scores * scale_log2 - lse)
+    if key_mask is not None:
+        p = tl.where(cls_validity(key_mask, batch, mask_strides), p, 0.0)
+    keep = None
+    if DROPOUT:
+        keep = dropout_keep(queries, 0, batch, head, head_count, seed_low, seed_high, drop_threshold)
+    weight_gradient = tl.sum(gradient.to(tl.float32) * load_cls(value, HEAD_DIM, BLOCK_D)[None, :], 1)
+    acc = score_gradient(p, weight_gradient, delta, keep, drop_scale, DROPOUT)[:, None] * cls_key  # [M, D]
+
+    key = patch_base(key, 0, key_strides)
+    value = patch_base(value, 0, value_strides)
+    whole = patch_count - (patch_count % BLOCK_N)
+    for start in range(0, whole, BLOCK_N):
+        acc = query_step(
+            acc, start, q, gradient, queries, lse, delta, query, grad_out, key, value, row_pointers, column_offsets,
+            key_mask, query_strides, grad_strides, key_strides, value_strides, mask_strides, batch, head, head_count,
+            patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_N,
+            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, False,
+        )  # fmt: skip
+        key += BLOCK_N * token_stride(key_strides, tl.int64)
+        value += BLOCK_N * token_stride(value_strides, tl.int64)
+    if whole < patch_count:
+        acc = query_step(
+            acc, whole, q, gradient, queries, lse, delta, query, grad_out, key, value, row_pointers, column_offsets,
+            key_mask, query_strides, grad_strides, key_strides, value_strides, mask_strides, batch, head, head_count,
+            patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_N,
+            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, True,
+        )  # fmt: skip
+    store_rows(grad_query, acc * scale, batch, head, rows, patch_count, head_count, HEAD_DIM, BLOCK_D)

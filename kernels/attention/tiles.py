@@ -1,0 +1,146 @@
+"""The tiles of the attention kernels, by count and not by stopwatch: ../README.md says how they were chosen."""
+
+from typing import NamedTuple
+
+
+class TileConfig(NamedTuple):
+    """How one kernel is tiled and compiled."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+SMALL = "small"
+SM80 = "sm80"
+SM90 = "sm90"
+SM100 = "sm100"
+
+# queries x keys x warps x stages
+_16x16x4x1 = TileConfig(16, 16, 4, 1)
+_16x32x8x1 = TileConfig(16, 32, 8, 1)
+_32x16x4x1 = TileConfig(32, 16, 4, 1)
+_32x16x8x1 = TileConfig(32, 16, 8, 1)
+_32x32x4x2 = TileConfig(32, 32, 4, 2)
+_32x32x8x1 = TileConfig(32, 32, 8, 1)
+_32x32x8x2 = TileConfig(32, 32, 8, 2)
+_32x64x4x2 = TileConfig(32, 64, 4, 2)
+_32x64x8x1 = TileConfig(32, 64, 8, 1)
+_32x64x8x2 = TileConfig(32, 64, 8, 2)
+_32x128x8x2 = TileConfig(32, 128, 8, 2)
+_64x32x4x2 = TileConfig(64, 32, 4, 2)
+_64x32x8x1 = TileConfig(64, 32, 8, 1)
+_64x32x8x2 = TileConfig(64, 32, 8, 2)
+_64x64x4x2 = TileConfig(64, 64, 4, 2)
+_64x64x8x2 = TileConfig(64, 64, 8, 2)
+_64x128x8x2 = TileConfig(64, 128, 8, 2)
+_128x64x4x3 = TileConfig(128, 64, 4, 3)
+_128x64x8x2 = TileConfig(128, 64, 8, 2)
+_128x64x8x3 = TileConfig(128, 64, 8, 3)
+
+TILES = {
+    # kernel, arithmetic, whether weights are dropped, architecture class: padded head dimension 16, 32, 64, 128
+    # 16 bits, without dropout
+    ("forward", "half", False, SMALL): (_64x64x4x2, _64x64x4x2, _64x64x8x2, _32x32x4x2),
+    ("forward", "half", False, SM80): (_64x64x4x2, _64x64x4x2, _64x64x4x2, _32x32x4x2),
+    ("forward", "half", False, SM90): (_128x64x4x3, _128x64x4x3, _128x64x8x3, _128x64x8x2),
+    ("forward", "half", False, SM100): (_128x64x8x2, _128x64x8x2, _128x64x8x2, _64x64x8x2),
+    ("key_value_gradient", "half", False, SMALL): (_64x64x4x2, _64x64x4x2, _32x128x8x2, _32x32x8x2),
+    ("key_value_gradient", "half", False, SM80): (_64x64x4x2, _64x64x4x2, _32x128x8x2, _32x32x8x2),
+    ("key_value_gradient", "half", False, SM90): (_64x128x8x2, _64x128x8x2, _64x128x8x2, _64x64x8x2),
+    ("key_value_gradient", "half", False, SM100): (_64x128x8x2, _64x128x8x2, _64x128x8x2, _64x128x8x2),
+    ("query_gradient", "half", False, SMALL): (_64x64x4x2, _64x64x4x2, _64x64x8x2, _32x32x8x2),
+    ("query_gradient", "half", False, SM80): (_64x64x4x2, _64x64x4x2, _32x128x8x2, _32x32x8x2),
+    ("query_gradient", "half", False, SM90): (_128x64x8x2, _128x64x8x2, _128x64x8x2, _128x64x8x2),
+    ("query_gradient", "half", False, SM100): (_64x64x8x2, _128x64x8x2, _128x64x8x2, _128x64x8x2),
+    ("bias_gradient", "half", False, SMALL): (_64x64x4x2, _32x128x8x2, _32x64x4x2, _32x32x4x2),
+    ("bias_gradient", "half", False, SM80): (_128x64x8x2, _64x64x4x2, _32x64x4x2, _64x32x4x2),
+    ("bias_gradient", "half", False, SM90): (_128x64x8x2, _128x64x8x2, _128x64x8x2, _64x64x8x2),
+    ("bias_gradient", "half", False, SM100): (_32x64x4x2, _32x64x4x2, _32x64x4x2, _32x32x4x2),
+    # 16 bits, with dropout
+    ("forward", "half", True, SMALL): (_64x64x4x2, _64x64x4x2, _64x64x4x2, _32x32x4x2),
+    ("forward", "half", True, SM80): (_64x64x4x2, _64x64x4x2, _64x64x4x2, _32x32x4x2),
+    ("forward", "half", True, SM90): (_128x64x4x3, _128x64x8x2, _128x64x8x2, _128x64x8x2),
+    ("forward", "half", True, SM100): (_64x64x8x2, _64x64x8x2, _64x64x8x2, _64x64x8x2),
+    ("key_value_gradient", "half", True, SMALL): (_64x64x4x2, _64x64x4x2, _32x128x8x2, _32x16x8x1),
+    ("key_value_gradient", "half", True, SM80): (_64x64x4x2, _64x64x4x2, _32x128x8x2, _32x16x8x1),
+    ("key_value_gradient", "half", True, SM90): (_64x128x8x2, _64x128x8x2, _64x64x8x2, _32x64x8x2),
+    ("key_value_gradient", "half", True, SM100): (_64x128x8x2, _64x128x8x2, _64x128x8x2, _64x64x8x2),
+    ("query_gradient", "half", True, SMALL): (_64x64x4x2, _64x64x4x2, _64x32x4x2, _32x32x8x2),
+    ("query_gradient", "half", True, SM80): (_64x64x4x2, _64x64x4x2, _64x32x4x2, _32x16x8x1),
+    ("query_gradient", "half", True, SM90): (_128x64x8x2, _128x64x8x2, _32x128x8x2, _64x32x8x2),
+    ("query_gradient", "half", True, SM100): (_128x64x8x2, _128x64x8x2, _128x64x8x2, _64x64x8x2),
+    ("bias_gradient", "half", True, SMALL): (_64x32x4x2, _64x32x4x2, _32x128x8x2, _32x32x8x2),
+    ("bias_gradient", "half", True, SM80): (_32x64x4x2, _64x32x4x2, _64x32x8x2, _64x32x4x2),
+    ("bias_gradient", "half", True, SM90): (_64x64x8x2, _64x64x8x2, _64x64x8x2, _64x64x8x2),
+    ("bias_gradient", "half", True, SM100): (_32x64x4x2, _32x64x4x2, _32x64x4x2, _32x16x4x1),
+    # fp32 by tf32, without dropout
+    ("forward", "tf32", False, SMALL): (_64x64x4x2, _64x64x4x2, _64x32x4x2, _64x32x8x1),
+    ("forward", "tf32", False, SM80): (_64x64x4x2, _64x64x4x2, _64x32x8x2, _64x32x8x1),
+    ("forward", "tf32", False, SM90): (_64x64x4x2, _64x64x4x2, _64x64x8x2, _64x32x8x2),
+    ("forward", "tf32", False, SM100): (_64x64x8x2, _64x64x8x2, _64x64x8x2, _64x32x8x2),
+    ("key_value_gradient", "tf32", False, SMALL): (_64x64x8x2, _32x64x4x2, _64x32x8x2, _32x32x8x1),
+    ("key_value_gradient", "tf32", False, SM80): (_64x64x4x2, _32x64x4x2, _64x32x8x1, _64x32x8x1),
+    ("key_value_gradient", "tf32", False, SM90): (_64x64x4x2, _64x64x8x2, _64x64x8x2, _64x32x8x1),
+    ("key_value_gradient", "tf32", False, SM100): (_64x64x4x2, _64x64x8x2, _64x64x8x2, _64x32x8x1),
+    ("query_gradient", "tf32", False, SMALL): (_64x64x8x2, _64x32x4x2, _32x64x8x2, _64x32x8x1),
+    ("query_gradient", "tf32", False, SM80): (_64x64x4x2, _64x64x8x2, _64x32x8x2, _64x32x8x1),
+    ("query_gradient", "tf32", False, SM90): (_64x64x4x2, _64x64x4x2, _64x64x8x2, _64x32x8x2),
+    ("query_gradient", "tf32", False, SM100): (_64x64x4x2, _64x64x4x2, _64x64x8x2, _64x32x8x2),
+    ("bias_gradient", "tf32", False, SMALL): (_64x32x8x2, _64x32x4x2, _32x64x8x1, _32x64x8x1),
+    ("bias_gradient", "tf32", False, SM80): (_64x64x8x2, _64x32x4x2, _32x64x8x1, _32x64x8x1),
+    ("bias_gradient", "tf32", False, SM90): (_64x64x8x2, _64x64x8x2, _64x64x8x2, _64x32x4x2),
+    ("bias_gradient", "tf32", False, SM100): (_64x64x8x2, _64x64x8x2, _64x64x8x2, _32x16x4x1),
+    # fp32 by tf32, with dropout
+    ("forward", "tf32", True, SMALL): (_64x64x4x2, _64x64x8x2, _64x32x4x2, _32x64x8x1),
+    ("forward", "tf32", True, SM80): (_64x64x4x2, _64x64x8x2, _64x32x8x2, _32x64x8x1),
+    ("forward", "tf32", True, SM90): (_64x64x4x2, _64x64x4x2, _64x32x4x2, _32x64x8x1),
+    ("forward", "tf32", True, SM100): (_64x64x8x2, _64x64x8x2, _64x64x8x2, _64x32x8x2),
+    ("key_value_gradient", "tf32", True, SMALL): (_32x64x4x2, _32x64x8x1, _64x32x8x2, _32x32x8x1),
+    ("key_value_gradient", "tf32", True, SM80): (_64x64x8x2, _32x64x4x2, _64x32x8x1, _64x32x8x1),
+    ("key_value_gradient", "tf32", True, SM90): (_64x64x8x2, _32x64x4x2, _64x32x8x2, _64x32x8x1),
+    ("key_value_gradient", "tf32", True, SM100): (_64x64x8x2, _64x64x8x2, _64x32x8x2, _64x32x8x1),
+    ("query_gradient", "tf32", True, SMALL): (_64x32x4x2, _64x32x4x2, _32x64x8x2, _32x64x8x1),
+    ("query_gradient", "tf32", True, SM80): (_64x64x8x2, _64x32x4x2, _32x64x8x1, _32x64x8x1),
+    ("query_gradient", "tf32", True, SM90): (_64x64x8x2, _64x32x4x2, _64x32x8x2, _64x32x8x2),
+    ("query_gradient", "tf32", True, SM100): (_64x64x8x2, _64x64x8x2, _64x32x8x2, _32x64x8x1),
+    ("bias_gradient", "tf32", True, SMALL): (_64x32x4x2, _64x32x4x2, _32x64x8x1, _32x64x8x1),
+    ("bias_gradient", "tf32", True, SM80): (_64x32x4x2, _64x32x4x2, _32x64x8x1, _32x64x8x1),
+    ("bias_gradient", "tf32", True, SM90): (_64x64x8x2, _64x64x8x2, _64x64x8x2, _32x16x4x1),
+    ("bias_gradient", "tf32", True, SM100): (_64x64x8x2, _64x64x8x2, _64x64x8x2, _32x16x4x1),
+    # fp32, without dropout
+    ("forward", "ieee", False, SMALL): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("forward", "ieee", False, SM80): (_32x16x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("forward", "ieee", False, SM90): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("forward", "ieee", False, SM100): (_32x16x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("key_value_gradient", "ieee", False, SMALL): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _16x32x8x1),
+    ("key_value_gradient", "ieee", False, SM80): (_32x32x8x1, _32x16x8x1, _32x16x8x1, _16x32x8x1),
+    ("key_value_gradient", "ieee", False, SM90): (_32x16x8x1, _32x32x8x1, _32x16x8x1, _16x32x8x1),
+    ("key_value_gradient", "ieee", False, SM100): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _16x32x8x1),
+    ("query_gradient", "ieee", False, SMALL): (_32x32x8x1, _32x16x8x1, _32x16x8x1, _32x16x8x1),
+    ("query_gradient", "ieee", False, SM80): (_32x32x8x1, _32x16x8x1, _32x16x8x1, _16x16x4x1),
+    ("query_gradient", "ieee", False, SM90): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("query_gradient", "ieee", False, SM100): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("bias_gradient", "ieee", False, SMALL): (_64x32x8x1, _64x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("bias_gradient", "ieee", False, SM80): (_64x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("bias_gradient", "ieee", False, SM90): (_64x32x8x1, _64x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("bias_gradient", "ieee", False, SM100): (_64x32x8x1, _64x32x8x1, _32x16x8x1, _32x16x8x1),
+    # fp32, with dropout
+    ("forward", "ieee", True, SMALL): (_32x32x8x1, _32x32x8x1, _16x32x8x1, _32x16x8x1),
+    ("forward", "ieee", True, SM80): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("forward", "ieee", True, SM90): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("forward", "ieee", True, SM100): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("key_value_gradient", "ieee", True, SMALL): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _16x16x4x1),
+    ("key_value_gradient", "ieee", True, SM80): (_32x16x8x1, _32x16x8x1, _32x16x8x1, _16x16x4x1),
+    ("key_value_gradient", "ieee", True, SM90): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _16x32x8x1),
+    ("key_value_gradient", "ieee", True, SM100): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _16x32x8x1),
+    ("query_gradient", "ieee", True, SMALL): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("query_gradient", "ieee", True, SM80): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _16x16x4x1),
+    ("query_gradient", "ieee", True, SM90): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("query_gradient", "ieee", True, SM100): (_32x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("bias_gradient", "ieee", True, SMALL): (_64x32x8x1, _64x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("bias_gradient", "ieee", True, SM80): (_64x32x8x1, _32x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("bias_gradient", "ieee", True, SM90): (_64x32x8x1, _64x32x8x1, _32x16x8x1, _32x16x8x1),
+    ("bias_gradient", "ieee", True, SM100): (_64x32x8x1, _64x32x8x1, _32x16x8x1, _32x16x8x1),
+}

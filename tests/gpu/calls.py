@@ -1,0 +1,49 @@
+"""Calls of the operator as people make them, through `beit_fast.rel_pos_attention` and autograd, on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import beit_fast
+
+from ..kernels.cases import Case
+from ..support.devices import why_no_cuda
+
+if _reason := why_no_cuda():
+    pytest.skip(_reason, allow_module_level=True)
+
+LONG = 10**9
+"""Clock cycles for `torch.cuda._sleep`: about half a second, some thousand times what a launch takes."""
+
+
+def leaves_of(case: Case) -> list[Tensor]:
+    """Copies of q, k, v and the table (where there is one) that require gradients."""
+    tensors = (case.query, case.key, case.value, case.table)
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors if tensor is not None]
+
+
+def attend(case: Case, leaves: list[Tensor], function: Callable[..., Tensor] = beit_fast.rel_pos_attention) -> Tensor:
+    """out `[B, N, H, D]` for these leaves, the case's window, mask and dropout."""
+    table = leaves[3] if len(leaves) == 4 else None
+    return function(*leaves[:3], table, case.window, case.key_mask, dropout_p=case.dropout_p, seed=case.seed)
+
+
+def attend_and_differentiate(
+    case: Case, leaves: list[Tensor] | None = None, function: Callable[..., Tensor] = beit_fast.rel_pos_attention
+) -> list[Tensor]:
+    """out, dq, dk, dv and dtable."""
+    leaves = leaves_of(case) if leaves is None else leaves
+    out = attend(case, leaves, function)
+    return [out.detach(), *torch.autograd.grad(out, leaves, case.grad_out)]
+
+
+def need_free_memory(size: int) -> None:
+    """Skip the test unless the device has `size` free bytes."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < size:
+        pytest.skip(f"needs {size / 2**30:.0f} GiB on the device, of which {free / 2**30:.0f} are free")

@@ -1,0 +1,66 @@
+"""Small cases, forward and backward, for compute-sanitizer: a script, which takes the names of cases, or runs all.
+
+Sizes that no block divides, rows aligned to nothing, and each allocation a block of its own
+(`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), so that an access one element outside a tensor is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import beit_fast
+
+CASES: dict[str, dict[str, Any]] = {
+    "one row": {"window": (1, 6), "dtype": torch.float16},
+    "odd width": {"window": (3, 5), "dtype": torch.bfloat16, "masked": True},
+    "even width": {"window": (5, 8), "dtype": torch.bfloat16, "head_dim": 64, "dropout_p": 0.2},
+    "several blocks": {"window": (9, 15), "dtype": torch.float16, "head_dim": 24},
+    "single precision": {"window": (4, 4), "dtype": torch.float32, "head_dim": 8, "masked": True},
+    "no table": {"window": None, "tokens": 67, "dtype": torch.bfloat16, "head_dim": 80},
+    "one token": {"window": None, "tokens": 1, "dtype": torch.float32},
+    "rows at odd addresses": {"window": (4, 7), "dtype": torch.float16, "padding": 3},
+    "no image": {"window": (3, 4), "dtype": torch.float16, "batch": 0},
+}
+
+
+def run(
+    window: tuple[int, int] | None,
+    dtype: torch.dtype,
+    batch: int = 2,
+    heads: int = 3,
+    head_dim: int = 16,
+    tokens: int = 0,
+    masked: bool = False,
+    dropout_p: float = 0.0,
+    padding: int = 0,
+) -> list[Tensor]:
+    """out and the gradients of q, k, v and, with a window, of the table."""
+    table = None
+    if window is not None:
+        tokens = window[0] * window[1] + 1
+        rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3
+        table = torch.randn(rows, heads, device="cuda", requires_grad=True)
+    shape = (batch, tokens, heads, head_dim + padding)
+    leaves = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    query, key, value = (leaf[..., padding:] for leaf in leaves)
+    key_mask = torch.rand(batch, tokens, device="cuda") > 0.3 if masked else None
+    out = beit_fast.rel_pos_attention(query, key, value, table, window, key_mask, dropout_p=dropout_p, seed=3)
+    leaves = leaves if table is None else [*leaves, table]
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.randn_like(out))]
+
+
+def main(names: list[str]) -> None:
+    torch.manual_seed(0)
+    for name in names or CASES:
+        results = run(**CASES[name])
+        torch.cuda.synchronize()
+        assert all(torch.isfinite(tensor).all() for tensor in results), name
+        print(f"ran: {name}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,39 @@
+"""A whole model on a GPU under autocast and compiled; tests/kernels has it in one precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ..kernels.cases import BACKWARD_FACTOR, FORWARD_FACTOR, device
+from ..kernels.test_model import build, train_step, under
+from ..support.oracle import assert_within_budget
+from ..support.transformers_reference import POSITIONS
+from . import calls  # noqa: F401  skips this file without a GPU
+
+
+@pytest.mark.parametrize("position", ["per layer", "shared", "both"])
+def test_autocast(position: str) -> None:
+    dtype = torch.bfloat16
+    model, pixels = build(**POSITIONS[position]), torch.randn(2, 3, 24, 40).to(device())
+    with torch.autocast("cuda", dtype=dtype):
+        eager, eager_gradients = train_step(under("eager", model), pixels)
+        fused, fused_gradients = train_step(under("triton", model), pixels)
+    exact, exact_gradients = train_step(under("eager", model).double(), pixels.double())
+    assert_within_budget("logits", fused, exact, eager, FORWARD_FACTOR, dtype)
+    for name, gradient in fused_gradients.items():
+        assert_within_budget(name, gradient, exact_gradients[name], eager_gradients[name], BACKWARD_FACTOR, dtype)
+
+
+@pytest.mark.parametrize("position", ["per layer", "shared"])
+def test_compiled_whole(position: str) -> None:
+    torch.compiler.reset()
+    model, pixels = build(**POSITIONS[position]), torch.randn(2, 3, 32, 32).to(device())
+    eager, eager_gradients = train_step(under("eager", model), pixels)
+    compiled = torch.compile(under("triton", model), fullgraph=True)
+    fused, fused_gradients = train_step(compiled, pixels)
+    exact, exact_gradients = train_step(under("eager", model).double(), pixels.double())
+    assert_within_budget("logits", fused, exact, eager, FORWARD_FACTOR)
+    for name, gradient in fused_gradients.items():
+        plain = name.removeprefix("_orig_mod.")
+        assert_within_budget(name, gradient, exact_gradients[plain], eager_gradients[plain], BACKWARD_FACTOR)

@@ -1,0 +1,40 @@
+"""The bias read by vector loads, which rely on what registers hold, against `tl.load` of the same addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beit_fast.kernels.attention import arguments, configs
+
+from ..kernels.cases import GRADIENT_NAMES, bitwise_equal, make_case, run_backward, run_forward
+
+WINDOWS = [(14, 14), (24, 24), (1, 2), (7, 10), (5, 64), (15, 15), (1, 7), (31, 33)]
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("layout", ["default", "extended"])
+def test_vector_loads_read_what_plain_loads_read(
+    layout: str, window: tuple[int, int], head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both compile to the same products and sums, so the results agree to the bit."""
+    case = make_case(window, torch.bfloat16, batch=2, heads=3, head_dim=head_dim)
+    route = configs.bias_route(arguments.architecture_of(case.query), 2, window)
+    if layout == "extended":
+        route = configs.BiasRoute("extended", 1)
+    assert route.vector > 0
+    results = []
+    for vector in (route.vector, 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(configs, "bias_route", lambda *_, vector=vector: configs.BiasRoute(route.layout, vector))
+            out, lse = run_forward(case)
+            results.append((out, lse, *run_backward(case, out, lse)))
+    for name, vectors, plain in zip(("out", "lse", *GRADIENT_NAMES), *results, strict=True):
+        assert bitwise_equal(vectors, plain), f"{name}: {(vectors.double() - plain.double()).abs().max():.3e} apart"
+
+
+def test_the_routes_tested_are_those_that_are_shipped() -> None:
+    architecture = arguments.architecture_of(make_case((2, 2)).query)
+    vectors = {configs.bias_route(architecture, 2, window).vector for window in WINDOWS}
+    assert vectors == ({2, 1} if architecture == configs.SM100 else {4, 1})

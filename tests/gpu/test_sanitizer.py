@@ -1,0 +1,54 @@
+"""NVIDIA's compute-sanitizer over small cases: no access outside an allocation, no race in shared memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import beit_fast
+
+from . import calls  # noqa: F401  skips this file without a GPU
+from .sanitized_cases import CASES
+
+ROOT = Path(beit_fast.__file__).resolve().parents[1]
+SECONDS = 240
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the path, or in the CUDA toolkit."""
+    toolkits = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    folders = [f"{toolkit}/bin" for toolkit in toolkits if toolkit]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+
+
+SANITIZER = find_sanitizer()
+pytestmark = pytest.mark.skipif(
+    SANITIZER is None, reason="compute-sanitizer, a part of the CUDA toolkit, was not found"
+)
+
+
+def sanitize(tool: str, *names: str) -> None:
+    """Run cases under one of the sanitizer's tools; a case that did not run fails as well as one with an error."""
+    script = Path(__file__).with_name("sanitized_cases.py")
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "1", sys.executable, str(script), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    for name in names or CASES:
+        assert f"ran: {name}" in done.stdout
+
+
+def test_no_access_outside_an_allocation() -> None:
+    sanitize("memcheck")
+
+
+def test_no_race_in_shared_memory() -> None:
+    sanitize("racecheck", "odd width")

@@ -1,0 +1,213 @@
+"""Inputs for the Triton kernels, and the kernels' and the oracle's results on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit_fast.kernels.attention import launch
+
+from ..support.devices import kernel_device
+from ..support.oracle import assert_within_budget, attention_oracle, philox_keep
+
+GRADIENT_NAMES = ("dq", "dk", "dv", "dtable")
+FORWARD_FACTOR = 2
+BACKWARD_FACTOR = 3
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF_DTYPES)
+
+OutputMask = tuple[bool, bool, bool, bool]
+EVERYTHING: OutputMask = (True, True, True, True)
+
+
+def device() -> torch.device:
+    """Where the kernels run in this process. conftest.py collects nothing where that is nowhere; a file is skipped."""
+    found = kernel_device()
+    if found is None:
+        pytest.skip("the kernels run on CUDA, or under TRITON_INTERPRET=1", allow_module_level=True)
+    return found
+
+
+@dataclass
+class Case:
+    """Everything one attention call needs, and the gradient that comes back into it."""
+
+    query: Tensor  # [B, N, H, D]
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    table: Tensor | None  # [(2Wh-1)(2Ww-1)+3, H]
+    window: tuple[int, int]
+    key_mask: Tensor | None = None  # [B, N] bool
+    dropout_p: float = 0.0
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        return self.query.shape[-1] ** -0.5
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors among the fields, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Case:
+        """A copy in which `function` has been applied to query, key, value and grad_out."""
+        return replace(self, **{name: function(getattr(self, name)) for name in ("query", "key", "value", "grad_out")})
+
+
+def make_case(
+    window: tuple[int, int] | None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    head_dim: int = 32,
+    tokens: int | None = None,
+    table_dtype: torch.dtype = torch.float32,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Case:
+    """N(0, 1) inputs, table included, the same on every device. Without a window: no table, and `tokens` counts."""
+    generator = torch.Generator().manual_seed(1234)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    table = None
+    if window is not None:
+        tokens = window[0] * window[1] + 1
+        table = normal((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads).to(device(), table_dtype)
+    assert tokens is not None
+    query, key, value, grad_out = (normal(batch, tokens, heads, head_dim).to(device(), dtype) for _ in range(4))
+    key_mask = None if key_mask is None else key_mask.to(device())
+    return Case(query, key, value, grad_out, table, window or (1, 1), key_mask, dropout_p, seed)
+
+
+def run_forward(case: Case) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the kernels."""
+    return launch.attention_forward(
+        case.query,
+        case.key,
+        case.value,
+        case.table,
+        case.key_mask,
+        case.window,
+        case.scale,
+        case.dropout_p,
+        case.seed,
+    )
+
+
+def run_backward(
+    case: Case, out: Tensor, lse: Tensor, output_mask: OutputMask = EVERYTHING
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dtable) of the kernels."""
+    return launch.attention_backward(
+        case.grad_out,
+        case.query,
+        case.key,
+        case.value,
+        case.table,
+        case.key_mask,
+        out,
+        lse,
+        case.window,
+        case.scale,
+        case.dropout_p,
+        case.seed,
+        output_mask,
+    )
+
+
+def run_kernels(case: Case) -> list[Tensor]:
+    """out, lse, dq, dk, dv and dtable of the kernels."""
+    out, lse = run_forward(case)
+    return [out, lse, *run_backward(case, out, lse)]
+
+
+def run_oracle(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """out, dq, dk, dv (and dtable) of the dense oracle in `dtype`; fp64 makes it the reference."""
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (case.query, case.key, case.value)]
+    table = None
+    if case.table is not None:
+        table = case.table.double() if dtype == torch.float64 else case.table.clone()
+        leaves.append(table.requires_grad_())
+    out = attention_oracle(
+        *leaves[:3],
+        table,
+        case.window,
+        key_mask=case.key_mask,
+        scale=case.scale,
+        keep=kept_weights(case),
+        dropout_p=case.dropout_p,
+    )
+    return [out.detach(), *torch.autograd.grad(out, leaves, case.grad_out.to(dtype))]
+
+
+def kept_weights(case: Case) -> Tensor | None:
+    """Which weights the case's dropout keeps, bool [B, H, N, N], or None where it drops nothing."""
+    if case.dropout_p == 0.0:
+        return None
+    batch, tokens, heads, _ = case.query.shape
+    return philox_keep(case.seed, case.dropout_p, batch, heads, tokens).to(case.query.device)
+
+
+def check_parity(case: Case) -> None:
+    """Kernels against the fp64 oracle, within the budgets that same-dtype eager sets; inputs stay as they were."""
+    with inputs_unchanged(case):
+        out, lse = run_forward(case)
+        gradients = run_backward(case, out, lse)
+    check_results(case, out, gradients)
+
+
+def check_results(case: Case, out: Tensor, gradients: tuple[Tensor, ...]) -> None:
+    """`out` and (dq, dk, dv, dtable) against the fp64 oracle, and their dtypes and layouts."""
+    reference = run_oracle(case, torch.float64)
+    eager = run_oracle(case, case.query.dtype)
+    assert_within_budget("out", out, reference[0], eager[0], FORWARD_FACTOR)
+    for name, actual, expected, budget in zip(GRADIENT_NAMES, gradients, reference[1:], eager[1:], strict=False):
+        coarsest = max(case.query.dtype, budget.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        assert_within_budget(name, actual, expected, budget, BACKWARD_FACTOR, coarsest)
+    assert all(tensor.is_contiguous() for tensor in (out, *gradients))
+    assert out.dtype == gradients[0].dtype == case.query.dtype
+    if case.table is None:
+        assert gradients[3].numel() == 0
+    else:
+        assert gradients[3].dtype == case.table.dtype
+
+
+@contextmanager
+def inputs_unchanged(case: Case) -> Iterator[None]:
+    """Not a byte of the storages under the case's tensors may change, those between strided rows included."""
+    before = {name: storage_bytes(tensor).clone() for name, tensor in case.tensors().items()}
+    yield
+    for name, tensor in case.tensors().items():
+        assert torch.equal(storage_bytes(tensor), before[name]), f"{name}, or memory around it, was written to"
+
+
+def storage_bytes(tensor: Tensor) -> Tensor:
+    """The whole storage under `tensor`, as uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def bitwise_equal(left: Tensor, right: Tensor) -> bool:
+    """Same shape, dtype and bits; -inf equals -inf, and NaN equals nothing."""
+    return left.dtype == right.dtype and torch.equal(left, right)
+
+
+def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
+    assert all(bitwise_equal(*pair) for pair in zip(left, right, strict=True))
+
+
+def assert_same_results(left: Case, right: Case) -> None:
+    """The kernels give the same bits for both cases, in contiguous tensors for the second."""
+    results = run_kernels(right)
+    assert_same_bits(run_kernels(left), results)
+    assert all(tensor.is_contiguous() for tensor in results)

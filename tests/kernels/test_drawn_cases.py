@@ -1,0 +1,45 @@
+"""Options of the operator in combinations that nobody thought of, drawn by Hypothesis."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from .cases import (
+    Case,
+    OutputMask,
+    bitwise_equal,
+    check_results,
+    device,
+    inputs_unchanged,
+    run_backward,
+    run_forward,
+)
+from .strategies import attention_cases, output_masks
+
+# On a GPU nearly every example compiles its kernels; the interpreter has nothing to compile.
+FEW, MANY = (12, 100) if device().type == "cuda" else (40, 250)
+
+
+def check(case: Case, wanted: OutputMask) -> None:
+    """Right within the budgets, bit for bit the same for any part of the gradients, and no input is touched."""
+    with inputs_unchanged(case):
+        out, lse = run_forward(case)
+        gradients = run_backward(case, out, lse)
+        some = run_backward(case, out, lse, wanted)
+    check_results(case, out, gradients)
+    for flag, partial, full in zip(wanted, some, gradients, strict=True):
+        assert bitwise_equal(partial, full) if flag else partial.numel() == 0
+
+
+@given(attention_cases(), output_masks())
+@settings(derandomize=True, deadline=None, max_examples=FEW, suppress_health_check=[HealthCheck.too_slow])
+def test_drawn_cases(case: Case, wanted: OutputMask) -> None:
+    check(case, wanted)
+
+
+@pytest.mark.slow
+@given(attention_cases(), output_masks())
+@settings(derandomize=True, deadline=None, max_examples=MANY, suppress_health_check=[HealthCheck.too_slow])
+def test_many_drawn_cases(case: Case, wanted: OutputMask) -> None:
+    check(case, wanted)

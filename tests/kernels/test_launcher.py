@@ -1,0 +1,152 @@
+"""Inside the launcher: which kernels run, on which grids and tiles, and with which precision."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from beit_fast.kernels.attention import arguments, configs, launch
+from beit_fast.kernels.attention.primitives import head_base, patch_base
+
+from .cases import check_parity, device, make_case, run_backward, run_forward
+
+
+class Recorder:
+    """Stands in for every kernel and remembers what was launched, and on which grid."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launched: list[tuple[str, tuple[int, ...]]] = []
+        modules = (launch.forward, launch.backward, launch.key_value_gradient, launch.query_gradient)
+        for module in (*modules, launch.table_gradient, arguments.bias_records):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, _Launch(name.removesuffix("_kernel"), self.launched))
+
+
+class _Launch:
+    arg_names = ()
+
+    def __init__(self, name: str, launched: list[tuple[str, tuple[int, ...]]]) -> None:
+        self.name = name
+        self.launched = launched
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        self.launched.append((self.name, grid))
+        return lambda *positional, **named: None
+
+
+ALWAYS = ["row_statistics"]
+TABLE = ["cls_column_gradient", "bias_gradient", "patch_rows_gradient", "cls_rows_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("output_mask", "expected"),
+    [
+        ((True, False, False, False), [*ALWAYS, "bias_records", "query_gradient"]),
+        ((False, True, False, False), [*ALWAYS, "bias_records", "key_value_gradient"]),
+        ((False, False, True, False), [*ALWAYS, "bias_records", "key_value_gradient"]),
+        ((False, False, False, True), [*ALWAYS, "bias_records", *TABLE]),
+        ((True, False, False, True), [*ALWAYS, "bias_records", "query_gradient", *TABLE]),
+        ((False, False, False, False), []),
+    ],
+)
+def test_kernels_that_nobody_needs_are_not_launched(
+    output_mask: tuple[bool, bool, bool, bool], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case((2, 2))
+    out, lse = run_forward(case)
+    recorder = Recorder(monkeypatch)
+    run_backward(case, out, lse, output_mask)
+    assert [name for name, _ in recorder.launched] == expected
+
+
+def test_more_than_65535_planes_stay_in_the_first_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA limits y and z to 65535: fla-org/flash-linear-attention#172, flashinfer-ai/flashinfer#3125."""
+    recorder = Recorder(monkeypatch)
+    planes = 70_000
+    case = make_case((1, 1), torch.float16, batch=planes // 2, heads=2, head_dim=8)
+    out, lse = run_forward(case)
+    run_backward(case, out, lse)
+    assert all(len(grid) == 1 for _, grid in recorder.launched)
+    whole = {name for name, grid in recorder.launched if grid[0] == planes}
+    assert whole == {"attention_forward", "key_value_gradient", "query_gradient", "cls_column_gradient"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype", "precision"),
+    [
+        ("highest", torch.float32, "ieee"),
+        ("high", torch.float32, "tf32"),
+        ("high", torch.bfloat16, "ieee"),
+    ],
+)
+def test_fp32_products_follow_torch(setting: str, dtype: torch.dtype, precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert arguments.dot_precision(torch.empty(1, dtype=dtype)) == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_seed_words_are_signed_32_bit_integers(seed: int) -> None:
+    word = arguments.signed_word(seed)
+    assert -(2**31) <= word < 2**31
+    assert word % 2**32 == seed
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_there_is_a_tile_for_every_kernel_and_head_dimension(capability: tuple[int, int]) -> None:
+    architecture = configs.architecture_class(*capability)
+    choices = itertools.product(configs.KERNELS, range(8, 129, 8), configs.ARITHMETICS, (False, True))
+    for kernel, head_dim, multiplies, dropout in choices:
+        block_d = configs.padded_head_dim(head_dim)
+        assert block_d >= max(16, head_dim)
+        config = configs.select(kernel, architecture, block_d, multiplies, dropout)
+        assert min(config.block_m, config.block_n) >= 16
+        assert max(config.block_m, config.block_n) <= 128, "columns may pass a record's end by no more"
+
+
+@pytest.mark.parametrize("architecture", list(configs.SHARED_MEMORY_LIMIT))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.skipif(device().type == "cuda", reason="every other test runs this GPU's tiles; others may not fit it")
+def test_the_tiles_that_gpus_use(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiles_of_gpu(kernel: str, taken: dict) -> configs.TileConfig:
+        multiplies = configs.arithmetic(taken["query"].element_size(), taken["PRECISION"])
+        return configs.select(kernel, architecture, taken["BLOCK_D"], multiplies, taken["DROPOUT"])
+
+    monkeypatch.setattr(launch, "tile_config", tiles_of_gpu)
+    check_parity(make_case((10, 15), dtype, batch=2, heads=1, head_dim=64))
+
+
+@triton.jit
+def bases_kernel(tensor, result, batch_index, head_index, start, strides):
+    head = head_base(tensor, tl.cast(batch_index, tl.int64), tl.cast(head_index, tl.int64), strides)
+    tl.store(result, head.to(tl.int64) - tensor.to(tl.int64))
+    tl.store(result + 1, patch_base(head, start, strides).to(tl.int64) - head.to(tl.int64))
+
+
+@pytest.mark.parametrize(
+    ("batch", "head", "start", "strides"),
+    [
+        (3, 0, 0, (2**30, 768, 64)),
+        (40_000, 11, 196, (197 * 2304, 2304, 64)),
+        (0, 0, 5000, (2**31 - 1, 2**20, 64)),
+        (0, 7, 0, (8, 8, 2**29)),
+        (2, 1, 3, (2**40, 2**35, 2**33)),
+    ],
+)
+def test_offsets_do_not_wrap_at_32_bits(batch: int, head: int, start: int, strides: tuple[int, int, int]) -> None:
+    """fla-org/flash-linear-attention#1080, linkedin/Liger-Kernel#1335: the arithmetic, without the memory."""
+    result = torch.zeros(2, dtype=torch.int64, device=device())
+    bases_kernel[(1,)](torch.zeros(1, dtype=torch.float16, device=device()), result, batch, head, start, strides)
+    expected = [batch * strides[0] + head * strides[2], (start + 1) * strides[1]]
+    assert max(expected) > 2**31
+    assert (result // 2).tolist() == expected

@@ -1,0 +1,63 @@
+"""The whole path: a model whose attention is the Triton kernels, through the operator and its autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import beit_fast
+
+from ..support.oracle import assert_within_budget
+from ..support.transformers_reference import POSITIONS, TINY, randomize
+from .cases import BACKWARD_FACTOR, FORWARD_FACTOR, device
+
+KERNEL = {"cpu": "triton/interpreter", "cuda": "triton/cuda"}
+
+
+def build(**options: Any) -> beit_fast.BeitForImageClassification:
+    config = beit_fast.BeitConfig(**(TINY | {"num_hidden_layers": 2} | options))
+    model = beit_fast.BeitForImageClassification(config)
+    randomize(model)
+    return model.to(device()).eval()
+
+
+def under(implementation: str, model: beit_fast.BeitForImageClassification) -> beit_fast.BeitForImageClassification:
+    """The model itself, switched to an attention implementation."""
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def train_step(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of two images, and the gradient of every parameter."""
+    model.zero_grad()
+    output = model(pixels, labels=torch.tensor([0, 1], device=pixels.device))
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output.logits.detach(), gradients
+
+
+@pytest.mark.parametrize("position", ["per layer", "shared", "none"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_the_kernels(position: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    model = build(**POSITIONS[position]).to(dtype)
+    pixels = torch.randn(2, 3, *size).to(device(), dtype)
+    eager, eager_gradients = train_step(under("eager", model), pixels)
+    fused, fused_gradients = train_step(under("triton", model), pixels)
+    assert model.attention_report().kernel == KERNEL[device().type]
+    exact, exact_gradients = train_step(under("eager", model).double(), pixels.double())
+    assert_within_budget("logits", fused, exact, eager, FORWARD_FACTOR)
+    assert fused_gradients.keys() == eager_gradients.keys() == exact_gradients.keys()
+    for name, gradient in fused_gradients.items():
+        assert_within_budget(name, gradient, exact_gradients[name], eager_gradients[name], BACKWARD_FACTOR)
+
+
+def test_what_the_kernels_do_not_take_is_refused_with_reasons() -> None:
+    q = torch.randn(1, 5, 2, 12, dtype=torch.float64, device=device())
+    with pytest.raises(
+        ValueError, match=r"none of float16, bfloat16, float32; head dimension 12 is not a multiple of 8"
+    ):
+        beit_fast.rel_pos_attention(q, q, q)

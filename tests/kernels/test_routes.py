@@ -1,0 +1,195 @@
+"""Every way to the same result: bias layouts, keys in parts, the table's gradient in parts, scales of any sign."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beit_fast.kernels.attention import configs, launch
+
+from ..support.oracle import assert_within_budget, attention_oracle
+from .cases import (
+    BACKWARD_FACTOR,
+    FORWARD_FACTOR,
+    GRADIENT_NAMES,
+    Case,
+    check_parity,
+    make_case,
+    run_backward,
+    run_forward,
+)
+
+
+def force_layout(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Read the bias from `layout` wherever it can hold the window; as many entries at once as the default does."""
+    default = configs.bias_route
+
+    def route(architecture: str, element_size: int, window: tuple[int, int]) -> configs.BiasRoute:
+        vector = default(architecture, element_size, window).vector
+        return configs.BiasRoute(
+            layout, {"paired": vector, "plain": min(vector, 1), "extended": min(vector, 1)}[layout]
+        )
+
+    monkeypatch.setattr(configs, "bias_route", route)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "window"),
+    [
+        (layout, window)
+        for window in [(1, 2), (2, 1), (1, 7), (4, 6), (6, 5), (7, 10)]
+        for layout in ("paired", "plain", "extended")
+        if layout != "paired" or window[1] % 2 == 0
+    ],
+    ids=str,
+)
+def test_every_layout(
+    layout: str, window: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_layout(monkeypatch, layout)
+    check_parity(make_case(window, dtype, heads=2, head_dim=16))
+
+
+@pytest.mark.parametrize("window", [(14, 14), (24, 24), (32, 32), (40, 40), (45, 46)], ids=str)
+def test_even_windows_with_a_band_of_up_to_a_megabyte_are_read_in_pairs(window: tuple[int, int]) -> None:
+    for architecture in (configs.SMALL, configs.SM80, configs.SM90):
+        assert configs.bias_route(architecture, 2, window) == ("paired", 4)
+    assert configs.bias_route(configs.SM100, 2, window) == ("plain", 2)
+    assert configs.bias_route(configs.SM90, 4, window).vector == 0
+
+
+def test_odd_and_large_windows_have_their_routes() -> None:
+    assert configs.bias_route(configs.SM90, 2, (15, 15)) == ("plain", 1)
+    assert configs.bias_route(configs.SM90, 2, (128, 128)) == ("extended", 1)
+    assert 4 * configs.record_size("extended", (128, 128)) < configs.BAND_BYTES
+
+
+@pytest.fixture
+def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(configs, "key_splits", lambda *_: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("split", "window"), [(2, None), (3, (7, 10)), (2, (9, 15)), (7, (9, 15))], indirect=["split"], ids=str
+)
+def test_keys_in_parts(split: int, window: tuple[int, int] | None) -> None:
+    """Some parts are short, and the last of seven has no keys at all."""
+    check_parity(make_case(window, torch.bfloat16, heads=2, head_dim=16, tokens=None if window else 75))
+
+
+@pytest.mark.parametrize("split", [3], indirect=True)
+def test_keys_in_parts_with_a_mask(split: int) -> None:
+    """A part all of whose keys are masked, CLS masked, and a sample without any key."""
+    mask = torch.ones(3, 136, dtype=torch.bool)
+    mask[0, 1:70] = False
+    mask[1, 0] = False
+    mask[2] = False
+    check_parity(make_case((9, 15), batch=3, heads=1, head_dim=16, key_mask=mask))
+
+
+@pytest.mark.parametrize("split", [2], indirect=True)
+def test_keys_in_parts_drop_the_same_weights(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case((7, 10), heads=1, head_dim=16, dropout_p=0.4, seed=5)
+    in_parts, _ = run_forward(case)
+    monkeypatch.setattr(configs, "key_splits", lambda *_: 1)
+    whole, _ = run_forward(case)
+    torch.testing.assert_close(in_parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("programs", "patches", "expected"),
+    [(108, 1024, 3), (156, 1600, 2), (12, 196, 1), (48, 576, 2), (4, 16384, 8), (264, 1600, 1), (1, 0, 1)],
+)
+def test_small_grids_are_split(programs: int, patches: int, expected: int) -> None:
+    """On 132 multiprocessors; each part keeps four steps of 64 keys."""
+    assert configs.key_splits(programs, patches, 64, 132) == expected
+    assert configs.key_splits(programs, patches, 64, 0) == 1
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        configs.TableGradientPlan(1, 2, 71),
+        configs.TableGradientPlan(1, 1, 64),
+        configs.TableGradientPlan(2, 3, 71),
+        configs.TableGradientPlan(3, 2, 71),
+    ],
+    ids=lambda plan: "-".join(map(str, plan)),
+)
+def test_the_tables_gradient_in_parts(plan: configs.TableGradientPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By heads, by rows and by samples; the last part of each is a short one."""
+    monkeypatch.setattr(configs, "plan_table_gradient", lambda *_: plan)
+    check_parity(make_case((7, 10), batch=3, heads=3, head_dim=16))
+
+
+@pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parts_are_summed_in_fp32_whatever_the_table_is(
+    table_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = configs.TableGradientPlan(3, 1, 64)
+    monkeypatch.setattr(configs, "plan_table_gradient", lambda *_: plan)
+    check_parity(make_case((5, 14), batch=3, heads=2, head_dim=16, table_dtype=table_dtype))
+
+
+@pytest.mark.parametrize("patches", [196, 576, 1024, 1600, 4096, 16384])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_the_scratch_of_the_tables_gradient_is_bounded(patches: int, batch: int) -> None:
+    config = configs.select("bias_gradient", configs.SM90, 64, "half", False)
+    plan = configs.plan_table_gradient(batch, patches, 12, config, 132)
+    size = 4 * plan.batch_splits * plan.heads * plan.rows * configs.scratch_pitch(patches)
+    assert size <= configs.SCRATCH_BYTES <= 2**28
+    assert 1 <= plan.batch_splits <= batch
+    assert plan.rows == patches + 1 or (plan.heads == 1 and plan.rows % config.block_m == 0)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.5])
+def test_a_scale_of_any_sign(scale: float) -> None:
+    """The kernels take the maximum before they multiply by the scale, and divide the bias by it."""
+    case = make_case((5, 6), heads=2, head_dim=16)
+    results, reference, eager = (
+        run_scaled(case, scale),
+        *(oracle(case, scale, dtype) for dtype in (torch.float64, None)),
+    )
+    for name, actual, expected, same in zip(("out", *GRADIENT_NAMES), results, reference, eager, strict=True):
+        assert_within_budget(name, actual, expected, same, FORWARD_FACTOR if name == "out" else BACKWARD_FACTOR)
+
+
+def run_scaled(case: Case, scale: float) -> list[torch.Tensor]:
+    inputs = (case.query, case.key, case.value, case.table, None)
+    out, lse = launch.attention_forward(*inputs, case.window, scale, 0.0, 0)
+    gradients = launch.attention_backward(
+        case.grad_out, *inputs, out, lse, case.window, scale, 0.0, 0, (True, True, True, True)
+    )
+    return [out, *gradients]
+
+
+def oracle(case: Case, scale: float, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    leaves = [x.to(dtype or x.dtype).requires_grad_() for x in (case.query, case.key, case.value, case.table)]
+    out = attention_oracle(*leaves, case.window, scale=scale)
+    return [out.detach(), *torch.autograd.grad(out, leaves, case.grad_out.to(out.dtype))]
+
+
+def test_tokens_far_apart_are_copied() -> None:
+    """Offsets inside a tile are int32: a token stride that could pass 2**31 within one costs a copy, not a wrap."""
+    case = make_case((1, 1), heads=1, head_dim=16, batch=1)
+    far = torch.empty(0).new_empty(1, device=case.query.device).as_strided((1, 1, 1, 16), (0, 2**26, 0, 0))
+    assert launch.addressable(far).stride(1) < 2**24
+    assert launch.addressable(case.query) is case.query
+
+
+@pytest.mark.parametrize("output_mask", [(True, False, False, True), (False, True, False, False)], ids=str)
+def test_layouts_agree_on_parts_of_the_gradients(
+    output_mask: tuple[bool, bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case((4, 6), heads=2, head_dim=16)
+    results = []
+    for layout in ("paired", "plain", "extended"):
+        with monkeypatch.context() as patch:
+            force_layout(patch, layout)
+            out, lse = run_forward(case)
+            results.append(run_backward(case, out, lse, output_mask))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(actual, expected)
