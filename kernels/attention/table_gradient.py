@@ -220,8 +220,10 @@ def patch_rows_gradient_kernel(
     table_rows = row_difference * differences + columns_apart
     addresses = grad_table + table_rows.to(tl.int64) * head_count + head_start + chunk_head
     exists = columns_apart < differences
-    earlier = tl.load(addresses, mask=exists & (accumulate != 0), other=0.0)
-    tl.store(addresses, earlier + tl.sum(acc, 0), mask=exists)
+    sums = tl.sum(acc, 0)
+    if accumulate != 0:
+        sums += tl.load(addresses, mask=exists, other=0.0)
+    tl.store(addresses, sums, mask=exists)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
