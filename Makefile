@@ -16,26 +16,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py Makefile
+NATIVE := $(VENV)/.native
+NATIVE_SOURCES := setup.py beit_fast/native.py $(shell find csrc -type f -not -name '*.pyc')
 
 IMAGE ?=
 MODEL ?=
 OUT ?= demo.png
 BENCH_OPTIONS ?=
 
-.PHONY: demo test test-compiled test-interpreted test-full test-slow-compiled test-slow-interpreted
-.PHONY: bench lint format clean
-.PHONY: gpu gpu-test gpu-test-kernels gpu-test-device gpu-bench
+.PHONY: demo test test-compiled test-interpreted test-composite test-full test-slow-compiled test-slow-interpreted
+.PHONY: sanitize bench lint format clean
+.PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench
 
 # The main job: BEiT on a photograph under three attention backends.
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo $(NATIVE)
 	$(BIN)/python examples/demo.py --out "$(OUT)" $(if $(IMAGE),--image "$(IMAGE)") $(if $(MODEL),--model "$(MODEL)")
 
 # Two processes at a time, each on one thread; what one of them prints is held back until it ends.
 SIDE_BY_SIDE := $(MAKE) --jobs=2 --output-sync=target --no-print-directory
 
 # The suite: separate processes, since Triton's interpreter and its compiler cannot share one.
-test: $(VENV)/.test
-	$(SIDE_BY_SIDE) test-interpreted test-compiled
+test: $(VENV)/.test $(NATIVE)
+	$(SIDE_BY_SIDE) test-interpreted test-compiled test-composite
 
 test-compiled:
 	$(BIN)/pytest -m "not slow"
@@ -43,9 +45,15 @@ test-compiled:
 test-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" tests/kernels
 
+# The operators again, as they are where nothing was compiled.
+test-composite:
+	BEIT_FAST_NATIVE=0 $(BIN)/pytest -m "not slow" \
+	  $(wildcard $(addprefix tests/test_,attention.py ops.py operator_inputs.py patch_embed*.py))
+
 # The long sweeps, and other versions of what we build on.
-test-full: $(VENV)/.test $(OTHER_TRITONS:%=.venvs/triton-%/.done) $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
-	$(SIDE_BY_SIDE) test-slow-interpreted test-slow-compiled \
+test-full: $(OTHER_TRITONS:%=.venvs/triton-%/.done) $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
+test-full: $(VENV)/.test $(NATIVE)
+	$(SIDE_BY_SIDE) test-slow-interpreted test-slow-compiled sanitize \
 	  $(OTHER_TRITONS:%=test-triton-%) $(OTHER_TRANSFORMERS:%=test-transformers-%)
 
 test-slow-compiled:
@@ -63,12 +71,30 @@ test-triton-%: .venvs/triton-%/.done
 test-transformers-%: .venvs/transformers-%/.done
 	PYTHONPATH=$(CURDIR)/.venvs/transformers-$* $(BIN)/pytest tests/versions
 
-# What needs a CUDA device. Nothing is installed and nothing downloaded.
+# The operators on a library that stops at a wrong address or at undefined behaviour, in a copy of the package. The
+# sanitizer must be there before Python is, and libstdc++ with it, or it meets exceptions that it does not know; what
+# Python and torch still hold at the end is no leak.
+SANITIZED := build/sanitize
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
+sanitize: export PYTHONPATH := $(CURDIR)/$(SANITIZED)
+sanitize: PRELOAD = $(foreach library,asan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
+sanitize: SANITIZED_RUN = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(PRELOAD)"
+sanitize: $(VENV)/.test
+	BEIT_FAST_NATIVE=1 CXXFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	$(SANITIZED_RUN) $(BIN)/python -P -c \
+	  'from beit_fast import native; assert native.is_loaded("_C") and "$(SANITIZED)" in native.__file__'
+	$(SANITIZED_RUN) $(BIN)/pytest -p no:cacheprovider -m "not slow" \
+	  $(wildcard $(addprefix tests/test_,ops.py operator_inputs.py patch_embed*.py cpu_attention*.py))
+
+# What needs a CUDA device. Nothing is installed and nothing downloaded; the libraries are built in place.
 gpu: gpu-test gpu-bench
+
+gpu-library:
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
 # The kernels against the oracle, and what only a device has: streams, graphs, memory, compute-sanitizer. Side by side,
 # because most of the time goes into compiling kernels, on one core each.
-gpu-test:
+gpu-test: gpu-library
 	$(SIDE_BY_SIDE) gpu-test-kernels gpu-test-device
 
 gpu-test-kernels: GPU_TESTS := tests/kernels
@@ -78,10 +104,10 @@ gpu-test-kernels gpu-test-device:
 	  $(GPU_TESTS)
 
 # Compares with the peers and writes benchmarks/results/; BENCH_OPTIONS=--full takes every size.
-bench: $(VENV)/.bench
-	mkdir -p build
-	$(BIN)/pytest benchmarks/ $(BENCH_OPTIONS) --benchmark-json=build/benchmarks.json
-	$(BIN)/python -m benchmarks.plot build/benchmarks.json --results benchmarks/results
+bench: $(VENV)/.bench $(NATIVE)
+	$(BIN)/pytest benchmarks/ $(BENCH_OPTIONS) --rows=build/benchmarks.jsonl
+	$(BIN)/python -m benchmarks.plot build/benchmarks.jsonl --results benchmarks/results
+	$(BIN)/python -m benchmarks.targets build/benchmarks.jsonl
 
 # Attention on a GPU against its peers, in the Python at hand (torch for CUDA, Triton, pytest-benchmark, transformers,
 # matplotlib): no .venv, nothing is downloaded. RESULTS=FOLDER gets a copy, and the log of rows as the run goes on;
@@ -89,7 +115,7 @@ bench: $(VENV)/.bench
 GPU_BUDGET ?= 440
 GPU_ROWS := $(or $(RESULTS),build)/gpu-bench.jsonl
 gpu-bench: export PYTHONPATH := $(CURDIR)
-gpu-bench:
+gpu-bench: gpu-library
 	rm -f "$(GPU_ROWS)"
 	$(GPU_PYTHON) -m pytest benchmarks/bench_attention.py --device=cuda --rows="$(GPU_ROWS)" --budget=$(GPU_BUDGET) \
 	  $(if $(COMMIT),--commit="$(COMMIT)") $(BENCH_OPTIONS); status=$$?; \
@@ -107,7 +133,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venvs build dist *.egg-info demo.png
+	rm -rf $(VENV) .venvs build dist *.egg-info demo.png beit_fast/_C*.so beit_fast/native_build.json
 
 # The package, editable. Isolation is off: torch would be downloaded a second time into a throw-away environment.
 $(VENV)/.base: $(SOURCES)
@@ -116,6 +142,11 @@ $(VENV)/.base: $(SOURCES)
 	$(PIP) install "$(TORCH)"
 	$(PIP) install "$(TRITON)"
 	$(PIP) install --no-build-isolation --editable .
+	touch $@
+
+# What changed in csrc/, into the checkout that the package is installed from.
+$(NATIVE): $(VENV)/.base $(NATIVE_SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 # timm comes without what it depends on: that is torchvision, whose wheel breaks a CPU build of torch.

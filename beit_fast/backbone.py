@@ -26,8 +26,13 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
     backbone_type: ClassVar[str] = "transformers"
     has_attentions: ClassVar[bool] = True
 
-    def __init__(self, config: BeitConfig, attn_implementation: str | None = None) -> None:
-        super().__init__(config, attn_implementation)
+    def __init__(
+        self,
+        config: BeitConfig,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
+        super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.embeddings = BeitEmbeddings(config)

@@ -1,6 +1,7 @@
 """Which kernel serves the operators on a device, and why another does not: facts only, a leaf.
 
 `attn_implementation="triton"` names one operator; the kernel behind it depends on the device and is one of `KERNELS`.
+Patch embedding has `PATCH_EMBED_KERNELS`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,18 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 
-KERNELS = ("triton/cuda", "triton/interpreter", "triton/composite")
-"""Triton on CUDA; the same Triton kernels interpreted on CPU tensors; PyTorch operations on CPU tensors."""
+from . import native
+
+KERNELS = ("triton/cuda", "triton/interpreter", "triton/c++", "triton/composite")
+"""Triton on CUDA; the same kernels interpreted on CPU tensors; the native library's kernels and PyTorch operations on
+CPU tensors."""
+
+PATCH_EMBED_KERNELS = ("fused/cuda", "fused/c++", "fused/composite")
+"""The native libraries' kernels on CUDA and CPU; PyTorch operations on any device."""
 
 HEAD_DIMS = range(8, 129, 8)
 """Head dimensions that the Triton kernels take."""
@@ -21,8 +29,9 @@ HEAD_DIMS = range(8, 129, 8)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether CPU tensors go through the Triton kernels in Triton's interpreter; fixed when the package is imported."""
 
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_FUSED = ("triton/cuda",)
+_GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CPU_DTYPES = (*_GPU_DTYPES, torch.float64)
+_FUSED = ("triton/cuda", "triton/c++")
 
 
 @functools.cache
@@ -40,8 +49,10 @@ def kernel_refusals(kernel: str, device: torch.device, dtype: torch.dtype, head_
     if kernel == "triton/interpreter":
         reasons = () if INTERPRETED else ("TRITON_INTERPRET=1 was not set when beit_fast was imported",)
         return _wrong_device(device, "cpu") + reasons + _triton_refusals(dtype, head_dim)
+    if kernel == "triton/c++":
+        return _wrong_device(device, "cpu") + _library_refusals("_C") + _dtype_refusals([dtype], _CPU_DTYPES)
     reasons = ("TRITON_INTERPRET=1 sends CPU tensors to Triton's interpreter",) if INTERPRETED else ()
-    return _wrong_device(device, "cpu", "meta") + reasons + _float_refusals(dtype)
+    return _wrong_device(device, "cpu", "meta") + reasons + _replaced_refusals(device) + _float_refusals(dtype)
 
 
 def serving_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -57,8 +68,46 @@ def is_fused(kernel: str | None) -> bool:
     return kernel in _FUSED
 
 
+def patch_embed_refusals(
+    kernel: str, device: torch.device, dtypes: Sequence[torch.dtype] = (), normalized_channels: int = 0
+) -> tuple[str, ...]:
+    """Every reason why `kernel` cannot serve patch embedding on `device`.
+
+    `dtypes` are those of the floating-point tensors; `normalized_channels` counts channels where mean or std is given.
+    """
+    if kernel == "fused/cuda":
+        reasons = _cuda_refusals(device) + _library_refusals("_C_cuda") + _dtype_refusals(dtypes, _GPU_DTYPES)
+        return reasons if normalized_channels <= 128 else (*reasons, "mean and std of more than 128 channels")
+    if kernel == "fused/c++":
+        return _wrong_device(device, "cpu") + _library_refusals("_C") + _dtype_refusals(dtypes, _CPU_DTYPES)
+    return _replaced_refusals(device)
+
+
+def patch_embed_kernel(device: torch.device, dtypes: Sequence[torch.dtype] = (), normalized_channels: int = 0) -> str:
+    """The kernel that serves patch embedding here; see `patch_embed_refusals`."""
+    for kernel in PATCH_EMBED_KERNELS[:-1]:
+        if not patch_embed_refusals(kernel, device, dtypes, normalized_channels):
+            return kernel
+    return PATCH_EMBED_KERNELS[-1]
+
+
+def _library_refusals(library: str) -> tuple[str, ...]:
+    reason = native.refusal(library)
+    return () if reason is None else (reason,)
+
+
+def _replaced_refusals(device: torch.device) -> tuple[str, ...]:
+    return ("the native library serves CPU tensors",) if device.type == "cpu" and native.is_loaded("_C") else ()
+
+
 def _wrong_device(device: torch.device, *accepted: str) -> tuple[str, ...]:
     return () if device.type in accepted else (f"serves {accepted[0]} tensors, not {device.type}",)
+
+
+def _dtype_refusals(dtypes: Sequence[torch.dtype], accepted: Sequence[torch.dtype]) -> tuple[str, ...]:
+    refused = [dtype for dtype in dict.fromkeys(dtypes) if dtype not in accepted]
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted) if refused else ""
+    return tuple(f"dtype {dtype} is none of {names}" for dtype in refused)
 
 
 def _float_refusals(dtype: torch.dtype) -> tuple[str, ...]:
@@ -69,8 +118,7 @@ def _triton_refusals(dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
     reasons = []
     if not has_triton():
         reasons.append("the package triton is not installed")
-    if dtype not in _TRITON_DTYPES:
-        reasons.append(f"dtype {dtype} is none of float16, bfloat16, float32")
+    reasons += _dtype_refusals([dtype], _GPU_DTYPES)
     if head_dim not in HEAD_DIMS:
         reasons.append(f"head dimension {head_dim} is not a multiple of 8 from 8 to 128")
     return tuple(reasons)

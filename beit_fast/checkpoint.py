@@ -26,7 +26,7 @@ from .checkpoint_files import (
     unfinished_folder,
 )
 from .checkpoint_keys import OTHER_TASKS, TRUNK_PREFIX, full_name, share_table_among_layers, to_hub_names
-from .configuration import BeitConfig
+from .configuration import IMPLEMENTATION_FIELDS, BeitConfig
 from .configuration_files import CONFIG_NAME, read_json_object
 from .configuration_groups import ALIASES, LABEL_FIELDS, STAGE_FIELDS
 from .configuration_rules import RULES
@@ -45,6 +45,7 @@ class LoadOptions:
     """What `from_pretrained` was asked for besides a name and a configuration."""
 
     attn_implementation: str | None = None
+    patch_embed_implementation: str | None = None
     dtype: torch.dtype | str | None = None
     device: torch.device | str | None = None
     hub: HubOptions = field(default_factory=HubOptions)
@@ -100,7 +101,12 @@ def load_model(
 
     target.dtype = _dtype_to_load(options.dtype, target, state)
     with torch.device("meta"):
-        model = model_class(target, attn_implementation=options.attn_implementation, **model_arguments)
+        model = model_class(
+            target,
+            attn_implementation=options.attn_implementation,
+            patch_embed_implementation=options.patch_embed_implementation,
+            **model_arguments,
+        )
     report, fitting = _compare(model, state)
     _refuse(report, files.name, model, options.ignore_mismatched_sizes)
     fresh = [*report.missing, *report.mismatched]
@@ -152,7 +158,7 @@ def _split_overrides(
     model_class: type[BeitPreTrainedModel], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes to the model's constructor and what to the configuration; TypeError for what goes nowhere."""
-    taken = set(inspect.signature(model_class).parameters) - {"config", "attn_implementation"}
+    taken = set(inspect.signature(model_class).parameters) - {"config", *IMPLEMENTATION_FIELDS}
     fields = {*RULES, *ALIASES, *LABEL_FIELDS, *STAGE_FIELDS}
     unknown = sorted(set(overrides) - taken - fields)
     if unknown:
@@ -176,8 +182,7 @@ def _given_config(config: Any, options: LoadOptions) -> BeitConfig | None:
 
 
 def _copy(config: BeitConfig, **overrides: Any) -> BeitConfig:
-    implementation = {"attn_implementation": config.attn_implementation}
-    return type(config).from_dict(config.to_dict(), **(implementation | overrides))
+    return type(config).from_dict(config.to_dict(), **(config.implementations() | overrides))
 
 
 def _target_config(config: BeitConfig | None, overrides: Mapping[str, Any], options: LoadOptions) -> BeitConfig:

@@ -8,9 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-NATIVE_LIBRARIES = {"_C": "operators on the CPU", "_C_cuda": "patch embedding on CUDA"}
-"""The compiled libraries that can lie beside this file, and what each serves."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code is 0 done, 1 some images failed, 2 refused (argparse exits by itself)."""
@@ -115,20 +112,35 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def gather_facts() -> dict[str, Any]:
-    """What `beit-fast info` says, for JSON: environment, devices, attention kernels, native libraries."""
-    from . import attention
+    """What `beit-fast info` says, for JSON: environment, devices, kernels, native libraries, instruction sets."""
+    from . import attention, native
     from .measure import environment
 
-    kernels = [
-        {"kernel": kernel, "available": available, "reasons": list(reasons)}
-        for kernel, available, reasons in attention.describe_kernels()
-    ]
+    used, usable = native.instruction_sets()
     return {
         "environment": environment("cpu"),
         "devices": _devices(),
-        "kernels": kernels,
-        "native_libraries": native_libraries(),
+        "kernels": [
+            {"kernel": kernel, "available": available, "reasons": list(reasons)}
+            for kernel, available, reasons in attention.describe_kernels()
+        ],
+        "patch_embed_kernels": _patch_embed_kernels(),
+        "native_libraries": {library: native.describe(library) for library in native.LIBRARIES},
+        "instruction_sets": {"used": used, "usable": list(usable)},
     }
+
+
+def _patch_embed_kernels() -> list[dict[str, Any]]:
+    import torch
+
+    from . import backends
+
+    rows = []
+    for kernel in backends.PATCH_EMBED_KERNELS:
+        device = torch.device("cuda" if kernel == "fused/cuda" else "cpu")
+        reasons = backends.patch_embed_refusals(kernel, device)
+        rows.append({"kernel": kernel, "available": not reasons, "reasons": list(reasons)})
+    return rows
 
 
 def _devices() -> list[dict[str, str]]:
@@ -144,15 +156,6 @@ def _devices() -> list[dict[str, str]]:
     return devices
 
 
-def native_libraries() -> dict[str, str | None]:
-    """The file of each library in `NATIVE_LIBRARIES`, or None where it was not built."""
-    folder = Path(__file__).parent
-    files = sorted(path.name for path in folder.glob("_C*") if path.suffix in (".so", ".pyd"))
-    cuda = next((name for name in files if name.startswith("_C_cuda")), None)
-    cpu = next((name for name in files if not name.startswith("_C_cuda")), None)
-    return {"_C": cpu, "_C_cuda": cuda}
-
-
 def format_facts(facts: dict[str, Any]) -> str:
     """`gather_facts` as aligned text."""
     environment = facts["environment"]
@@ -164,16 +167,27 @@ def format_facts(facts: dict[str, Any]) -> str:
     lines += _aligned([(device["name"], device["what"]) for device in facts["devices"]])
     lines += ["", 'kernels behind attn_implementation="triton" (float32, head dimension 64)']
     lines += _aligned([_kernel_line(kernel) for kernel in facts["kernels"]])
+    lines += ["", "kernels behind patch embedding"]
+    lines += _aligned([_kernel_line(kernel) for kernel in facts["patch_embed_kernels"]])
     lines += ["", "native libraries"]
-    lines += _aligned(
-        [(name, facts["native_libraries"][name] or "not built", what) for name, what in NATIVE_LIBRARIES.items()]
-    )
+    lines += _aligned([(name, _library_line(library)) for name, library in facts["native_libraries"].items()])
+    sets = facts["instruction_sets"]
+    if sets["used"] is not None:
+        lines += ["", f"instruction set of the CPU kernels: {sets['used']} (usable here: {', '.join(sets['usable'])})"]
     return "\n".join(lines)
 
 
 def _kernel_line(kernel: dict[str, Any]) -> tuple[str, ...]:
     verdict = "available" if kernel["available"] else "no: " + "; ".join(kernel["reasons"])
     return kernel["kernel"], verdict
+
+
+def _library_line(library: dict[str, Any]) -> str:
+    if library["reason"] is not None:
+        return f"{library['serves']}: {library['reason']}"
+    built_for = f", built for {library['built_for']}" if library["built_for"] else ""
+    state = "loaded" if library["loaded"] else "loaded at the first call"
+    return f"{library['serves']}: {library['file']}{built_for} ({state})"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

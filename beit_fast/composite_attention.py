@@ -72,7 +72,7 @@ def attention_backward(
     batch, tokens, heads, _ = q.shape
     compute = _compute_dtype(q)
     grad_q, grad_k, grad_v = (q.new_empty(q.shape if needed else 0) for needed in output_mask[:3])
-    grad_table = q.new_empty(0) if table is None or not need_table else table.new_empty(table.shape)
+    grad_table = q.new_empty(0) if table is None else table.new_empty(table.shape if need_table else 0)
     index = None if table is None else relative_position_index(window, table.device)
     for group in _head_groups(heads, tokens):
         bias = None if table is None else gather_bias(table[:, group].to(compute), window, index)  # [G, N, N]

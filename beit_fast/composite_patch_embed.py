@@ -1,10 +1,11 @@
-"""Patch embedding in PyTorch, forward and backward: what serves wherever no native kernel is built."""
+"""Patch embedding in PyTorch: the backward pass everywhere, the forward wherever no native kernel is built."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,11 +22,12 @@ def patch_embed(
 ) -> Tensor:
     """`beit_fast::patch_embed`: see `beit_fast.ops` for shapes and meaning."""
     patches = extract_patches(normalize_pixels(pixels, mean, std, weight.dtype), weight.shape[2:])
-    tokens = torch.nn.functional.linear(patches, weight.flatten(1), bias)  # [B, P, E]
+    bias = None if bias is None else bias.reshape(-1).to(weight.dtype)
+    tokens = F.linear(patches, weight.flatten(1), bias)  # [B, P, E]
     if mask is not None and mask_token is not None:
-        tokens = torch.where(mask.unsqueeze(-1), mask_token.view(1, 1, -1), tokens)
+        tokens = torch.where(mask.unsqueeze(-1), mask_token.reshape(1, 1, -1), tokens)
     if cls is not None:
-        first = cls.view(1, 1, -1).expand(tokens.shape[0], 1, -1)
+        first = cls.reshape(1, 1, -1).expand(tokens.shape[0], 1, -1)
         dtype = torch.promote_types(first.dtype, tokens.dtype)
         tokens = torch.cat([first.to(dtype), tokens.to(dtype)], dim=1)  # [B, 1 + P, E]
     return tokens if pos is None else tokens + pos
@@ -36,10 +38,11 @@ def normalize_pixels(pixels: Tensor, mean: list[float] | None, std: list[float] 
     if mean is None and std is None:
         return pixels.to(dtype)
     precise = pixels.to(torch.promote_types(dtype, torch.float32))
-    if mean is not None:
-        precise = precise - precise.new_tensor(mean).view(1, -1, 1, 1)
-    if std is not None:
-        precise = precise / precise.new_tensor(std).view(1, -1, 1, 1)
+    constants = [None if values is None else precise.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std)]
+    if constants[0] is not None:
+        precise = precise - constants[0]
+    if constants[1] is not None:
+        precise = precise / constants[1] if mean is None else precise.div_(constants[1])
     return precise.to(dtype)
 
 
@@ -58,7 +61,8 @@ def merge_patches(patches: Tensor, pixels_shape: torch.Size, patch: tuple[int, i
     rows, columns = height // patch[0], width // patch[1]
     blocks = patches.reshape(batch, rows, columns, channels, patch[0], patch[1]).permute(0, 3, 1, 4, 2, 5)
     image = blocks.reshape(batch, channels, rows * patch[0], columns * patch[1])
-    return torch.nn.functional.pad(image, (0, width - columns * patch[1], 0, height - rows * patch[0]))
+    cropped = (0, width - columns * patch[1], 0, height - rows * patch[0])
+    return image if all(isinstance(size, int) and size == 0 for size in cropped) else F.pad(image, cropped)
 
 
 def patch_embed_backward(
@@ -95,8 +99,8 @@ def patch_embed_backward(
         grad_weight = (grad_patches.flatten(0, 1).t() @ patches.flatten(0, 1)).view(weight.shape)
     grad_pixels = None
     if need_pixels:
-        grad_pixels = merge_patches(grad_patches @ weight.flatten(1), pixels.shape, weight.shape[2:])
+        grad_input = grad_patches @ weight.flatten(1)  # [B, P, C * ph * pw]
         if std is not None:
-            grad_pixels = grad_pixels / grad_pixels.new_tensor(std).view(1, -1, 1, 1)
-        grad_pixels = grad_pixels.to(pixels.dtype)
+            grad_input.unflatten(2, (len(std), -1)).div_(grad_input.new_tensor(std).unsqueeze(-1))
+        grad_pixels = merge_patches(grad_input, pixels.shape, weight.shape[2:]).to(pixels.dtype)
     return grad_pixels, grad_weight, grad_bias, grad_cls, None, grad_mask_token, grad_pos, None, None

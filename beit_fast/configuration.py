@@ -28,7 +28,12 @@ from .configuration_groups import (
 )
 from .configuration_rules import RULES, Problem, describe, raise_problems
 
+IMPLEMENTATION_FIELDS = ("attn_implementation", "patch_embed_implementation")
+"""Fields that choose how a model computes, not what: never written, nor compared."""
+
 _PRIVATE_STATE = frozenset({"_id2label", "_label2id", "_out_indices"})
+# Transformers has no such fields: left out where they are None.
+_OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std")
 # Transformers leaves these out of the file where they have their default.
 _OMITTED_DEFAULTS = {
     "architectures": None,
@@ -90,6 +95,8 @@ class BeitConfig:
         add_fpn: give the backbone a feature pyramid, which takes four stages.
         reshape_hidden_states: feature maps as `[B, E, h, w]` instead of `[B, N, E]`.
         head_dim: channels of a head; `hidden_size / num_attention_heads` unless given.
+        pixel_mean, pixel_std: a number for each channel of pixels scaled to 0..1, which normalise uint8 images; both or
+            neither. See `BeitPreTrainedModel.set_pixel_normalization`.
         num_labels, id2label, label2id: the classes; any one of them fixes the others (default: 2 classes).
         problem_type: the classifier's loss: "regression", "single_label_classification",
             "multi_label_classification", or None to choose by labels.
@@ -98,6 +105,7 @@ class BeitConfig:
         architectures, transformers_version, _name_or_path, chunk_size_feed_forward, is_encoder_decoder:
             carried for Transformers, without effect here.
         attn_implementation: "eager", "sdpa", "triton" or None to choose at each call. Never written to JSON.
+        patch_embed_implementation: "conv", "fused" or None to follow attention. Never written to JSON.
 
     Raises:
         TypeError: every problem is a value of a wrong type.
@@ -138,6 +146,8 @@ class BeitConfig:
     add_fpn: bool = False
     reshape_hidden_states: bool = True
     head_dim: int | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
     problem_type: str | None = None
     output_attentions: bool | None = False
     output_hidden_states: bool | None = False
@@ -149,6 +159,7 @@ class BeitConfig:
     chunk_size_feed_forward: int = 0
     is_encoder_decoder: bool = False
     attn_implementation: str | None = None
+    patch_embed_implementation: str | None = None
 
     def __init__(self, /, **fields: Any) -> None:
         given, problems = resolve_aliases(fields)
@@ -310,15 +321,18 @@ class BeitConfig:
 
     def update(self, values: Mapping[str, Any], /) -> None:
         """Set several fields at once, like overrides of `from_dict`; all or, if refused, none change."""
-        own = {**self.to_dict(), "attn_implementation": self.attn_implementation}
+        own = {**self.to_dict(), **self.implementations()}
         self.__dict__ = type(self).from_dict(own, **values).__dict__
+
+    def implementations(self) -> dict[str, str | None]:
+        """The fields that choose how a model computes, which `to_dict` leaves out."""
+        return {name: getattr(self, name) for name in IMPLEMENTATION_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, in types that JSON knows but for the int keys of `id2label`; a deep copy."""
-        hidden = {"attn_implementation", *_PRIVATE_STATE}
+        hidden = {*IMPLEMENTATION_FIELDS, *_PRIVATE_STATE}
+        hidden |= {name for name in _OPTIONAL_FIELDS if getattr(self, name) is None}
         values = {name: value for name, value in vars(self).items() if name not in hidden}
-        if self.head_dim is None:
-            del values["head_dim"]
         values |= {name: getattr(self, name) for name in ("id2label", "label2id", "stage_names", *STAGE_FIELDS)}
         return {**{name: plain(value) for name, value in values.items()}, "model_type": self.model_type}
 
@@ -377,7 +391,7 @@ class BeitConfig:
         return config
 
     def __eq__(self, other: object) -> bool:
-        """Same class and same fields; where they were read from and `attn_implementation` do not count."""
+        """Same class and same fields; where they were read from and the implementations do not count."""
         if not isinstance(other, BeitConfig):
             return NotImplemented
         return type(self) is type(other) and self._comparable() == other._comparable()
@@ -394,6 +408,5 @@ class BeitConfig:
             {"out_features"} if self._out_indices is None else set()
         )
         fields = [describe(name, value) for name, value in shown.items() if name not in derived]
-        if self.attn_implementation is not None:
-            fields.append(describe("attn_implementation", self.attn_implementation))
+        fields += [describe(name, value) for name, value in self.implementations().items() if value is not None]
         return f"{type(self).__name__}({', '.join(fields)})"

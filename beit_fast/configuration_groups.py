@@ -27,6 +27,8 @@ def dependency_problems(config: Any, accepted: Set[str]) -> list[Problem]:
         problems += _window_problems(config)
     if accepted >= {"num_hidden_layers", "add_fpn"}:
         problems += _stage_problems(config)
+    if accepted >= {"num_channels", "pixel_mean", "pixel_std"}:
+        problems += _pixel_problems(config)
     return problems + _label_problems(config)
 
 
@@ -50,6 +52,16 @@ def _stage_problems(config: Any) -> list[Problem]:
         accepted = "four stages, such as [3, 5, 7, 11]"
         problems = [Problem(f"add_fpn=True with out_indices={config.out_indices}; accepted: {accepted}")]
     return problems
+
+
+def _pixel_problems(config: Any) -> list[Problem]:
+    mean, std = config.pixel_mean, config.pixel_std
+    if mean is None and std is None:
+        return []
+    if mean is not None and std is not None and len(mean) == len(std) == config.num_channels:
+        return []
+    given = f"{describe('pixel_mean', mean)} with {describe('pixel_std', std)}"
+    return [Problem(f"{given}; accepted: num_channels={config.num_channels} numbers each, or None for both")]
 
 
 def _label_problems(config: Any) -> list[Problem]:

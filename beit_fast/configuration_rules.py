@@ -15,6 +15,7 @@ import torch
 from .activations import ACTIVATIONS
 
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "triton")
+PATCH_EMBED_IMPLEMENTATIONS = ("conv", "fused")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -94,6 +95,12 @@ def _to_dtype(value: Any) -> Any:
     return found if isinstance(found, torch.dtype) else value
 
 
+def _to_floats(value: Any) -> Any:
+    """Numbers from a list, a tuple, or what numpy and torch give, as floats."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(_to_float, value)) if isinstance(value, (list, tuple)) else value
+
+
 def to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -104,6 +111,10 @@ def _to_path_string(value: Any) -> Any:
 
 def _are_integers(value: Any) -> bool:
     return isinstance(value, tuple) and all(map(is_integer, value))
+
+
+def _are_numbers(value: Any) -> bool:
+    return value is None or (isinstance(value, tuple) and all(map(_is_number, value)))
 
 
 def _is_optional(kind: type) -> Callable[[Any], bool]:
@@ -183,6 +194,18 @@ RULES: dict[str, Rule] = {
         lambda value: value is None or value > 0,
         to_integer,
     ),
+    "pixel_mean": Rule(
+        "None or a finite number for each channel",
+        _are_numbers,
+        lambda value: value is None or all(map(math.isfinite, value)),
+        _to_floats,
+    ),
+    "pixel_std": Rule(
+        "None or a positive, finite number for each channel",
+        _are_numbers,
+        lambda value: value is None or all(0 < number < math.inf for number in value),
+        _to_floats,
+    ),
     "problem_type": Rule(
         f"None or one of {', '.join(PROBLEM_TYPES)}",
         _is_optional(str),
@@ -206,6 +229,11 @@ RULES: dict[str, Rule] = {
         f"None or one of {', '.join(ATTENTION_IMPLEMENTATIONS)}",
         _is_optional(str),
         lambda value: value is None or value in ATTENTION_IMPLEMENTATIONS,
+    ),
+    "patch_embed_implementation": Rule(
+        f"None or one of {', '.join(PATCH_EMBED_IMPLEMENTATIONS)}",
+        _is_optional(str),
+        lambda value: value is None or value in PATCH_EMBED_IMPLEMENTATIONS,
     ),
 }
 """Every plain field of `BeitConfig` and what it accepts."""

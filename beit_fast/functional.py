@@ -73,10 +73,11 @@ def patch_embed(
     Args:
         pixels: `[B, C, H, W]`, uint8 or floating point, any strides; what does not fill a patch is cropped.
         weight: `[E, C, ph, pw]`, the weight of a convolution with stride = kernel = patch size.
-        bias, cls, mask_token: E numbers each.
+        bias, cls, mask_token: E numbers each. Like weight and pos float16, bfloat16, float32 or float64.
         mask: bool `[B, P]`, True where the patch is replaced by `mask_token`.
         pos: `[1, 1 + P, E]`, or `[1, P, E]` without `cls`.
-        mean, std: one number a channel in the units of the pixels (0 to 255 for uint8): `(pixels - mean) / std`.
+        mean, std: one number a channel in the units of the pixels (0 to 255 for uint8): `(pixels - mean) / std`. uint8
+            needs both; for floating-point pixels each may be left out, as 0 and 1.
 
     Returns:
         `[B, 1 + P, E]`, or `[B, P, E]` without `cls`, in the widest dtype of weight, cls, mask_token and pos.

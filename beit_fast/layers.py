@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention
+from . import attention, patch_embedding
 from .activations import ACTIVATIONS
 from .configuration import BeitConfig
+from .functional import patch_embed
+from .patch_embedding import Normalization
 from .position_bias import Window, resize_position_embeddings, resize_table, table_rows
 
 
@@ -35,18 +37,21 @@ class BeitPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values must be [batch, {self.num_channels}, height, width], not {list(pixel_values.shape)}"
-            )
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
 class BeitEmbeddings(nn.Module):
-    """CLS, patches (some replaced by the mask token) and, where configured, absolute positions: `[B, 1 + P, E]`."""
+    """CLS, patches (some replaced by the mask token) and, where configured, absolute positions: `[B, 1 + P, E]`.
+
+    `patch_embed_implementation` is a name of `beit_fast.patch_embedding` or None, which follows `attn_implementation`;
+    `kernel` names what ran last. `"fused"` is one operator for all steps: it reads the parameters of
+    `patch_embeddings.projection` and calls neither module. Where one of them was replaced or has hooks, None therefore
+    takes `"conv"`, which calls them, and `"fused"` is an error.
+    """
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
+        self.config = config
         size = config.hidden_size
         self.native_window = config.window
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
@@ -58,26 +63,69 @@ class BeitEmbeddings(nn.Module):
             else None
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attn_implementation: str | None = None
+        self.patch_embed_implementation: str | None = None
+        self.kernel: str | None = None
 
     def forward(self, pixel_values: Tensor, window: Window, bool_masked_pos: Tensor | None = None) -> Tensor:
-        tokens = self.patch_embeddings(pixel_values)  # [B, P, E]
-        if bool_masked_pos is not None:
-            tokens = self._mask(tokens, bool_masked_pos)
-        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        if self.position_embeddings is not None:
-            tokens = tokens + resize_position_embeddings(self.position_embeddings, self.native_window, window)
+        channels = self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(f"pixel_values must be [batch, {channels}, height, width], not {list(pixel_values.shape)}")
+        normalization = patch_embedding.normalization_of(pixel_values, self.config.pixel_mean, self.config.pixel_std)
+        mask = self._mask(bool_masked_pos, (pixel_values.shape[0], window[0] * window[1]))
+        positions: Tensor | None = self.position_embeddings
+        if positions is not None:
+            positions = resize_position_embeddings(positions, self.native_window, window)
+        resolved = patch_embedding.resolve(
+            self.patch_embed_implementation,
+            self.attn_implementation,
+            self.cls_token,
+            self.config.attention_head_dim,
+            self.obstacles_to_fusing(),
+        )
+        embed = self._fuse if resolved == "fused" else self._convolve
+        tokens = embed(pixel_values, normalization, mask, positions)
+        if not torch.compiler.is_compiling():
+            self.kernel = patch_embedding.kernel_name(resolved, pixel_values, self.cls_token)
         return self.dropout(tokens)
 
-    def _mask(self, tokens: Tensor, bool_masked_pos: Tensor) -> Tensor:
+    def obstacles_to_fusing(self) -> list[str]:
+        """Why the operator cannot take the place of the modules here; empty where it can."""
+        return patch_embedding.obstacles_to_fusing(self.patch_embeddings, BeitPatchEmbeddings)
+
+    def _fuse(
+        self, pixels: Tensor, normalization: Normalization | None, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        projection = self.patch_embeddings.projection
+        mask_token = None if mask is None else self.mask_token
+        mean, std = (None, None) if normalization is None else normalization
+        return patch_embed(
+            pixels, projection.weight, projection.bias, self.cls_token, mask, mask_token, positions, mean, std
+        )
+
+    def _convolve(
+        self, pixels: Tensor, normalization: Normalization | None, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        dtypes = (p.dtype for p in self.patch_embeddings.parameters() if p.is_floating_point())
+        dtype = next(dtypes, self.cls_token.dtype)
+        tokens = self.patch_embeddings(patch_embedding.float_pixels(pixels, normalization, dtype))
+        if mask is not None and self.mask_token is not None:
+            tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return tokens if positions is None else tokens + positions
+
+    def _mask(self, bool_masked_pos: Tensor | None, accepted: tuple[int, int]) -> Tensor | None:
+        """`bool_masked_pos`, `[B, P]` or `[B, h, w]` of any type, as bool of the accepted shape `[B, P]`."""
+        if bool_masked_pos is None:
+            return None
         if self.mask_token is None:
             raise ValueError("bool_masked_pos needs a mask token: build the model with use_mask_token=True")
         masked = bool_masked_pos.flatten(1).bool()
-        if masked.shape != tokens.shape[:2]:
+        if masked.shape != accepted:
             raise ValueError(
-                f"bool_masked_pos must be [batch, patches] = {list(tokens.shape[:2])}, "
-                f"not {list(bool_masked_pos.shape)}"
+                f"bool_masked_pos must be [batch, patches] = {list(accepted)}, not {list(bool_masked_pos.shape)}"
             )
-        return torch.where(masked.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        return masked
 
 
 class BeitRelativePositionBias(nn.Module):

@@ -35,13 +35,17 @@ class BeitModel(BeitPreTrainedModel):
     Args:
         config: sizes, biases and pooling.
         add_pooling_layer: whether `pooler_output` is computed.
-        attn_implementation: see `BeitPreTrainedModel`.
+        attn_implementation, patch_embed_implementation: see `BeitPreTrainedModel`.
     """
 
     def __init__(
-        self, config: BeitConfig, add_pooling_layer: bool = True, attn_implementation: str | None = None
+        self,
+        config: BeitConfig,
+        add_pooling_layer: bool = True,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
     ) -> None:
-        super().__init__(config, attn_implementation)
+        super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
         self.embeddings = BeitEmbeddings(config)
         self.encoder = BeitEncoder(config)
@@ -64,7 +68,8 @@ class BeitModel(BeitPreTrainedModel):
         """Run the trunk.
 
         Args:
-            pixel_values: `[B, C, H, W]` of any size; what does not fill a patch is cropped.
+            pixel_values: `[B, C, H, W]` of any size; what does not fill a patch is cropped. Floating point, normalised
+                as an image processor does, or uint8 after `set_pixel_normalization`.
             bool_masked_pos: `[B, P]`, True where a patch is replaced by the mask token.
             interpolate_pos_encoding: accepted for compatibility; positions always fit the image.
             attention_mask: `[B, N]` with CLS first, non-zero where a token may be attended to.
@@ -94,8 +99,13 @@ class BeitModel(BeitPreTrainedModel):
 class BeitForMaskedImageModeling(BeitPreTrainedModel):
     """BEiT with a linear layer that predicts the visual token of every patch (the paper's section 2.3)."""
 
-    def __init__(self, config: BeitConfig, attn_implementation: str | None = None) -> None:
-        super().__init__(config, attn_implementation)
+    def __init__(
+        self,
+        config: BeitConfig,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
+        super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
         self.num_labels = config.num_labels
         self.beit = BeitModel(config, add_pooling_layer=False)
@@ -147,8 +157,13 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
 class BeitForImageClassification(BeitPreTrainedModel):
     """BEiT with a linear layer on the pooled tokens."""
 
-    def __init__(self, config: BeitConfig, attn_implementation: str | None = None) -> None:
-        super().__init__(config, attn_implementation)
+    def __init__(
+        self,
+        config: BeitConfig,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
+        super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
         self.num_labels = config.num_labels
         self.beit = BeitModel(config, add_pooling_layer=True)

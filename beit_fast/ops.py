@@ -4,8 +4,9 @@
 `softmax(scale * q k^T + bias) v`, with the log-sum-exp of every row beside it for the backward pass.
 `patch_embed` turns pixels into tokens: patches, projection, mask tokens, CLS and position embeddings.
 
-Both are opaque to `torch.compile` and `torch.export`. CUDA runs the Triton kernels, which are imported at the first
-call; CPU runs the composites, or Triton's interpreter where `TRITON_INTERPRET=1` was set before this import.
+Both are opaque to `torch.compile` and `torch.export`. CUDA runs Triton's attention and `_C_cuda`'s patch embedding,
+which are imported and loaded at the first call. CPU runs the kernels of `_C`, the composites where that was not built,
+or Triton's interpreter where `TRITON_INTERPRET=1` was set before this import.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, composite_attention, composite_patch_embed
+from . import backends, composite_attention, composite_patch_embed, native
 from .position_bias import Window
 from .validation import check_attention, check_attention_backward, check_patch_embed
 
 library = torch.library.Library("beit_fast", "FRAGMENT")
 
-_SCHEMAS = (
+SCHEMAS = (
     "rel_pos_attention(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? key_mask, SymInt[2] window, "
     "float scale, float dropout_p=0., SymInt seed=0) -> (Tensor out, Tensor lse)",
     "rel_pos_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? key_mask, "
@@ -30,8 +31,10 @@ _SCHEMAS = (
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "patch_embed(Tensor pixels, Tensor weight, Tensor? bias, Tensor? cls, Tensor? mask, Tensor? mask_token, "
     "Tensor? pos, float[]? mean, float[]? std) -> Tensor",
+    "_patch_embed_cuda(Tensor pixels, Tensor weight, Tensor? bias, Tensor? cls, Tensor? mask, Tensor? mask_token, "
+    "Tensor? pos, float[]? mean, float[]? std, bool allow_tf32) -> Tensor",
 )
-for _schema in _SCHEMAS:
+for _schema in SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 attention_op = torch.ops.beit_fast.rel_pos_attention.default
@@ -103,13 +106,38 @@ def _patch_embed(
     return composite_patch_embed.patch_embed(pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
 
 
-# CompositeExplicitAutograd rather than CPU: a native library can add CPU kernels later without overriding anything.
+def _patch_embed_cuda(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls: Tensor | None,
+    mask: Tensor | None,
+    mask_token: Tensor | None,
+    pos: Tensor | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+) -> Tensor:
+    arguments = (pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
+    check_patch_embed(*arguments)
+    tensors = (weight, bias, cls, mask_token, pos, None if pixels.dtype == torch.uint8 else pixels)
+    dtypes = [x.dtype for x in tensors if x is not None]
+    normalized = 0 if mean is None and std is None else pixels.shape[1]
+    kernel = backends.patch_embed_kernel(pixels.device, dtypes, normalized)
+    if kernel == "fused/cuda" and native.load("_C_cuda"):
+        allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return torch.ops.beit_fast._patch_embed_cuda.default(*arguments, allow_tf32)
+    return composite_patch_embed.patch_embed(*arguments)
+
+
+# CompositeExplicitAutograd rather than CPU: the native library adds CPU kernels without overriding anything.
 library.impl("rel_pos_attention", _attention, "CompositeExplicitAutograd")
 library.impl("rel_pos_attention_backward", _attention_backward, "CompositeExplicitAutograd")
 library.impl("patch_embed", _patch_embed, "CompositeExplicitAutograd")
 for _key in ("CUDA", "CPU") if backends.INTERPRETED else ("CUDA",):
     library.impl("rel_pos_attention", _attention_triton, _key)
     library.impl("rel_pos_attention_backward", _attention_backward_triton, _key)
+library.impl("patch_embed", _patch_embed_cuda, "CUDA")
+native.load("_C")
 
 
 @torch.library.register_fake("beit_fast::rel_pos_attention", lib=library)
@@ -149,7 +177,7 @@ def _attention_backward_fake(
     check_attention_backward(grad_out, q, k, v, table, key_mask, out, lse, window, scale, dropout_p, seed, output_mask)
     inputs = (q, k, v, table)
     return tuple(
-        x.new_empty(x.shape) if needed and x is not None else q.new_empty(0)
+        q.new_empty(0) if x is None else x.new_empty(x.shape if needed else 0)
         for x, needed in zip(inputs, output_mask, strict=True)
     )  # type: ignore[return-value]
 
@@ -166,6 +194,7 @@ def _patch_embed_fake(
     mean: list[float] | None,
     std: list[float] | None,
 ) -> Tensor:
+    check_patch_embed(pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
     patches = (pixels.shape[2] // weight.shape[2]) * (pixels.shape[3] // weight.shape[3])
     dtype = weight.dtype
     for other in (mask_token, cls, pos):

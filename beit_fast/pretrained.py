@@ -1,14 +1,15 @@
-"""What every BEiT model shares: construction, initialisation, choice of attention, gradient checkpointing."""
+"""What every BEiT model shares: construction, initialisation, choice of kernels, gradient checkpointing."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from . import attention
+from . import attention, patch_embedding
 from .configuration import BeitConfig
 from .layers import BeitEmbeddings, BeitEncoder, BeitLayer, BeitRelativePositionBias, BeitSelfAttention
 
@@ -20,6 +21,10 @@ class BeitPreTrainedModel(nn.Module):
         config: a `BeitConfig`, or a configuration of Transformers' BEiT, which is converted.
         attn_implementation: `"eager"`, `"sdpa"`, `"triton"` or None (a fused kernel where one serves the device and
             dtype, else `"sdpa"`); what is given here wins over what the config carries.
+        patch_embed_implementation: `"conv"` (`nn.Conv2d` and the steps after it), `"fused"` (one operator from pixels
+            to tokens, which reads the convolution's weight and calls neither it nor its hooks) or None: `"fused"` where
+            attention runs `"triton"` and the convolution was not replaced and has no hooks, else `"conv"`. It wins over
+            the config likewise.
     """
 
     config_class: ClassVar[type] = BeitConfig
@@ -29,11 +34,19 @@ class BeitPreTrainedModel(nn.Module):
     _no_split_modules: ClassVar[list[str]] = ["BeitLayer"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r".*relative_position_index.*"]
 
-    def __init__(self, config: BeitConfig, attn_implementation: str | None = None) -> None:
+    def __init__(
+        self,
+        config: BeitConfig,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
         super().__init__()
         self.config = config if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())
         self.attn_implementation = attention.check_implementation(
             self.config.attn_implementation if attn_implementation is None else attn_implementation
+        )
+        self.patch_embed_implementation = patch_embedding.check_implementation(
+            self.config.patch_embed_implementation if patch_embed_implementation is None else patch_embed_implementation
         )
 
     @classmethod
@@ -58,6 +71,7 @@ class BeitPreTrainedModel(nn.Module):
         *,
         config: Any = None,
         attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -84,7 +98,7 @@ class BeitPreTrainedModel(nn.Module):
                 read with `weights_only=True`), or a hub repository such as `"microsoft/beit-base-patch16-224"`.
             config: a `BeitConfig`, one of Transformers, a dict of fields or where to find one, instead of the
                 checkpoint's own.
-            attn_implementation: see the class.
+            attn_implementation, patch_embed_implementation: see the class.
             dtype, torch_dtype: of the parameters; by default, or for `"auto"`, the configuration's, else the file's.
             device: where the parameters go.
             revision, cache_dir, token, local_files_only: passed to `huggingface_hub`.
@@ -107,6 +121,7 @@ class BeitPreTrainedModel(nn.Module):
             raise ValueError(f"{dtype=} and {torch_dtype=} are two names of one argument; give one")
         options = checkpoint.LoadOptions(
             attn_implementation,
+            patch_embed_implementation,
             torch_dtype if dtype is None else dtype,
             device,
             checkpoint.HubOptions(revision, cache_dir, token, local_files_only),
@@ -173,10 +188,12 @@ class BeitPreTrainedModel(nn.Module):
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose `"eager"`, `"sdpa"`, `"triton"` or None (by device and dtype) for every layer from now on."""
-        self.attn_implementation = attention.check_implementation(attn_implementation)
-        for module in self._attention_layers():
-            module.attn_implementation = attn_implementation
-            module.kernel = None
+        attention.check_implementation(attn_implementation)
+        for module in self.modules():
+            if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings, BeitSelfAttention)):
+                module.attn_implementation = attn_implementation
+            if isinstance(module, (BeitEmbeddings, BeitSelfAttention)):
+                module.kernel = None
 
     def attention_report(self) -> attention.AttentionReport:
         """Which attention kernel ran in each layer, and why others cannot serve here."""
@@ -184,6 +201,49 @@ class BeitPreTrainedModel(nn.Module):
         head_dim = self.config.attention_head_dim
         kernels = [layer.kernel for layer in layers]
         return attention.report(self.attn_implementation, kernels, self.device, self.dtype, head_dim)
+
+    def set_patch_embed_implementation(self, patch_embed_implementation: str | None) -> None:
+        """Choose `"conv"`, `"fused"` or None (follows attention) from now on."""
+        patch_embedding.check_implementation(patch_embed_implementation)
+        for module in self.modules():
+            if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings)):
+                module.patch_embed_implementation = patch_embed_implementation
+        self._embeddings().kernel = None
+
+    def patch_embed_report(self) -> patch_embedding.PatchEmbedReport:
+        """Which patch embedding ran, and why others cannot serve here."""
+        embeddings = self._embeddings()
+        return patch_embedding.report(
+            self.patch_embed_implementation,
+            embeddings.kernel,
+            self.attn_implementation,
+            embeddings.cls_token,
+            self.config.attention_head_dim,
+            embeddings.obstacles_to_fusing(),
+        )
+
+    def set_pixel_normalization(
+        self, mean: Sequence[float] | float | None, std: Sequence[float] | float | None
+    ) -> None:
+        """Let the model take uint8 pixels, of which it makes `(pixels / 255 - mean) / std`.
+
+        Mean and standard deviation are those of pixels scaled to 0..1, as image processors have them:
+        `model.set_pixel_normalization(processor.image_mean, processor.image_std)`. They are kept in `config`, saved and
+        loaded with it, and seen by every model built from the same config object. Floating-point pixels are taken as
+        normalised, before and after.
+
+        Args:
+            mean, std: one number for each channel, or one for all; None for both refuses uint8 pixels again.
+
+        Raises:
+            TypeError, ValueError: what the configuration does not accept; nothing is changed.
+        """
+        channels = self.config.num_channels
+        given = {"pixel_mean": mean, "pixel_std": std}
+        numbers = {
+            name: [value] * channels if isinstance(value, (int, float)) else value for name, value in given.items()
+        }
+        self.config.update(numbers)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations.
@@ -211,11 +271,12 @@ class BeitPreTrainedModel(nn.Module):
         self.apply(self._init_weights)
 
     def _finish_construction(self) -> None:
-        """Initialise what this class added (a nested model has initialised itself) and set the attention."""
+        """Initialise what this class added (a nested model has initialised itself) and set the kernels."""
         for child in self.children():
             if not isinstance(child, BeitPreTrainedModel):
                 child.apply(self._init_weights)
         self.set_attn_implementation(self.attn_implementation)
+        self.set_patch_embed_implementation(self.patch_embed_implementation)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

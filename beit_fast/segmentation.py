@@ -115,8 +115,13 @@ class BeitForSemanticSegmentation(FeaturePyramidMixin, BeitPreTrainedModel):
     output of `i - 1` blocks. `[3, 5, 7, 11]` suits a base model.
     """
 
-    def __init__(self, config: BeitConfig, attn_implementation: str | None = None) -> None:
-        super().__init__(config, attn_implementation)
+    def __init__(
+        self,
+        config: BeitConfig,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
+        super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
         if len(config.out_indices) != 4:
             raise ValueError(

@@ -133,53 +133,90 @@ def check_patch_embed(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> None:
-    """Raise ValueError unless the arguments of `patch_embed` fit together (see there for shapes)."""
+    """Raise ValueError unless the arguments of `patch_embed` fit together (see there for shapes).
+
+    Sizes may be symbolic: those are left to run time. `csrc/patch_embed/arguments.cpp` says the same in the same words.
+    """
     tensors = {"pixels": pixels, "weight": weight, "bias": bias, "cls": cls, "mask": mask}
     tensors |= {"mask_token": mask_token, "pos": pos}
     if pixels.ndim != 4 or weight.ndim != 4:
-        raise_problems(
-            "patch_embed",
-            ["pixels must be [B, C, H, W] and weight [E, C, patch height, patch width]"],
-            **tensors,
-        )
-    problems = _pixel_problems(pixels, weight, mean, std)
-    patches = (pixels.shape[2] // weight.shape[2]) * (pixels.shape[3] // weight.shape[3])
-    embed = weight.shape[0]
-    if any(x is not None and x.device != pixels.device for x in tensors.values()):
-        problems.append("all tensors must be on one device")
-    for name in ("bias", "cls", "mask_token"):
-        tensor = tensors[name]
-        if tensor is not None and tensor.numel() != embed:
-            problems.append(f"{name} must hold {embed} numbers, as weight has {embed} output channels")
-    if (mask is None) != (mask_token is None):
-        problems.append("mask and mask_token go together: give both or neither")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (pixels.shape[0], patches)):
-        problems.append(f"mask must be bool [B, patches] = {[pixels.shape[0], patches]}")
-    tokens = patches + (cls is not None)
-    if pos is not None and pos.shape != (1, tokens, embed):
-        problems.append(f"pos must be [1, tokens, E] = {[1, tokens, embed]}")
+        problems = ["pixels must be [B, C, H, W] and weight [E, C, patch height, patch width]"]
+    elif 0 in _known(*weight.shape[1:]):
+        problems = ["weight must have at least one channel, row and column"]
+    else:
+        problems = _type_problems(tensors) + _pixel_problems(pixels, weight, mean, std)
+        if any(x is not None and x.device != pixels.device for x in tensors.values()):
+            problems.append("all tensors must be on one device")
+        problems += _token_problems(tensors, pixels, weight)
     if problems:
         raise_problems("patch_embed", problems, **tensors)
+
+
+_PATCH_EMBED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PATCH_EMBED_TYPE_NAMES = "float16, bfloat16, float32 or float64"
+
+
+def _type_problems(tensors: dict[str, Tensor | None]) -> list[str]:
+    problems = []
+    for name, tensor in tensors.items():
+        if name == "mask" or tensor is None or tensor.dtype in _PATCH_EMBED_TYPES:
+            continue
+        if name != "pixels":
+            problems.append(f"{name} must be {_PATCH_EMBED_TYPE_NAMES}")
+        elif tensor.dtype != torch.uint8:
+            problems.append(f"pixels must be uint8, {_PATCH_EMBED_TYPE_NAMES}")
+    return problems
 
 
 def _pixel_problems(
     pixels: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> list[str]:
     problems = []
-    if not (pixels.dtype.is_floating_point or pixels.dtype == torch.uint8):
-        problems.append("pixels must be uint8 or floating point")
-    if not weight.dtype.is_floating_point:
-        problems.append("weight must be floating point")
-    if pixels.shape[1] != weight.shape[1]:
-        problems.append(f"pixels have {pixels.shape[1]} channels, weight takes {weight.shape[1]}")
-    if pixels.shape[2] < weight.shape[2] or pixels.shape[3] < weight.shape[3]:
+    channels = pixels.shape[1]
+    if _differ(channels, weight.shape[1]):
+        problems.append(f"pixels have {channels} channels, weight takes {weight.shape[1]}")
+    sides = zip(pixels.shape[2:], weight.shape[2:], strict=True)
+    if any(len(_known(*side)) == 2 and side[0] < side[1] for side in sides):
         problems.append("the image is smaller than one patch")
     for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != pixels.shape[1]:
-            problems.append(f"{name} must have one number for each of the {pixels.shape[1]} channels")
+        if values is not None and _differ(len(values), channels):
+            problems.append(f"{name} must have one number for each of the {channels} channels")
     if std is not None and any(value == 0 for value in std):
         problems.append("std must not contain 0")
+    if pixels.dtype == torch.uint8 and (mean is None or std is None):
+        problems.append("uint8 pixels need mean and std")
     return problems
+
+
+def _token_problems(tensors: dict[str, Tensor | None], pixels: Tensor, weight: Tensor) -> list[str]:
+    problems = []
+    embed = weight.shape[0]
+    for name in ("bias", "cls", "mask_token"):
+        tensor = tensors[name]
+        if tensor is not None and _differ(tensor.numel(), embed):
+            problems.append(f"{name} must hold {embed} numbers, as weight has {embed} output channels")
+    mask, pos = tensors["mask"], tensors["pos"]
+    if (mask is None) != (tensors["mask_token"] is None):
+        problems.append("mask and mask_token go together: give both or neither")
+    patches = (pixels.shape[2] // weight.shape[2]) * (pixels.shape[3] // weight.shape[3])
+    if 0 in _known(patches):  # said before; what must have a token each is not judged
+        return problems
+    shape = [pixels.shape[0], patches]
+    if mask is not None and (mask.dtype != torch.bool or _shapes_differ(mask, shape)):
+        problems.append(f"mask must be bool [B, patches] = {shape}")
+    shape = [1, patches + (tensors["cls"] is not None), embed]
+    if pos is not None and _shapes_differ(pos, shape):
+        problems.append(f"pos must be [1, tokens, E] = {shape}")
+    return problems
+
+
+def _differ(size: int, other: int) -> bool:
+    """Whether two sizes are numbers, and not the same."""
+    return len(set(_known(size, other))) == 2
+
+
+def _shapes_differ(tensor: Tensor, shape: Sequence[int]) -> bool:
+    return tensor.ndim != len(shape) or any(map(_differ, tensor.shape, shape))
 
 
 def raise_problems(operator: str, problems: Sequence[str], **tensors: Tensor | None) -> None:

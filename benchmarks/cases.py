@@ -137,6 +137,17 @@ def reference(case: Case, biased: bool) -> Reference:
     return Reference(exact, budgets)
 
 
+def errors_within(results: dict[str, Tensor], expected: Reference) -> tuple[dict[str, float], list[str]]:
+    """The relative error of each result, and a complaint for each that exceeds its budget."""
+    errors = {name: relative_error(results[name], exact) for name, exact in expected.results.items()}
+    complaints = [
+        f"{name}: relative error {error:.2e}, accepted {expected.budgets[name]:.2e}"
+        for name, error in errors.items()
+        if not error <= expected.budgets[name]
+    ]
+    return errors, complaints
+
+
 def _textbook(case: Case, inputs: Inputs, biased: bool) -> Callable[[], Tensor]:
     def run() -> Tensor:
         bias = gather_bias(inputs.table, case.window) if biased else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ import torch
 
 from beit_fast.measure import environment, gpu_readings, peak_memory, why_no_peak_memory
 
-from .cases import DTYPE_NAMES, Case, chosen_device, draw, reference, relative_error, results_of, step_of
+from .cases import DTYPE_NAMES, Case, chosen_device, draw, errors_within, reference, results_of, step_of
 from .clocks import DeviceClock, HostClock, clock_of, single_call
 from .peers import Peer
-from .rows import Row, RowLog, row_of
+from .processes import Entrant
+from .processes import race as race_processes
+from .rows import Row, RowLog, rounded, row_of
 
 _conditions = pytest.StashKey[dict[str, Any]]()
 _rows = pytest.StashKey[list[Row]]()
@@ -139,14 +142,60 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[[C
 
 
 def _skip_missing(case: Case, peer: Peer, config: pytest.Config) -> None:
-    budget = config.getoption("budget")
-    if budget is not None and time.monotonic() - config.stash[_started] > budget:
-        pytest.skip(f"{peer.name}: the run's budget of {budget:g} seconds is spent")
+    _skip_late(peer.name, config)
     reason = peer.why_missing(case)
     if reason is None and peer.compiles and case.device == "cpu" and not config.getoption("full"):
         reason = "compiles for long on a CPU: measured with --full"
     if reason is not None:
         pytest.skip(f"{peer.name}: {reason}")
+
+
+def _skip_late(name: str, config: pytest.Config) -> None:
+    budget = config.getoption("budget")
+    if budget is not None and time.monotonic() - config.stash[_started] > budget:
+        pytest.skip(f"{name}: the run's budget of {budget:g} seconds is spent")
+
+
+@pytest.fixture
+def race_apart(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Race entrants in processes of their own, in turns; who is wrong gets no time and fails the test at the end.
+
+    Args: the bench, the case's name, threads, the entrants, the facts of every row, and who is missing and why. What an
+    entrant's `prepare` tells is added to its row: its kernel and its errors at least. `flops` become `tflops`.
+    """
+    stash = request.config.stash
+
+    def run(
+        bench: str,
+        case: str,
+        threads: int,
+        entrants: Sequence[Entrant],
+        facts: dict[str, Any],
+        missing: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        _skip_late(case, request.config)
+        log = stash[_log]
+        wrong = {}
+        for result in race_processes(entrants, threads=threads, memory=True):
+            if result.failure is not None:
+                wrong[result.name] = result.failure
+                continue
+            times = {"median": result.median, "iqr": result.iqr, "rounds": len(result.times)}
+            row = {"bench": bench, "threads": threads, "case": case, **facts, "peer": result.name, **result.facts}
+            row |= {**times, "iterations": result.iterations, "peak_memory": result.peak_memory}
+            if "flops" in row:
+                row["tflops"] = row["flops"] / result.median / 1e12
+            stash[_rows].append(row)
+            if log is not None:
+                log.measured(rounded(row))
+        for name, reason in {**missing, **wrong}.items() if log is not None else ():
+            log.left_out(case, name, reason[:500], bench)
+        if wrong:
+            pytest.fail("; ".join(f"{name}: {reason}" for name, reason in wrong.items()), pytrace=False)
+        if missing:
+            pytest.skip("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
+
+    return run
 
 
 @functools.lru_cache(maxsize=1)
@@ -159,13 +208,7 @@ def _sm_clock(case: Case) -> int | None:
 
 
 def _checked_errors(case: Case, peer: Peer, results: dict[str, torch.Tensor]) -> dict[str, float]:
-    expected = reference(case, peer.biased)
-    errors = {name: relative_error(results[name], exact) for name, exact in expected.results.items()}
-    wrong = [
-        f"{name}: relative error {error:.2e}, accepted {expected.budgets[name]:.2e}"
-        for name, error in errors.items()
-        if not error <= expected.budgets[name]
-    ]
+    errors, wrong = errors_within(results, reference(case, peer.biased))
     if wrong:
         pytest.fail(f"{peer.name} is wrong on {case} and was not timed. " + "; ".join(wrong), pytrace=False)
     return errors
@@ -204,16 +247,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(_TABLE_HEAD)
         for row in sorted((row for row in rows if row["case"] == case), key=lambda row: row["median"]):
             terminalreporter.write_line(_table_line(row))
-    if any(row["queued_ahead"] is False for row in rows):
+    if any(row.get("queued_ahead") is False for row in rows):
         terminalreporter.write_line("* the device had to wait for the host, so the median holds time of the host too")
 
 
 def _table_line(row: dict[str, Any]) -> str:
     memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.1f}"
-    single = "-" if row["single_call"] is None else f"{row['single_call'] * 1e3:.3f}"
-    name = row["peer"] if row["biased"] else row["peer"] + " (another result)"
-    waited = "*" if row["queued_ahead"] is False else " "
+    single = f"{row['single_call'] * 1e3:.3f}" if row.get("single_call") is not None else "-"
+    name = row["peer"] if row.get("biased", True) else row["peer"] + " (another result)"
+    waited = "*" if row.get("queued_ahead") is False else " "
+    speed = f"{row['tflops']:.3f}" if "tflops" in row else "-"
     return (
         f"{name:48}{row['kernel']:20}{row['median'] * 1e3:11.3f}{waited}{row['iqr'] * 1e3:9.3f}{single:>11}"
-        f"{row['tflops']:9.3f}{memory:>10}{max(row['errors'].values()):13.1e}"
+        f"{speed:>9}{memory:>10}{max(row['errors'].values()):13.1e}"
     )

@@ -1,4 +1,4 @@
-"""Turn a run of the benchmarks into a small results file and a picture.
+"""Turn a run of the benchmarks into a small results file and a picture for each bench.
 
     pytest benchmarks/ --benchmark-json=run.json
     python -m benchmarks.plot run.json --results benchmarks/results
@@ -16,7 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .rows import Row, device_slug, read_results, write_results
+from .plot_patches import draw_patches
+from .rows import Row, by_bench, file_name, read_results, write_results
 
 STYLES = {  # peer: colour, line, marker; the same peer looks the same in every picture
     "beit_fast triton": ("#d1495b", "-", "o"),
@@ -45,19 +46,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Write what was asked for and name it; 0, or 2 where the file cannot be used."""
     parser = argparse.ArgumentParser(description="Write results and a picture from a run of the benchmarks.")
     parser.add_argument("run", type=Path, help="JSON or log of rows of a run, or a results file")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="write DEVICE.json and DEVICE.png here")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write DEVICE.png here (default: here)")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="write DEVICE*.json and DEVICE*.png here")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write DEVICE*.png here (default: here)")
     options = parser.parse_args(arguments)
     try:
         results = read_results(options.run)
     except (OSError, ValueError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
-    name = device_slug(results["conditions"])
-    if options.results is not None:
-        print(write_results(results, options.results / f"{name}.json"))
     pictures = options.out or options.results or Path()
-    print(draw(results, pictures / f"{name}.png"))
+    for bench, of_bench in by_bench(results).items():
+        name = file_name(results["conditions"], bench)
+        if options.results is not None:
+            print(write_results(of_bench, options.results / f"{name}.json"))
+        draw_bench = draw_patches if bench == "cpu patch embedding" else draw
+        print(draw_bench(of_bench, pictures / f"{name}.png"))
     return 0
 
 
@@ -104,8 +107,10 @@ def panels_of(rows: list[Row]) -> list[list[list[Row]]]:
     """The rows to draw, by mode and then by panel: batches and single images apart, batches first.
 
     Of a mode it is the dtype with most sizes, and of batches the largest at each size. A panel with a single size is
-    left out where the mode has another one.
+    left out where the mode has another one. Where rows count threads, see `_panels_of_threads`.
     """
+    if any("threads" in row for row in rows):
+        return _panels_of_threads(rows)
     lines = []
     for mode in sorted({row["mode"] for row in rows}, key=_mode_order):
         of_mode = [row for row in rows if row["mode"] == mode]
@@ -116,6 +121,18 @@ def panels_of(rows: list[Row]) -> list[list[list[Row]]]:
         singles = [row for row in of_mode if row["batch"] == 1]
         panels = [panel for panel in (batches, singles) if panel]
         lines.append([panel for panel in panels if len({row["tokens"] for row in panel}) > 1] or panels)
+    return lines
+
+
+def _panels_of_threads(rows: list[Row]) -> list[list[list[Row]]]:
+    """Single images by mode and dtype, and then by the number of threads."""
+    singles = [row for row in rows if row["batch"] == 1]
+    kinds = sorted({(_mode_order(row["mode"]), row["mode"], row["dtype"]) for row in singles})
+    lines = []
+    for _, mode, dtype in kinds:
+        of_kind = [row for row in singles if (row["mode"], row["dtype"]) == (mode, dtype)]
+        counts = sorted({row["threads"] for row in of_kind})
+        lines.append([[row for row in of_kind if row["threads"] == count] for count in counts])
     return lines
 
 
@@ -147,7 +164,8 @@ def _draw_memory(axis: Any, rows: list[Row]) -> dict[str, Any]:
 
 def _subject(rows: list[Row]) -> str:
     single = ", one image" if all(row["batch"] == 1 for row in rows) else ""
-    return f"{rows[0]['mode']}{single}, {rows[0]['dtype']}"
+    threads = f", threads {rows[0]['threads']}" if "threads" in rows[0] else ""
+    return f"{rows[0]['mode']}{single}, {rows[0]['dtype']}{threads}"
 
 
 def _draw_lines(axis: Any, rows: list[Row], value: Any) -> dict[str, Any]:
@@ -204,6 +222,8 @@ def caption(results: dict[str, Any], panels: list[list[Row]], width: int = 170) 
         *(
             [f"driver {gpu['driver_version']}"]
             if gpu.get("driver_version")
+            else []
+            if "threads" in row
             else [f"{conditions['threads']} CPU threads"]
         ),
         *(f"{name} {conditions[name]}" for name in ("torch", "triton", "transformers") if conditions.get(name)),
@@ -216,6 +236,7 @@ def caption(results: dict[str, Any], panels: list[list[Row]], width: int = 170) 
         "Speed counts the two products of the forward, and five of the backward, whatever a peer computes.",
         "Memory is the peak above the level before the call, divided by B.",
         *(["Time is the device's, without launching; inputs stay in L2 where they fit."] if _on_device(drawn) else []),
+        *(["Each peer in a process of its own, in turns."] if "threads" in row else []),
         "'sdpa prebuilt bias' holds its [H, N, N] bias before it is measured; 'gathered' makes it in each call.",
         "'without bias' computes something else.",
     ]

@@ -17,6 +17,11 @@ ROW_FIELDS = (
     "sm_clock_mhz",
 )
 
+ATTENTION = "attention"
+"""The bench of rows that name none: those of `bench_attention.py`. Other benches write theirs into each row."""
+
+_ORDER = ("mode", "dtype", "tokens", "batch", "threads", "peer")
+
 
 class RowLog:
     """One line of JSON for the conditions, then one for each measurement or missing peer, written as it happens.
@@ -33,8 +38,9 @@ class RowLog:
     def measured(self, row: Row) -> None:
         self._append({"row": row})
 
-    def left_out(self, case: str, peer: str, reason: str) -> None:
-        self._append({"case": case, "peer": peer, "left_out": reason})
+    def left_out(self, case: str, peer: str, reason: str, bench: str = ATTENTION) -> None:
+        named = {} if bench == ATTENTION else {"bench": bench}
+        self._append({"case": case, "peer": peer, "left_out": reason, **named})
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -44,14 +50,14 @@ class RowLog:
 def row_of(facts: dict[str, Any], stats: dict[str, Any]) -> Row:
     """A row from a benchmark's `extra_info` and its statistics."""
     known = {**facts, **{name: stats[name] for name in STATS}}
-    return {name: _rounded(known[name]) for name in ROW_FIELDS}
+    return {name: rounded(known[name]) for name in ROW_FIELDS}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four digits: more would be noise, and would change in every line of a diff."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
-    return {name: _rounded(part) for name, part in value.items()} if isinstance(value, dict) else value
+    return {name: rounded(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -88,14 +94,13 @@ def _parse_log(text: str, path: Path) -> dict[str, Any] | None:
         return None
     rows = [entry["row"] for entry in entries if "row" in entry]
     missing = [entry for entry in entries if "left_out" in entry]
-    reasons = dict.fromkeys((entry["peer"], entry["left_out"]) for entry in missing)
+    cases: dict[tuple[str, str, str], list[str]] = {}
+    for entry in missing:
+        key = (entry.get("bench", ATTENTION), entry["peer"], entry["left_out"])
+        cases.setdefault(key, []).append(entry["case"])
     left_out = [
-        {
-            "peer": peer,
-            "reason": reason,
-            "cases": [entry["case"] for entry in missing if (entry["peer"], entry["left_out"]) == (peer, reason)],
-        }
-        for peer, reason in reasons
+        {"peer": peer, "reason": reason, "cases": names, **({} if bench == ATTENTION else {"bench": bench})}
+        for (bench, peer, reason), names in cases.items()
     ]
     return {**entries[0], "rows": _sorted(rows), "left_out": left_out}
 
@@ -111,7 +116,20 @@ def _from_pytest_benchmark(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sorted(rows: list[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (row["mode"], row["dtype"], row["tokens"], row["batch"], row["peer"]))
+    return sorted(rows, key=lambda row: (row.get("bench", ATTENTION), *(row[name] for name in _ORDER if name in row)))
+
+
+def by_bench(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results of each bench apart, by its name."""
+    names = dict.fromkeys(row.get("bench", ATTENTION) for row in results["rows"])
+
+    def of(name: str, entries: list[Row]) -> list[Row]:
+        return [entry for entry in entries if entry.get("bench", ATTENTION) == name]
+
+    return {
+        name: {**results, "rows": of(name, results["rows"]), "left_out": of(name, results["left_out"])}
+        for name in names
+    }
 
 
 def write_results(results: dict[str, Any], path: Path) -> Path:
@@ -125,6 +143,17 @@ def write_results(results: dict[str, Any], path: Path) -> Path:
         parts.append(f' "{name}": [\n{lines}\n ]' if entries else f' "{name}": []')
     path.write_text(",\n".join(parts) + "\n}\n")
     return path
+
+
+def file_name(conditions: dict[str, Any], bench: str) -> str:
+    """The name of a bench's results and picture, without what follows the dot.
+
+    Attention is told by its device alone, "amd-epyc-9b14-cpu-2-threads"; others, which have a thread count in each row,
+    as "amd-epyc-9b14-cpu-attention", "amd-epyc-9b14-cpu-patch-embedding".
+    """
+    if bench == ATTENTION:
+        return device_slug(conditions)
+    return device_slug({**conditions, "device": None}) + "-" + bench.replace(" ", "-")
 
 
 def device_slug(conditions: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a GPU has to reach, met or missed: `python -m benchmarks.targets results.json`.
+"""What has to be reached, on a GPU and on a CPU, met or missed: `python -m benchmarks.targets results.json`.
 
 Reads a results file, a log of rows or pytest-benchmark's JSON. A ratio is theirs over ours: 2 is twice as fast.
 """
@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import Row, read_results
+from .rows import ATTENTION, Row, read_results
 
 OURS = "beit_fast triton"
 
 
 @dataclass(frozen=True)
 class Target:
-    """`theirs[quantity] / ours[quantity]` has to be at least `needed`, wherever ours was measured in 16 bits.
+    """`theirs[quantity] / ours[quantity]` has to be at least `needed`, wherever ours was measured.
 
     against: whether a row takes part; the one with the smallest quantity counts.
-    where: the cases that it is asked of.
+    where: the cases that it is asked of; unless given, those in 16 bits.
     peer: whose reason for staying away is told where nobody takes part, if it is one peer.
+    device, bench, ours: which rows it is about, and which of them are ours.
     """
 
     text: str
@@ -31,8 +32,11 @@ class Target:
     needed: float
     against: Callable[[Row], bool]
     quantity: str = "median"
-    where: Callable[[Row], bool] = lambda row: True
+    where: Callable[[Row], bool] = lambda row: row["dtype"] != "fp32"
     peer: str | None = None
+    device: str = "cuda"
+    bench: str = ATTENTION
+    ours: str = OURS
 
 
 def _named(name: str) -> Callable[[Row], bool]:
@@ -50,6 +54,11 @@ def _learnable_sdpa(row: Row) -> bool:
 _FLASH = "sdpa without bias flash"
 _READY_EFFICIENT = "sdpa prebuilt bias efficient"
 _READY_CUDNN = "sdpa prebuilt bias cudnn"
+_READY = "sdpa prebuilt bias"
+_GATHERED = "transformers sdpa"
+_ON_CPU: dict[str, Any] = {"device": "cpu", "bench": "cpu attention"}
+_PATCHES = "beit_fast fused"
+_OF_PATCHES: dict[str, Any] = {"device": "cpu", "bench": "cpu patch embedding", "ours": _PATCHES}
 
 TARGETS = (
     Target("forward no slower than SDPA flash without bias", "forward", 1.0, _named(_FLASH), peer=_FLASH),
@@ -76,6 +85,75 @@ TARGETS = (
         _learnable_sdpa,
         quantity="peak_memory",
         where=lambda row: (row["batch"], row["tokens"], row["dtype"]) == (8, 1601, "bf16"),
+    ),
+    Target(
+        "fp32 forward 2.2x SDPA with a ready mask",
+        "forward",
+        2.2,
+        _named(_READY),
+        where=lambda row: row["dtype"] == "fp32",
+        peer=_READY,
+        **_ON_CPU,
+    ),
+    Target(
+        "fp32 forward 3.5x SDPA with the gather that Transformers does in each layer",
+        "forward",
+        3.5,
+        _named(_GATHERED),
+        where=lambda row: row["dtype"] == "fp32",
+        peer=_GATHERED,
+        **_ON_CPU,
+    ),
+    Target(
+        "bf16 forward 3x SDPA in bf16 with a ready mask",
+        "forward",
+        3.0,
+        _named(_READY),
+        where=lambda row: row["dtype"] == "bf16",
+        peer=_READY,
+        **_ON_CPU,
+    ),
+    Target(
+        "forward + backward with the table 3x SDPA's",
+        "training",
+        3.0,
+        _learnable_sdpa,
+        where=lambda row: row["tokens"] in (577, 1025),
+        **_ON_CPU,
+    ),
+    Target(
+        "forward + backward memory under a tenth of SDPA's",
+        "training",
+        10.0,
+        _learnable_sdpa,
+        quantity="peak_memory",
+        where=lambda row: row["tokens"] == 1601,
+        **_ON_CPU,
+    ),
+    Target(
+        "patch embedding 0.97x the best of conv, conv channels_last and unfold + linear",
+        "float pixels",
+        0.97,
+        lambda row: row["peer"] != _PATCHES,
+        where=lambda row: row["dtype"] in ("fp32", "bf16"),
+        **_OF_PATCHES,
+    ),
+    Target(
+        "patch embedding faster than the best of them, in most cases",
+        "float pixels",
+        1.0,
+        lambda row: row["peer"] != _PATCHES,
+        where=lambda row: row["dtype"] in ("fp32", "bf16"),
+        **_OF_PATCHES,
+    ),
+    Target(
+        "patch embedding of bytes 1.3x normalise + conv + cat + add",
+        "uint8 pixels",
+        1.3,
+        _named("normalise + conv"),
+        where=lambda row: row["dtype"] in ("fp32", "bf16"),
+        peer="normalise + conv",
+        **_OF_PATCHES,
     ),
 )
 
@@ -106,15 +184,18 @@ class Verdict:
 
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
-    """Every target at every case that it is asked of; a target without measurement of ours says so."""
+    """Every target of the device at every case that it is asked of; one without measurement of ours says so."""
     verdicts = []
     for target in TARGETS:
-        rows = [row for row in results["rows"] if row["mode"] == target.mode]
-        ours = [row for row in rows if row["peer"] == OURS and row["dtype"] != "fp32" and target.where(row)]
-        ours.sort(key=lambda row: (row["dtype"], row["batch"] == 1, row["tokens"]))
+        if target.device != results["conditions"]["device"]:
+            continue
+        of_bench = [row for row in results["rows"] if row.get("bench", ATTENTION) == target.bench]
+        rows = [row for row in of_bench if row["mode"] == target.mode]
+        ours = [row for row in rows if row["peer"] == target.ours and target.where(row)]
+        ours.sort(key=lambda row: (row["dtype"], row["batch"] == 1, row["tokens"], row.get("threads", 0)))
         verdicts += [_verdict(target, row, rows, results) for row in ours]
         if not ours:
-            verdicts.append(Verdict(target, "-", missing=f"{OURS} was not measured"))
+            verdicts.append(Verdict(target, "-", missing=f"{target.ours} was not measured"))
     return verdicts
 
 
@@ -127,16 +208,17 @@ def _verdict(target: Target, ours: Row, rows: list[Row], results: dict[str, Any]
     if not theirs:
         return Verdict(target, case, value, missing=_reason(target, ours, results))
     best = min(theirs, key=lambda row: row[target.quantity])
-    waited = target.quantity == "median" and (ours["queued_ahead"] is False or best["queued_ahead"] is False)
+    waited = target.quantity == "median" and any(row.get("queued_ahead") is False for row in (ours, best))
     return Verdict(target, case, value, best[target.quantity], best["peer"], waited=waited)
 
 
 def _case(row: Row) -> str:
-    return f"{row['batch']}x{row['tokens']} {row['dtype']}"
+    threads = f", threads {row['threads']}" if "threads" in row else ""
+    return f"{row['batch']}x{row['tokens']} {row['dtype']}{threads}"
 
 
 def _reason(target: Target, ours: Row, results: dict[str, Any]) -> str:
-    name = f"{ours['mode']}-{ours['batch']}x{ours['tokens']}-{ours['dtype']}"
+    name = ours["case"] if "bench" in ours else f"{ours['mode']}-{ours['batch']}x{ours['tokens']}-{ours['dtype']}"
     for entry in results.get("left_out", []):
         if entry["peer"] == target.peer and name in entry["cases"]:
             return f"{target.peer}: {entry['reason']}"
@@ -152,18 +234,19 @@ def table(verdicts: list[Verdict]) -> str:
         met = sum(bool(verdict.met) for verdict in judged)
         state = f"met at {met} of {len(judged)}" if judged else "not judged"
         lines += ["", f"{text}: {state} (ratio needed {group[0].target.needed:.2f})"]
-        lines += [_line(verdict) for verdict in group]
+        width = 2 + max(12, *(len(verdict.case) for verdict in group))
+        lines += [_line(verdict, width) for verdict in group]
     return "\n".join(lines[1:])
 
 
-def _line(verdict: Verdict) -> str:
+def _line(verdict: Verdict, width: int) -> str:
     if verdict.ratio is None or verdict.ours is None or verdict.theirs is None:
-        return f"  {verdict.case:14}not compared: {verdict.missing}"
+        return f"  {verdict.case:{width}}not compared: {verdict.missing}"
     quantity, needed = verdict.target.quantity, verdict.target.needed
     result = "met" if verdict.met else f"MISSED, {100 * (1 - verdict.ratio / needed):.1f} % less is needed"
     ours, theirs = _amount(verdict.ours, quantity), _amount(verdict.theirs, quantity)
     against = verdict.against + (", the device waited for the host" if verdict.waited else "")
-    return f"  {verdict.case:14}{ours:>11} against {theirs:>11}  ratio {verdict.ratio:5.2f}  {result}  ({against})"
+    return f"  {verdict.case:{width}}{ours:>11} against {theirs:>11}  ratio {verdict.ratio:5.2f}  {result}  ({against})"
 
 
 def _amount(value: float, quantity: str) -> str:

@@ -36,10 +36,11 @@ TABLE_SUFFIX = "relative_position_bias_table"
 
 @dataclass(frozen=True)
 class Result:
-    """One backend: the kernel that ran, logits `[1, num_labels]`, median seconds, peak bytes of a forward."""
+    """One backend: attention's kernel and patch embedding's, logits `[1, num_labels]`, median seconds, peak bytes."""
 
     backend: str
     kernel: str
+    patches: str
     logits: Tensor
     seconds: float
     memory: int | None
@@ -165,13 +166,14 @@ def measure_backends(model: BeitForImageClassification, pixels: Tensor) -> list[
 
             bar.set_description(f"{backend}: logits")
             logits = forward()
-            kernel = model.attention_report().kernel
+            kernel, patches = model.attention_report().kernel, model.patch_embed_report().kernel
             bar.update()
             bar.set_description(f"{backend}: latency")
             seconds = latency(forward, pixels.device, repeats=REPEATS, warmup=1).median
             bar.update()
             bar.set_description(f"{backend}: memory")
-            results.append(Result(backend, kernel, logits, seconds, peak_memory(forward, pixels.device)))
+            memory = peak_memory(forward, pixels.device)
+            results.append(Result(backend, kernel, patches, logits, seconds, memory))
             bar.update()
     return results
 
@@ -234,7 +236,7 @@ def describe_run(model: BeitForImageClassification, conditions: dict[str, Any], 
 
 def format_table(results: list[Result]) -> str:
     """One line a backend; differences of the logits are taken from the first backend."""
-    head = f"{'backend':9}{'kernel':20}{'largest difference':>20}{'relative':>11}"
+    head = f"{'backend':9}{'kernel':20}{'patches':16}{'largest difference':>20}{'relative':>11}"
     lines = [f"{head}{'median ms':>11}{'peak MiB':>10}"]
     exact = results[0].logits.double()
     for result in results:
@@ -242,7 +244,8 @@ def format_table(results: list[Result]) -> str:
         relative = ((result.logits.double() - exact).norm() / exact.norm()).item()
         memory = "-" if result.memory is None else f"{result.memory / 2**20:.1f}"
         apart = f"{difference:20.2e}{relative:11.2e}" if result is not results[0] else f"{'(reference)':>20}{'':11}"
-        lines.append(f"{result.backend:9}{result.kernel:20}{apart}{result.seconds * 1e3:11.1f}{memory:>10}")
+        ran = f"{result.backend:9}{result.kernel:20}{result.patches:16}"
+        lines.append(f"{ran}{apart}{result.seconds * 1e3:11.1f}{memory:>10}")
     lines.append(
         f"logits against {results[0].backend}: largest difference, and norm of the difference over norm;\n"
         f"median of {REPEATS} forwards; peak memory above the level before a forward"

@@ -6,19 +6,27 @@ import torch
 from beit_fast import attention
 
 from .support.cases import attention_case
+from .support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
 from .support.oracle import attention_oracle
 
 CPU = torch.device("cpu")
 
 
 def test_none_is_sdpa_where_no_fused_kernel_serves():
-    assert attention.resolve(None, CPU, torch.float32, 64) == "sdpa"
-    assert attention.kernel_name(None, "cpu", torch.float32, 64) == "sdpa"
+    meta = torch.device("meta")
+    assert attention.resolve(None, meta, torch.float32, 64) == "sdpa"
+    assert attention.kernel_name(None, meta, torch.float32, 64) == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_none_is_the_native_kernel_where_it_is_loaded(dtype):
+    assert attention.kernel_name(None, CPU, dtype, 64) == DEFAULT_ATTENTION
+    assert attention.resolve(None, CPU, dtype, 64) == DEFAULT_ATTENTION.partition("/")[0]
 
 
 def test_triton_on_cpu_names_the_kernel_behind_it():
     assert attention.resolve("triton", CPU, torch.float32, 64) == "triton"
-    assert attention.kernel_name("triton", "cpu", torch.float32, 64) == "triton/composite"
+    assert attention.kernel_name("triton", "cpu", torch.float32, 64) == CPU_ATTENTION
 
 
 def test_an_unknown_name_lists_what_is_accepted():
@@ -35,6 +43,8 @@ def test_a_refusal_lists_every_kernel_with_every_reason():
         "triton/cuda: serves cuda tensors, not xpu; dtype torch.int32 is none of float16, bfloat16, float32; "
         "head dimension 65 is not a multiple of 8 from 8 to 128",
         "triton/interpreter: serves cpu tensors, not xpu; TRITON_INTERPRET=1 was not set",
+        "triton/c++: serves cpu tensors, not xpu",
+        "dtype torch.int32 is none of float16, bfloat16, float32, float64",
         "triton/composite: serves cpu tensors, not xpu; dtype torch.int32 is not a floating-point type",
         "Use 'sdpa' or 'eager'",
     ):
@@ -53,7 +63,8 @@ def test_cuda_without_a_device_says_so():
 
 def test_kernels_are_described_with_reasons():
     rows = {name: (serves, reasons) for name, serves, reasons in attention.describe_kernels()}
-    assert rows["triton/composite"] == (True, ())
+    assert rows[CPU_ATTENTION] == (True, ())
+    assert [name for name, (serves, _) in rows.items() if serves and name != "triton/cuda"] == [CPU_ATTENTION]
     assert all(serves == (not reasons) for serves, reasons in rows.values())
     on_cpu = {name: reasons for name, _, reasons in attention.describe_kernels("cpu")}
     assert "serves cuda tensors, not cpu" in on_cpu["triton/cuda"]
@@ -99,10 +110,10 @@ def test_attention_weights_are_those_that_mix_the_values():
 
 
 def test_report_reads_well():
-    report = attention.report("triton", ["triton/composite", None], CPU, torch.float32, 64)
-    assert report.kernel == "triton/composite"
+    report = attention.report("triton", [CPU_ATTENTION, None], CPU, torch.float32, 64)
+    assert report.kernel == CPU_ATTENTION
     assert "ran in 1 of 2 layers" in str(report)
     assert "triton/cuda: serves cuda tensors, not cpu" in str(report)
     idle = attention.report(None, [None], CPU, torch.float32, 64)
-    assert idle.kernel == "sdpa"
+    assert idle.kernel == DEFAULT_ATTENTION
     assert "has not run yet, would run" in str(idle)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +16,7 @@ import torch
 from beit_fast import measure
 from beit_fast.position_bias import relative_position_index, token_count
 
-from .support.benchmarks import BENCHMARKS, benchmark_house
+from .support.benchmarks import BENCHMARKS, benchmark_house, run_in_a_copy
 
 
 @pytest.fixture(scope="module")
@@ -305,21 +303,9 @@ def test_probe(peer, race):
 """
 
 
-def run_probe(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    for name in ("__init__.py", "cases.py", "clocks.py", "peers.py", "rows.py", "conftest.py"):
-        shutil.copy(BENCHMARKS / name, folder)
-    (folder / "bench_probe.py").write_text(PROBE)
-    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -ra\n")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--device=cpu", *options]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=120, check=False)
-
-
 def test_wrong_is_refused_before_it_is_timed(house: ModuleType, tmp_path: Path) -> None:
     """Only `frozen` has the right output: its table gradient is zero, and that is seen too."""
-    done = run_probe(tmp_path, "--benchmark-json=run.json", "--rows=rows.jsonl", "--commit=0123abc")
+    done = run_in_a_copy(tmp_path, PROBE, "--benchmark-json=run.json", "--rows=rows.jsonl", "--commit=0123abc")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "3 failed, 1 passed, 1 skipped" in done.stdout
     assert "transposed is wrong on training-2x10-fp32 and was not timed. out: relative error" in done.stdout
@@ -350,7 +336,7 @@ def test_wrong_is_refused_before_it_is_timed(house: ModuleType, tmp_path: Path) 
 
 
 def test_a_spent_budget_skips_what_is_left_and_says_so(tmp_path: Path) -> None:
-    done = run_probe(tmp_path, "--budget=0", "--rows=rows.jsonl")
+    done = run_in_a_copy(tmp_path, PROBE, "--budget=0", "--rows=rows.jsonl")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 skipped" in done.stdout
     conditions, *left_out = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from beit_fast import __version__, attention, cli
+from beit_fast import __version__, attention, backends, cli, native
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +23,7 @@ def test_info_prints_aligned_text_and_nothing_else() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"beit_fast {__version__}")
-    for section in ("versions", "devices", "native libraries"):
+    for section in ("versions", "devices", "kernels behind patch embedding", "native libraries"):
         assert section in lines
     assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)
     kernels = [line for line in lines if line.startswith("  triton/")]
@@ -57,14 +57,32 @@ def test_an_unknown_command_is_named_with_the_known_ones() -> None:
     assert "info" in done.stderr
 
 
-def test_native_libraries_are_reported_as_they_lie_beside_the_package(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
-    assert cli.native_libraries() == {"_C": None, "_C_cuda": None}
-    (tmp_path / "_C_cuda.abi3.so").touch()
-    (tmp_path / "_C.cpp").touch()
-    assert cli.native_libraries() == {"_C": None, "_C_cuda": "_C_cuda.abi3.so"}
-    (tmp_path / "_C.abi3.so").touch()
-    assert cli.native_libraries()["_C"] == "_C.abi3.so"
-    assert "_C_cuda.abi3.so" in cli.format_facts(cli.gather_facts())
+def test_info_json_describes_the_native_libraries() -> None:
+    facts = json.loads(run_command("info", "--json").stdout)
+    assert facts["native_libraries"] == {name: native.describe(name) for name in native.LIBRARIES}
+    assert [row["kernel"] for row in facts["patch_embed_kernels"]] == list(backends.PATCH_EMBED_KERNELS)
+    used, usable = native.instruction_sets()
+    assert facts["instruction_sets"] == {"used": used, "usable": list(usable)}
+
+
+@pytest.mark.parametrize(
+    ("library", "expected"),
+    [
+        (
+            {"reason": "_C.1.so was not built: no compiler", "file": None, "built_for": None, "loaded": False},
+            "operators on the CPU: _C.1.so was not built: no compiler",
+        ),
+        (
+            {"reason": None, "file": "_C.1.so", "built_for": "portable, avx2", "loaded": True},
+            "operators on the CPU: _C.1.so, built for portable, avx2 (loaded)",
+        ),
+        (
+            {"reason": None, "file": "_C.1.so", "built_for": None, "loaded": False},
+            "operators on the CPU: _C.1.so (loaded at the first call)",
+        ),
+    ],
+)
+def test_a_library_is_one_line_for_people(library: dict[str, Any], expected: str) -> None:
+    facts = cli.gather_facts()
+    facts["native_libraries"] = {"_C": {"serves": "operators on the CPU"} | library}
+    assert f"  _C  {expected}" in cli.format_facts(facts).splitlines()

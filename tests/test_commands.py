@@ -13,6 +13,7 @@ from beit_fast import BeitConfig, BeitForImageClassification, BeitForSemanticSeg
 from beit_fast.commands import class_colour
 from beit_fast.image_processing import BeitImageProcessor
 
+from .support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
 from .support.transformers_reference import TINY, randomize
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
@@ -54,7 +55,7 @@ def test_classify_gives_what_the_model_says(tmp_path, photographs, capsys, atten
     )  # fmt: skip
     assert code == 0
     answer = json.loads(out)
-    assert answer["kernel"] == {"triton": "triton/composite"}.get(attention, attention)
+    assert answer["kernel"] == {"triton": CPU_ATTENTION}.get(attention, attention)
     assert [result["image"] for result in answer["results"]] == photographs
     processor = BeitImageProcessor(size={"height": 32, "width": 32})
     pixels = processor([Image.open(path) for path in photographs], return_tensors="pt")["pixel_values"]
@@ -73,7 +74,7 @@ def test_classify_prints_text_for_people(tmp_path, photographs, capsys):
     assert code == 0
     assert lines[0] == photographs[0]
     assert "%" in lines[1]
-    assert lines[-1] == "attention: sdpa"
+    assert lines[-1] == f"attention: {DEFAULT_ATTENTION}"
 
 
 def test_images_that_cannot_be_read_are_named_and_the_rest_is_done(tmp_path, photographs, capsys):

@@ -137,10 +137,10 @@ def test_a_file_of_version_4_is_read_whole(tmp_path):
     )
 
 
-def test_the_implementation_of_attention_is_not_written():
-    config = BeitConfig(attn_implementation="triton")
-    assert "triton" not in config.to_json_string(use_diff=False)
-    assert "attn" not in config.to_json_string(use_diff=False)
+def test_implementations_are_not_written():
+    text = BeitConfig(attn_implementation="triton", patch_embed_implementation="fused").to_json_string(use_diff=False)
+    for word in ("triton", "attn", "fused", "patch_embed"):
+        assert word not in text
 
 
 def test_an_unknown_key_may_have_the_name_of_a_property():

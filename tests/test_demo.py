@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast import BeitConfig
+from beit_fast import BeitConfig, attention
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
@@ -61,10 +61,11 @@ def test_demo_compares_the_backends_and_draws(
     text = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(demo.BACKENDS)}
     assert list(rows) == ["eager", "sdpa", "triton"]
-    assert rows["triton"][1].startswith("triton/")
+    assert rows["triton"][1] == attention.kernel_name("triton", "cpu", torch.float32, config.attention_head_dim)
+    assert [rows[backend][2].partition("/")[0] for backend in rows] == ["conv", "conv", "fused"]
     for backend in ("sdpa", "triton"):
-        assert float(rows[backend][3]) < 1e-5
-        assert float(rows[backend][4]) > 0
+        assert float(rows[backend][4]) < 1e-5
+        assert float(rows[backend][5]) > 0
     moved = re.search(r"the logits move by (\S+)", text)
     assert moved is not None
     assert float(moved[1]) > 1e-4

@@ -12,6 +12,7 @@ import beit_fast
 from beit_fast import BeitBackbone, BeitConfig, BeitForImageClassification, BeitForSemanticSegmentation, BeitModel
 from beit_fast.layers import BeitDropPath, BeitSelfAttention
 
+from .support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
 from .support.transformers_reference import TINY, randomize
 
 BACKENDS = ("eager", "sdpa", "triton")
@@ -64,11 +65,11 @@ def test_the_report_says_what_ran():
     model = build(attn_implementation=None)
     assert "has not run yet, would run" in str(model.attention_report())
     model(images())
-    assert model.attention_report().layers == ("sdpa",) * 3
+    assert model.attention_report().layers == (DEFAULT_ATTENTION,) * 3
     model.set_attn_implementation("triton")
     assert model.attention_report().layers == (None,) * 3
     model(images())
-    assert model.attention_report().kernel == "triton/composite"
+    assert model.attention_report().kernel == CPU_ATTENTION
     model(images(), output_attentions=True)
     assert model.attention_report().kernel == "eager"
 

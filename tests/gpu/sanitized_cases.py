@@ -1,4 +1,4 @@
-"""Small cases, forward and backward, for compute-sanitizer: a script, which takes the names of cases, or runs all.
+"""Small cases for compute-sanitizer, attention forward and backward and patch embedding: a script, which takes names.
 
 Sizes that no block divides, rows aligned to nothing, and each allocation a block of its own
 (`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), so that an access one element outside a tensor is seen.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import beit_fast
+from beit_fast import native
 
 CASES: dict[str, dict[str, Any]] = {
     "one row": {"window": (1, 6), "dtype": torch.float16},
@@ -25,6 +26,16 @@ CASES: dict[str, dict[str, Any]] = {
     "rows at odd addresses": {"window": (4, 7), "dtype": torch.float16, "padding": 3},
     "no image": {"window": (3, 4), "dtype": torch.float16, "batch": 0},
 }
+
+PATCH_CASES: dict[str, dict[str, Any]] = {
+    "pixels by vectors": {"image": (32, 48), "patch": (16, 16), "dtype": torch.bfloat16},
+    "bytes by vectors": {"image": (33, 49), "patch": (8, 8), "dtype": torch.float16, "is_bytes": True},
+    "single pixels": {"image": (29, 31), "patch": (5, 7), "dtype": torch.bfloat16, "embed": 37},
+    "single bytes in fp32": {"image": (29, 31), "patch": (3, 3), "dtype": torch.float32, "embed": 9, "is_bytes": True},
+    "fp32 channels last": {"image": (40, 24), "patch": (8, 8), "dtype": torch.float32, "channels_last": True},
+    "several tiles of patches": {"image": (80, 96), "patch": (4, 4), "dtype": torch.bfloat16, "embed": 200},
+}
+"""The ones of the CUDA library, where there is one."""
 
 
 def run(
@@ -53,10 +64,31 @@ def run(
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.randn_like(out))]
 
 
+def embed_patches(
+    image: tuple[int, int],
+    patch: tuple[int, int],
+    dtype: torch.dtype,
+    embed: int = 72,
+    is_bytes: bool = False,
+    channels_last: bool = False,
+) -> list[Tensor]:
+    """Tokens, with every option."""
+    assert native.load("_C_cuda"), native.refusal("_C_cuda")
+    shape, patches = (3, 3, *image), (image[0] // patch[0]) * (image[1] // patch[1])
+    pixels = torch.randint(0, 256, shape, device="cuda").to(torch.uint8 if is_bytes else dtype)
+    pixels = pixels.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    weight = torch.randn(embed, 3, *patch, device="cuda", dtype=dtype)
+    bias, cls, mask_token = torch.randn(3, embed, device="cuda", dtype=dtype).clone().unbind()
+    mask = torch.rand(3, patches, device="cuda") > 0.5
+    positions = torch.randn(1, 1 + patches, embed, device="cuda", dtype=dtype)
+    mean, std = [120.0, 110.0, 100.0], [60.0, 55.0, 50.0]
+    return [beit_fast.patch_embed(pixels, weight, bias, cls, mask, mask_token, positions, mean, std)]
+
+
 def main(names: list[str]) -> None:
     torch.manual_seed(0)
-    for name in names or CASES:
-        results = run(**CASES[name])
+    for name in names:
+        results = run(**CASES[name]) if name in CASES else embed_patches(**PATCH_CASES[name])
         torch.cuda.synchronize()
         assert all(torch.isfinite(tensor).all() for tensor in results), name
         print(f"ran: {name}")

@@ -7,6 +7,7 @@ import torch
 
 from ..kernels.cases import BACKWARD_FACTOR, FORWARD_FACTOR, device
 from ..kernels.test_model import build, train_step, under
+from ..support.models import MEAN, STD, byte_images, normalized
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS
 from . import calls  # noqa: F401  skips this file without a GPU
@@ -37,3 +38,19 @@ def test_compiled_whole(position: str) -> None:
     for name, gradient in fused_gradients.items():
         plain = name.removeprefix("_orig_mod.")
         assert_within_budget(name, gradient, exact_gradients[plain], eager_gradients[plain], BACKWARD_FACTOR)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("position", ["per layer", "absolute"])
+def test_bytes(position: str, dtype: torch.dtype) -> None:
+    """uint8 pixels through the operator, beside float ones through the convolution."""
+    model = build(**POSITIONS[position]).to(dtype)
+    model.set_pixel_normalization(MEAN, STD)
+    pixels = byte_images(2, 3, 35, 40).to(device())
+    with torch.no_grad():
+        fused = under("triton", model)(pixels).logits
+        assert model.patch_embed_report().kernel.startswith("fused/")
+        floats = normalized(pixels)
+        eager = under("eager", model)(floats.to(dtype)).logits
+        exact = under("eager", model).double()(floats).logits
+    assert_within_budget("logits", fused, exact, eager, FORWARD_FACTOR, dtype)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import beit_fast
+from beit_fast import native
 
 from . import calls  # noqa: F401  skips this file without a GPU
-from .sanitized_cases import CASES
+from .sanitized_cases import CASES, PATCH_CASES
 
 ROOT = Path(beit_fast.__file__).resolve().parents[1]
 SECONDS = 240
@@ -42,13 +43,24 @@ def sanitize(tool: str, *names: str) -> None:
     command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "1", sys.executable, str(script), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
-    for name in names or CASES:
+    for name in names:
         assert f"ran: {name}" in done.stdout
 
 
 def test_no_access_outside_an_allocation() -> None:
-    sanitize("memcheck")
+    sanitize("memcheck", *CASES)
 
 
 def test_no_race_in_shared_memory() -> None:
     sanitize("racecheck", "odd width")
+
+
+needs_the_library = pytest.mark.skipif(
+    native.refusal("_C_cuda") is not None, reason=f"the CUDA library does not serve: {native.refusal('_C_cuda')}"
+)
+
+
+@needs_the_library
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_patch_embedding(tool: str) -> None:
+    sanitize(tool, *PATCH_CASES)

@@ -1,4 +1,4 @@
-"""Inputs for the Triton kernels, and the kernels' and the oracle's results on them."""
+"""Inputs for the attention kernels, and the kernels' and the oracle's results on them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit_fast.kernels.attention import launch
+import beit_fast
 
-from ..support.devices import kernel_device
+from ..support.devices import kernel_device, kernels_are_native
 from ..support.oracle import assert_within_budget, attention_oracle, philox_keep
 
 GRADIENT_NAMES = ("dq", "dk", "dv", "dtable")
@@ -20,6 +20,14 @@ FORWARD_FACTOR = 2
 BACKWARD_FACTOR = 3
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES)
+
+if kernels_are_native():
+    attention_forward = beit_fast.ops.attention_op
+    attention_backward = beit_fast.ops.attention_backward_op
+else:
+    from beit_fast.kernels.attention.launch import attention_backward, attention_forward
+
+of_triton = pytest.mark.skipif(kernels_are_native(), reason="what only Triton's kernels or their launcher do")
 
 OutputMask = tuple[bool, bool, bool, bool]
 EVERYTHING: OutputMask = (True, True, True, True)
@@ -29,7 +37,9 @@ def device() -> torch.device:
     """Where the kernels run in this process. conftest.py collects nothing where that is nowhere; a file is skipped."""
     found = kernel_device()
     if found is None:
-        pytest.skip("the kernels run on CUDA, or under TRITON_INTERPRET=1", allow_module_level=True)
+        pytest.skip(
+            "the kernels run on CUDA, under TRITON_INTERPRET=1 or BEIT_FAST_TEST_NATIVE=1", allow_module_level=True
+        )
     return found
 
 
@@ -92,7 +102,7 @@ def make_case(
 
 def run_forward(case: Case) -> tuple[Tensor, Tensor]:
     """(out, lse) of the kernels."""
-    return launch.attention_forward(
+    return attention_forward(
         case.query,
         case.key,
         case.value,
@@ -109,7 +119,7 @@ def run_backward(
     case: Case, out: Tensor, lse: Tensor, output_mask: OutputMask = EVERYTHING
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dtable) of the kernels."""
-    return launch.attention_backward(
+    return attention_backward(
         case.grad_out,
         case.query,
         case.key,

@@ -1,6 +1,5 @@
-"""Tests of the Triton kernels: on CPU tensors under `TRITON_INTERPRET=1`, else on CUDA where there is a device.
-
-In any other process nothing here is collected.
+"""Tests of the attention kernels: Triton's on CPU tensors under `TRITON_INTERPRET=1`, the native library's under
+`BEIT_FAST_TEST_NATIVE=1`, else Triton's on CUDA where there is a device. In other processes nothing is collected.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ..support.devices import kernel_device
+from ..support.devices import kernel_device, kernels_are_native
 
 collect_ignore_glob = ["test_*.py"] if kernel_device() is None else []
+if kernels_are_native():
+    collect_ignore_glob += ["test_bias.py", "test_launcher.py", "test_routes.py"]  # inside Triton's kernels
 
 # Deterministic mode complains about cuBLAS without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,4 +1,4 @@
-"""The whole path: a model whose attention is the Triton kernels, through the operator and its autograd."""
+"""The whole path: a model whose attention is the kernels, through the operator and its autograd."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 import beit_fast
 
+from ..support.devices import kernels_are_native
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS, TINY, randomize
-from .cases import BACKWARD_FACTOR, FORWARD_FACTOR, device
+from .cases import BACKWARD_FACTOR, FORWARD_FACTOR, device, of_triton
 
-KERNEL = {"cpu": "triton/interpreter", "cuda": "triton/cuda"}
+KERNEL = {"cpu": "triton/c++" if kernels_are_native() else "triton/interpreter", "cuda": "triton/cuda"}
 
 
 def build(**options: Any) -> beit_fast.BeitForImageClassification:
@@ -55,6 +56,7 @@ def test_a_model_on_the_kernels(position: str, size: tuple[int, int], dtype: tor
         assert_within_budget(name, gradient, exact_gradients[name], eager_gradients[name], BACKWARD_FACTOR)
 
 
+@of_triton
 def test_what_the_kernels_do_not_take_is_refused_with_reasons() -> None:
     q = torch.randn(1, 5, 2, 12, dtype=torch.float64, device=device())
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The operator as it is called, served by the interpreted kernels: refusals, no sample, NaN in one sample."""
+"""The operator as it is called, served by the kernels: refusals, no sample, NaN in one sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 import beit_fast
 from beit_fast.position_bias import table_rows
 
+from .cases import of_triton
 
+
+@of_triton
 @pytest.mark.parametrize("head_dim", [7, 12, 136])
 def test_a_head_dimension_that_no_kernel_takes_is_one_reason_among_others(head_dim: int) -> None:
     q = torch.zeros(2, 7, 3, head_dim)
@@ -23,12 +26,14 @@ def test_a_head_dimension_that_no_kernel_takes_is_one_reason_among_others(head_d
         assert reason in str(error.value)
 
 
+@of_triton
 def test_a_dtype_that_no_kernel_takes_is_refused() -> None:
     q = torch.zeros(2, 7, 3, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="none of float16, bfloat16, float32"):
         beit_fast.rel_pos_attention(q, q, q)
 
 
+@of_triton
 def test_the_backward_operator_refuses_what_its_kernels_do_not_take() -> None:
     q, lse = torch.zeros(2, 7, 3, 12), torch.zeros(2, 3, 7)
     with pytest.raises(ValueError, match=r"lse must be float32 .*; head dimension 12 is not a multiple of 8"):

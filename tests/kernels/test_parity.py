@@ -16,6 +16,7 @@ from .cases import (
     check_parity,
     kept_weights,
     make_case,
+    of_triton,
     run_backward,
     run_forward,
 )
@@ -141,6 +142,7 @@ def test_dropout_with_a_key_mask() -> None:
     check_parity(case)
 
 
+@of_triton
 def test_dropping_everything_gives_zeros() -> None:
     case = make_case((3, 3), dropout_p=1.0)
     out, lse = run_forward(case)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,10 @@ from types import ModuleType
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PACKAGE = "beit_fast_benchmarks"
+_MODULES = (
+    *("bench_cpu_attention", "bench_patch_embed", "cases", "clocks", "peers", "plot", "plot_patches", "processes"),
+    *("rows", "targets"),
+)
 
 
 @contextlib.contextmanager
@@ -23,8 +30,21 @@ def benchmark_house() -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = module
     spec.loader.exec_module(module)
-    for name in ("cases", "clocks", "peers", "plot", "rows", "targets"):
+    for name in _MODULES:
         importlib.import_module(f"{PACKAGE}.{name}")
     yield module
     for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
         del sys.modules[name]
+
+
+def run_in_a_copy(tmp_path: Path, bench: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """A run of one file of benchmarks, `bench`, with the house around it, in `tmp_path`."""
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name in ("__init__.py", "cases.py", "clocks.py", "peers.py", "processes.py", "rows.py", "conftest.py"):
+        shutil.copy(BENCHMARKS / name, folder)
+    (folder / "bench_probe.py").write_text(bench)
+    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -ra\n")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--device=cpu", *options]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=120, check=False)

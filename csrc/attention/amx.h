@@ -1,0 +1,70 @@
+// Tiles of AMX: eight registers of 16 rows of 64 bytes. C[16][16] fp32 += A[16][32 bf16] * B[16 pairs][16 columns].
+#pragma once
+
+#include "attention/numbers.h"
+
+namespace beit_fast {
+namespace {
+
+constexpr int kTileRows = 16, kTileWords = 256, kStepDepth = 32;  // depth: bf16 numbers that one product contracts
+
+struct alignas(64) TileConfiguration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Sets up the tiles of this thread, and gives them back: a thread with live tiles is slow to switch.
+class TileSession {
+public:
+    TileSession() {
+        const TileConfiguration configuration;
+        asm volatile("ldtilecfg %0" ::"m"(configuration));
+    }
+    ~TileSession() { asm volatile("tilerelease" ::: "memory"); }
+    TileSession(const TileSession&) = delete;
+    TileSession& operator=(const TileSession&) = delete;
+};
+
+template <int kTile>
+inline void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+
+// Rows are `tiles` rows of 64 bytes apart.
+template <int kTile>
+inline void tile_load(const void* from, long tiles = 1) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(64 * tiles), "i"(kTile) : "memory");
+}
+
+template <int kTile>
+inline void tile_store(void* to, long tiles = 1) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(64 * tiles), "i"(kTile) : "memory");
+}
+
+template <int kC, int kA, int kB>
+inline void tile_multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+}
+
+// fp32 is the exact sum of three bf16 parts, fp16 of two. Products of parts whose numbers add up to kParts or more are
+// below the rounding of the result and left out.
+
+// One row of A: `steps` groups of 32 numbers to `to[part * part_stride + step * step_stride]`, 16 words each.
+template <int kParts>
+inline void pack_row(uint32_t* to, int64_t part_stride, int64_t step_stride, const float* row, int64_t steps) {
+    for (int64_t step = 0; step < steps; ++step, row += 32, to += step_stride) {
+        Vector<float> low = load(row), high = load(row + 16);
+#pragma GCC unroll 3
+        for (int part = 0; part < kParts; ++part) {
+            const Words first = split_leading(low), second = split_leading(high);
+            const __m512i odd = _mm512_set_epi32(
+                0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d, 0x1b0019,
+                0x170015, 0x130011, 0xf000d, 0xb0009, 0x70005, 0x30001);
+            store(to + part * part_stride, (Words)_mm512_permutex2var_epi16((__m512i)first, odd, (__m512i)second));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace beit_fast

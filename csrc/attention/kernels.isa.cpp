@@ -1,0 +1,236 @@
+// The attention kernels, compiled once for each instruction set: BEIT_FAST_ISA is its name.
+#include "attention/kernels.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "attention/backward.h"
+#include "attention/forward_vector.h"
+
+#if defined(__AMX_BF16__)
+#include "attention/forward_amx.h"
+#endif
+
+namespace beit_fast {
+namespace {
+
+// Memory of this thread, kept for its next call unless it is large.
+class ThreadMemory {
+public:
+    ~ThreadMemory() { std::free(memory_); }
+
+    char* reserve(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = 0;
+            memory_ = static_cast<char*>(std::aligned_alloc(4096, padded(bytes, 4096)));
+            if (memory_ == nullptr) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return memory_;
+    }
+
+    void trim() {
+        constexpr int64_t kKept = int64_t{16} << 20;
+        if (size_ <= kKept) return;
+        std::free(memory_);
+        memory_ = nullptr;
+        size_ = 0;
+    }
+
+private:
+    char* memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// Runs `work(scratch)` with the memory that it takes while `scratch` only counts.
+template <class Work>
+void with_scratch(Work work) {
+    static thread_local ThreadMemory memory;
+    Scratch counter(nullptr);
+    work(counter, true);
+    Scratch scratch(memory.reserve(counter.used()));
+    work(scratch, false);
+    memory.trim();
+}
+
+// The bias and the mask of the head that is being worked on.
+template <class T>
+class HeadContext {
+public:
+    HeadContext(const AttentionProblem& problem, Scratch& scratch)
+        : problem_(problem),
+          geometry_(problem),
+          band_(scratch.take<T>(geometry_.size)),
+          column_(scratch.take<T>(problem.has_bias() ? column_scratch(geometry_) : 0)),
+          offsets_(scratch.take<int64_t>(problem.has_bias() ? problem.tokens : 0)),
+          allowed_(scratch.take<uint8_t>(problem.key_mask.data != nullptr ? problem.tokens : 0)) {}
+
+    void prepare() {
+        if (!problem_.has_bias()) return;
+        for (int64_t key = 0; key < problem_.tokens; ++key) offsets_[key] = geometry_.offset(key);
+        bias_.band = band_;
+        bias_.offsets = offsets_;
+    }
+
+    void load(int64_t batch, int64_t head) {
+        if (problem_.has_bias() && head != head_) {
+            bias_.cls_to_patch = fill_band(band_, column_, problem_, geometry_, head);
+        }
+        const MaskView& mask = problem_.key_mask;
+        if (mask.data != nullptr && batch != batch_) {
+            for (int64_t key = 0; key < problem_.tokens; ++key) {
+                const int64_t token = token_of(key, problem_.tokens);
+                allowed_[key] = mask.data[batch * mask.batch_stride + token * mask.token_stride];
+            }
+            bias_.allowed = allowed_;
+        }
+        head_ = head;
+        batch_ = batch;
+    }
+
+    const HeadBias<T>& bias() const { return bias_; }
+
+private:
+    const AttentionProblem& problem_;
+    const BandGeometry geometry_;
+    T *band_, *column_;
+    int64_t* offsets_;
+    uint8_t* allowed_;
+    HeadBias<T> bias_;
+    int64_t head_ = -1, batch_ = -1;
+};
+
+template <class Kernel>
+int64_t query_blocks(const ForwardProblem& problem) {
+    return padded(problem.tokens, Kernel::kQueries) / Kernel::kQueries;
+}
+
+// Items of the forward are (head, sample, block of queries), the last fastest.
+template <class Kernel, class T, class Run>
+void forward_range(const ForwardProblem& problem, int64_t begin, int64_t end, Run run) {
+    with_scratch([&](Scratch& scratch, bool counting) {
+        HeadContext<T> context(problem, scratch);
+        Kernel kernel(problem, scratch);
+        if (counting) return;
+        context.prepare();
+        const int64_t blocks = query_blocks<Kernel>(problem);
+        for (int64_t item = begin; item < end;) {
+            const int64_t plane = item / blocks, head = plane / problem.batch, batch = plane % problem.batch;
+            const int64_t last = std::min(end, (plane + 1) * blocks);
+            const int64_t first_query = item % blocks * Kernel::kQueries;
+            const int64_t last_query = std::min(problem.tokens, first_query + (last - item) * Kernel::kQueries);
+            context.load(batch, head);
+            kernel.load_head(batch, head, first_query, last_query);
+            for (int64_t query = first_query; query < last_query; query += Kernel::kQueries) {
+                run(kernel, context.bias(), batch, head, query);
+            }
+            item = last;
+        }
+    });
+}
+
+template <int kVectors, class Kernel, class T>
+void run_vectors(Kernel& kernel, const HeadBias<T>& bias, int64_t batch, int64_t head, int64_t query, int64_t vectors) {
+    if constexpr (kVectors > 1) {
+        if (vectors < kVectors) return run_vectors<kVectors - 1>(kernel, bias, batch, head, query, vectors);
+    }
+    kernel.template run<kVectors>(batch, head, query, bias);
+}
+
+template <class Kernel, class T>
+void forward_on_vectors(const ForwardProblem& problem, int64_t begin, int64_t end) {
+    const auto run = [&](Kernel& kernel, const HeadBias<T>& bias, int64_t batch, int64_t head, int64_t query) {
+        const int64_t count = std::min(Kernel::kQueries, problem.tokens - query);
+        run_vectors<kBlockVectors>(kernel, bias, batch, head, query, padded(count, kLanes<T>) / kLanes<T>);
+    };
+    forward_range<Kernel, T>(problem, begin, end, run);
+}
+
+// Calls `use` with the kernel that serves a type, as a null pointer.
+template <class Use>
+auto choose_forward(Scalar type, Use use) {
+    if (type == Scalar::f64) return use(static_cast<VectorForward<PlainOperands<double>, 6>*>(nullptr));
+#if defined(__AMX_BF16__)
+    if (type == Scalar::f32) return use(static_cast<AmxForward<3>*>(nullptr));
+    if (type == Scalar::f16) return use(static_cast<AmxForward<2>*>(nullptr));
+    return use(static_cast<AmxForward<1>*>(nullptr));
+#else
+#if defined(__AVX512BF16__)
+    if (type == Scalar::bf16) return use(static_cast<VectorForward<PairOperands, 5>*>(nullptr));
+#endif
+    return use(static_cast<VectorForward<PlainOperands<float>, 6>*>(nullptr));
+#endif
+}
+
+#if defined(__AMX_BF16__)
+template <int kParts>
+void run_forward(AmxForward<kParts>*, const ForwardProblem& problem, int64_t begin, int64_t end) {
+    using Kernel = AmxForward<kParts>;
+    constexpr int kDegree = kParts == 3 ? 6 : 5;
+    const TileSession session;
+    const auto run = [&](Kernel& kernel, const HeadBias<float>& bias, int64_t batch, int64_t head, int64_t query) {
+        Softmax<float, 1, kDegree> softmax(problem, bias);
+        softmax.begin(batch, head, query);
+        kernel.run(softmax, batch, head, query);
+    };
+    forward_range<Kernel, float>(problem, begin, end, run);
+}
+#endif
+
+template <class Operands, int kDegree>
+void run_forward(VectorForward<Operands, kDegree>*, const ForwardProblem& problem, int64_t begin, int64_t end) {
+    forward_on_vectors<VectorForward<Operands, kDegree>, typename Operands::Sum>(problem, begin, end);
+}
+
+void forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
+    choose_forward(problem.type, [&](auto* kernel) { run_forward(kernel, problem, begin, end); });
+}
+
+int64_t forward_items(const ForwardProblem& problem) {
+    return choose_forward(problem.type, [&](auto* kernel) {
+        return problem.heads * problem.batch * query_blocks<std::remove_pointer_t<decltype(kernel)>>(problem);
+    });
+}
+
+int64_t backward_items(const BackwardProblem& problem) {
+    return problem.heads * problem.batch * problem.key_parts;
+}
+
+// Items of the backward are (head, sample, part of the keys), the last fastest.
+template <class T>
+void backward_range(const BackwardProblem& problem, int64_t begin, int64_t end) {
+    with_scratch([&](Scratch& scratch, bool counting) {
+        HeadContext<T> context(problem, scratch);
+        Backward<T, 6> kernel(problem, scratch);
+        if (counting) return;
+        context.prepare();
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t plane = item / problem.key_parts, head = plane / problem.batch, batch = plane % problem.batch;
+            context.load(batch, head);
+            kernel.run(batch, head, item % problem.key_parts, context.bias());
+        }
+    });
+}
+
+void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
+    (problem.type == Scalar::f64 ? backward_range<double> : backward_range<float>)(problem, begin, end);
+}
+
+void reduce(const BackwardProblem& problem, int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) {
+        (problem.type == Scalar::f64 ? reduce_head<double> : reduce_head<float>)(problem, head);
+    }
+}
+
+}  // namespace
+
+#define BEIT_FAST_JOIN(a, b) a##b
+#define BEIT_FAST_NAME(a, b) BEIT_FAST_JOIN(a, b)
+
+extern const AttentionKernels BEIT_FAST_NAME(attention_kernels_, BEIT_FAST_ISA);
+const AttentionKernels BEIT_FAST_NAME(attention_kernels_, BEIT_FAST_ISA) = {forward_items, forward, backward_items,
+                                                                          backward, reduce};
+
+}  // namespace beit_fast

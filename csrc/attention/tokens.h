@@ -1,0 +1,45 @@
+// Tokens of one head as contiguous rows, inner order.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/bias_band.h"
+
+namespace beit_fast {
+namespace {
+
+// Reads tokens `first` to `first + count` as rows of T, `length` numbers each: zeros behind D and behind the last token.
+template <class T>
+inline void read_tokens(T* rows, int64_t length, const AttentionProblem& problem, const TokensView& view, int64_t batch,
+                        int64_t head, int64_t first, int64_t count) {
+    // A head's numbers are a few cache lines out of a token's many, which no hardware fetches ahead.
+    constexpr int64_t kAhead = 12;
+    const int64_t real = std::max<int64_t>(0, std::min(count, problem.tokens - first));
+    const int64_t bytes = problem.head_dim * bytes_of(problem.type);
+    const auto row_of = [&](int64_t i) {
+        return static_cast<const char*>(
+            token_row(view, problem.type, batch, token_of(first + i, problem.tokens), head));
+    };
+    for (int64_t i = 0; i < real; ++i) {
+        const char* ahead = row_of(i + kAhead);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte);
+        T* row = rows + i * length;
+        read_row(row, row_of(i), problem.type, problem.head_dim, view.dim_stride);
+        std::fill(row + problem.head_dim, row + length, T(0));
+    }
+    std::fill(rows + real * length, rows + count * length, T(0));
+}
+
+// Transposes kLanes rows `[kLanes, length]` into `[length, stride]`.
+template <class T>
+inline void transpose_rows(T* to, int64_t stride, const T* rows, int64_t length) {
+    for (int64_t column = 0; column < length; column += kLanes<T>) {
+        Vector<T> square[kLanes<T>];
+        for (int row = 0; row < kLanes<T>; ++row) square[row] = load(rows + row * length + column);
+        transpose<T>(square);
+        for (int row = 0; row < kLanes<T>; ++row) store(to + (column + row) * stride, square[row]);
+    }
+}
+
+}  // namespace
+}  // namespace beit_fast

@@ -1,0 +1,306 @@
+"""Patch embedding by the CUDA kernel, on a GPU; tests/test_cuda_emulation.py runs the same source without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import beit_fast
+from beit_fast import native
+
+from ..kernels.cases import assert_same_bits
+from ..support.oracle import assert_within_budget
+from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_inputs
+from .calls import LONG, need_free_memory
+
+if _reason := native.refusal("_C_cuda"):
+    pytest.skip(f"the CUDA library does not serve: {_reason}", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PIXEL_DTYPES = (torch.uint8, *DTYPES)
+FORWARD_FACTOR = 2
+BACKWARD_FACTOR = 3
+
+
+@pytest.fixture(autouse=True)
+def _fp32_convolutions_are_fp32() -> Iterator[None]:
+    """The reference's: cuDNN takes TF32 unless told otherwise, and its error would be no budget."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def tf32_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_the_library_loads() -> None:
+    assert native.load("_C_cuda"), native.refusal("_C_cuda")
+
+
+def inputs(image: tuple[int, int] = (48, 64), patch: tuple[int, int] = (16, 16), **options: Any) -> dict[str, Any]:
+    return make_inputs(image, patch, device="cuda", **options)
+
+
+def check(arguments: dict[str, Any]) -> Tensor:
+    """Tokens, which are as near to those in fp64 as a convolution in the weight's dtype comes."""
+    tokens = beit_fast.patch_embed(**arguments)
+    reference, eager = convolution(**in_precision(arguments, torch.float64)), convolution(**arguments)
+    assert tokens.dtype == eager.dtype
+    assert tokens.is_contiguous()
+    coarsest = max(tokens.dtype, arguments["weight"].dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    assert_within_budget("tokens", tokens, reference, eager, FORWARD_FACTOR, coarsest)
+    return tokens
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixel_dtype", PIXEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_and_layouts(dtype: torch.dtype, pixel_dtype: torch.dtype, layout: str) -> None:
+    arguments = inputs(dtype=dtype, pixel_dtype=pixel_dtype, layout=layout, embed=72)
+    check(arguments)
+    check(arguments | {"mean": None, "std": None})
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "embed", "batch"),
+    [
+        (224, 16, 768, 1),
+        (224, 16, 768, 32),
+        (384, 16, 1024, 4),
+        (640, 16, 768, 2),
+        (224, 14, 1024, 4),
+        (512, 32, 768, 8),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_of_real_models(size: int, patch: int, embed: int, batch: int, dtype: torch.dtype) -> None:
+    """From few blocks, with small tiles, to many, with large ones."""
+    for pixel_dtype in (dtype, torch.uint8):
+        check(inputs((size, size), (patch, patch), embed=embed, batch=batch, dtype=dtype, pixel_dtype=pixel_dtype))
+
+
+@pytest.mark.parametrize("patch", [(1, 1), (2, 3), (7, 7), (8, 4), (14, 14), (5, 30)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_patch_sizes_and_columns(patch: tuple[int, int], dtype: torch.dtype) -> None:
+    for channels, embed in ((1, 1), (3, 37), (5, 200)):
+        check(inputs((61, 67), patch, channels=channels, embed=embed, dtype=dtype))
+
+
+@pytest.mark.parametrize("absent", [("bias",), ("cls",), ("mask", "mask_token"), ("pos",), ("mean",), ("std",)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_options(absent: tuple[str, ...], dtype: torch.dtype) -> None:
+    check(inputs(dtype=dtype, absent=absent))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wider_tokens_than_weights(dtype: torch.dtype) -> None:
+    assert check(inputs(dtype=dtype, token_dtype=torch.float32)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_tf32_where_torch_allows_it(batch: int, tf32_products: None) -> None:
+    """The budget is that of the composite with TF32 products."""
+    arguments = inputs((224, 224), embed=768, batch=batch)
+    tokens = beit_fast.patch_embed(**arguments)
+    reference = convolution(**in_precision(arguments, torch.float64))
+    torch.backends.cudnn.allow_tf32 = True
+    assert_within_budget("tokens", tokens, reference, convolution(**arguments), FORWARD_FACTOR)
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(tokens, beit_fast.patch_embed(**arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(dtype: torch.dtype) -> None:
+    arguments = inputs(dtype=dtype, embed=72)
+    reference, eager, actual = (
+        gradients(function, in_precision(arguments, precision))
+        for function, precision in (
+            (convolution, torch.float64),
+            (convolution, dtype),
+            (beit_fast.patch_embed, dtype),
+        )
+    )
+    for name, gradient in actual.items():
+        assert_within_budget(name, gradient, reference[name], eager[name], BACKWARD_FACTOR, dtype)
+
+
+def gradients(function: Callable[..., Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """By argument, of an incoming gradient that is the same in every precision."""
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    tokens = function(**(arguments | leaves))
+    generator = torch.Generator().manual_seed(5)
+    incoming = torch.randn(tokens.shape, generator=generator, dtype=torch.float64).bfloat16().to(tokens)
+    return dict(zip(leaves, torch.autograd.grad(tokens, list(leaves.values()), incoming), strict=True))
+
+
+def test_autocast_takes_half_weights() -> None:
+    arguments = inputs()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        tokens = beit_fast.patch_embed(**arguments)
+    half = {name: arguments[name].bfloat16() for name in ("pixels", "weight", "bias")}
+    assert torch.equal(tokens, beit_fast.patch_embed(**(arguments | half)))
+
+
+def test_compiled_whole() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(beit_fast.patch_embed, fullgraph=True)
+    for batch in (2, 3, 5):
+        arguments = inputs(batch=batch, dtype=torch.bfloat16, pixel_dtype=torch.uint8)
+        assert torch.equal(compiled(**arguments), beit_fast.patch_embed(**arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
+    """Small tiles and large ones add in one order."""
+    arguments = inputs((224, 224), batch=64, embed=768, dtype=dtype, absent=("mask", "mask_token"))
+    together = beit_fast.patch_embed(**arguments)
+    alone = beit_fast.patch_embed(**(arguments | {"pixels": arguments["pixels"][63:]}))
+    assert torch.equal(together[63:], alone)
+    assert torch.equal(together, beit_fast.patch_embed(**arguments))
+
+
+@pytest.mark.parametrize("embed", [40, 37])
+def test_every_number_is_written(embed: int) -> None:
+    """Fresh memory is filled with NaN where deterministic algorithms are asked for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        tokens = [beit_fast.patch_embed(**inputs((50, 70), embed=embed, batch=batch)) for batch in (1, 40)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(part).all() for part in tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_the_kernel_does_not_take_goes_to_the_composite(dtype: torch.dtype) -> None:
+    """fp64, and the normalisation of more channels than it has room for."""
+    check(inputs((8, 8), (4, 4), dtype=dtype, channels=3 if dtype == torch.float64 else 130))
+
+
+def test_an_empty_batch() -> None:
+    arguments = inputs(batch=2)
+    tokens = beit_fast.patch_embed(**(arguments | {"pixels": arguments["pixels"][:0], "mask": arguments["mask"][:0]}))
+    assert tokens.shape == (0, 13, 40)
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    arguments = inputs()
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        beit_fast.patch_embed(**(arguments | {"weight": arguments["weight"].cpu()}))
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        torch.ops.beit_fast._patch_embed_cuda(*(arguments | {"bias": arguments["bias"].cpu()}).values(), False)
+
+
+def test_pixels_beyond_two_to_the_31_bytes() -> None:
+    image = 3 * 224 * 224
+    batch = 2**31 // image + 2
+    need_free_memory(2 * batch * image)
+    arguments = inputs((224, 224), batch=1, embed=8, pixel_dtype=torch.uint8, absent=("mask", "mask_token"))
+    pixels = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8, device="cuda")
+    pixels[-1] = arguments["pixels"][0]
+    tokens = beit_fast.patch_embed(**(arguments | {"pixels": pixels}))
+    assert torch.equal(tokens[-1:], beit_fast.patch_embed(**arguments))
+    assert torch.equal(tokens[0], tokens[-2])
+
+
+def test_more_tokens_than_two_to_the_31_numbers() -> None:
+    """All images are one, expanded, so only the result takes memory."""
+    arguments = inputs((64, 64), batch=1, embed=1024, dtype=torch.bfloat16, absent=("mask", "mask_token"))
+    batch = 2**31 // (17 * 1024) + 2
+    need_free_memory(3 * 2 * batch * 17 * 1024)
+    tokens = beit_fast.patch_embed(**(arguments | {"pixels": arguments["pixels"].expand(batch, -1, -1, -1)}))
+    expected = beit_fast.patch_embed(**arguments)
+    assert tokens.numel() > 2**31
+    assert all(torch.equal(part, expected.expand_as(part)) for part in tokens.split(1024))
+
+
+def test_more_than_65535_tiles_of_rows() -> None:
+    arguments = inputs((64, 64), (1, 1), channels=1, batch=2100, embed=8, dtype=torch.float16)
+    check(arguments)
+
+
+def test_neither_waits_for_the_device() -> None:
+    arguments = inputs(dtype=torch.bfloat16, pixel_dtype=torch.uint8)
+    expected = beit_fast.patch_embed(**arguments)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = beit_fast.patch_embed(**arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert torch.equal(actual, expected)
+
+
+def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
+    arguments = inputs(dtype=torch.bfloat16)
+    other = -arguments["pixels"]
+    expected = beit_fast.patch_embed(**(arguments | {"pixels": other}))
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(LONG)
+        arguments["pixels"].copy_(other)
+        actual = beit_fast.patch_embed(**arguments)
+    torch.cuda.synchronize()
+    assert torch.equal(actual, expected)
+
+
+def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
+    arguments = inputs(dtype=torch.bfloat16)
+    expected = beit_fast.patch_embed(**arguments)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        beit_fast.patch_embed(**(arguments | {"pixels": -arguments["pixels"]}))  # wrong numbers in memory to come
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    with torch.cuda.stream(side):
+        same = torch.equal(beit_fast.patch_embed(**arguments), expected)
+    torch.cuda.synchronize()
+    assert same
+
+
+@pytest.mark.parametrize("patch", [(16, 16), (5, 7)])
+def test_a_captured_graph_serves_new_inputs(patch: tuple[int, int]) -> None:
+    """Patches of 5 x 7 have their weight padded by a copy, which must be in the graph too."""
+    arguments = inputs(patch=patch, dtype=torch.bfloat16, pixel_dtype=torch.uint8)
+    beit_fast.patch_embed(**arguments)  # loads the library, which a capture does not allow
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = beit_fast.patch_embed(**arguments)
+    for _ in range(3):
+        arguments["pixels"].random_(0, 256)
+        arguments["weight"].normal_()
+        tokens.fill_(float("nan"))
+        graph.replay()
+        assert_same_bits([tokens], [beit_fast.patch_embed(**arguments)])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
+    arguments = inputs(dtype=torch.bfloat16)
+    other = torch.device("cuda", 1 - torch.cuda.current_device())
+    moved = {name: value.to(other) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    current = torch.cuda.current_device()
+    tokens = beit_fast.patch_embed(**moved)
+    assert tokens.device == other
+    assert torch.cuda.current_device() == current
+    assert_within_budget(
+        "tokens",
+        tokens.cpu(),
+        convolution(**in_precision(moved, torch.float64)).cpu(),
+        convolution(**moved).cpu(),
+        FORWARD_FACTOR,
+    )
