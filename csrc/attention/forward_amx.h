@@ -43,19 +43,19 @@ public:
     void run(Softmax& softmax, int64_t batch, int64_t head, int64_t first_query) {
         const uint32_t* queries = query_tiles_ + first_query / kTileRows * depth_steps_ * kTileSize;
         Vector<float> factor;
-        score(queries, 0);
+        multiply_step<true, false>(queries, 0, 0);
         softmax.move_reference(scores_, 0, kTileRows / 2, &factor);
         zero_output();
         for (int64_t step = 0; step < steps_; ++step) {
-            if (step + 1 < steps_) score(queries, step + 1);
-            if (step > 0) mix(step - 1);
+            if (step == 0) multiply_step<true, false>(queries, 1, 0);
+            else multiply_step<true, true>(queries, step + 1, step - 1);
             if (!weigh(softmax, step)) {
                 softmax.move_reference(scores_of(step), step * kStepDepth, kTileRows, &factor);
                 rescale_output(factor);
                 weigh(softmax, step);
             }
         }
-        mix(steps_ - 1);
+        multiply_step<false, true>(queries, 0, steps_ - 1);
         if (groups_ == 1) save_output(0);
         softmax.finish(mixed_, batch, head);
     }
@@ -63,6 +63,10 @@ public:
 private:
     static constexpr int64_t kGroup = 4;                       // tiles of O^T that are held at once
     static constexpr int64_t kTileSize = kParts * kTileWords;  // words of a tile in all its parts
+    static constexpr int kProducts = kParts == 3 ? 6 : kParts * kParts;
+    // The parts of A and B that each product multiplies: small ones first, which loses least.
+    static constexpr int kPartOfA[3][6] = {{0}, {1, 0, 1, 0}, {2, 1, 0, 1, 0, 0}};
+    static constexpr int kPartOfB[3][6] = {{0}, {1, 1, 0, 0}, {0, 1, 2, 0, 1, 0}};
 
     int64_t row_length() const { return groups_ * kGroup * kTileRows; }
     float* scores_of(int64_t step) const { return scores_ + step % 2 * 2 * kTileWords; }
@@ -73,7 +77,7 @@ private:
     }
 
     // [key tile][depth step][part], rows of 32 numbers of one key.
-    void pack_keys(int64_t batch, int64_t head) {
+    BEIT_FAST_FLAT void pack_keys(int64_t batch, int64_t head) {
         for (int64_t first = 0; first < steps_ * kStepDepth; first += kStepDepth) {
             read_rows(problem_.k, batch, head, first, kStepDepth);
             for (int64_t i = 0; i < kStepDepth; ++i) {
@@ -85,7 +89,7 @@ private:
     }
 
     // [step][dim tile][part], rows of 32 keys of one dim.
-    void pack_values(int64_t batch, int64_t head) {
+    BEIT_FAST_FLAT void pack_values(int64_t batch, int64_t head) {
         for (int64_t step = 0; step < steps_; ++step) {
             read_rows(problem_.v, batch, head, step * kStepDepth, kStepDepth);
             for (int64_t tile = 0; tile < groups_ * kGroup; ++tile) {
@@ -110,7 +114,7 @@ private:
     }
 
     // [query tile][depth step][part], rows of one pair of dims of 16 queries.
-    void pack_queries(int64_t batch, int64_t head, int64_t first) {
+    BEIT_FAST_FLAT void pack_queries(int64_t batch, int64_t head, int64_t first) {
         uint32_t* tiles = query_tiles_ + first / kTileRows * depth_steps_ * kTileSize;
         read_rows(problem_.q, batch, head, first, kTileRows);
         for (int query = 0; query < kTileRows; ++query) {
@@ -123,30 +127,6 @@ private:
             transpose<uint32_t>(square);
             for (int row = 0; row < kTileRows; ++row) store(words + row * 16, square[row]);
         }
-    }
-
-    // S^T of 32 keys, which add up in tiles 4 and 5; tile 6 holds keys, 7 queries.
-    void score(const uint32_t* queries, int64_t step) {
-        const int64_t stride = depth_steps_ * kTileSize;
-        const uint32_t* keys = key_tiles_ + 2 * step * stride;
-        tile_zero<4>();
-        tile_zero<5>();
-        // Small products first, which loses least.
-#pragma GCC unroll 3
-        for (int b = kParts - 1; b >= 0; --b) {
-            for (int64_t depth = 0; depth < stride; depth += kTileSize) {
-                tile_load<7>(queries + depth + b * kTileWords);
-#pragma GCC unroll 3
-                for (int a = kParts == 2 ? 1 : kParts - 1 - b; a >= 0; --a) {  // fp16 has an exact product in four
-                    tile_load<6>(keys + depth + a * kTileWords);
-                    tile_multiply<4, 6, 7>();
-                    tile_load<6>(keys + stride + depth + a * kTileWords);
-                    tile_multiply<5, 6, 7>();
-                }
-            }
-        }
-        tile_store<4>(scores_of(step));
-        tile_store<5>(scores_of(step) + kTileWords);
     }
 
     // Turns the scores of a step into weights: rows of one pair of keys of 16 queries, part by part.
@@ -170,28 +150,66 @@ private:
         });
     }
 
-    // Adds the 32 keys of a step to O^T.
-    void mix(int64_t step) {
-        const uint32_t* weights = weights_of(step);
-        for (int64_t group = 0; group < groups_; ++group) {
-            const uint32_t* values = value_tiles_ + (step * groups_ + group) * kGroup * kTileSize;
-            if (groups_ > 1) load_output(group);
-#pragma GCC unroll 3
-            for (int b = kParts - 1; b >= 0; --b) {
-                tile_load<7>(weights + b * kTileWords);
-#pragma GCC unroll 3
-                for (int a = kParts - 1 - b; a >= 0; --a) {
-                    tile_load<6>(values + a * kTileWords);
-                    tile_multiply<0, 6, 7>();
-                    tile_load<6>(values + kTileSize + a * kTileWords);
-                    tile_multiply<1, 6, 7>();
-                    tile_load<6>(values + 2 * kTileSize + a * kTileWords);
-                    tile_multiply<2, 6, 7>();
-                    tile_load<6>(values + 3 * kTileSize + a * kTileWords);
-                    tile_multiply<3, 6, 7>();
+    // Scores `score_step` and adds the weighted values of `mix_step` to the output, by turns: six sums hide the time that
+    // one product takes where two would not. The last score is asked for in vain, of the padding behind the keys.
+    template <bool kScore, bool kMix>
+    void multiply_step(const uint32_t* queries, int64_t score_step, int64_t mix_step) {
+        const int64_t stride = depth_steps_ * kTileSize;
+        const uint32_t* keys = key_tiles_ + 2 * std::min(score_step, steps_ - 1) * stride;
+        if constexpr (kScore) {
+            tile_zero<4>();
+            tile_zero<5>();
+        }
+#pragma GCC unroll 6
+        for (int product = 0; product < kProducts; ++product) {
+            const int64_t a = kPartOfA[kParts - 1][product] * kTileWords, b = kPartOfB[kParts - 1][product] * kTileWords;
+            if constexpr (kScore) add_to_scores(keys + a, queries + b);
+            if (kMix && groups_ == 1) add_to_output(value_tiles_ + mix_step * kGroup * kTileSize + a, weights_of(mix_step) + b);
+            if constexpr (kScore) {
+                for (int64_t depth = kTileSize; depth < stride; depth += kTileSize) {
+                    add_to_scores(keys + depth + a, queries + depth + b);
                 }
             }
-            if (groups_ > 1) save_output(group);
+        }
+        if constexpr (kScore) {
+            tile_store<4>(scores_of(score_step));
+            tile_store<5>(scores_of(score_step) + kTileWords);
+        }
+        if (kMix && groups_ > 1) mix_groups(mix_step);
+    }
+
+    // 32 keys of 32 dims in tiles 4 and 5; tile 6 holds keys, 7 queries.
+    void add_to_scores(const uint32_t* keys, const uint32_t* queries) {
+        tile_load<7>(queries);
+        tile_load<6>(keys);
+        tile_multiply<4, 6, 7>();
+        tile_load<6>(keys + depth_steps_ * kTileSize);
+        tile_multiply<5, 6, 7>();
+    }
+
+    // 32 keys for 64 dims in tiles 0 to 3; tile 6 holds values, 7 weights.
+    void add_to_output(const uint32_t* values, const uint32_t* weights) {
+        tile_load<7>(weights);
+        tile_load<6>(values);
+        tile_multiply<0, 6, 7>();
+        tile_load<6>(values + kTileSize);
+        tile_multiply<1, 6, 7>();
+        tile_load<6>(values + 2 * kTileSize);
+        tile_multiply<2, 6, 7>();
+        tile_load<6>(values + 3 * kTileSize);
+        tile_multiply<3, 6, 7>();
+    }
+
+    // Heads of more than 64 dims keep their sums in memory.
+    void mix_groups(int64_t step) {
+        for (int64_t group = 0; group < groups_; ++group) {
+            const uint32_t* values = value_tiles_ + (step * groups_ + group) * kGroup * kTileSize;
+            load_output(group);
+            for (int product = 0; product < kProducts; ++product) {
+                add_to_output(values + kPartOfA[kParts - 1][product] * kTileWords,
+                              weights_of(step) + kPartOfB[kParts - 1][product] * kTileWords);
+            }
+            save_output(group);
         }
     }
 

@@ -125,6 +125,11 @@ void forward_range(const ForwardProblem& problem, int64_t begin, int64_t end, Ru
             kernel.load_head(batch, head, first_query, last_query);
             for (int64_t query = first_query; query < last_query; query += Kernel::kQueries) {
                 run(kernel, context.bias(), batch, head, query);
+                if (last < end) {  // the head that follows, a share of it in each turn
+                    const int64_t next = plane + 1, share = query + Kernel::kQueries;
+                    prefetch_tokens(problem, next % problem.batch, next / problem.batch, query,
+                                    std::min(problem.tokens, share));
+                }
             }
             item = last;
         }

@@ -73,7 +73,7 @@ private:
     enum class Bias { none, patches, with_cls };
 
     template <Bias kBias, bool kChecked, class Take>
-    Take visit_as(const T* scores, int64_t first_key, int64_t pairs, Take take) const {
+    BEIT_FAST_FLAT Take visit_as(const T* scores, int64_t first_key, int64_t pairs, Take take) const {
         const T scale = scale_;
         const T* band = head_.band + first_query_;
         const int64_t* offsets = head_.offsets + first_key;

@@ -39,7 +39,7 @@ struct LeftOperand {
 };
 
 template <class Product, int kRows, int kVectors>
-inline void multiply_block(LeftOperand<typename Product::Element> a, const typename Product::Element* b,
+BEIT_FAST_FLAT inline void multiply_block(LeftOperand<typename Product::Element> a, const typename Product::Element* b,
                            int64_t b_stride, int64_t depth, typename Product::Sum* c, int64_t c_stride, bool add) {
     using Sum = typename Product::Sum;
     Vector<Sum> sums[kRows][kVectors];

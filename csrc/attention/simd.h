@@ -33,6 +33,9 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// For inner loops: everything that they call is inlined, whatever the compiler makes of its size.
+#define BEIT_FAST_FLAT __attribute__((flatten))
+
 template <class T>
 struct VectorOf {
     typedef T type __attribute__((vector_size(kVectorBytes)));

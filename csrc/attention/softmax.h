@@ -52,7 +52,7 @@ public:
     }
 
     // Divides sums `[D, kQueries]`, padded to whole squares, by the total weights and writes out and lse.
-    void finish(const T* mixed, int64_t batch, int64_t head) const {
+    BEIT_FAST_FLAT void finish(const T* mixed, int64_t batch, int64_t head) const {
         const int64_t real = std::min(kQueries, problem_.tokens - logits_.first_query());
         for (int v = 0; v < kVectors && v * kLanes<T> < real; ++v) {
             const int64_t first = v * kLanes<T>, count = std::min<int64_t>(kLanes<T>, real - first);

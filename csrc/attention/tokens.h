@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "attention/bias_band.h"
 
@@ -10,7 +11,7 @@ namespace {
 
 // Reads tokens `first` to `first + count` as rows of T, `length` numbers each: zeros behind D and behind the last token.
 template <class T>
-inline void read_tokens(T* rows, int64_t length, const AttentionProblem& problem, const TokensView& view, int64_t batch,
+BEIT_FAST_FLAT inline void read_tokens(T* rows, int64_t length, const AttentionProblem& problem, const TokensView& view, int64_t batch,
                         int64_t head, int64_t first, int64_t count) {
     // A head's numbers are a few cache lines out of a token's many, which no hardware fetches ahead.
     constexpr int64_t kAhead = 12;
@@ -30,9 +31,20 @@ inline void read_tokens(T* rows, int64_t length, const AttentionProblem& problem
     std::fill(rows + real * length, rows + count * length, T(0));
 }
 
+// Asks for q, k and v of tokens `first` to `last` of one head, which will be read later.
+inline void prefetch_tokens(const AttentionProblem& problem, int64_t batch, int64_t head, int64_t first, int64_t last) {
+    const int64_t bytes = problem.head_dim * bytes_of(problem.type);
+    for (const TokensView* view : {&problem.k, &problem.v, &problem.q}) {
+        for (int64_t token = first; token < last; ++token) {
+            const auto* row = static_cast<const char*>(token_row(*view, problem.type, batch, token, head));
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+        }
+    }
+}
+
 // Transposes kLanes rows `[kLanes, length]` into `[length, stride]`.
 template <class T>
-inline void transpose_rows(T* to, int64_t stride, const T* rows, int64_t length) {
+BEIT_FAST_FLAT inline void transpose_rows(T* to, int64_t stride, const T* rows, int64_t length) {
     for (int64_t column = 0; column < length; column += kLanes<T>) {
         Vector<T> square[kLanes<T>];
         for (int row = 0; row < kLanes<T>; ++row) square[row] = load(rows + row * length + column);
