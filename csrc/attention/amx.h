@@ -47,24 +47,8 @@ inline void tile_multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
-// fp32 is the exact sum of three bf16 parts, fp16 of two. Products of parts whose numbers add up to kParts or more are
-// below the rounding of the result and left out.
-
-// One row of A: `steps` groups of 32 numbers to `to[part * part_stride + step * step_stride]`, 16 words each.
-template <int kParts>
-inline void pack_row(uint32_t* to, int64_t part_stride, int64_t step_stride, const float* row, int64_t steps) {
-    for (int64_t step = 0; step < steps; ++step, row += 32, to += step_stride) {
-        Vector<float> low = load(row), high = load(row + 16);
-#pragma GCC unroll 3
-        for (int part = 0; part < kParts; ++part) {
-            const Words first = split_leading(low), second = split_leading(high);
-            const __m512i odd = _mm512_set_epi32(
-                0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d, 0x1b0019,
-                0x170015, 0x130011, 0xf000d, 0xb0009, 0x70005, 0x30001);
-            store(to + part * part_stride, (Words)_mm512_permutex2var_epi16((__m512i)first, odd, (__m512i)second));
-        }
-    }
-}
+// fp32 is the exact sum of three bf16 parts, fp16 of two. Products of parts below the rounding of the result are left
+// out.
 
 }  // namespace
 }  // namespace beit_fast

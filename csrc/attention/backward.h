@@ -1,5 +1,5 @@
-// Backward of attention on vectors. An item is one head of one sample and one part of its keys; all of its queries pass by
-// in blocks, 64 keys at a time. With P the weights and dP = dO V^T:
+// Backward of attention on vectors. An item is one head of one sample and one part of its keys; all of its queries pass
+// by in blocks, 64 keys at a time. With P the weights and dP = dO V^T:
 //     dS = P (dP - delta),  delta = sum(dO O),  dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K,
 // and the gradient of the bias is dS, added up in the band's own layout and then along the diagonals of the table.
 #pragma once
@@ -48,18 +48,97 @@ inline void reduce_band(T* rows, const T* band, T cls_to_patch, const BandGeomet
     rows[wide * tall + 2] = band[geometry.cls_row + geometry.patches];
 }
 
-template <class T, int kDegree>
-class Backward {
+// The five products of a block of queries and a block of keys, on vectors. Rows of keys and of queries have `length`
+// numbers; scores are [keys, columns], one column a query.
+template <class T>
+class VectorProducts {
     using Product = PlainProduct<T>;
 
 public:
-    static constexpr int64_t kQueries = kBlockVectors * kLanes<T>;
+    using Number = T;
+    static constexpr int kDegree = 6;
+    static constexpr int kMostVectors = kBlockVectors, kLeastVectors = 1;
+    static constexpr int64_t kMultiple = kLanes<T>;  // of `length`
+
+    VectorProducts(int64_t length, int64_t, Scratch& scratch)
+        : length_(length),
+          queries_transposed_(scratch.take<T>(kMostVectors * kLanes<T> * length)),
+          grads_transposed_(scratch.take<T>(kMostVectors * kLanes<T> * length)) {}
+
+    void load_keys(const T* keys, const T* values, int64_t) {
+        keys_ = keys;
+        values_ = values;
+    }
+
+    template <int kVectors>
+    void load_queries(const T* queries, const T* grads) {
+        queries_ = queries;
+        grads_ = grads;
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t row = v * kLanes<T>, columns = kVectors * kLanes<T>;
+            transpose_rows(queries_transposed_ + row, columns, queries + row * length_, length_);
+            transpose_rows(grads_transposed_ + row, columns, grads + row * length_, length_);
+        }
+    }
+
+    // S = K Q^T and dP = V dO^T for `count` keys from `key` on.
+    template <int kVectors>
+    void score(int64_t key, int64_t count, T* scores, T* grad_weights) {
+        constexpr int64_t kColumns = kVectors * kLanes<T>;
+        multiply<Product, kVectors>(count, {keys_ + key * length_, length_, 1}, queries_transposed_, kColumns, length_,
+                                    scores, kColumns, false);
+        multiply<Product, kVectors>(count, {values_ + key * length_, length_, 1}, grads_transposed_, kColumns, length_,
+                                    grad_weights, kColumns, false);
+    }
+
+    // Adds P dO to dV, dS Q to dK, and K^T dS to dQ^T, which starts with the first keys.
+    template <int kVectors>
+    void mix(int64_t key, int64_t count, const T* weights, const T* grad_scores, T* grad_values, T* grad_keys,
+             T* grad_queries) {
+        constexpr int64_t kColumns = kVectors * kLanes<T>;
+        add_product(grad_values + key * length_, weights, grads_, count, kColumns);
+        add_product(grad_keys + key * length_, grad_scores, queries_, count, kColumns);
+        multiply<Product, kVectors>(length_, {keys_ + key * length_, 1, length_}, grad_scores, kColumns, count,
+                                    grad_queries, kColumns, key > 0);
+    }
+
+private:
+    // C[rows, length] += A[rows, columns] B[columns, length].
+    void add_product(T* c, const T* a, const T* b, int64_t rows, int64_t columns) {
+        constexpr int64_t kWide = kBlockVectors * kLanes<T>;
+        int64_t dim = 0;
+        for (; dim + kWide <= length_; dim += kWide) {
+            multiply<Product, kBlockVectors>(rows, {a, columns, 1}, b + dim, length_, columns, c + dim, length_, true);
+        }
+        for (; dim < length_; dim += kLanes<T>) {
+            multiply<Product, 1>(rows, {a, columns, 1}, b + dim, length_, columns, c + dim, length_, true);
+        }
+    }
+
+    const int64_t length_;
+    const T *keys_ = nullptr, *values_ = nullptr, *queries_ = nullptr, *grads_ = nullptr;
+    T *queries_transposed_, *grads_transposed_;
+};
+
+// The keys of the largest part, in whole blocks.
+inline int64_t most_keys(const BackwardProblem& problem) {
+    const int64_t blocks = padded(problem.tokens, kKeyBlock) / kKeyBlock;
+    return padded(blocks, problem.key_parts) / problem.key_parts * kKeyBlock;
+}
+
+template <class Products>
+class Backward {
+    using T = typename Products::Number;
+
+public:
+    static constexpr int64_t kQueries = Products::kMostVectors * kLanes<T>;
 
     Backward(const BackwardProblem& problem, Scratch& scratch)
         : problem_(problem),
           geometry_(problem),
-          length_(padded(problem.head_dim, kLanes<T>)),
-          most_keys_(padded(padded(problem.tokens, kKeyBlock) / kKeyBlock, problem.key_parts) / problem.key_parts * kKeyBlock),
+          length_(padded(problem.head_dim, Products::kMultiple)),
+          most_keys_(most_keys(problem)),
+          products_(length_, most_keys_, scratch),
           keys_(scratch.take<T>(most_keys_ * length_)),
           values_(scratch.take<T>(most_keys_ * length_)),
           grad_keys_(scratch.take<T>(most_keys_ * length_)),
@@ -67,8 +146,6 @@ public:
           queries_(scratch.take<T>(kQueries * length_)),
           grads_(scratch.take<T>(kQueries * length_)),
           outs_(scratch.take<T>(kQueries * length_)),
-          queries_transposed_(scratch.take<T>(kQueries * length_)),
-          grads_transposed_(scratch.take<T>(kQueries * length_)),
           grad_queries_(scratch.take<T>(kQueries * length_)),
           weights_(scratch.take<T>(kKeyBlock * kQueries)),
           grad_scores_(scratch.take<T>(kKeyBlock * kQueries)),
@@ -79,13 +156,14 @@ public:
         const int64_t rows = padded(keys.count, kKeyBlock);
         read_tokens(keys_, length_, problem_, problem_.k, batch, head, keys.first, rows);
         read_tokens(values_, length_, problem_, problem_.v, batch, head, keys.first, rows);
+        products_.load_keys(keys_, values_, rows);
         std::fill(grad_keys_, grad_keys_ + rows * length_, T(0));
         std::fill(grad_values_, grad_values_ + rows * length_, T(0));
         if (grad_band_ != nullptr) std::fill(grad_band_, grad_band_ + geometry_.size, T(0));
         cls_to_patch_ = T(0);
         for (int64_t query = 0; query < problem_.tokens; query += kQueries) {
             const int64_t vectors = padded(std::min(kQueries, problem_.tokens - query), kLanes<T>) / kLanes<T>;
-            run_queries<kBlockVectors>(vectors, batch, head, part, query, keys, bias);
+            run_queries<Products::kMostVectors>(vectors, batch, head, part, query, keys, bias);
         }
         write_rows(problem_.grad_k, grad_keys_, static_cast<T>(problem_.scale), batch, head, keys.first, keys.count);
         write_rows(problem_.grad_v, grad_values_, T(1), batch, head, keys.first, keys.count);
@@ -100,55 +178,36 @@ private:
     template <int kVectors>
     void run_queries(int64_t vectors, int64_t batch, int64_t head, int64_t part, int64_t first_query, KeyRange keys,
                      const HeadBias<T>& bias) {
-        if constexpr (kVectors > 1) {
+        if constexpr (kVectors > Products::kLeastVectors) {
             if (vectors < kVectors) {
                 return run_queries<kVectors - 1>(vectors, batch, head, part, first_query, keys, bias);
             }
         }
-        constexpr int64_t kColumns = kVectors * kLanes<T>;
         Logits<T, kVectors> logits(problem_, bias);
         logits.begin(batch, head, first_query);
         Vector<T> lse[kVectors], delta[kVectors];
         load_queries<kVectors>(logits, batch, head, lse, delta);
         for (int64_t key = 0; key < keys.count; key += kKeyBlock) {
             const int64_t count = std::min(kKeyBlock, padded(keys.count - key, 2));
-            T* key_rows = keys_ + key * length_;
-            multiply<Product, kVectors>(count, {key_rows, length_, 1}, queries_transposed_, kColumns, length_, weights_,
-                                        kColumns, false);
-            multiply<Product, kVectors>(count, {values_ + key * length_, length_, 1}, grads_transposed_, kColumns, length_,
-                                        grad_scores_, kColumns, false);
+            products_.template score<kVectors>(key, count, weights_, grad_scores_);
             differentiate<kVectors>(logits, keys.first + key, count / 2, bias, lse, delta);
-            add_product(grad_values_ + key * length_, weights_, grads_, count, kColumns);
-            add_product(grad_keys_ + key * length_, grad_scores_, queries_, count, kColumns);
-            multiply<Product, kVectors>(problem_.head_dim, {key_rows, 1, length_}, grad_scores_, kColumns, count,
-                                        grad_queries_, kColumns, key > 0);
+            products_.template mix<kVectors>(key, count, weights_, grad_scores_, grad_values_, grad_keys_,
+                                             grad_queries_);
         }
         write_grad_queries<kVectors>(logits, batch, head, part);
     }
 
-    // C[rows, D] += A[rows, columns] B[columns, D].
-    void add_product(T* c, const T* a, const T* b, int64_t rows, int64_t columns) {
-        constexpr int64_t kWide = kBlockVectors * kLanes<T>;
-        int64_t dim = 0;
-        for (; dim + kWide <= length_; dim += kWide) {
-            multiply<Product, kBlockVectors>(rows, {a, columns, 1}, b + dim, length_, columns, c + dim, length_, true);
-        }
-        for (; dim < length_; dim += kLanes<T>) {
-            multiply<Product, 1>(rows, {a, columns, 1}, b + dim, length_, columns, c + dim, length_, true);
-        }
-    }
-
     template <int kVectors>
-    void load_queries(const Logits<T, kVectors>& logits, int64_t batch, int64_t head, Vector<T>* lse, Vector<T>* delta) {
+    void load_queries(const Logits<T, kVectors>& logits, int64_t batch, int64_t head, Vector<T>* lse,
+                      Vector<T>* delta) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
         const int64_t first = logits.first_query();
         read_tokens(queries_, length_, problem_, problem_.q, batch, head, first, kColumns);
         read_tokens(grads_, length_, problem_, problem_.grad_out, batch, head, first, kColumns);
         read_tokens(outs_, length_, problem_, problem_.out, batch, head, first, kColumns);
+        products_.template load_queries<kVectors>(queries_, grads_);
         for (int v = 0; v < kVectors; ++v) {
             const int64_t row = v * kLanes<T>;
-            transpose_rows(queries_transposed_ + row, kColumns, queries_ + row * length_, length_);
-            transpose_rows(grads_transposed_ + row, kColumns, grads_ + row * length_, length_);
             for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
                 const int64_t at = batch * problem_.lse_batch_stride + head * problem_.lse_head_stride +
                                    logits.token(row + lane) * problem_.lse_token_stride;
@@ -170,11 +229,11 @@ private:
     void differentiate(const Logits<T, kVectors>& logits, int64_t first_key, int64_t pairs, const HeadBias<T>& bias,
                        const Vector<T>* lse, const Vector<T>* delta) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
-        logits.visit(weights_, first_key, pairs, [&](int64_t pair, int64_t key, int v, Vector<T> first, Vector<T> second) {
+        const auto take = [&](int64_t pair, int64_t key, int v, Vector<T> first, Vector<T> second) {
 #pragma GCC unroll 2
             for (int i = 0; i < 2; ++i) {
                 const int64_t at = (2 * pair + i) * kColumns + v * kLanes<T>;
-                Vector<T> weight = exp2<kDegree>((i == 0 ? first : second) - lse[v]);
+                Vector<T> weight = exp2<Products::kDegree>((i == 0 ? first : second) - lse[v]);
                 Vector<T> grad = load(grad_scores_ + at);
                 Vector<T> kept = weight;
                 if (logits.drops()) {
@@ -187,7 +246,8 @@ private:
                 store(grad_scores_ + at, grad);
                 if (grad_band_ != nullptr && key + i < problem_.tokens) add_to_band(logits, bias, key + i, v, grad);
             }
-        });
+        };
+        logits.visit(weights_, first_key, pairs, take);
     }
 
     template <int kVectors>
@@ -212,12 +272,15 @@ private:
                     square[row] = load(grad_queries_ + (dim + row) * kColumns + v * kLanes<T>);
                 }
                 transpose<T>(square);
-                for (int row = 0; row < kLanes<T>; ++row) store(queries_ + (v * kLanes<T> + row) * length_ + dim, square[row]);
+                for (int row = 0; row < kLanes<T>; ++row) {
+                    store(queries_ + (v * kLanes<T> + row) * length_ + dim, square[row]);
+                }
             }
         }
         const int64_t count = std::min(kColumns, problem_.tokens - logits.first_query());
         if (problem_.key_parts == 1) {
-            write_rows(problem_.grad_q, queries_, static_cast<T>(problem_.scale), batch, head, logits.first_query(), count);
+            const T scale = static_cast<T>(problem_.scale);
+            write_rows(problem_.grad_q, queries_, scale, batch, head, logits.first_query(), count);
             return;
         }
         T* partial = static_cast<T*>(problem_.partial_grad_q);
@@ -244,8 +307,9 @@ private:
     const BackwardProblem& problem_;
     const BandGeometry geometry_;
     const int64_t length_, most_keys_;
+    Products products_;
     T *keys_, *values_, *grad_keys_, *grad_values_;
-    T *queries_, *grads_, *outs_, *queries_transposed_, *grads_transposed_, *grad_queries_;
+    T *queries_, *grads_, *outs_, *grad_queries_;
     T *weights_, *grad_scores_, *grad_band_;
     T cls_to_patch_ = T(0);
 };

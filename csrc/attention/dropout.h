@@ -1,5 +1,5 @@
-// Which attention weights dropout keeps: Philox4x32-10 (Salmon et al., SC 2011), counter (query, key, b * H + h, 0), key
-// the seed. The same masks as the other kernels of the operator.
+// Which attention weights dropout keeps: Philox4x32-10 (Salmon et al., SC 2011), counter (query, key, b * H + h, 0),
+// key the seed. The same masks as the other kernels of the operator.
 #pragma once
 
 #include "attention/simd.h"

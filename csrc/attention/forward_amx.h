@@ -1,14 +1,14 @@
-// Forward on AMX tiles, 16 queries and 32 keys at a time. Scores are S^T [keys, queries] = K Q^T, so that a vector holds
-// one key and 16 queries, and the output is O^T [dims, queries] = V^T P^T, of which 64 dims stay in tiles 0 to 3 while the
-// keys pass by. The tile unit works while the vector units do: scores are asked for a step ahead, output a step behind.
+// Forward on AMX tiles, 16 queries and 32 keys at a time. Scores are S^T [keys, queries] = K Q^T, so that a vector
+// holds one key and 16 queries, and the output is O^T [dims, queries] = V^T P^T, of which 64 dims stay in tiles 0 to 3
+// while the keys pass by. The tile unit works while the vector units do: scores are asked for a step ahead, output a
+// step behind.
 #pragma once
 
 #include <algorithm>
 
-#include "attention/amx.h"
+#include "attention/amx_pack.h"
 #include "attention/scratch.h"
 #include "attention/softmax.h"
-#include "attention/tokens.h"
 
 namespace beit_fast {
 namespace {
@@ -61,12 +61,9 @@ public:
     }
 
 private:
-    static constexpr int64_t kGroup = 4;                       // tiles of O^T that are held at once
-    static constexpr int64_t kTileSize = kParts * kTileWords;  // words of a tile in all its parts
-    static constexpr int kProducts = kParts == 3 ? 6 : kParts * kParts;
-    // The parts of A and B that each product multiplies: small ones first, which loses least.
-    static constexpr int kPartOfA[3][6] = {{0}, {1, 0, 1, 0}, {2, 1, 0, 1, 0, 0}};
-    static constexpr int kPartOfB[3][6] = {{0}, {1, 1, 0, 0}, {0, 1, 2, 0, 1, 0}};
+    static constexpr int64_t kGroup = 4;  // tiles of O^T that are held at once
+    static constexpr int64_t kTileSize = beit_fast::kTileSize<kParts>;
+    static constexpr int kProducts = beit_fast::kProducts<kParts>;
 
     int64_t row_length() const { return groups_ * kGroup * kTileRows; }
     float* scores_of(int64_t step) const { return scores_ + step % 2 * 2 * kTileWords; }
@@ -76,57 +73,29 @@ private:
         read_tokens(rows_, row_length(), problem_, view, batch, head, first, count);
     }
 
-    // [key tile][depth step][part], rows of 32 numbers of one key.
-    BEIT_FAST_FLAT void pack_keys(int64_t batch, int64_t head) {
-        for (int64_t first = 0; first < steps_ * kStepDepth; first += kStepDepth) {
-            read_rows(problem_.k, batch, head, first, kStepDepth);
-            for (int64_t i = 0; i < kStepDepth; ++i) {
-                uint32_t* tiles = key_tiles_ + (first + i) / kTileRows * depth_steps_ * kTileSize;
-                pack_row<kParts>(tiles + i % kTileRows * 16, kTileWords, kTileSize, rows_ + i * row_length(),
-                                 depth_steps_);
-            }
+    // [key tile][depth step].
+    void pack_keys(int64_t batch, int64_t head) {
+        for (int64_t first = 0; first < steps_ * kStepDepth; first += kTileRows) {
+            read_rows(problem_.k, batch, head, first, kTileRows);
+            pack_left<kParts>(key_tiles_ + first / kTileRows * depth_steps_ * kTileSize, rows_, row_length(),
+                              depth_steps_ * kStepDepth);
         }
     }
 
-    // [step][dim tile][part], rows of 32 keys of one dim.
-    BEIT_FAST_FLAT void pack_values(int64_t batch, int64_t head) {
+    // [step][dim tile].
+    void pack_values(int64_t batch, int64_t head) {
         for (int64_t step = 0; step < steps_; ++step) {
             read_rows(problem_.v, batch, head, step * kStepDepth, kStepDepth);
-            for (int64_t tile = 0; tile < groups_ * kGroup; ++tile) {
-                Words words[kParts][kTileRows];
-                for (int pair = 0; pair < kTileRows; ++pair) {
-                    const float* row = rows_ + 2 * pair * row_length() + tile * kTileRows;
-                    Vector<float> low = load(row), high = load(row + row_length());
-                    for (int part = 0; part < kParts; ++part) {
-                        const Words first = split_leading(low), second = split_leading(high);
-                        words[part][pair] = pair_upper_halves(first, second);
-                    }
-                }
-                uint32_t* to = value_tiles_ + (step * groups_ * kGroup + tile) * kTileSize;
-                for (int part = 0; part < kParts; ++part) {
-                    transpose<uint32_t>(words[part]);
-                    for (int row = 0; row < kTileRows; ++row) {
-                        store(to + part * kTileWords + row * 16, words[part][row]);
-                    }
-                }
-            }
+            pack_left_transposed<kParts>(value_tiles_ + step * groups_ * kGroup * kTileSize, rows_, row_length(),
+                                         row_length());
         }
     }
 
-    // [query tile][depth step][part], rows of one pair of dims of 16 queries.
-    BEIT_FAST_FLAT void pack_queries(int64_t batch, int64_t head, int64_t first) {
-        uint32_t* tiles = query_tiles_ + first / kTileRows * depth_steps_ * kTileSize;
+    // [query tile][depth step].
+    void pack_queries(int64_t batch, int64_t head, int64_t first) {
         read_rows(problem_.q, batch, head, first, kTileRows);
-        for (int query = 0; query < kTileRows; ++query) {
-            pack_row<kParts>(tiles + query * 16, kTileWords, kTileSize, rows_ + query * row_length(), depth_steps_);
-        }
-        for (int64_t tile = 0; tile < depth_steps_ * kParts; ++tile) {
-            uint32_t* words = tiles + tile * kTileWords;
-            Words square[kTileRows];
-            for (int row = 0; row < kTileRows; ++row) square[row] = load(words + row * 16);
-            transpose<uint32_t>(square);
-            for (int row = 0; row < kTileRows; ++row) store(words + row * 16, square[row]);
-        }
+        uint32_t* tiles = query_tiles_ + first / kTileRows * depth_steps_ * kTileSize;
+        pack_right_transposed<kParts>(tiles, rows_, row_length(), depth_steps_ * kStepDepth);
     }
 
     // Turns the scores of a step into weights: rows of one pair of keys of 16 queries, part by part.
@@ -135,36 +104,27 @@ private:
         uint32_t* to = weights_of(step);
         return softmax.add_keys(scores_of(step), step * kStepDepth, kTileRows,
                                 [to](int64_t pair, int, Vector<float> low, Vector<float> high) {
-#pragma GCC unroll 3
-            for (int part = 0; part < kParts; ++part) {
-                Words first, second;
-                if (kParts == 1) {
-                    first = reinterpret<Words>(low) + kHalfUnit;
-                    second = reinterpret<Words>(high) + kHalfUnit;
-                } else {
-                    first = split_leading(low);
-                    second = split_leading(high);
-                }
-                store(to + part * kTileWords + pair * 16, pair_upper_halves(first, second));
-            }
+            put_pairs<kParts>(to + pair * 16, kTileWords, low, high);
         });
     }
 
-    // Scores `score_step` and adds the weighted values of `mix_step` to the output, by turns: six sums hide the time that
-    // one product takes where two would not. The last score is asked for in vain, of the padding behind the keys.
+    // Scores `score_step` and adds the weighted values of `mix_step` to the output, by turns: six sums hide the time
+    // that one product takes where two would not. The last score is asked for in vain, of the padding behind the keys.
     template <bool kScore, bool kMix>
     void multiply_step(const uint32_t* queries, int64_t score_step, int64_t mix_step) {
         const int64_t stride = depth_steps_ * kTileSize;
         const uint32_t* keys = key_tiles_ + 2 * std::min(score_step, steps_ - 1) * stride;
+        const uint32_t* values = value_tiles_ + mix_step * groups_ * kGroup * kTileSize;
         if constexpr (kScore) {
             tile_zero<4>();
             tile_zero<5>();
         }
 #pragma GCC unroll 6
         for (int product = 0; product < kProducts; ++product) {
-            const int64_t a = kPartOfA[kParts - 1][product] * kTileWords, b = kPartOfB[kParts - 1][product] * kTileWords;
+            const int64_t a = kPartOfA[kParts - 1][product] * kTileWords;
+            const int64_t b = kPartOfB[kParts - 1][product] * kTileWords;
             if constexpr (kScore) add_to_scores(keys + a, queries + b);
-            if (kMix && groups_ == 1) add_to_output(value_tiles_ + mix_step * kGroup * kTileSize + a, weights_of(mix_step) + b);
+            if (kMix && groups_ == 1) add_to_output(values + a, weights_of(mix_step) + b);
             if constexpr (kScore) {
                 for (int64_t depth = kTileSize; depth < stride; depth += kTileSize) {
                     add_to_scores(keys + depth + a, queries + depth + b);

@@ -1,5 +1,5 @@
-// Forward on vectors, a block of queries and 64 keys at a time. Scores are S^T [keys, queries] = K Q^T and the output is
-// O^T [dims, queries] = V^T P^T: queries are lanes in both, keys and values are read number by number.
+// Forward on vectors, a block of queries and 64 keys at a time. Scores are S^T [keys, queries] = K Q^T and the output
+// is O^T [dims, queries] = V^T P^T: queries are lanes in both, keys and values are read number by number.
 #pragma once
 
 #include <algorithm>
@@ -116,8 +116,8 @@ public:
                 weigh<kVectors>(softmax, key, count / 2);
             }
             const LeftOperand<Element> values{values_ + key * length_ / kNumbers, 1, length_};
-            multiply<Product, kVectors>(problem_.head_dim, values, weights_, kColumns, count / kNumbers, mixed_, kColumns,
-                                        key > 0);
+            multiply<Product, kVectors>(problem_.head_dim, values, weights_, kColumns, count / kNumbers, mixed_,
+                                        kColumns, key > 0);
         }
         softmax.finish(mixed_, batch, head);
     }
@@ -136,9 +136,10 @@ private:
     template <int kVectors, class Softmax>
     bool weigh(Softmax& softmax, int64_t first_key, int64_t pairs) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
-        return softmax.add_keys(scores_, first_key, pairs, [this](int64_t pair, int v, Vector<T> first, Vector<T> second) {
+        const auto take = [this](int64_t pair, int v, Vector<T> first, Vector<T> second) {
             Operands::put_pair(weights_ + 2 / kNumbers * pair * kColumns + v * kLanes<T>, kColumns, first, second);
-        });
+        };
+        return softmax.add_keys(scores_, first_key, pairs, take);
     }
 
     template <int kVectors>

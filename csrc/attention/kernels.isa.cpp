@@ -9,6 +9,7 @@
 #include "attention/forward_vector.h"
 
 #if defined(__AMX_BF16__)
+#include "attention/backward_amx.h"
 #include "attention/forward_amx.h"
 #endif
 
@@ -204,11 +205,11 @@ int64_t backward_items(const BackwardProblem& problem) {
 }
 
 // Items of the backward are (head, sample, part of the keys), the last fastest.
-template <class T>
+template <class Products>
 void backward_range(const BackwardProblem& problem, int64_t begin, int64_t end) {
     with_scratch([&](Scratch& scratch, bool counting) {
-        HeadContext<T> context(problem, scratch);
-        Backward<T, 6> kernel(problem, scratch);
+        HeadContext<typename Products::Number> context(problem, scratch);
+        Backward<Products> kernel(problem, scratch);
         if (counting) return;
         context.prepare();
         for (int64_t item = begin; item < end; ++item) {
@@ -220,7 +221,14 @@ void backward_range(const BackwardProblem& problem, int64_t begin, int64_t end) 
 }
 
 void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
-    (problem.type == Scalar::f64 ? backward_range<double> : backward_range<float>)(problem, begin, end);
+    if (problem.type == Scalar::f64) return backward_range<VectorProducts<double>>(problem, begin, end);
+#if defined(__AMX_BF16__)
+    // The six products that fp32 takes, with all operands packed, are no faster than vectors.
+    const TileSession session;
+    if (problem.type == Scalar::f16) return backward_range<AmxProducts<2>>(problem, begin, end);
+    if (problem.type == Scalar::bf16) return backward_range<AmxProducts<1>>(problem, begin, end);
+#endif
+    backward_range<VectorProducts<float>>(problem, begin, end);
 }
 
 void reduce(const BackwardProblem& problem, int64_t begin, int64_t end) {

@@ -49,7 +49,8 @@ inline uint16_t float_to_bfloat(float value) {
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-typedef uint16_t HalfLanes __attribute__((vector_size(2 * kLanes<float>)));  // as many 16-bit numbers as a vector has floats
+// As many 16-bit numbers as a vector has floats.
+typedef uint16_t HalfLanes __attribute__((vector_size(2 * kLanes<float>)));
 
 inline Vector<float> widen_bfloat(HalfLanes bits) {
     return reinterpret<Vector<float>>(__builtin_convertvector(bits, Words) << 16);

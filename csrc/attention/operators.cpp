@@ -188,7 +188,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     check(inputs, problems);
     if (!problems.empty()) {
         raise_problems("rel_pos_attention", problems,
-                       {{"q", &q}, {"k", &k}, {"v", &v}, {"table", pointer_to(table)}, {"key_mask", pointer_to(key_mask)}});
+                       {{"q", &q}, {"k", &k}, {"v", &v}, {"table", pointer_to(table)},
+                        {"key_mask", pointer_to(key_mask)}});
     }
     Tensor out = empty({q.size(0), q.size(1), q.size(2), q.size(3)}, q.scalar_type());
     Tensor lse = empty({q.size(0), q.size(2), q.size(1)}, sum_type(q));
@@ -229,8 +230,9 @@ int64_t key_parts_of(const AttentionProblem& problem) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                                     const Tensor& v, const OptionalTensor& table,
-                                                    const OptionalTensor& key_mask, const Tensor& out, const Tensor& lse,
-                                                    const Window& window, double scale, double dropout_p, int64_t seed,
+                                                    const OptionalTensor& key_mask, const Tensor& out,
+                                                    const Tensor& lse, const Window& window, double scale,
+                                                    double dropout_p, int64_t seed,
                                                     const std::vector<bool>& output_mask) {
     const Inputs inputs{q, k, v, table, key_mask, window, dropout_p, seed};
     Problems problems;

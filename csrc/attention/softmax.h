@@ -37,9 +37,9 @@ public:
         }
     }
 
-    // Hands the weights exp2(logit - reference) of pairs of keys to `take(pair, vector, first, second)` and adds them to
-    // the sums. Where these outgrow what fp32 holds with ease it returns false, and nothing counts: move the reference,
-    // scale what was summed up before, and do these keys again.
+    // Hands the weights exp2(logit - reference) of pairs of keys to `take(pair, vector, first, second)` and adds them
+    // to the sums. Where these outgrow what fp32 holds with ease it returns false, and nothing counts: move the
+    // reference, scale what was summed up before, and do these keys again.
     template <class Take>
     bool add_keys(const T* scores, int64_t first_key, int64_t pairs, Take take) {
         Weigh<Take> weigh{*this, take};
@@ -60,7 +60,8 @@ public:
             const Vector<T> inverse = T(1) / divisor;
             const Vector<T> lse = (log2(total_[v]) + reference_[v]) * static_cast<T>(0.6931471805599453);
             for (int64_t lane = 0; lane < count; ++lane) {
-                static_cast<T*>(problem_.lse)[logits_.plane() * problem_.tokens + logits_.token(first + lane)] = lse[lane];
+                const int64_t row = logits_.plane() * problem_.tokens + logits_.token(first + lane);
+                static_cast<T*>(problem_.lse)[row] = lse[lane];
             }
             for (int64_t dim = 0; dim < problem_.head_dim; dim += kLanes<T>) {
                 Vector<T> square[kLanes<T>];

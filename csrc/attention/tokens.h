@@ -9,10 +9,12 @@
 namespace beit_fast {
 namespace {
 
-// Reads tokens `first` to `first + count` as rows of T, `length` numbers each: zeros behind D and behind the last token.
+// Reads tokens `first` to `first + count` as rows of T, `length` numbers each: zeros behind D and behind the last
+// token.
 template <class T>
-BEIT_FAST_FLAT inline void read_tokens(T* rows, int64_t length, const AttentionProblem& problem, const TokensView& view, int64_t batch,
-                        int64_t head, int64_t first, int64_t count) {
+BEIT_FAST_FLAT inline void read_tokens(T* rows, int64_t length, const AttentionProblem& problem,
+                                       const TokensView& view, int64_t batch, int64_t head, int64_t first,
+                                       int64_t count) {
     // A head's numbers are a few cache lines out of a token's many, which no hardware fetches ahead.
     constexpr int64_t kAhead = 12;
     const int64_t real = std::max<int64_t>(0, std::min(count, problem.tokens - first));
