@@ -91,34 +91,14 @@ def _triton_refusals(q: Tensor) -> tuple[str, ...]:
     return backends.kernel_refusals(kernel, q.device, q.dtype, q.shape[-1] if q.ndim else 0)
 
 
-def _patch_embed(
-    pixels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cls: Tensor | None,
-    mask: Tensor | None,
-    mask_token: Tensor | None,
-    pos: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
-    check_patch_embed(pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
-    return composite_patch_embed.patch_embed(pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
-
-
-def _patch_embed_cuda(
-    pixels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cls: Tensor | None,
-    mask: Tensor | None,
-    mask_token: Tensor | None,
-    pos: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
-    arguments = (pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
+def _patch_embed(*arguments: Any) -> Tensor:
     check_patch_embed(*arguments)
+    return composite_patch_embed.patch_embed(*arguments)
+
+
+def _patch_embed_cuda(*arguments: Any) -> Tensor:
+    check_patch_embed(*arguments)
+    pixels, weight, bias, cls, _, mask_token, pos, mean, std = arguments
     tensors = (weight, bias, cls, mask_token, pos, None if pixels.dtype == torch.uint8 else pixels)
     dtypes = [x.dtype for x in tensors if x is not None]
     normalized = 0 if mean is None and std is None else pixels.shape[1]

@@ -27,6 +27,12 @@ std::string description(const char* name, const Tensor& tensor) {
 
 }  // namespace
 
+bool is_float(torch::headeronly::ScalarType dtype) {
+    using torch::headeronly::ScalarType;
+    return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float ||
+           dtype == ScalarType::Double;
+}
+
 std::string dtype_name(torch::headeronly::ScalarType dtype) {
     using torch::headeronly::ScalarType;
     switch (dtype) {

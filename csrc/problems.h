@@ -18,6 +18,9 @@ using Argument = std::pair<const char*, const Tensor*>;
 
 inline const Tensor* pointer_to(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
+// Whether the native kernels take numbers of this dtype as floating point.
+bool is_float(torch::headeronly::ScalarType dtype);
+
 // What Python prints for a dtype, a shape and a device: "float32", "[2, 3]", "cuda:0".
 std::string dtype_name(torch::headeronly::ScalarType dtype);
 std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes);

@@ -2,29 +2,12 @@
 #pragma once
 
 #include "attention/numbers.h"
+#include "tile_session.h"
 
 namespace beit_fast {
 namespace {
 
 constexpr int kTileRows = 16, kTileWords = 256, kStepDepth = 32;  // depth: bf16 numbers that one product contracts
-
-struct alignas(64) TileConfiguration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Sets up the tiles of this thread, and gives them back: a thread with live tiles is slow to switch.
-class TileSession {
-public:
-    TileSession() {
-        const TileConfiguration configuration;
-        asm volatile("ldtilecfg %0" ::"m"(configuration));
-    }
-    ~TileSession() { asm volatile("tilerelease" ::: "memory"); }
-    TileSession(const TileSession&) = delete;
-    TileSession& operator=(const TileSession&) = delete;
-};
 
 template <int kTile>
 inline void tile_zero() {
@@ -46,9 +29,6 @@ template <int kC, int kA, int kB>
 inline void tile_multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
-
-// fp32 is the exact sum of three bf16 parts, fp16 of two. Products of parts below the rounding of the result are left
-// out.
 
 }  // namespace
 }  // namespace beit_fast

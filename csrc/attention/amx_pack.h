@@ -14,7 +14,8 @@ constexpr int64_t kTileSize = kParts * kTileWords;  // words of a tile in all it
 template <int kParts>
 constexpr int kProducts = kParts == 3 ? 6 : kParts * kParts;
 
-// The parts of A and B that each product multiplies: small ones first, which loses least.
+// fp32 is the exact sum of three bf16 parts, fp16 of two. Products of parts below the rounding of the result are left
+// out. These are the parts of A and B that each product multiplies: small ones first, which loses least.
 constexpr int kPartOfA[3][6] = {{0}, {1, 0, 1, 0}, {2, 1, 0, 1, 0, 0}};
 constexpr int kPartOfB[3][6] = {{0}, {1, 1, 0, 0}, {0, 1, 2, 0, 1, 0}};
 

@@ -47,8 +47,13 @@ public:
         softmax.move_reference(scores_, 0, kTileRows / 2, &factor);
         zero_output();
         for (int64_t step = 0; step < steps_; ++step) {
-            if (step == 0) multiply_step<true, false>(queries, 1, 0);
-            else multiply_step<true, true>(queries, step + 1, step - 1);
+            if (step + 1 == steps_) {
+                if (step > 0) multiply_step<false, true>(queries, 0, step - 1);
+            } else if (step == 0) {
+                multiply_step<true, false>(queries, 1, 0);
+            } else {
+                multiply_step<true, true>(queries, step + 1, step - 1);
+            }
             if (!weigh(softmax, step)) {
                 softmax.move_reference(scores_of(step), step * kStepDepth, kTileRows, &factor);
                 rescale_output(factor);
@@ -109,11 +114,11 @@ private:
     }
 
     // Scores `score_step` and adds the weighted values of `mix_step` to the output, by turns: six sums hide the time
-    // that one product takes where two would not. The last score is asked for in vain, of the padding behind the keys.
+    // that one product takes where two would not.
     template <bool kScore, bool kMix>
     void multiply_step(const uint32_t* queries, int64_t score_step, int64_t mix_step) {
         const int64_t stride = depth_steps_ * kTileSize;
-        const uint32_t* keys = key_tiles_ + 2 * std::min(score_step, steps_ - 1) * stride;
+        const uint32_t* keys = key_tiles_ + 2 * score_step * stride;
         const uint32_t* values = value_tiles_ + mix_step * groups_ * kGroup * kTileSize;
         if constexpr (kScore) {
             tile_zero<4>();

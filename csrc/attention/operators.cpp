@@ -42,12 +42,6 @@ const AttentionKernels& current_kernels() {
     }
 }
 
-bool is_float(const Tensor& tensor) {
-    const ScalarType type = tensor.scalar_type();
-    return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
-           type == ScalarType::Half;
-}
-
 Scalar scalar_of(const Tensor& tensor) {
     switch (tensor.scalar_type()) {
         case ScalarType::Double: return Scalar::f64;
@@ -81,7 +75,7 @@ void check_tensors(const Inputs& x, Problems& problems) {
     } else if (x.q.size(1) == 0 || x.q.size(3) == 0) {
         problems.push_back("q, k and v must have at least one token and one number a head");
     }
-    if (!is_float(x.q) || x.k.scalar_type() != x.q.scalar_type() || x.v.scalar_type() != x.q.scalar_type()) {
+    if (!is_float(x.q.scalar_type()) || x.k.scalar_type() != x.q.scalar_type() || x.v.scalar_type() != x.q.scalar_type()) {
         problems.push_back("q, k and v must have one floating-point dtype");
     }
     bool elsewhere = x.k.device() != x.q.device() || x.v.device() != x.q.device();
@@ -94,7 +88,7 @@ void check_tensors(const Inputs& x, Problems& problems) {
     } else if (x.key_mask && four && (x.key_mask->size(0) != x.q.size(0) || x.key_mask->size(1) != x.q.size(1))) {
         problems.push_back("key_mask must be [B, N] = " + shape_text(std::array{x.q.size(0), x.q.size(1)}));
     }
-    if (x.table && (x.table->dim() != 2 || !is_float(*x.table))) {
+    if (x.table && (x.table->dim() != 2 || !is_float(x.table->scalar_type()))) {
         problems.push_back("table must be a floating-point matrix [rows, H]");
     } else if (x.table && four && x.table->size(1) != x.q.size(2)) {
         problems.push_back("table must have one column for each of the " + std::to_string(x.q.size(2)) + " heads");

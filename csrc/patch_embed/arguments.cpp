@@ -14,11 +14,6 @@ using Numbers = std::optional<std::vector<double>>;
 
 constexpr const char* float_types = "float16, bfloat16, float32 or float64";
 
-bool is_float(ScalarType type) {
-    return type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float ||
-           type == ScalarType::Double;
-}
-
 ScalarType wider(ScalarType first, ScalarType second) {
     if (first == second) return first;
     return first == ScalarType::Double || second == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

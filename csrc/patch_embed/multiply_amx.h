@@ -1,22 +1,15 @@
 #pragma once
 
 #include "patch_embed/multiply.h"
+#include "tile_session.h"
 
 #include <immintrin.h>
 
 namespace beit_fast::patch_embed {
 namespace {
 
-// Tiles of 16 rows and 64 bytes: 0 to 3 sums, 4 and 5 rows of patches, 6 and 7 columns of the panel.
-struct alignas(64) TileConfiguration {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// 16 or 32 rows of bfloat16 times a panel, 16 pairs of K at a time.
+// 16 or 32 rows of bfloat16 times a panel, 16 pairs of K at a time. Tiles 0 to 3 are sums, 4 and 5 rows of patches, 6
+// and 7 columns of the panel.
 struct MultiplyTiles {
     using Sum = float;
     using Element = BFloat16;
@@ -28,11 +21,7 @@ struct MultiplyTiles {
     static constexpr int64_t units_at_once = 128;  // rows, panel and sums of a tile stay in the first cache
     static constexpr int64_t panel_stride = columns * sizeof(Unit);
 
-    MultiplyTiles() {
-        const TileConfiguration configuration;
-        _tile_loadconfig(&configuration);
-    }
-    ~MultiplyTiles() { _tile_release(); }
+    const TileSession session;
 
     static void run(int64_t height, const Tile& tile) {
         if (height > 16) {
