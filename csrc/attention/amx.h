@@ -7,7 +7,7 @@
 namespace beit_fast {
 namespace {
 
-constexpr int kTileRows = 16, kTileWords = 256, kStepDepth = 32;  // depth: bf16 numbers that one product contracts
+constexpr int64_t kTileRows = 16, kTileWords = 256, kStepDepth = 32;  // depth: bf16 numbers that one product contracts
 
 template <int kTile>
 inline void tile_zero() {

@@ -154,8 +154,9 @@ public:
     void run(int64_t batch, int64_t head, int64_t part, const HeadBias<T>& bias) {
         const KeyRange keys(problem_, part);
         const int64_t rows = padded(keys.count, kKeyBlock);
-        read_tokens(keys_, length_, problem_, problem_.k, batch, head, keys.first, rows);
-        read_tokens(values_, length_, problem_, problem_.v, batch, head, keys.first, rows);
+        const TokenOrder order{problem_.tokens};
+        read_tokens(keys_, length_, problem_, problem_.k, batch, head, order, keys.first, rows);
+        read_tokens(values_, length_, problem_, problem_.v, batch, head, order, keys.first, rows);
         products_.load_keys(keys_, values_, rows);
         std::fill(grad_keys_, grad_keys_ + rows * length_, T(0));
         std::fill(grad_values_, grad_values_ + rows * length_, T(0));
@@ -202,9 +203,10 @@ private:
                       Vector<T>* delta) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
         const int64_t first = logits.first_query();
-        read_tokens(queries_, length_, problem_, problem_.q, batch, head, first, kColumns);
-        read_tokens(grads_, length_, problem_, problem_.grad_out, batch, head, first, kColumns);
-        read_tokens(outs_, length_, problem_, problem_.out, batch, head, first, kColumns);
+        const TokenOrder order{problem_.tokens};
+        read_tokens(queries_, length_, problem_, problem_.q, batch, head, order, first, kColumns);
+        read_tokens(grads_, length_, problem_, problem_.grad_out, batch, head, order, first, kColumns);
+        read_tokens(outs_, length_, problem_, problem_.out, batch, head, order, first, kColumns);
         products_.template load_queries<kVectors>(queries_, grads_);
         for (int v = 0; v < kVectors; ++v) {
             const int64_t row = v * kLanes<T>;
@@ -229,14 +231,14 @@ private:
     void differentiate(const Logits<T, kVectors>& logits, int64_t first_key, int64_t pairs, const HeadBias<T>& bias,
                        const Vector<T>* lse, const Vector<T>* delta) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
-        const auto take = [&](int64_t pair, int64_t key, int v, Vector<T> first, Vector<T> second) {
+        const auto take = [&](int64_t pair, int64_t key, int v, Vector<T> first, Vector<T> second, auto checked) {
 #pragma GCC unroll 2
             for (int i = 0; i < 2; ++i) {
                 const int64_t at = (2 * pair + i) * kColumns + v * kLanes<T>;
                 Vector<T> weight = exp2<Products::kDegree>((i == 0 ? first : second) - lse[v]);
                 Vector<T> grad = load(grad_scores_ + at);
                 Vector<T> kept = weight;
-                if (logits.drops()) {
+                if (checked && logits.drops()) {
                     const Vector<T> factor = logits.dropout_factor(v, key + i);
                     kept *= factor;
                     grad *= factor;

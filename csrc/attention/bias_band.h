@@ -33,6 +33,10 @@ struct BandGeometry {
         size = cls_row + padded(patches + 1, kBandMargin) + kBandMargin;
     }
 
+    // The patch that comes at `place` where patches go by columns, each from the bottom up: slices then follow one
+    // another through memory.
+    int64_t patch_by_column(int64_t place) const { return (height - 1 - place % height) * width + place / height; }
+
     // Where the slice of inner key `key` starts.
     int64_t offset(int64_t key) const {
         if (key >= patches) return cls_row;

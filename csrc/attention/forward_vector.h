@@ -85,11 +85,11 @@ public:
           packed_(scratch.take<Element>(kLanes<T> * length_)) {}
 
     // Converts the keys and values of one head.
-    void load_head(int64_t batch, int64_t head, int64_t, int64_t) {
+    void load_head(int64_t batch, int64_t head, TokenOrder order, int64_t, int64_t) {
         for (int64_t first = 0; first < keys_padded_; first += kKeys) {
-            read_tokens(rows_, length_, problem_, problem_.k, batch, head, first, kKeys);
+            read_tokens(rows_, length_, problem_, problem_.k, batch, head, order, first, kKeys);
             Operands::pack_rows(keys_ + first * length_ / kNumbers, rows_, kKeys * length_);
-            read_tokens(rows_, length_, problem_, problem_.v, batch, head, first, kKeys);
+            read_tokens(rows_, length_, problem_, problem_.v, batch, head, order, first, kKeys);
             for (int64_t key = 0; key < kKeys; key += 2) {
                 Operands::pack_pair(values_ + (first + key) * length_ / kNumbers, rows_ + key * length_,
                                     rows_ + (key + 1) * length_, length_);
@@ -127,7 +127,7 @@ private:
     void pack_queries(int64_t batch, int64_t head, int64_t first_query) {
         for (int v = 0; v < kVectors; ++v) {
             const int64_t first = first_query + v * kLanes<T>;
-            read_tokens(rows_, length_, problem_, problem_.q, batch, head, first, kLanes<T>);
+            read_tokens(rows_, length_, problem_, problem_.q, batch, head, {problem_.tokens}, first, kLanes<T>);
             Operands::pack_rows(packed_, rows_, kLanes<T> * length_);
             transpose_rows(queries_ + v * kLanes<T>, kVectors * kLanes<T>, packed_, length_ / kNumbers);
         }

@@ -60,17 +60,26 @@ void with_scratch(Work work) {
 template <class T>
 class HeadContext {
 public:
-    HeadContext(const AttentionProblem& problem, Scratch& scratch)
+    // With `by_columns` the order of the keys follows the band where there is one.
+    HeadContext(const AttentionProblem& problem, bool by_columns, Scratch& scratch)
         : problem_(problem),
+          by_columns_(by_columns && problem.has_bias()),
           geometry_(problem),
           band_(scratch.take<T>(geometry_.size)),
           column_(scratch.take<T>(problem.has_bias() ? column_scratch(geometry_) : 0)),
           offsets_(scratch.take<int64_t>(problem.has_bias() ? problem.tokens : 0)),
+          key_tokens_(scratch.take<int64_t>(by_columns_ ? problem.tokens : 0)),
           allowed_(scratch.take<uint8_t>(problem.key_mask.data != nullptr ? problem.tokens : 0)) {}
 
     void prepare() {
+        bias_.keys = {problem_.tokens, by_columns_ ? key_tokens_ : nullptr};
         if (!problem_.has_bias()) return;
-        for (int64_t key = 0; key < problem_.tokens; ++key) offsets_[key] = geometry_.offset(key);
+        for (int64_t key = 0; key < problem_.tokens; ++key) {
+            const bool moves = by_columns_ && key < geometry_.patches;
+            const int64_t inner = moves ? geometry_.patch_by_column(key) : key;
+            offsets_[key] = geometry_.offset(inner);
+            if (by_columns_) key_tokens_[key] = token_of(inner, problem_.tokens);
+        }
         bias_.band = band_;
         bias_.offsets = offsets_;
     }
@@ -82,8 +91,7 @@ public:
         const MaskView& mask = problem_.key_mask;
         if (mask.data != nullptr && batch != batch_) {
             for (int64_t key = 0; key < problem_.tokens; ++key) {
-                const int64_t token = token_of(key, problem_.tokens);
-                allowed_[key] = mask.data[batch * mask.batch_stride + token * mask.token_stride];
+                allowed_[key] = mask.data[batch * mask.batch_stride + bias_.keys(key) * mask.token_stride];
             }
             bias_.allowed = allowed_;
         }
@@ -95,9 +103,10 @@ public:
 
 private:
     const AttentionProblem& problem_;
+    const bool by_columns_;
     const BandGeometry geometry_;
     T *band_, *column_;
-    int64_t* offsets_;
+    int64_t *offsets_, *key_tokens_;
     uint8_t* allowed_;
     HeadBias<T> bias_;
     int64_t head_ = -1, batch_ = -1;
@@ -112,7 +121,7 @@ int64_t query_blocks(const ForwardProblem& problem) {
 template <class Kernel, class T, class Run>
 void forward_range(const ForwardProblem& problem, int64_t begin, int64_t end, Run run) {
     with_scratch([&](Scratch& scratch, bool counting) {
-        HeadContext<T> context(problem, scratch);
+        HeadContext<T> context(problem, true, scratch);
         Kernel kernel(problem, scratch);
         if (counting) return;
         context.prepare();
@@ -123,7 +132,7 @@ void forward_range(const ForwardProblem& problem, int64_t begin, int64_t end, Ru
             const int64_t first_query = item % blocks * Kernel::kQueries;
             const int64_t last_query = std::min(problem.tokens, first_query + (last - item) * Kernel::kQueries);
             context.load(batch, head);
-            kernel.load_head(batch, head, first_query, last_query);
+            kernel.load_head(batch, head, context.bias().keys, first_query, last_query);
             for (int64_t query = first_query; query < last_query; query += Kernel::kQueries) {
                 run(kernel, context.bias(), batch, head, query);
                 if (last < end) {  // the head that follows, a share of it in each turn
@@ -208,7 +217,7 @@ int64_t backward_items(const BackwardProblem& problem) {
 template <class Products>
 void backward_range(const BackwardProblem& problem, int64_t begin, int64_t end) {
     with_scratch([&](Scratch& scratch, bool counting) {
-        HeadContext<typename Products::Number> context(problem, scratch);
+        HeadContext<typename Products::Number> context(problem, false, scratch);
         Backward<Products> kernel(problem, scratch);
         if (counting) return;
         context.prepare();

@@ -1,8 +1,8 @@
 // The logits of a block of queries: scores scaled, with the bias read from its band; one key a row, one query a lane.
 #pragma once
 
-#include "attention/bias_band.h"
 #include "attention/dropout.h"
+#include "attention/tokens.h"
 
 namespace beit_fast {
 namespace {
@@ -14,6 +14,7 @@ struct HeadBias {
     const int64_t* offsets = nullptr;  // [N], where the slice of each inner key starts
     T cls_to_patch = T(0);
     const uint8_t* allowed = nullptr;  // [N], inner keys; null where all are
+    TokenOrder keys{0};
 };
 
 template <class T, int kVectors>
@@ -47,9 +48,10 @@ public:
     auto is_cls(int v) const { return is_cls_[v]; }
     bool drops() const { return dropout_.active(); }
 
-    // Calls `take(pair, key, vector, first, second)` with the logits of pairs of keys in units of log2(e), from rows of
-    // scores `[keys, kQueries]`; minus infinity where a key is masked or padding. Returns `take`, which is passed by
-    // value so that what it adds up can stay in registers.
+    // Calls `take(pair, key, vector, first, second, checked)` with the logits of pairs of keys in units of log2(e),
+    // from rows of scores `[keys, kQueries]`; minus infinity where a key is masked or padding. `checked` is a constant,
+    // false where neither occurs and nothing is dropped. Returns `take`, which is passed by value so that what it adds
+    // up can stay in registers.
     template <class Take>
     Take visit(const T* scores, int64_t first_key, int64_t pairs, Take take) const {
         if (head_.allowed != nullptr || first_key + 2 * pairs > problem_.tokens || drops()) {
@@ -64,7 +66,7 @@ public:
     // What dropout multiplies the weights of one key by.
     Vector<T> dropout_factor(int v, int64_t key) const {
         T factors[kLanes<T>];
-        const auto key_token = static_cast<uint32_t>(token_of(key, problem_.tokens));
+        const auto key_token = static_cast<uint32_t>(head_.keys(key));
         dropout_.factors(factors, tokens_ + v * kLanes<T>, kLanes<T>, key_token, static_cast<uint32_t>(plane_));
         return load(factors);
     }
@@ -89,12 +91,13 @@ private:
             }
             return value;
         };
+        constexpr std::bool_constant<kChecked> checked;
         for (int64_t pair = 0; pair < pairs; ++pair) {
             const int64_t key = first_key + 2 * pair;
             const T* row = scores + 2 * pair * kQueries;
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
-                take(pair, key, v, logit(row, key, v), logit(row + kQueries, key + 1, v));
+                take(pair, key, v, logit(row, key, v), logit(row + kQueries, key + 1, v), checked);
             }
         }
         return take;

@@ -110,11 +110,17 @@ inline void gather_row(T* to, const Source* from, int64_t count, int64_t stride,
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(convert(from[i * stride]));
 }
 
-// Copies `count` numbers of `type`, `stride` elements apart, into contiguous T.
+// Copies `count` numbers of `type`, `stride` elements apart, into contiguous T; 16-bit ones as they are into uint16_t.
 template <class T>
 inline void read_row(T* to, const void* from, Scalar type, int64_t count, int64_t stride) {
     const auto* halves = static_cast<const uint16_t*>(from);
     int64_t i = 0;
+    if constexpr (std::is_same_v<T, uint16_t>) {
+        constexpr int kStep = kLanes<uint16_t>;
+        for (; stride == 1 && i + kStep <= count; i += kStep) store(to + i, load(halves + i));
+        for (; i < count; ++i) to[i] = halves[i * stride];
+        return;
+    }
     if constexpr (std::is_same_v<T, float>) {
         constexpr int kStep = kLanes<float>;
         for (; stride == 1 && i + kStep <= count; i += kStep) {

@@ -35,6 +35,8 @@ constexpr int kVectorBytes = 16;
 
 // For inner loops: everything that they call is inlined, whatever the compiler makes of its size.
 #define BEIT_FAST_FLAT __attribute__((flatten))
+// And kept apart from what calls them, which would take registers from them.
+#define BEIT_FAST_APART __attribute__((flatten, noinline))
 
 template <class T>
 struct VectorOf {

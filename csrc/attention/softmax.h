@@ -42,8 +42,7 @@ public:
     // reference, scale what was summed up before, and do these keys again.
     template <class Take>
     bool add_keys(const T* scores, int64_t first_key, int64_t pairs, Take take) {
-        Weigh<Take> weigh{*this, take};
-        const Weigh<Take> done = logits_.visit(scores, first_key, pairs, weigh);
+        const Weigh<Take> done = logits_.visit(scores, first_key, pairs, Weigh<Take>(*this, take));
         for (int v = 0; v < kVectors; ++v) {
             if (any_greater<T>(done.total[v], splat(kCrowded))) return false;
         }
@@ -91,7 +90,8 @@ private:
         Highest() {
             for (int v = 0; v < kVectors; ++v) highest[v] = splat(kLowest);
         }
-        void operator()(int64_t, int64_t, int v, Vector<T> first, Vector<T> second) {
+        template <class Checked>
+        void operator()(int64_t, int64_t, int v, Vector<T> first, Vector<T> second, Checked) {
             highest[v] = larger<T>(highest[v], larger<T>(first, second));
         }
     };
@@ -111,11 +111,12 @@ private:
                 reference[v] = softmax.reference_[v];
             }
         }
-        void operator()(int64_t pair, int64_t key, int v, Vector<T> first, Vector<T> second) {
+        template <class Checked>
+        void operator()(int64_t pair, int64_t key, int v, Vector<T> first, Vector<T> second, Checked checked) {
             first = exp2<kDegree>(first - reference[v]);
             second = exp2<kDegree>(second - reference[v]);
             total[v] += first + second;
-            if (drops) {
+            if (checked && drops) {
                 first *= logits.dropout_factor(v, key);
                 second *= logits.dropout_factor(v, key + 1);
             }

@@ -1,4 +1,4 @@
-// Tokens of one head as contiguous rows, inner order.
+// Tokens of one head as contiguous rows.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +9,28 @@
 namespace beit_fast {
 namespace {
 
-// Reads tokens `first` to `first + count` as rows of T, `length` numbers each: zeros behind D and behind the last
+// Which tokens inner ones are: patches first and CLS last, or as listed.
+struct TokenOrder {
+    int64_t tokens;
+    const int64_t* listed = nullptr;  // [N]
+
+    int64_t operator()(int64_t inner) const {
+        return listed != nullptr && inner < tokens ? listed[inner] : token_of(inner, tokens);
+    }
+};
+
+// Reads inner tokens `first` to `first + count` as rows of T, `length` numbers each: zeros behind D and behind the last
 // token.
 template <class T>
 BEIT_FAST_FLAT inline void read_tokens(T* rows, int64_t length, const AttentionProblem& problem,
-                                       const TokensView& view, int64_t batch, int64_t head, int64_t first,
-                                       int64_t count) {
+                                       const TokensView& view, int64_t batch, int64_t head, TokenOrder order,
+                                       int64_t first, int64_t count) {
     // A head's numbers are a few cache lines out of a token's many, which no hardware fetches ahead.
     constexpr int64_t kAhead = 12;
     const int64_t real = std::max<int64_t>(0, std::min(count, problem.tokens - first));
     const int64_t bytes = problem.head_dim * bytes_of(problem.type);
     const auto row_of = [&](int64_t i) {
-        return static_cast<const char*>(
-            token_row(view, problem.type, batch, token_of(first + i, problem.tokens), head));
+        return static_cast<const char*>(token_row(view, problem.type, batch, order(first + i), head));
     };
     for (int64_t i = 0; i < real; ++i) {
         const char* ahead = row_of(i + kAhead);
