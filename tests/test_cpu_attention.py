@@ -129,6 +129,12 @@ def test_head_dimensions_that_no_vector_divides(head_dim: int, dtype: torch.dtyp
     check(draw((5, 6), dtype, batch=2, head_dim=head_dim), (5, 6))
 
 
+@pytest.mark.parametrize("head_dim", [24, 72, 128])
+def test_many_tokens_of_other_head_dimensions(head_dim: int) -> None:
+    """From 257 tokens on the backward of fp32 runs on tiles where there are any."""
+    check(draw((12, 23), torch.float32, head_dim=head_dim, masked=True), (12, 23))
+
+
 @pytest.mark.parametrize("window", [(14, 14), (24, 24), (32, 18)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_thread_and_two_give_the_same_bits(window: tuple[int, int], dtype: torch.dtype) -> None:

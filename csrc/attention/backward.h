@@ -217,10 +217,12 @@ private:
                 // Padding, and queries that had no key: their weights have to be 0.
                 const bool real = first + row + lane < problem_.tokens && value != -Logits<T, kVectors>::kInfinity;
                 lse[v][lane] = real ? value : Logits<T, kVectors>::kInfinity;
-                T sum = T(0);
-                for (int64_t dim = 0; dim < length_; ++dim) {
-                    sum += grads_[(row + lane) * length_ + dim] * outs_[(row + lane) * length_ + dim];
+                Vector<T> products{};
+                for (int64_t dim = (row + lane) * length_; dim < (row + lane + 1) * length_; dim += kLanes<T>) {
+                    products += load(grads_ + dim) * load(outs_ + dim);
                 }
+                T sum = T(0);
+                for (int i = 0; i < kLanes<T>; ++i) sum += products[i];
                 delta[v][lane] = sum;
             }
         }

@@ -232,8 +232,10 @@ void backward_range(const BackwardProblem& problem, int64_t begin, int64_t end) 
 void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
     if (problem.type == Scalar::f64) return backward_range<VectorProducts<double>>(problem, begin, end);
 #if defined(__AMX_BF16__)
-    // The six products that fp32 takes, with all operands packed, are no faster than vectors.
+    // The six products that fp32 takes pay for the packing of their operands where there are many tokens.
+    constexpr int64_t kMany = 256;
     const TileSession session;
+    if (problem.type == Scalar::f32 && problem.tokens > kMany) return backward_range<AmxProducts<3>>(problem, begin, end);
     if (problem.type == Scalar::f16) return backward_range<AmxProducts<2>>(problem, begin, end);
     if (problem.type == Scalar::bf16) return backward_range<AmxProducts<1>>(problem, begin, end);
 #endif
