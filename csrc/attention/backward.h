@@ -325,8 +325,15 @@ inline void reduce_head(const BackwardProblem& problem, int64_t head) {
         const T* partial = static_cast<const T*>(problem.partial_grad_q);
         const int64_t plane = problem.batch * problem.tokens * problem.heads * problem.head_dim;
         for (int64_t row = 0; row < problem.batch * problem.tokens; ++row) {
-            const int64_t at = (row * problem.heads + head) * problem.head_dim;
-            for (int64_t dim = at; dim < at + problem.head_dim; ++dim) {
+            const int64_t at = (row * problem.heads + head) * problem.head_dim, end = at + problem.head_dim;
+            int64_t dim = at;
+            for (; dim + kLanes<T> <= end; dim += kLanes<T>) {
+                Vector<T> sum{};
+                for (int64_t part = 0; part < problem.key_parts; ++part) sum += load(partial + part * plane + dim);
+                write_lanes<T>(element(problem.grad_q, problem.type, dim), sum * static_cast<T>(problem.scale),
+                               problem.type, kLanes<T>);
+            }
+            for (; dim < end; ++dim) {
                 T sum = T(0);
                 for (int64_t part = 0; part < problem.key_parts; ++part) sum += partial[part * plane + dim];
                 write_number<T>(problem.grad_q, problem.type, dim, sum * static_cast<T>(problem.scale));
