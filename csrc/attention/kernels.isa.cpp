@@ -173,7 +173,7 @@ auto choose_forward(Scalar type, Use use) {
     return use(static_cast<AmxForward<1>*>(nullptr));
 #else
 #if defined(__AVX512BF16__)
-    if (type == Scalar::bf16) return use(static_cast<VectorForward<PairOperands, 5>*>(nullptr));
+    if (type == Scalar::bf16) return use(static_cast<VectorForward<PairOperands, 4>*>(nullptr));
 #endif
     return use(static_cast<VectorForward<PlainOperands<float>, 6>*>(nullptr));
 #endif
@@ -183,7 +183,7 @@ auto choose_forward(Scalar type, Use use) {
 template <int kParts>
 void run_forward(AmxForward<kParts>*, const ForwardProblem& problem, int64_t begin, int64_t end) {
     using Kernel = AmxForward<kParts>;
-    constexpr int kDegree = kParts == 3 ? 6 : 5;
+    constexpr int kDegree = kParts == 1 ? 4 : 5;
     const TileSession session;
     const auto run = [&](Kernel& kernel, const HeadBias<float>& bias, int64_t batch, int64_t head, int64_t query) {
         Softmax<float, 1, kDegree> softmax(problem, bias);
