@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ ISAS = {
 }
 """Instruction sets, oldest first: flags of the compiler, and an instruction that its assembler must know too."""
 
-_CPU_FLAGS = "-O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -fPIC -fvisibility=hidden"
+_CPU_FLAGS = "-O2 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -fPIC -fvisibility=hidden"
 # nvcc warns of `#pragma unroll` before a loop of one round.
 _CUDA_FLAGS = "-O3 -diag-suppress 128 -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA"
 _CUDA_TARGETS = ("8.0", "9.0", "10.0")
@@ -72,17 +72,28 @@ class Result:
 
 def build(names: Sequence[str], folder: Path) -> dict[str, Result]:
     """Build the named libraries side by side, all files in `folder`; the working folder is the project's root."""
-    with ThreadPoolExecutor(_jobs()) as compilers, ThreadPoolExecutor(len(names)) as libraries:
-        results = libraries.map(lambda name: _build_library(name, folder, compilers), names)
-        return dict(zip(names, results, strict=True))
+    with ThreadPoolExecutor(_jobs()) as compilers:
+        begun = {name: _begin(name, folder, compilers) for name in sorted(names, reverse=True)}  # nvcc takes longest
+        return {name: _finish(name, folder, *begun[name]) for name in names}
 
 
-def _build_library(name: str, folder: Path, compilers: ThreadPoolExecutor) -> Result:
+def _begin(name: str, folder: Path, compilers: ThreadPoolExecutor) -> tuple[Plan | Exception, list[Future]]:
+    """What a library takes, and its objects in the making; or why it cannot be built."""
     try:
         if sys.platform != "linux":
             raise BuildError("native libraries are built on Linux only")
         plan = (_plan_cpu if name == "_C" else _plan_cuda)(folder)
-        list(compilers.map(_make, plan.objects, plan.objects.values()))
+    except (BuildError, OSError) as error:
+        return error, []
+    return plan, [compilers.submit(_make, target, command) for target, command in plan.objects.items()]
+
+
+def _finish(name: str, folder: Path, plan: Plan | Exception, objects: list[Future]) -> Result:
+    try:
+        if isinstance(plan, Exception):
+            raise plan
+        for made in objects:
+            made.result()
         command = [*plan.link, *map(str, plan.objects)]
         library = _named(folder, name, ".so", command)
         _make(library, command, list(plan.objects))
@@ -97,12 +108,16 @@ def _plan_cpu(folder: Path) -> Plan:
     wanted = list(ISAS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
     isas = [name for name in wanted if _knows(compiler, name)]
     given = shlex.split(os.environ.get("CXXFLAGS", ""))
-    common = [*compiler, standard, *_CPU_FLAGS.split(), *_includes(torch), *given, "-fno-lto", "-c"]
+
+    def command(*flags: str) -> list[str]:
+        return [*compiler, standard, *_CPU_FLAGS.split(), *flags, *_includes(torch), *given, "-fno-lto", "-c"]
+
     sources = [source for source in _sources("_C") if not source.name.endswith(".isa.cpp")]
-    objects = _objects(folder, [*common, *(f"-DBEIT_FAST_HAS_{name.upper()}" for name in isas)], sources)
+    objects = _objects(folder, command(*(f"-DBEIT_FAST_HAS_{name.upper()}" for name in isas)), sources)
     sources = [source for source in _sources("_C") if source.name.endswith(".isa.cpp")]
     for name in isas:
-        objects |= _objects(folder, [*common, *ISAS[name][0].split(), f"-DBEIT_FAST_ISA={name}"], sources, f".{name}")
+        compile_one = command("-O3", *ISAS[name][0].split(), f"-DBEIT_FAST_ISA={name}")
+        objects |= _objects(folder, compile_one, sources, f".{name}")
     link = [*compiler, "-shared", *given, *shlex.split(os.environ.get("LDFLAGS", "")), "-fno-lto"]
     link += ["-Wl,-z,defs", "-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu"]
     unknown = [name for name in wanted if name not in isas]

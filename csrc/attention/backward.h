@@ -180,8 +180,8 @@ private:
     void run_queries(int64_t vectors, int64_t batch, int64_t head, int64_t part, int64_t first_query, KeyRange keys,
                      const HeadBias<T>& bias) {
         if constexpr (kVectors > Products::kLeastVectors) {
-            if (vectors < kVectors) {
-                return run_queries<kVectors - 1>(vectors, batch, head, part, first_query, keys, bias);
+            if (vectors <= kVectors / 2) {
+                return run_queries<kVectors / 2>(vectors, batch, head, part, first_query, keys, bias);
             }
         }
         Logits<T, kVectors> logits(problem_, bias);

@@ -16,7 +16,7 @@
 namespace beit_fast {
 
 extern const AttentionKernels attention_kernels_portable, attention_kernels_avx2, attention_kernels_avx512,
-    attention_kernels_avx512_bf16, attention_kernels_amx;
+    attention_kernels_avx512_bf16, attention_kernels_amx, attention_kernels_f64;
 
 namespace {
 
@@ -24,8 +24,10 @@ using torch::headeronly::ScalarType;
 using Window = std::vector<int64_t>;
 using Problems = std::vector<std::string>;
 
-const AttentionKernels& current_kernels() {
-    switch (current_isa()) {
+const AttentionKernels& kernels_of(Scalar type) {
+    const Isa isa = current_isa();
+    if (type == Scalar::f64) return attention_kernels_f64;
+    switch (isa) {
 #if defined(BEIT_FAST_HAS_AMX)
         case Isa::amx: return attention_kernels_amx;
 #endif
@@ -192,7 +194,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     describe(problem, inputs, scale);
     problem.out = out.mutable_data_ptr();
     problem.lse = lse.mutable_data_ptr();
-    const AttentionKernels& kernels = current_kernels();
+    const AttentionKernels& kernels = kernels_of(problem.type);
     torch::stable::parallel_for(0, kernels.forward_items(problem), 1,
                                 [&](int64_t begin, int64_t end) { kernels.forward(problem, begin, end); });
     return {out, lse};
@@ -270,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
         problem.partial_grad_table = partial_table->mutable_data_ptr();
         problem.grad_table = grad_table.mutable_data_ptr();
     }
-    const AttentionKernels& kernels = current_kernels();
+    const AttentionKernels& kernels = kernels_of(problem.type);
     torch::stable::parallel_for(0, kernels.backward_items(problem), 1,
                                 [&](int64_t begin, int64_t end) { kernels.backward(problem, begin, end); });
     if (partial_q || partial_table) {
