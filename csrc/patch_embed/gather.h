@@ -64,7 +64,8 @@ inline void gather_run(const Pixel* source, int64_t step, Element* target, int64
 }
 
 template <bool normalized, typename Pixel, typename Element, typename Sum>
-void gather_rows(const Problem& problem, Element* rows, int64_t row_elements, int64_t first, int64_t last) {
+void gather_rows(const Problem& problem, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
+                 int64_t last) {
     const auto* pixels = static_cast<const Pixel*>(problem.pixels);
     const auto* shift = static_cast<const Sum*>(problem.shift);
     const auto* factor = static_cast<const Sum*>(problem.factor);
@@ -81,40 +82,46 @@ void gather_rows(const Problem& problem, Element* rows, int64_t row_elements, in
                 const Pixel* source = pixels + image * strides[0] + channel * strides[1] +
                                       (row * problem.patch_height + line) * strides[2] +
                                       column * problem.patch_width * strides[3];
-                Element* target = rows + (begin - first) * row_elements +
+                Element* target = rows + (begin - first) * row_stride +
                                   (channel * problem.patch_height + line) * problem.patch_width;
                 for (int64_t count = begin; count < end; ++count) {
                     gather_run<normalized>(source, strides[3], target, problem.patch_width, constants);
                     source += problem.patch_width * strides[3];
-                    target += row_elements;
+                    target += row_stride;
                 }
             }
         }
         begin = end;
     }
     for (int64_t row = 0; row < last - first; ++row) {
-        Element* rest = rows + row * row_elements + problem.depth;
+        Element* rest = rows + row * row_stride + problem.depth;
         std::memset(rest, 0, (row_elements - problem.depth) * sizeof(Element));
     }
 }
 
 template <typename Pixel, typename Element, typename Sum>
-void gather_pixels(const Problem& problem, Element* rows, int64_t row_elements, int64_t first, int64_t last) {
+void gather_pixels(const Problem& problem, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
+                   int64_t last) {
     if (problem.shift != nullptr) {
-        gather_rows<true, Pixel, Element, Sum>(problem, rows, row_elements, first, last);
+        gather_rows<true, Pixel, Element, Sum>(problem, rows, row_stride, row_elements, first, last);
     } else {
-        gather_rows<false, Pixel, Element, Sum>(problem, rows, row_elements, first, last);
+        gather_rows<false, Pixel, Element, Sum>(problem, rows, row_stride, row_elements, first, last);
     }
 }
 
+// Into rows of `row_elements`, zeros behind K, which begin every `row_stride` elements.
 template <typename Element, typename Sum>
-void gather_any(const Problem& problem, Element* rows, int64_t row_elements, int64_t first, int64_t last) {
+void gather_any(const Problem& problem, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
+                int64_t last) {
+    const auto gather = [&](auto pixel) {
+        gather_pixels<decltype(pixel), Element, Sum>(problem, rows, row_stride, row_elements, first, last);
+    };
     switch (problem.pixel_type) {
-        case Number::uint8: return gather_pixels<uint8_t, Element, Sum>(problem, rows, row_elements, first, last);
-        case Number::float16: return gather_pixels<Half, Element, Sum>(problem, rows, row_elements, first, last);
-        case Number::bfloat16: return gather_pixels<BFloat16, Element, Sum>(problem, rows, row_elements, first, last);
-        case Number::float32: return gather_pixels<float, Element, Sum>(problem, rows, row_elements, first, last);
-        case Number::float64: return gather_pixels<double, Element, Sum>(problem, rows, row_elements, first, last);
+        case Number::uint8: return gather(uint8_t{});
+        case Number::float16: return gather(Half{});
+        case Number::bfloat16: return gather(BFloat16{});
+        case Number::float32: return gather(float{});
+        case Number::float64: return gather(double{});
     }
 }
 

@@ -6,6 +6,7 @@
 
 #if defined(__AMX_BF16__)
 #include "patch_embed/multiply_amx.h"
+#include "patch_embed/multiply_parts_amx.h"
 #endif
 
 namespace beit_fast::patch_embed {
@@ -38,14 +39,27 @@ struct Functions {
     using Element = typename Multiplier::Element;
 
     static int64_t units(const Problem& problem) {
-        const int64_t bytes = problem.depth * static_cast<int64_t>(sizeof(Element));
-        constexpr int64_t multiple = Multiplier::units_multiple * static_cast<int64_t>(sizeof(Unit));
-        return (bytes + multiple - 1) / multiple * Multiplier::units_multiple;
+        if constexpr (Multiplier::parts > 1) {
+            return steps_of(problem) * Multiplier::parts * 16;
+        } else {
+            const int64_t bytes = problem.depth * static_cast<int64_t>(sizeof(Element));
+            constexpr int64_t multiple = Multiplier::units_multiple * static_cast<int64_t>(sizeof(Unit));
+            return (bytes + multiple - 1) / multiple * Multiplier::units_multiple;
+        }
+    }
+
+    // Of 32 numbers, where numbers are split.
+    static int64_t steps_of(const Problem& problem) {
+        return (problem.depth + 31) / 32;
     }
 
     static void pack(const Problem& problem, void* packed, int64_t panel) {
         auto* units_of_panel = static_cast<Unit*>(packed);
-        if constexpr (!std::is_same_v<Unit, Element>) {
+        if constexpr (Multiplier::parts > 1) {
+            const bool half = problem.weight_type == Number::float16;
+            if (half) pack_parts<Half>(problem, panel, units(problem), units_of_panel);
+            else pack_parts<float>(problem, panel, units(problem), units_of_panel);
+        } else if constexpr (!std::is_same_v<Unit, Element>) {
             pack_panel<Element>(problem, panel, units(problem), units_of_panel);
         } else {
             switch (problem.weight_type) {
@@ -59,7 +73,16 @@ struct Functions {
 
     static void gather(const Problem& problem, void* rows, int64_t first, int64_t last) {
         const int64_t row_elements = units(problem) * sizeof(Unit) / sizeof(Element);
-        gather_any<Element, Sum>(problem, static_cast<Element*>(rows), row_elements, first, last);
+        auto* elements = static_cast<Element*>(rows);
+        if constexpr (Multiplier::parts > 1) {
+            const int64_t steps = steps_of(problem), length = steps * 32;
+            elements += row_elements - length;
+            gather_any<Element, Sum>(problem, elements, row_elements, length, first, last);
+            auto* words = static_cast<Unit*>(rows);
+            for (int64_t row = 0; row < last - first; ++row) split_row(words + row * row_elements, steps);
+        } else {
+            gather_any<Element, Sum>(problem, elements, row_elements, row_elements, first, last);
+        }
     }
 
     static void multiply(const Problem& problem, const void* rows, const void* panel, const void* next_panel,
@@ -137,6 +160,7 @@ Kernel kernel_for(const Problem& problem) {
     if (problem.output_type == Number::float64) return Functions<Multiply<double>>::kernel(problem);
 #if defined(__AMX_BF16__)
     if (problem.weight_type == Number::bfloat16) return Functions<MultiplyTiles>::kernel(problem);
+    return Functions<MultiplyParts>::kernel(problem);
 #elif defined(__AVX512BF16__)
     if (problem.weight_type == Number::bfloat16) return Functions<MultiplyPairs>::kernel(problem);
 #endif
