@@ -95,6 +95,15 @@ def test_any_number_of_output_channels(embed):
         assert_right(make_inputs((12, 20), (4, 5), embed=embed, dtype=dtype, pixel_dtype=dtype))
 
 
+@pytest.mark.parametrize("pixel_dtype", [torch.uint8, None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("patch", "embed"), [((5, 7), 33), ((16, 16), 64), ((3, 3), 16)])
+def test_many_patches(patch, embed, dtype, pixel_dtype):
+    """From 257 patches on fp32 and fp16 are split into parts where the CPU has tiles."""
+    image = (13 * patch[0] + 1, 11 * patch[1])
+    assert_right(make_inputs(image, patch, batch=3, embed=embed, dtype=dtype, pixel_dtype=pixel_dtype or dtype))
+
+
 @pytest.mark.parametrize("depth", [255, 256, 257, 3072])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_sums(depth, dtype):

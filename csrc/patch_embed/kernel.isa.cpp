@@ -160,7 +160,8 @@ Kernel kernel_for(const Problem& problem) {
     if (problem.output_type == Number::float64) return Functions<Multiply<double>>::kernel(problem);
 #if defined(__AMX_BF16__)
     if (problem.weight_type == Number::bfloat16) return Functions<MultiplyTiles>::kernel(problem);
-    return Functions<MultiplyParts>::kernel(problem);
+    // Splitting the weight pays where there are many patches.
+    if (problem.batch * problem.patches > 256) return Functions<MultiplyParts>::kernel(problem);
 #elif defined(__AVX512BF16__)
     if (problem.weight_type == Number::bfloat16) return Functions<MultiplyPairs>::kernel(problem);
 #endif
