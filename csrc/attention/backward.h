@@ -1,4 +1,4 @@
-// Backward of attention on vectors. An item is one head of one sample and one part of its keys; all of its queries pass
+// Backward of attention. An item is one head of one sample and one part of its keys; all of its queries pass
 // by in blocks, 64 keys at a time. With P the weights and dP = dO V^T:
 //     dS = P (dP - delta),  delta = sum(dO O),  dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K,
 // and the gradient of the bias is dS, added up in the band's own layout and then along the diagonals of the table.
