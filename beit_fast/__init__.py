@@ -11,6 +11,7 @@ from ._version import __version__
 from .backbone import BeitBackbone
 from .configuration import BeitConfig
 from .functional import patch_embed, rel_pos_attention
+from .inference import optimize_for_inference
 from .modeling import BeitForImageClassification, BeitForMaskedImageModeling, BeitModel
 from .outputs import BeitModelOutputWithPooling
 from .pretrained import BeitPreTrainedModel
@@ -47,6 +48,7 @@ __all__ = [
     "BeitModelOutputWithPooling",
     "BeitPreTrainedModel",
     "__version__",
+    "optimize_for_inference",
     "patch_embed",
     "rel_pos_attention",
 ]

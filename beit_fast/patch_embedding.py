@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import attention, backends
 from .composite_patch_embed import normalize_pixels
+from .module_checks import hook_obstacles
 
 IMPLEMENTATIONS = ("conv", "fused")
 
@@ -21,7 +22,6 @@ Normalization = tuple[list[float], list[float]]
 """Mean and standard deviation of each channel, in the units of uint8 pixels."""
 
 _LARGEST_PIXEL = 255
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def check_implementation(name: str | None) -> str | None:
@@ -76,8 +76,7 @@ def obstacles_to_fusing(patch_embeddings: nn.Module, expected: type[nn.Module]) 
     ):
         obstacles.append("patch_embeddings.projection is no convolution whose stride is its kernel")
     for name, module in (("patch_embeddings", patch_embeddings), ("patch_embeddings.projection", projection)):
-        if "forward" in vars(module) or any(len(getattr(module, hooks)) > 0 for hooks in _HOOKS):
-            obstacles.append(f"{name} has hooks or a forward of its own, which would not be called")
+        obstacles += hook_obstacles(name, module)
     return obstacles
 
 

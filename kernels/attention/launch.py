@@ -35,6 +35,7 @@ def attention_forward(
     scale: float,
     dropout_p: float,
     seed: int,
+    bias: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with the relative position bias of `table` read inside the kernel.
 
@@ -46,6 +47,7 @@ def attention_forward(
         scale: multiplies `q @ k`.
         dropout_p: probability of dropping an attention weight.
         seed: 64-bit seed of the dropout mask.
+        bias: what `forward_bias` gave for this table, window and scale, where the caller keeps it.
 
     Returns:
         out `[B, N, H, D]` contiguous in q's dtype, and lse `[B, H, N]` fp32, the natural log-sum-exp of the
@@ -58,7 +60,7 @@ def attention_forward(
         return out, lse
     with device_of(q):
         inputs = prepare(q, k, v, table, key_mask, window, scale, dropout_p, seed)
-        arguments = {**score_arguments(inputs), **bias_arguments(inputs, flipped=False)}
+        arguments = score_arguments(inputs) | (bias_arguments(inputs, flipped=False) if bias is None else bias)
         config = tile_config("forward", arguments)
         programs = batch * triton.cdiv(tokens, config.block_m) * heads
         splits = configs.key_splits(programs, tokens - 1, config.block_n, processors_of(q))
@@ -67,6 +69,16 @@ def attention_forward(
         else:
             _launch_split_forward(arguments, config, programs, dropout_p, out, lse, splits)
     return out, lse
+
+
+def forward_bias(table: Tensor | None, window: tuple[int, int], scale: float, heads_like: Tensor) -> dict[str, Any]:
+    """The bias as `attention_forward` reads it for q, k, v that are like `heads_like`, `[B, N, H, D]`.
+
+    It holds a copy of the table, so it is made anew when the table changes. `scale` is positive.
+    """
+    with device_of(heads_like):
+        inputs = prepare(heads_like, heads_like, heads_like, table, None, window, scale, 0.0, 0)
+        return bias_arguments(inputs, flipped=False)
 
 
 def attention_backward(

@@ -1,0 +1,72 @@
+"""A linear layer for inference with what follows it: one class for each library that can multiply its weight."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import private_operators
+from .folding import Affine
+
+
+class InferenceLinear(nn.Module):
+    """`x W^T + b`, plainly; subclasses hold the weight in another form and fuse what follows.
+
+    `activation` is applied to the result by `forward`; `add` gives the result plus a residual and has no activation.
+    """
+
+    library = "torch"
+
+    def __init__(self, affine: Affine, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = affine.weight, affine.bias  # no buffers: what is packed is not for others to read
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        out = F.linear(x, self.weight, self.bias)
+        return out if self.activation is None else self.activation(out)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual + x W^T + b`."""
+        return residual + F.linear(x, self.weight, self.bias)
+
+    def weight_bytes(self) -> int:
+        """Bytes of weight and bias as they are held here."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.weight, self.bias))
+
+
+class PackedLinear(InferenceLinear):
+    """On oneDNN, the weight laid out for it; exact GELU and the residual are part of the product."""
+
+    library = "onednn"
+
+    def __init__(self, affine: Affine, activation: nn.Module | None, rows: int) -> None:
+        fused = is_exact_gelu(activation)
+        super().__init__(affine, None if fused else activation)
+        self.fused_activation = "gelu" if fused else "none"
+        self._weight_bytes = super().weight_bytes()
+        self.weight = private_operators.pack(affine.weight, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = private_operators.packed_linear(x, self.weight, self.bias, self.fused_activation)
+        return out if self.activation is None else self.activation(out)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return private_operators.packed_linear_add(x, self.weight, self.bias, residual)
+
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+
+def is_exact_gelu(activation: nn.Module | None) -> bool:
+    """Whether `activation` is GELU with erf, not its tanh form."""
+    return type(activation) is nn.GELU and activation.approximate == "none"
+
+
+def build_linear(affine: Affine, rows: int, activation: nn.Module | None = None) -> InferenceLinear:
+    """The linear layer on the fastest library that takes its weight; `rows` is how many inputs it is packed for."""
+    device, dtype = affine.weight.device, affine.weight.dtype
+    if private_operators.packing_refusal(device, dtype) is None:
+        return PackedLinear(affine, activation, rows)
+    return InferenceLinear(affine, activation)
