@@ -112,7 +112,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def gather_facts() -> dict[str, Any]:
-    """What `beit-fast info` says, for JSON: environment, devices, kernels, native libraries, instruction sets."""
+    """What `beit-fast info` says, for JSON: environment, devices, kernels, libraries, instruction sets, linears."""
     from . import attention, native
     from .measure import environment
 
@@ -127,7 +127,21 @@ def gather_facts() -> dict[str, Any]:
         "patch_embed_kernels": _patch_embed_kernels(),
         "native_libraries": {library: native.describe(library) for library in native.LIBRARIES},
         "instruction_sets": {"used": used, "usable": list(usable)},
+        "linears": _linears(),
     }
+
+
+def _linears() -> dict[str, Any]:
+    import torch
+
+    from . import linear, private_operators
+
+    try:
+        choice = linear.choose_product()
+        training: dict[str, str | None] = {"product": choice.name, "reason": choice.reason}
+    except ValueError as error:  # what training would raise
+        training = {"product": None, "reason": str(error)}
+    return {"packed": {"reason": private_operators.packing_refusal("cpu", torch.float32)}, "training": training}
 
 
 def _patch_embed_kernels() -> list[dict[str, Any]]:
@@ -174,7 +188,16 @@ def format_facts(facts: dict[str, Any]) -> str:
     sets = facts["instruction_sets"]
     if sets["used"] is not None:
         lines += ["", f"instruction set of the CPU kernels: {sets['used']} (usable here: {', '.join(sets['usable'])})"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_linear_lines(facts["linears"])])
+
+
+def _linear_lines(linears: dict[str, Any]) -> list[str]:
+    refusal, training = linears["packed"]["reason"], linears["training"]
+    product = {"blas": "F.linear", "onednn": "oneDNN", None: "none"}[training["product"]]
+    return [
+        f"packed linears: {'oneDNN' if refusal is None else f'no: {refusal}'}",
+        f"linears of training on cpu in float32: {product} ({training['reason']})",
+    ]
 
 
 def _kernel_line(kernel: dict[str, Any]) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def rel_pos_attention(
     if torch.jit.is_tracing():  # sizes are tensors there, and an operator's integers must be constants
         window = (int(window[0]), int(window[1]))
     arguments = (q, k, v, table, key_mask, window, scale, dropout_p, seed)
-    if _transforms_are_active():
+    if transforms_are_active():
         return RelPosAttention.apply(*arguments)[0]
     return ops.attention_op(*arguments)[0]
 
@@ -87,7 +87,7 @@ def patch_embed(
     """
     _refuse_forward_mode(pixels, weight, bias, cls, mask_token, pos)
     arguments = (pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
-    if _transforms_are_active():
+    if transforms_are_active():
         return PatchEmbed.apply(*arguments)
     return ops.patch_embed_op(*arguments)
 
@@ -100,7 +100,7 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
         raise RuntimeError("beit_fast operators have no forward-mode derivative; use attn_implementation='eager'")
 
 
-def _transforms_are_active() -> bool:
+def transforms_are_active() -> bool:
     """Whether a `torch.func` transform or `torch.vmap` is running, outside `torch.compile`."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 

@@ -14,6 +14,7 @@ from . import attention, patch_embedding
 from .activations import ACTIVATIONS
 from .configuration import BeitConfig
 from .functional import patch_embed
+from .linear import apply_linear
 from .patch_embedding import Normalization
 from .position_bias import Window, resize_position_embeddings, resize_table, table_rows
 
@@ -176,8 +177,8 @@ class BeitSelfAttention(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (  # [B, N, H, D]
-            projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-            for projection in (self.query, self.key, self.value)
+            apply_linear(linear, hidden_states, self.attn_implementation).unflatten(-1, (self.num_heads, self.head_dim))
+            for linear in (self.query, self.key, self.value)
         )
         table = self._table(window, shared_table)
         bias = shared_bias if self.relative_position_bias is None else None
@@ -208,9 +209,10 @@ class BeitSelfOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.num_attention_heads * config.attention_head_dim, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attn_implementation: str | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dropout(self.dense(hidden_states))
+        return self.dropout(apply_linear(self.dense, hidden_states, self.attn_implementation))
 
 
 class BeitAttention(nn.Module):
@@ -233,9 +235,10 @@ class BeitIntermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]()
+        self.attn_implementation: str | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden_states))
+        return self.activation(apply_linear(self.dense, hidden_states, self.attn_implementation))
 
 
 class BeitOutput(nn.Module):
@@ -245,9 +248,10 @@ class BeitOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attn_implementation: str | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dropout(self.dense(hidden_states))
+        return self.dropout(apply_linear(self.dense, hidden_states, self.attn_implementation))
 
 
 class BeitDropPath(nn.Module):

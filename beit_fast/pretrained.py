@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from . import attention, patch_embedding
 from .configuration import BeitConfig
-from .layers import BeitEmbeddings, BeitEncoder, BeitLayer, BeitRelativePositionBias, BeitSelfAttention
+from .layers import (
+    BeitEmbeddings,
+    BeitEncoder,
+    BeitIntermediate,
+    BeitLayer,
+    BeitOutput,
+    BeitRelativePositionBias,
+    BeitSelfAttention,
+    BeitSelfOutput,
+)
 
 
 class BeitPreTrainedModel(nn.Module):
@@ -189,8 +198,9 @@ class BeitPreTrainedModel(nn.Module):
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose `"eager"`, `"sdpa"`, `"triton"` or None (by device and dtype) for every layer from now on."""
         attention.check_implementation(attn_implementation)
+        layers = (BeitEmbeddings, BeitSelfAttention, BeitSelfOutput, BeitIntermediate, BeitOutput)
         for module in self.modules():
-            if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings, BeitSelfAttention)):
+            if isinstance(module, (BeitPreTrainedModel, *layers)):
                 module.attn_implementation = attn_implementation
             if isinstance(module, (BeitEmbeddings, BeitSelfAttention)):
                 module.kernel = None
