@@ -26,7 +26,7 @@ BENCH_OPTIONS ?=
 
 .PHONY: demo test test-compiled test-interpreted test-composite test-full test-slow-compiled test-slow-interpreted
 .PHONY: sanitize bench lint format clean
-.PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench
+.PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench gpu-bench-models
 
 # The main job: BEiT on a photograph under three attention backends.
 demo: $(VENV)/.demo $(NATIVE)
@@ -87,7 +87,7 @@ sanitize: $(VENV)/.test
 	  $(wildcard $(addprefix tests/test_,ops.py operator_inputs.py patch_embed*.py cpu_attention*.py))
 
 # What needs a CUDA device. Nothing is installed and nothing downloaded; the libraries are built in place.
-gpu: gpu-test gpu-bench
+gpu: gpu-test gpu-bench gpu-bench-models
 
 gpu-library:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
@@ -103,21 +103,25 @@ gpu-test-kernels gpu-test-device:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" \
 	  $(GPU_TESTS)
 
-# Compares with the peers and writes benchmarks/results/; BENCH_OPTIONS=--full takes every size.
+# Compares with every peer, which all have to be there, and writes benchmarks/results/; BENCH_OPTIONS=--full takes every
+# size.
 bench: $(VENV)/.bench $(NATIVE)
-	$(BIN)/pytest benchmarks/ $(BENCH_OPTIONS) --rows=build/benchmarks.jsonl
+	$(BIN)/pytest benchmarks/ --require-peers $(BENCH_OPTIONS) --rows=build/benchmarks.jsonl
 	$(BIN)/python -m benchmarks.plot build/benchmarks.jsonl --results benchmarks/results
 	$(BIN)/python -m benchmarks.targets build/benchmarks.jsonl
 
-# Attention on a GPU against its peers, in the Python at hand (torch for CUDA, Triton, pytest-benchmark, transformers,
-# matplotlib): no .venv, nothing is downloaded. RESULTS=FOLDER gets a copy, and the log of rows as the run goes on;
-# COMMIT=... is written down where this folder is no checkout.
+# Attention, or whole models, on a GPU against their peers, in the Python at hand (torch for CUDA, Triton,
+# pytest-benchmark, transformers, matplotlib; timm takes part where it is there): no .venv, nothing is downloaded.
+# RESULTS=FOLDER gets a copy, and the log of rows as the run goes on; COMMIT=... is written down where this folder is no
+# checkout.
 GPU_BUDGET ?= 440
-GPU_ROWS := $(or $(RESULTS),build)/gpu-bench.jsonl
-gpu-bench: export PYTHONPATH := $(CURDIR)
-gpu-bench: gpu-library
+gpu-bench: GPU_BENCH := attention
+gpu-bench-models: GPU_BENCH := model
+gpu-bench gpu-bench-models: GPU_ROWS = $(or $(RESULTS),build)/$@.jsonl
+gpu-bench gpu-bench-models: export PYTHONPATH := $(CURDIR)
+gpu-bench gpu-bench-models: gpu-library
 	rm -f "$(GPU_ROWS)"
-	$(GPU_PYTHON) -m pytest benchmarks/bench_attention.py --device=cuda --rows="$(GPU_ROWS)" --budget=$(GPU_BUDGET) \
+	$(GPU_PYTHON) -m pytest benchmarks/bench_$(GPU_BENCH).py --device=cuda --rows="$(GPU_ROWS)" --budget=$(GPU_BUDGET) \
 	  $(if $(COMMIT),--commit="$(COMMIT)") $(BENCH_OPTIONS); status=$$?; \
 	$(GPU_PYTHON) -m benchmarks.plot "$(GPU_ROWS)" --results benchmarks/results && \
 	$(if $(RESULTS),$(GPU_PYTHON) -m benchmarks.plot "$(GPU_ROWS)" --results "$(RESULTS)" &&) \
@@ -152,7 +156,7 @@ $(NATIVE): $(VENV)/.base $(NATIVE_SOURCES)
 # timm comes without what it depends on: that is torchvision, whose wheel breaks a CPU build of torch.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.base
 	$(PIP) install --no-build-isolation --editable ".[$*]" "$(TORCH)" "$(TRITON)" $(if $(filter demo,$*),,"$(TRANSFORMERS)")
-	$(if $(filter test,$*),$(PIP) install --no-deps "$(TIMM)")
+	$(if $(filter test bench,$*),$(PIP) install --no-deps "$(TIMM)")
 	touch $@
 
 # The interpreter of Triton 3.6 does not run on NumPy 2.4.

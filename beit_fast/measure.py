@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ._version import __version__
-from .resident_memory import peak_resident, why_unmeasurable
+from .resident_memory import idle_resident, peak_resident, why_unmeasurable
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,23 @@ def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu")
     if why_no_peak_memory(device) is not None:
         return None
     return _peak_on_cuda(function, device) if device.type == "cuda" else peak_resident(function)
+
+
+def loaded_memory(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that this process holds between calls, libraries included; None where `peak_memory` is unknown.
+
+    CUDA: what torch's allocator has taken from the device, memory of CUDA graphs included, after it gave back what is
+    free. CPU on Linux: the resident set, after glibc gave back what is free.
+    """
+    device = torch.device(device)
+    if why_no_peak_memory(device) is not None:
+        return None
+    gc.collect()
+    if device.type == "cpu":
+        return idle_resident()
+    synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def why_no_peak_memory(device: torch.device | str = "cpu") -> str | None:

@@ -34,6 +34,14 @@ def peak_resident(function: Callable[[], Any]) -> int:
         return max(0, _status_bytes("VmHWM") - before)
 
 
+def idle_resident() -> int:
+    """Bytes of the resident set once glibc, where there is one, has returned its free pages."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
 def why_unmeasurable() -> str | None:
     """The reason why this system cannot reset and read a peak, or None where it can."""
     if not sys.platform.startswith("linux"):

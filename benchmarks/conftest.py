@@ -17,10 +17,10 @@ from beit_fast.measure import environment, gpu_readings, peak_memory, why_no_pea
 
 from .cases import DTYPE_NAMES, Case, chosen_device, draw, errors_within, reference, results_of, step_of
 from .clocks import DeviceClock, HostClock, clock_of, single_call
-from .peers import Peer
-from .processes import Entrant
+from .peers import PACKAGES, Peer, not_installed
+from .processes import Entrant, free_memory, heats
 from .processes import race as race_processes
-from .rows import Row, RowLog, rounded, row_of
+from .rows import Row, RowLog, rounded, row_of, row_of_result
 
 _conditions = pytest.StashKey[dict[str, Any]]()
 _rows = pytest.StashKey[list[Row]]()
@@ -38,6 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="where to measure (cuda where there is one, else cpu)",
     )
+    group.addoption(
+        "--require-peers",
+        action="store_true",
+        help="whole models with every peer, on all that targets ask for; fails where a peer is not installed",
+    )
     group.addoption("--rows", type=Path, metavar="FILE.jsonl", help="write each measurement here as soon as it is done")
     group.addoption("--budget", type=float, metavar="SECONDS", help="after this time the remaining tests are skipped")
     group.addoption("--commit", help="what was measured, where this folder is no git checkout that would tell")
@@ -49,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("benchmarks need pytest-benchmark: pip install 'beit-fast[bench]'")
     if chosen_device(config.option.device) == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+    if config.option.require_peers:
+        _require_peers(chosen_device(config.option.device))
     config.option.benchmark_quiet = True  # the table below says more
     conditions = environment(chosen_device(config.option.device))
     conditions["commit"] = config.option.commit or conditions["commit"]
@@ -56,6 +63,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
     config.stash[_log] = RowLog(config.option.rows, conditions) if config.option.rows else None
     config.stash[_started] = time.monotonic()
+
+
+def _require_peers(device: str) -> None:
+    if absent := not_installed(PACKAGES[device]):
+        raise pytest.UsageError(
+            f"--require-peers: not installed: {', '.join(absent)}. "
+            "pip install 'beit-fast[bench]' has all but timm, for which pip install --no-deps timm is enough"
+        )
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -161,7 +176,9 @@ def race_apart(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Race entrants in processes of their own, in turns; who is wrong gets no time and fails the test at the end.
 
     Args: the bench, the case's name, threads, the entrants, the facts of every row, and who is missing and why. What an
-    entrant's `prepare` tells is added to its row: its kernel and its errors at least. `flops` become `tflops`.
+    entrant's `prepare` tells is added to its row: its kernel and its errors at least. `flops` become `tflops`, and what
+    `per_call` counts in a call becomes a rate under its name. Entrants that need more memory together than there is
+    are raced in several heats, each with the first of them, and rows say which. `rules` are those of `race`.
     """
     stash = request.config.stash
 
@@ -172,22 +189,29 @@ def race_apart(request: pytest.FixtureRequest) -> Callable[..., None]:
         entrants: Sequence[Entrant],
         facts: dict[str, Any],
         missing: Mapping[str, str] = MappingProxyType({}),
+        *,
+        device: str = "cpu",
+        per_call: Mapping[str, float] = MappingProxyType({}),
+        **rules: Any,
     ) -> None:
         _skip_late(case, request.config)
         log = stash[_log]
         wrong = {}
-        for result in race_processes(entrants, threads=threads, memory=True):
-            if result.failure is not None:
-                wrong[result.name] = result.failure
-                continue
-            times = {"median": result.median, "iqr": result.iqr, "rounds": len(result.times)}
-            row = {"bench": bench, "threads": threads, "case": case, **facts, "peer": result.name, **result.facts}
-            row |= {**times, "iterations": result.iterations, "peak_memory": result.peak_memory}
-            if "flops" in row:
-                row["tflops"] = row["flops"] / result.median / 1e12
-            stash[_rows].append(row)
-            if log is not None:
-                log.measured(rounded(row))
+        groups, too_large = heats(entrants, free_memory(device))
+        missing = {**missing, **too_large}
+        for number, group in enumerate(groups, start=1):
+            heat = {"heat": number} if len(groups) > 1 else {}
+            for result in race_processes(group, threads=threads, memory=True, **rules):
+                if result.failure is not None:
+                    wrong[result.name] = result.failure
+                elif result.absent is not None:
+                    missing[result.name] = result.absent
+                else:
+                    row = {"bench": bench, "threads": threads, "case": case, **heat, **facts}
+                    row |= row_of_result(result, per_call, row.get("flops"))
+                    stash[_rows].append(row)
+                    if log is not None:
+                        log.measured(rounded(row))
         for name, reason in {**missing, **wrong}.items() if log is not None else ():
             log.left_out(case, name, reason[:500], bench)
         if wrong:
@@ -235,8 +259,8 @@ def _facts(case: Case, peer: Peer) -> dict[str, Any]:
 
 
 _TABLE_HEAD = (
-    f"{'peer':48}{'kernel':20}{'median ms':>12}{'iqr ms':>9}{'1 call ms':>11}{'TFLOP/s':>9}{'peak MiB':>10}"
-    f"{'worst error':>13}"
+    f"{'peer':48}{'kernel':24}{'median ms':>12}{'iqr ms':>9}{'1 call ms':>11}{'TFLOP/s':>9}{'images/s':>10}"
+    f"{'peak MiB':>10}{'worst error':>13}"
 )
 
 
@@ -257,7 +281,8 @@ def _table_line(row: dict[str, Any]) -> str:
     name = row["peer"] if row.get("biased", True) else row["peer"] + " (another result)"
     waited = "*" if row.get("queued_ahead") is False else " "
     speed = f"{row['tflops']:.3f}" if "tflops" in row else "-"
+    images = f"{row['images_per_second']:.1f}" if "images_per_second" in row else "-"
     return (
-        f"{name:48}{row['kernel']:20}{row['median'] * 1e3:11.3f}{waited}{row['iqr'] * 1e3:9.3f}{single:>11}"
-        f"{speed:>9}{memory:>10}{max(row['errors'].values()):13.1e}"
+        f"{name:48}{row['kernel']:24}{row['median'] * 1e3:11.3f}{waited}{row['iqr'] * 1e3:9.3f}{single:>11}"
+        f"{speed:>9}{images:>10}{memory:>10}{max(row['errors'].values()):13.1e}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,17 @@ from .cases import BACKWARD, Case, Inputs, draw, results_of
 
 Attention = Callable[[], Tensor]
 """One forward over inputs bound when it was built; gives `[B, N, H, D]`, contiguous, as a model needs it."""
+
+
+PACKAGES = {
+    "cpu": ("transformers", "timm", "onnx", "onnxruntime", "openvino"),
+    "cuda": ("transformers", "timm"),
+}
+"""What has to be installed, by device, so that no peer of any bench is missing."""
+
+
+def not_installed(packages: Sequence[str]) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def _never_missing(case: Case) -> str | None:

@@ -16,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .page_tables import write_page
+from .plot_models import draw_models
 from .plot_patches import draw_patches
 from .rows import Row, by_bench, file_name, read_results, write_results
 
@@ -59,8 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = file_name(results["conditions"], bench)
         if options.results is not None:
             print(write_results(of_bench, options.results / f"{name}.json"))
-        draw_bench = draw_patches if bench == "cpu patch embedding" else draw
-        print(draw_bench(of_bench, pictures / f"{name}.png"))
+        print(_DRAW.get(bench, draw)(of_bench, pictures / f"{name}.png"))
     return 0
 
 
@@ -101,6 +102,13 @@ def draw(results: dict[str, Any], path: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+_DRAW = {
+    "cpu patch embedding": draw_patches,
+    **dict.fromkeys(("cpu models", "models"), draw_models),
+    **dict.fromkeys(("cpu page", "page"), write_page),
+}
 
 
 def panels_of(rows: list[Row]) -> list[list[list[Row]]]:

@@ -21,14 +21,23 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 ANSWER_SECONDS = 600.0  # a process that is silent for longer is ended
+LONG_CALL = 1.0  # seconds; a call that takes so long is not repeated to see how long it takes
+
+
+class Absent(Exception):  # noqa: N818
+    """Raised by an entrant's `prepare`: it cannot take part, for the reason given."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step that is ready to be timed, and facts about it that JSON can hold, such as its errors."""
+    """A step that is ready to be timed, and facts about it that JSON can hold, such as its errors.
+
+    device: what the step has to have finished on when the clock is read.
+    """
 
     step: Callable[[], object]
     facts: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -36,26 +45,33 @@ class Entrant:
     """One peer of a race.
 
     prepare: a function at the top of a module of this folder, called in the peer's process. It checks the results: what
-    it raises becomes the peer's `failure`, and nothing is timed. arguments: its keyword arguments, as JSON.
-    environment: variables of that process.
+    it raises becomes the peer's `failure`, and nothing is timed; but Absent, and lack of memory on CUDA, say why it is
+    `absent`. arguments: its keyword arguments, as JSON. environment: variables of that process.
+    bytes_needed: about what its process holds at its peak; only `heats` asks for it.
     """
 
     name: str
     prepare: Callable[..., Prepared]
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    bytes_needed: int = 0
 
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of one call, round by round; or no times and the `failure`, which says why."""
+    """Seconds of one call, round by round; or no times, and the `failure` or why it was `absent`.
+
+    peak_memory: bytes of one call above `loaded_memory`, which the process holds between calls.
+    """
 
     name: str
     times: tuple[float, ...] = ()
     iterations: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     peak_memory: int | None = None
+    loaded_memory: int | None = None
     failure: str | None = None
+    absent: str | None = None
 
     @property
     def median(self) -> float:
@@ -90,6 +106,45 @@ def race(
             for worker in workers:
                 worker.measure_memory()
         return [worker.result for worker in workers]
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that processes can take on `device` now, less a tenth; None where the system does not say."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0] * 9 // 10
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kibibytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kibibytes[0] * 1024 * 9 // 10 if kibibytes else None
+
+
+def heats(entrants: Sequence[Entrant], room: int | None) -> tuple[list[list[Entrant]], dict[str, str]]:
+    """The entrants in groups that fit into `room` bytes, and by name why some are in none; None is room for all.
+
+    The first entrant is in every group, so that each of the others is raced against it.
+    """
+    groups: list[list[Entrant]] = []
+    too_large = {}
+    for entrant in entrants:
+        rivals = [entrants[0]] if entrant is not entrants[0] else []
+        needed = sum(one.bytes_needed for one in [*rivals, entrant])
+        if room is not None and needed > room:
+            too_large[entrant.name] = f"memory: about {needed >> 20} MiB are needed, {room >> 20} MiB are free"
+        elif not groups or (room is not None and sum(one.bytes_needed for one in [*groups[-1], entrant]) > room):
+            groups.append([*rivals, entrant])
+        else:
+            groups[-1].append(entrant)
+    return groups, too_large
+
+
+def apart(function: Callable[..., Prepared], arguments: dict[str, Any], threads: int = 1) -> Result:
+    """Call a `prepare` in a process of its own for what it writes; its facts, or its failure."""
+    with _started(Entrant(function.__qualname__, function, arguments), threads, 0.0) as worker:
+        return worker.result
 
 
 @contextlib.contextmanager
@@ -134,14 +189,15 @@ class _Worker:
             self._note(times=(*self.result.times, answer["seconds"]))
 
     def measure_memory(self) -> None:
-        self._note(peak_memory=self._ask(do="memory").get("bytes"))
+        answer = self._ask(do="memory")
+        self._note(peak_memory=answer.get("peak"), loaded_memory=answer.get("loaded"))
 
     def _note(self, **changes: Any) -> None:
         self.result = dataclasses.replace(self.result, **changes)
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        """The answer; {} once the entrant has failed, which takes back its times."""
-        if self.result.failure is not None:
+        """The answer; {} once the entrant has failed or is absent, which takes back its times."""
+        if self.result.failure is not None or self.result.absent is not None:
             return {}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -156,8 +212,8 @@ class _Worker:
         finally:
             timer.cancel()
         answer = json.loads(line) if line else {"failure": f"its process ended with code {self.process.wait()}"}
-        if "failure" in answer:
-            self._note(failure=answer["failure"], times=(), iterations=0)
+        if "failure" in answer or "absent" in answer:
+            self._note(failure=answer.get("failure"), absent=answer.get("absent"), times=(), iterations=0)
         return answer
 
 
@@ -169,42 +225,57 @@ def _serve() -> None:
     def answer(**contents: Any) -> None:
         print(json.dumps(contents), file=answers, flush=True)
 
-    try:
-        import torch
+    import torch
 
+    try:
         request = json.loads(sys.stdin.readline())
         torch.set_num_threads(request["threads"])
         module = importlib.import_module(f"{FOLDER.name}.{request['module']}")
         prepared = getattr(module, request["function"])(**request["arguments"])
-        step = prepared.step
-        step()
-        iterations = max(1, math.ceil(request["round_seconds"] / min(_seconds(step, 1) for _ in range(3))))
+        iterations = _calls_a_round(prepared, request["round_seconds"])
         gc.collect()
         gc.freeze()
         gc.disable()
         answer(facts=prepared.facts, iterations=iterations)
         for line in sys.stdin:
             if json.loads(line)["do"] == "round":
-                step()
-                answer(seconds=_seconds(step, iterations))
+                prepared.step()
+                answer(seconds=_seconds(prepared, iterations))
             else:
-                answer(bytes=_peak_memory(step))
+                answer(**_memory(prepared))
+    except Absent as reason:
+        answer(absent=str(reason))
+    except torch.OutOfMemoryError as error:
+        answer(absent=f"memory: {error}".splitlines()[0])
     except Exception as error:
         answer(failure=f"{type(error).__name__}: {error}")
 
 
-def _seconds(step: Callable[[], object], iterations: int) -> float:
+def _calls_a_round(prepared: Prepared, round_seconds: float) -> int:
+    """Calls that fill a round, by the fastest of three after one that warms up, unless that one was long."""
+    once = _seconds(prepared, 1)
+    if once < max(round_seconds, LONG_CALL):
+        once = min(_seconds(prepared, 1) for _ in range(3))
+    return max(1, math.ceil(round_seconds / once))
+
+
+def _seconds(prepared: Prepared, iterations: int) -> float:
+    from beit_fast.measure import synchronize
+
+    synchronize(prepared.device)
     started = time.perf_counter()
     for _ in range(iterations):
-        step()
+        prepared.step()
+    synchronize(prepared.device)
     return (time.perf_counter() - started) / iterations
 
 
-def _peak_memory(step: Callable[[], object]) -> int | None:
-    from beit_fast.measure import peak_memory
+def _memory(prepared: Prepared) -> dict[str, int | None]:
+    from beit_fast.measure import loaded_memory, peak_memory
 
-    return peak_memory(step)
+    loaded = loaded_memory(prepared.device)
+    return {"peak": peak_memory(prepared.step, prepared.device), "loaded": loaded}
 
 
-if __name__ == "__main__":
-    _serve()
+if __name__ == "__main__":  # by its name, or its Absent would be another than the one that peers raise
+    importlib.import_module(f"{FOLDER.name}.{Path(__file__).stem}")._serve()

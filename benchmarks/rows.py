@@ -5,8 +5,11 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .processes import Result
 
 Row = dict[str, Any]
 
@@ -20,7 +23,7 @@ ROW_FIELDS = (
 ATTENTION = "attention"
 """The bench of rows that name none: those of `bench_attention.py`. Other benches write theirs into each row."""
 
-_ORDER = ("mode", "dtype", "tokens", "batch", "threads", "peer")
+_ORDER = ("mode", "model", "dtype", "tokens", "batch", "threads", "heat", "peer")
 
 
 class RowLog:
@@ -53,11 +56,22 @@ def row_of(facts: dict[str, Any], stats: dict[str, Any]) -> Row:
     return {name: rounded(known[name]) for name in ROW_FIELDS}
 
 
+def row_of_result(result: Result, per_call: Mapping[str, float], flops: int | None) -> Row:
+    """The part of a row that one race in processes gave; `per_call` counts what one call does, `flops` too."""
+    row: Row = {"peer": result.name, **result.facts, "median": result.median, "iqr": result.iqr}
+    row |= {"range": [min(result.times), max(result.times)], "rounds": len(result.times)}
+    row |= {"iterations": result.iterations, "peak_memory": result.peak_memory, "loaded_memory": result.loaded_memory}
+    row |= {name: count / result.median for name, count in per_call.items()}
+    return row if flops is None else {**row, "tflops": flops / result.median / 1e12}
+
+
 def rounded(value: Any) -> Any:
     """Four digits: more would be noise, and would change in every line of a diff."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
-    return {name: rounded(part) for name, part in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -7,155 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .rows import ATTENTION, Row, read_results
-
-OURS = "beit_fast triton"
-
-
-@dataclass(frozen=True)
-class Target:
-    """`theirs[quantity] / ours[quantity]` has to be at least `needed`, wherever ours was measured.
-
-    against: whether a row takes part; the one with the smallest quantity counts.
-    where: the cases that it is asked of; unless given, those in 16 bits.
-    peer: whose reason for staying away is told where nobody takes part, if it is one peer.
-    device, bench, ours: which rows it is about, and which of them are ours.
-    """
-
-    text: str
-    mode: str
-    needed: float
-    against: Callable[[Row], bool]
-    quantity: str = "median"
-    where: Callable[[Row], bool] = lambda row: row["dtype"] != "fp32"
-    peer: str | None = None
-    device: str = "cuda"
-    bench: str = ATTENTION
-    ours: str = OURS
-
-
-def _named(name: str) -> Callable[[Row], bool]:
-    return lambda row: row["peer"] == name
-
-
-def _learnable(row: Row) -> bool:
-    return bool(row["learnable"]) and row["peer"] != OURS
-
-
-def _learnable_sdpa(row: Row) -> bool:
-    return _learnable(row) and "sdpa" in row["peer"]
-
-
-_FLASH = "sdpa without bias flash"
-_READY_EFFICIENT = "sdpa prebuilt bias efficient"
-_READY_CUDNN = "sdpa prebuilt bias cudnn"
-_READY = "sdpa prebuilt bias"
-_GATHERED = "transformers sdpa"
-_ON_CPU: dict[str, Any] = {"device": "cpu", "bench": "cpu attention"}
-_PATCHES = "beit_fast fused"
-_OF_PATCHES: dict[str, Any] = {"device": "cpu", "bench": "cpu patch embedding", "ours": _PATCHES}
-
-TARGETS = (
-    Target("forward no slower than SDPA flash without bias", "forward", 1.0, _named(_FLASH), peer=_FLASH),
-    Target("forward 1.5x the best path whose bias can be learned", "forward", 1.5, _learnable),
-    Target(
-        "forward 1.5x memory-efficient SDPA with a ready mask",
-        "forward",
-        1.5,
-        _named(_READY_EFFICIENT),
-        peer=_READY_EFFICIENT,
-    ),
-    Target(
-        "forward no slower than cuDNN with a ready, frozen mask",
-        "forward",
-        1.0,
-        _named(_READY_CUDNN),
-        peer=_READY_CUDNN,
-    ),
-    Target("forward + backward with the table 3x the best peer", "training", 3.0, _learnable),
-    Target(
-        "forward + backward memory at most 0.3x SDPA's",
-        "training",
-        1 / 0.3,
-        _learnable_sdpa,
-        quantity="peak_memory",
-        where=lambda row: (row["batch"], row["tokens"], row["dtype"]) == (8, 1601, "bf16"),
-    ),
-    Target(
-        "fp32 forward 2.2x SDPA with a ready mask",
-        "forward",
-        2.2,
-        _named(_READY),
-        where=lambda row: row["dtype"] == "fp32",
-        peer=_READY,
-        **_ON_CPU,
-    ),
-    Target(
-        "fp32 forward 3.5x SDPA with the gather that Transformers does in each layer",
-        "forward",
-        3.5,
-        _named(_GATHERED),
-        where=lambda row: row["dtype"] == "fp32",
-        peer=_GATHERED,
-        **_ON_CPU,
-    ),
-    Target(
-        "bf16 forward 3x SDPA in bf16 with a ready mask",
-        "forward",
-        3.0,
-        _named(_READY),
-        where=lambda row: row["dtype"] == "bf16",
-        peer=_READY,
-        **_ON_CPU,
-    ),
-    Target(
-        "forward + backward with the table 3x SDPA's",
-        "training",
-        3.0,
-        _learnable_sdpa,
-        where=lambda row: row["tokens"] in (577, 1025),
-        **_ON_CPU,
-    ),
-    Target(
-        "forward + backward memory under a tenth of SDPA's",
-        "training",
-        10.0,
-        _learnable_sdpa,
-        quantity="peak_memory",
-        where=lambda row: row["tokens"] == 1601,
-        **_ON_CPU,
-    ),
-    Target(
-        "patch embedding 0.97x the best of conv, conv channels_last and unfold + linear",
-        "float pixels",
-        0.97,
-        lambda row: row["peer"] != _PATCHES,
-        where=lambda row: row["dtype"] in ("fp32", "bf16"),
-        **_OF_PATCHES,
-    ),
-    Target(
-        "patch embedding faster than the best of them, in most cases",
-        "float pixels",
-        1.0,
-        lambda row: row["peer"] != _PATCHES,
-        where=lambda row: row["dtype"] in ("fp32", "bf16"),
-        **_OF_PATCHES,
-    ),
-    Target(
-        "patch embedding of bytes 1.3x normalise + conv + cat + add",
-        "uint8 pixels",
-        1.3,
-        _named("normalise + conv"),
-        where=lambda row: row["dtype"] in ("fp32", "bf16"),
-        peer="normalise + conv",
-        **_OF_PATCHES,
-    ),
-)
+from .target_list import TARGETS, Target
 
 
 @dataclass(frozen=True)
@@ -184,19 +41,34 @@ class Verdict:
 
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
-    """Every target of the device at every case that it is asked of; one without measurement of ours says so."""
+    """Every target of the device and of a bench that ran, at every case that it is asked of.
+
+    One without measurement of ours says so.
+    """
     verdicts = []
+    benches = {entry.get("bench", ATTENTION) for entry in [*results["rows"], *results.get("left_out", [])]}
     for target in TARGETS:
-        if target.device != results["conditions"]["device"]:
+        if target.device != results["conditions"]["device"] or target.bench not in benches:
             continue
         of_bench = [row for row in results["rows"] if row.get("bench", ATTENTION) == target.bench]
         rows = [row for row in of_bench if row["mode"] == target.mode]
         ours = [row for row in rows if row["peer"] == target.ours and target.where(row)]
         ours.sort(key=lambda row: (row["dtype"], row["batch"] == 1, row["tokens"], row.get("threads", 0)))
-        verdicts += [_verdict(target, row, rows, results) for row in ours]
+        verdicts += [_verdict(target, row, rows, results) for row in _beside_rivals(target, ours, rows)]
         if not ours:
             verdicts.append(Verdict(target, "-", missing=f"{target.ours} was not measured"))
     return verdicts
+
+
+def _beside_rivals(target: Target, ours: list[Row], rows: list[Row]) -> list[Row]:
+    """Ours, but of a case that was raced in heats those of heats with a rival only, or the first where none has one."""
+    kept = []
+    for row in ours:
+        heats = [one for one in ours if one.get("case") == row.get("case") and one.get("threads") == row.get("threads")]
+        rivalled = [one for one in heats if any(_case(other) == _case(one) and target.against(other) for other in rows)]
+        if "heat" not in row or row in (rivalled or heats[:1]):
+            kept.append(row)
+    return kept
 
 
 def _verdict(target: Target, ours: Row, rows: list[Row], results: dict[str, Any]) -> Verdict:
@@ -214,7 +86,9 @@ def _verdict(target: Target, ours: Row, rows: list[Row], results: dict[str, Any]
 
 def _case(row: Row) -> str:
     threads = f", threads {row['threads']}" if "threads" in row else ""
-    return f"{row['batch']}x{row['tokens']} {row['dtype']}{threads}"
+    heat = f", heat {row['heat']}" if "heat" in row else ""
+    model = f"{row['model']} " if "model" in row else ""
+    return f"{model}{row['batch']}x{row['tokens']} {row['dtype']}{threads}{heat}"
 
 
 def _reason(target: Target, ours: Row, results: dict[str, Any]) -> str:

@@ -344,13 +344,14 @@ def test_a_spent_budget_skips_what_is_left_and_says_so(tmp_path: Path) -> None:
     assert [entry["left_out"] for entry in left_out] == ["the run's budget of 0 seconds is spent"] * 5
 
 
-def test_gpu_bench_uses_the_python_at_hand() -> None:
-    command = ["make", "--dry-run", "gpu-bench", "RESULTS=elsewhere", "COMMIT=0123abc", "GPU_PYTHON=some-python"]
+@pytest.mark.parametrize(("target", "bench"), [("gpu-bench", "attention"), ("gpu-bench-models", "model")])
+def test_gpu_bench_uses_the_python_at_hand(target: str, bench: str) -> None:
+    command = ["make", "--dry-run", target, "RESULTS=elsewhere", "COMMIT=0123abc", "GPU_PYTHON=some-python"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, check=True)
     assert "pip" not in done.stdout
     assert ".venv" not in done.stdout
-    assert "some-python -m pytest benchmarks/bench_attention.py --device=cuda" in done.stdout
-    assert '--rows="elsewhere/gpu-bench.jsonl"' in done.stdout
+    assert f"some-python -m pytest benchmarks/bench_{bench}.py --device=cuda" in done.stdout
+    assert f'--rows="elsewhere/{target}.jsonl"' in done.stdout
     assert "some-python -m benchmarks.targets" in done.stdout
 
 

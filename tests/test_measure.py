@@ -86,6 +86,20 @@ def test_peak_memory_calls_once_and_lets_errors_through() -> None:
         measure.peak_memory(lambda: 1 // 0)
 
 
+@needs_counter
+def test_loaded_memory_counts_what_is_held_and_not_what_was_freed() -> None:
+    before = measure.loaded_memory()
+    held = torch.ones(64 * MIB // 4)
+    torch.ones(32 * MIB // 4)
+    during = measure.loaded_memory()
+    assert before is not None
+    assert during is not None
+    assert abs(during - before - 64 * MIB) < 2 * TOLERANCE
+    del held
+    assert abs((measure.loaded_memory() or 0) - before) < 2 * TOLERANCE
+    assert measure.loaded_memory("meta") is None
+
+
 def test_peak_memory_is_none_with_a_reason_where_there_is_no_counter() -> None:
     calls: list[int] = []
     assert measure.peak_memory(lambda: calls.append(1), "meta") is None

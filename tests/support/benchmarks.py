@@ -16,8 +16,9 @@ from types import ModuleType
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PACKAGE = "beit_fast_benchmarks"
 _MODULES = (
-    *("bench_cpu_attention", "bench_patch_embed", "cases", "clocks", "peers", "plot", "plot_patches", "processes"),
-    *("rows", "targets"),
+    *("bench_cpu_attention", "bench_model", "bench_patch_embed", "cases", "clocks", "exported_peers", "model_cases"),
+    *("model_peers", "page_cases", "page_peers", "page_tables", "peers", "plot", "plot_models", "plot_patches"),
+    *("processes", "rows", "targets"),
 )
 
 
@@ -37,12 +38,23 @@ def benchmark_house() -> Iterator[ModuleType]:
         del sys.modules[name]
 
 
+def benchmark_module(name: str) -> ModuleType:
+    """One module of that folder that needs no other of them."""
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def run_in_a_copy(tmp_path: Path, bench: str, *options: str) -> subprocess.CompletedProcess[str]:
     """A run of one file of benchmarks, `bench`, with the house around it, in `tmp_path`."""
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    for name in ("__init__.py", "cases.py", "clocks.py", "peers.py", "processes.py", "rows.py", "conftest.py"):
-        shutil.copy(BENCHMARKS / name, folder)
+    for file in BENCHMARKS.glob("*.py"):
+        if not file.name.startswith("bench_"):
+            shutil.copy(file, folder)
     (folder / "bench_probe.py").write_text(bench)
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -ra\n")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--device=cpu", *options]

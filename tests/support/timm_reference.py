@@ -1,77 +1,15 @@
-"""timm's BEiT as a reference. timm imports torchvision, of which BEiT needs nothing: a stand-in serves the import."""
+"""timm's BEiT as a reference, imported as the benchmarks import it: without torchvision."""
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
-import types
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from .benchmarks import benchmark_module
 
-class _Anything:
-    """A class whose attributes are such classes, to be subclassed, called or compared while timm is imported."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything
-
-    def __call__(self, *args: object, **kwargs: object) -> _Anything:
-        return self
-
-
-class _StandIn(types.ModuleType):
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _MetaAnything(name, (), {})
-
-
-class _MetaAnything(type):
-    """Classes that answer every attribute."""
-
-    def __getattr__(cls, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything()
-
-
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] != "torchvision":
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        return _StandIn(spec.name)
-
-    def exec_module(self, module):
-        module.__version__ = "0.0"
-
-
-def _import_timm() -> types.ModuleType:
-    """timm, with the stand-in gone again: others must not take it for torchvision."""
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
-    try:
-        import timm
-        import timm.layers
-        import timm.models.beit
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-    return timm
-
-
-timm = _import_timm()
+timm = benchmark_module("timm_import").import_timm()
 
 TINY = {
     "img_size": 32,
