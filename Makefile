@@ -64,9 +64,10 @@ test-slow-interpreted:
 
 # Another Triton: everything that it compiles, and the files that take every route through its interpreter.
 test-triton-%: .venvs/triton-%/.done
-	PYTHONPATH=$(CURDIR)/.venvs/triton-$* $(BIN)/pytest -m "not slow" tests/test_kernels_aot.py tests/test_machine_code.py
+	PYTHONPATH=$(CURDIR)/.venvs/triton-$* $(BIN)/pytest -m "not slow" \
+	  $(addprefix tests/test_,kernels_aot.py linear_gelu_aot.py machine_code.py residual_norm_aot.py)
 	PYTHONPATH=$(CURDIR)/.venvs/triton-$* TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" \
-	  $(addprefix tests/kernels/test_,bias.py contract.py layouts.py parity.py routes.py)
+	  $(addprefix tests/kernels/test_,bias.py contract.py layouts.py linear_gelu.py parity.py residual_norm.py routes.py)
 
 test-transformers-%: .venvs/transformers-%/.done
 	PYTHONPATH=$(CURDIR)/.venvs/transformers-$* $(BIN)/pytest tests/versions
@@ -84,7 +85,7 @@ sanitize: $(VENV)/.test
 	$(SANITIZED_RUN) $(BIN)/python -P -c \
 	  'from beit_fast import native; assert native.is_loaded("_C") and "$(SANITIZED)" in native.__file__'
 	$(SANITIZED_RUN) $(BIN)/pytest -p no:cacheprovider -m "not slow" \
-	  $(wildcard $(addprefix tests/test_,ops.py operator_inputs.py patch_embed*.py cpu_attention*.py))
+	  $(wildcard $(addprefix tests/test_,ops.py operator_inputs.py patch_embed*.py cpu_attention*.py parts_linear.py))
 
 # What needs a CUDA device. Nothing is installed and nothing downloaded; the libraries are built in place.
 gpu: gpu-test gpu-bench gpu-bench-models

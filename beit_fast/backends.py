@@ -26,6 +26,13 @@ PATCH_EMBED_KERNELS = ("fused/cuda", "fused/c++", "fused/composite")
 HEAD_DIMS = range(8, 129, 8)
 """Head dimensions that the Triton kernels take."""
 
+LARGEST_ROW_SIZE = 4096
+LARGEST_ROW_COUNT = 2**30
+"""Numbers of a token, and tokens of a batch, that the Triton kernels of residual and LayerNorm take."""
+
+LARGEST_OUTPUT_COUNT = 2**24 - 1
+"""Rows of a weight that the Triton kernel of linear and GELU takes."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether CPU tensors go through the Triton kernels in Triton's interpreter; fixed when the package is imported."""
 
@@ -91,6 +98,35 @@ def patch_embed_kernel(device: torch.device, dtypes: Sequence[torch.dtype] = (),
     return PATCH_EMBED_KERNELS[-1]
 
 
+def residual_norm_refusals(
+    device: torch.device, dtypes: Sequence[torch.dtype], row_size: int, row_count: int
+) -> tuple[str, ...]:
+    """Every reason why the Triton kernels cannot add a residual or normalise `row_count` rows of `row_size` numbers."""
+    if device.type == "cpu" and INTERPRETED:
+        reasons = _triton_type_refusals(dtypes)
+    else:
+        reasons = _cuda_refusals(device) + _triton_type_refusals(dtypes)
+    if row_size > LARGEST_ROW_SIZE:
+        reasons += (f"rows of {row_size} numbers are longer than {LARGEST_ROW_SIZE}",)
+    if row_count > LARGEST_ROW_COUNT:
+        reasons += (f"{row_count} rows are more than {LARGEST_ROW_COUNT}",)
+    return reasons
+
+
+def triton_takes_rows(row_size: int, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether the Triton kernels take such rows, where they run at all."""
+    return row_size <= LARGEST_ROW_SIZE and all(dtype in _GPU_DTYPES for dtype in dtypes)
+
+
+def linear_gelu_refusals(device: torch.device, dtype: torch.dtype, output_count: int) -> tuple[str, ...]:
+    """Every reason why the Triton kernel cannot serve a linear layer with GELU on `device`."""
+    reasons = () if device.type == "cpu" and INTERPRETED else _cuda_refusals(device)
+    reasons += _triton_type_refusals([dtype])
+    if output_count > LARGEST_OUTPUT_COUNT:
+        reasons += (f"{output_count} outputs are more than {LARGEST_OUTPUT_COUNT}",)
+    return reasons
+
+
 def _library_refusals(library: str) -> tuple[str, ...]:
     reason = native.refusal(library)
     return () if reason is None else (reason,)
@@ -115,13 +151,15 @@ def _float_refusals(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _triton_refusals(dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
-    reasons = []
-    if not has_triton():
-        reasons.append("the package triton is not installed")
-    reasons += _dtype_refusals([dtype], _GPU_DTYPES)
+    reasons = _triton_type_refusals([dtype])
     if head_dim not in HEAD_DIMS:
-        reasons.append(f"head dimension {head_dim} is not a multiple of 8 from 8 to 128")
-    return tuple(reasons)
+        reasons += (f"head dimension {head_dim} is not a multiple of 8 from 8 to 128",)
+    return reasons
+
+
+def _triton_type_refusals(dtypes: Sequence[torch.dtype]) -> tuple[str, ...]:
+    reasons = () if has_triton() else ("the package triton is not installed",)
+    return reasons + _dtype_refusals(dtypes, _GPU_DTYPES)
 
 
 def _cuda_refusals(device: torch.device) -> tuple[str, ...]:

@@ -193,7 +193,7 @@ def format_facts(facts: dict[str, Any]) -> str:
 
 def _linear_lines(linears: dict[str, Any]) -> list[str]:
     refusal, training = linears["packed"]["reason"], linears["training"]
-    product = {"blas": "F.linear", "onednn": "oneDNN", None: "none"}[training["product"]]
+    product = {"blas": "F.linear", "onednn": "oneDNN", "parts": "AMX tiles", None: "none"}[training["product"]]
     return [
         f"packed linears: {'oneDNN' if refusal is None else f'no: {refusal}'}",
         f"linears of training on cpu in float32: {product} ({training['reason']})",

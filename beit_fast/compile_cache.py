@@ -14,7 +14,7 @@ import torch.compiler.config
 
 from ._version import __version__
 
-_TRACED = ("ops.py", "transforms.py", "functional.py", "composite_patch_embed.py")
+_TRACED = ("ops.py", "linear_gelu.py", "residual_norm.py", "transforms.py", "functional.py", "composite_patch_embed.py")
 
 
 def source_tag() -> str:

@@ -5,11 +5,13 @@ That module imports Triton, so it is not imported here: the formulas are handed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from .import_hooks import when_imported
+from .linear_gelu import linear_gelu_op
 from .ops import attention_backward_op, attention_op, patch_embed_op
 
 
@@ -35,8 +37,13 @@ def _patch_embed(pixels: Sequence[int], weight: Sequence[int], *args: Any, out_s
     return 2 * pixels[0] * patches * weight[0] * weight[1] * weight[2] * weight[3]
 
 
+def _linear_gelu(x: Sequence[int], weight: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def _register(counter: ModuleType) -> None:
     formulas = {attention_op: _attention, attention_backward_op: _attention_backward, patch_embed_op: _patch_embed}
+    formulas[linear_gelu_op] = _linear_gelu
     for op, formula in formulas.items():
         packet = op.overloadpacket
         if packet not in counter.flop_registry:

@@ -89,9 +89,7 @@ def obstacles_to_folding(encoder: nn.Module) -> list[str]:
     """Why the blocks of `encoder` cannot be folded, all reasons; empty where they can."""
     if type(encoder) is not BeitEncoder:
         return [f"encoder is a {type(encoder).__name__}, not a BeitEncoder"]
-    reasons = [
-        reason for name, module in encoder.named_modules() for reason in hook_obstacles(f"encoder.{name}", module)
-    ]
+    reasons = hook_obstacles({f"encoder.{name}": module for name, module in encoder.named_modules()})
     for name, module, expected in _expected_modules(encoder):
         if type(module) is not expected:
             reasons.append(f"{name} is a {type(module).__name__}, not a {expected.__name__}")

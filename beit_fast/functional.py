@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .linear_gelu import linear_gelu_op
 from .position_bias import Window
 from .validation import raise_problems, tensor_problems
 
@@ -45,7 +46,7 @@ def rel_pos_attention(
     if table is not None and window is None:
         problems = [*tensor_problems(q, k, v, table, key_mask), "a table needs window=(height, width)"]
         raise_problems("rel_pos_attention", problems, q=q, k=k, v=v, table=table, key_mask=key_mask)
-    _refuse_forward_mode(q, k, v, table)
+    refuse_forward_mode(q, k, v, table)
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.ndim == 4 and q.shape[-1] != 0 else 1.0  # any other q is refused
     window = (1, 1) if window is None else window
@@ -85,14 +86,35 @@ def patch_embed(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; every reason is listed.
     """
-    _refuse_forward_mode(pixels, weight, bias, cls, mask_token, pos)
+    refuse_forward_mode(pixels, weight, bias, cls, mask_token, pos)
     arguments = (pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
     if transforms_are_active():
         return PatchEmbed.apply(*arguments)
     return ops.patch_embed_op(*arguments)
 
 
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gelu(x @ weight.T + bias)` with the exact GELU, for inference.
+
+    Args:
+        x: `[..., inputs]`, any strides.
+        weight: `[outputs, inputs]` in the dtype of x, any strides.
+        bias: `[outputs]` in the dtype of x, or None.
+
+    Returns:
+        `[..., outputs]`, contiguous, in the dtype of x. On CUDA sums and GELU are fp32 and rounded once; products of
+        fp32 follow `torch.backends.cuda.matmul.fp32_precision`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or no kernel serves them here; every reason is listed.
+        RuntimeError: a derivative is asked for, backward or forward.
+    """
+    refuse_forward_mode(x, weight, bias)
+    return linear_gelu_op(x, weight, bias)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """RuntimeError where a tensor has a tangent, which the operators would lose without a word."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     unpack = torch.autograd.forward_ad.unpack_dual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import attention
+from .cuda_graphs import GraphCache, GraphReport
 from .folding import obstacles_to_folding
 from .inference_encoder import FoldedEncoder
 from .layers import window_of
@@ -41,7 +43,8 @@ def optimize_for_inference(
         dtype: of the result's weights and arithmetic, the model's own by default. Bias tables stay fp32.
         example: pixels `[B, C, H, W]` like those to come. Weights are packed for as many tokens, and one call prepares
             all that is kept for such pixels. Others work as well, the first call of each size being slower.
-        graphs: on CUDA, replay calls of one shape as a graph; False launches every kernel, which any input allows.
+        graphs: on CUDA, record calls of each shape as a graph and replay it, for the last 8 shapes; calls with labels
+            or several positional arguments are never recorded. False launches every kernel in every call.
         keep_original: False frees the memory of `model`, whose parameters then lie on the meta device; the result
             cannot write them any more.
 
@@ -94,7 +97,7 @@ def _optimized_class(base: Any) -> type[BeitPreTrainedModel]:
 
     @functools.wraps(base.forward)
     def forward(self: OptimizedModel, *args: Any, **kwargs: Any) -> Any:
-        return self._infer(functools.partial(base.forward, self), args, kwargs)
+        return self._infer(args, kwargs)
 
     return type(
         f"Optimized{base.__name__}", (OptimizedModel, base), {"forward": forward, "__doc__": OptimizedModel.__doc__}
@@ -131,25 +134,39 @@ class OptimizedModel(BeitPreTrainedModel):
     """A model made by `beit_fast.optimize_for_inference`: it infers, and does nothing else."""
 
     _original: BeitPreTrainedModel | None
+    _function: Callable[..., Any]
+    _graphs: GraphCache | None
     _optimized_dtype: torch.dtype
 
     def _finish_optimization(self, original: BeitPreTrainedModel, dtype: torch.dtype, graphs: bool) -> None:
         vars(self)["_original"] = original  # no submodule: its parameters are not this model's
         self._optimized_dtype = dtype
         self._use_graphs = graphs
+        function = functools.partial(type(original).forward, self)
+        self._function = function
+        self._graphs = None
+        if graphs and self.device.type == "cuda":
+            self._graphs = GraphCache(function, held=self._folded_encoder.biases.held)
         self._parameter_counts = {flag: original.num_parameters(flag) for flag in (False, True)}
 
     @torch.no_grad()
-    def _infer(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "an optimised model is not for torch.compile or torch.export: give them the model it was made from"
             )
+        # A loss may choose masked patches, which waits for the device and cannot be recorded.
+        graphs = self._graphs if len(args) < 2 and kwargs.get("labels") is None else None
+        function = self._function if graphs is None else graphs
         device = self.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
+
+    def graph_report(self) -> GraphReport | None:
+        """What CUDA graphs are kept and how calls went; None where calls are not recorded."""
+        return None if self._graphs is None else self._graphs.report()
 
     def inference_report(self) -> InferenceReport:
         """What this model holds and runs."""
@@ -174,6 +191,8 @@ class OptimizedModel(BeitPreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose `"eager"`, `"sdpa"`, `"triton"` or None (by device and dtype) for every block from now on."""
         super().set_attn_implementation(attn_implementation)
+        if self._graphs is not None:
+            self._graphs.clear()
         self._folded_encoder.set_attn_implementation(attn_implementation)
 
     def num_parameters(self, only_trainable: bool = False) -> int:

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import attention
+from . import attention, backends
 from .folding import FoldedLayer, fold_layer
 from .inference_linear import InferenceLinear, build_linear
 from .layers import BeitEncoder, BeitLayer
 from .position_bias import Window, resize_table, token_count
+from .residual_norm import residual_norm
 
 TRITON_KERNELS = ("triton/cuda", "triton/interpreter")
 """Kernels behind `"triton"` that read the bias from a form of their own, which is kept here with the table."""
@@ -63,6 +64,15 @@ class BiasCache:
             self._biases.clear()
 
 
+class AttentionCall(NamedTuple):
+    """What attention takes in a forward of the encoder, the same in every block."""
+
+    window: Window
+    key_mask: Tensor | None
+    implementation: str | None
+    output_attentions: bool
+
+
 class FoldedBlock(nn.Module):
     """A block of four linear layers around attention, its norms without gain and shift."""
 
@@ -76,45 +86,36 @@ class FoldedBlock(nn.Module):
         self.up = build_linear(folded.up, rows, folded.activation)
         self.down = build_linear(folded.down, rows)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        window: Window,
-        bias: LayerBias,
-        key_mask: Tensor | None,
-        implementation: str | None,
-        output_attentions: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, bias: LayerBias, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """`[B, N, E]` to `[B, N, E]`, and the attention weights `[B, H, N, N]` where asked for."""
-        shape = hidden_states.shape[-1:]
-        packed = self.qkv(F.layer_norm(hidden_states, shape, eps=self.eps[0]))
-        mixed, weights = self._attend(packed, window, bias, key_mask, implementation, output_attentions)
-        hidden_states = self.out.add(mixed.flatten(2), hidden_states)
-        raised = self.up(F.layer_norm(hidden_states, shape, eps=self.eps[1]))
-        return self.down.add(raised, hidden_states), weights
+        mixed, weights = self.mix(self.norm(hidden_states, 0), bias, call)
+        hidden_states = self.out.add(mixed, hidden_states)
+        return self.down.add(self.up(self.norm(hidden_states, 1)), hidden_states), weights
 
-    def _attend(
-        self,
-        packed: Tensor,
-        window: Window,
-        bias: LayerBias,
-        key_mask: Tensor | None,
-        implementation: str | None,
-        output_attentions: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = packed.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, D]
-        asked = "eager" if output_attentions else implementation
+    def norm(self, hidden_states: Tensor, number: int) -> Tensor:
+        """The norm before attention (0) or before the MLP (1)."""
+        return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps[number])
+
+    def mix(self, normalized: Tensor, bias: LayerBias, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Attention without its output projection, `[B, N, E]` to `[B, N, H * D]`, and its weights."""
+        q, k, v = self.qkv(normalized).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, D]
+        asked = "eager" if call.output_attentions else call.implementation
         self.kernel = attention.kernel_name(asked, q.device, q.dtype, q.shape[-1])
-        if output_attentions:
-            dense = None if bias.table is None else attention.dense_bias(bias.table, window)
-            return attention.eager_attention(q, k, v, dense, key_mask, scale=1.0)
-        if self.kernel in TRITON_KERNELS:
+        weights = None
+        if call.output_attentions:
+            dense = None if bias.table is None else attention.dense_bias(bias.table, call.window)
+            out, weights = attention.eager_attention(q, k, v, dense, call.key_mask, scale=1.0)
+        elif self.kernel in TRITON_KERNELS:
             from .kernels.attention import launch
 
-            return launch.attention_forward(q, k, v, bias.table, key_mask, window, 1.0, 0.0, 0, bias=bias.records)[
-                0
-            ], None
-        return attention.attend(q, k, v, bias.table, window, key_mask, 1.0, implementation=implementation), None
+            out, _ = launch.attention_forward(
+                q, k, v, bias.table, call.key_mask, call.window, 1.0, 0.0, 0, bias=bias.records
+            )
+        else:
+            out = attention.attend(
+                q, k, v, bias.table, call.window, call.key_mask, 1.0, implementation=call.implementation
+            )
+        return out.flatten(2), weights
 
 
 class FoldedEncoder(nn.Module):
@@ -152,20 +153,48 @@ class FoldedEncoder(nn.Module):
         output_hidden_states: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """As `BeitEncoder.forward`."""
+        call = AttentionCall(window, key_mask, self.attn_implementation, output_attentions)
+        run = self._run_fused if self._fuses_norms(hidden_states) else self._run
         states, attentions = [hidden_states], []
-        for block, bias in zip(self.blocks(), self.biases(window), strict=True):
-            hidden_states, weights = block(
-                hidden_states, window, bias, key_mask, self.attn_implementation, output_attentions
-            )
+        last = hidden_states
+        for last, weights in run(hidden_states, call):
             if output_hidden_states:
-                states.append(hidden_states)
+                states.append(last)
             if weights is not None:
                 attentions.append(weights)
         return (
-            hidden_states,
+            last,
             tuple(states) if output_hidden_states else None,
             tuple(attentions) if output_attentions else None,
         )
+
+    def _run(self, hidden_states: Tensor, call: AttentionCall) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The output of each block, and its attention weights."""
+        for block, bias in zip(self.blocks(), self.biases(call.window), strict=True):
+            hidden_states, weights = block(hidden_states, bias, call)
+            yield hidden_states, weights
+
+    def _run_fused(self, hidden_states: Tensor, call: AttentionCall) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The same, each residual added in one kernel with the norm that follows, if need be the next block's."""
+        blocks = list(self.blocks())
+        normalized = blocks[0].norm(hidden_states, 0)
+        for block, bias, following in zip(blocks, self.biases(call.window), [*blocks[1:], None], strict=True):
+            mixed, weights = block.mix(normalized, bias, call)
+            hidden_states, normalized = residual_norm(hidden_states, block.out(mixed), eps=block.eps[1])
+            branch = block.down(block.up(normalized))
+            if following is None:
+                hidden_states = hidden_states + branch
+            else:
+                hidden_states, normalized = residual_norm(hidden_states, branch, eps=following.eps[0])
+            yield hidden_states, weights
+
+    def _fuses_norms(self, hidden_states: Tensor) -> bool:
+        """Whether Triton's kernels take the residuals and norms."""
+        if hidden_states.device.type == "cpu" and not backends.INTERPRETED:
+            return False
+        size = hidden_states.shape[-1]
+        rows = hidden_states.numel() // size
+        return not backends.residual_norm_refusals(hidden_states.device, [hidden_states.dtype], size, rows)
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose attention for every block from now on."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import private_operators
+from . import backends, parts_linear, private_operators
 from .folding import Affine
+from .functional import linear_gelu
 
 
 class InferenceLinear(nn.Module):
@@ -59,6 +61,34 @@ class PackedLinear(InferenceLinear):
         return self._weight_bytes
 
 
+class PartsLinear(InferenceLinear):
+    """fp32 on a CPU's bf16 tiles, by the package's own kernel; exact GELU and the residual are part of the product."""
+
+    library = "c++"
+
+    def __init__(self, affine: Affine, activation: nn.Module | None) -> None:
+        self.fuses_gelu = is_exact_gelu(activation)
+        super().__init__(affine, None if self.fuses_gelu else activation)
+        self.outputs, self.parts = affine.weight.shape[0], parts_linear.parts_for_precision()
+        self.weight = parts_linear.pack_parts(affine.weight, self.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = parts_linear.linear_parts(x, self.weight, self.outputs, self.parts, self.bias, gelu=self.fuses_gelu)
+        return out if self.activation is None else self.activation(out)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return parts_linear.linear_parts(x, self.weight, self.outputs, self.parts, self.bias, residual)
+
+
+class GeluLinear(InferenceLinear):
+    """A linear layer and exact GELU in one Triton kernel."""
+
+    library = "triton"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_gelu(x, self.weight, self.bias)
+
+
 def is_exact_gelu(activation: nn.Module | None) -> bool:
     """Whether `activation` is GELU with erf, not its tanh form."""
     return type(activation) is nn.GELU and activation.approximate == "none"
@@ -67,6 +97,10 @@ def is_exact_gelu(activation: nn.Module | None) -> bool:
 def build_linear(affine: Affine, rows: int, activation: nn.Module | None = None) -> InferenceLinear:
     """The linear layer on the fastest library that takes its weight; `rows` is how many inputs it is packed for."""
     device, dtype = affine.weight.device, affine.weight.dtype
+    if is_exact_gelu(activation) and not backends.linear_gelu_refusals(device, dtype, affine.weight.shape[0]):
+        return GeluLinear(affine, activation)
+    if device.type == "cpu" and dtype == torch.float32 and parts_linear.refusal() is None:
+        return PartsLinear(affine, activation)
     if private_operators.packing_refusal(device, dtype) is None:
         return PackedLinear(affine, activation, rows)
     return InferenceLinear(affine, activation)

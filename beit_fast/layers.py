@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, patch_embedding
+from . import attention, backends, patch_embedding
 from .activations import ACTIVATIONS
 from .configuration import BeitConfig
-from .functional import patch_embed
+from .functional import patch_embed, transforms_are_active
 from .linear import apply_linear
+from .module_checks import hook_obstacles
 from .patch_embedding import Normalization
 from .position_bias import Window, resize_position_embeddings, resize_table, table_rows
+from .residual_norm import residual_add, residual_norm
 
 
 def window_of(pixel_values: Tensor, patch_size: int) -> Window:
@@ -262,18 +264,31 @@ class BeitDropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, branch: Tensor) -> Tensor:
+        factors = self._draw(branch)
+        return branch if factors is None else branch * factors.view(-1, *[1] * (branch.ndim - 1))
+
+    def factors(self, branch: Tensor) -> Tensor | None:
+        """fp32 `[B]`: what `forward` would multiply each sample of this branch by; None where nothing is dropped."""
+        return self._draw(branch, torch.float32)
+
+    def _draw(self, branch: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
         if self.drop_prob == 0.0 or not self.training:
-            return branch
+            return None
         keep_prob = 1.0 - self.drop_prob
-        keep = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep_prob)
-        return branch * (keep / keep_prob if keep_prob > 0 else keep)
+        keep = branch.new_empty(branch.shape[0]).bernoulli_(keep_prob).to(dtype or branch.dtype)
+        return keep / keep_prob if keep_prob > 0 else keep
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"
 
 
 class BeitLayer(nn.Module):
-    """A block: `x + lambda_1 * attention(norm(x))`, then `x + lambda_2 * mlp(norm(x))`, drop path on both branches."""
+    """A block: `x + lambda_1 * attention(norm(x))`, then `x + lambda_2 * mlp(norm(x))`, drop path on both branches.
+
+    Where attention runs Triton's kernels, so do the sums and the norm between them, in one operator each; it reads the
+    parameters of `layernorm_after`, draws from `drop_path`, and calls neither. Where one of them was replaced or has
+    hooks, both are called.
+    """
 
     def __init__(self, config: BeitConfig, drop_path_rate: float = 0.0) -> None:
         super().__init__()
@@ -305,9 +320,45 @@ class BeitLayer(nn.Module):
             key_mask,
             output_attentions,
         )
+        if not output_attentions and self._fuses(hidden_states, branch):
+            return self._fused_half(hidden_states, branch), None
         hidden_states = hidden_states + self.drop_path(_scaled(branch, self.lambda_1))
         branch = self.output(self.intermediate(self.layernorm_after(hidden_states)))
         return hidden_states + self.drop_path(_scaled(branch, self.lambda_2)), weights
+
+    def obstacles_to_fusing(self) -> list[str]:
+        """Why operators cannot take the place of `layernorm_after` and `drop_path` here; empty where they can."""
+        modules = {"layernorm_after": self.layernorm_after, "drop_path": self.drop_path}
+        accepted = {"layernorm_after": (nn.LayerNorm,), "drop_path": (BeitDropPath, nn.Identity)}
+        replaced = [
+            f"{name} is a {type(module).__name__}"
+            for name, module in modules.items()
+            if type(module) not in accepted[name]
+        ]
+        return replaced + hook_obstacles(modules)
+
+    def _fuses(self, hidden_states: Tensor, branch: Tensor) -> bool:
+        """Whether Triton's kernels run attention here, and could all that comes after it."""
+        mixer = getattr(self.attention, "attention", None)
+        if not isinstance(mixer, BeitSelfAttention) or transforms_are_active() or hasattr(branch, "device_mesh"):
+            return False  # a DTensor has a mesh, and the operators have no rules for it
+        kernel = attention.kernel_name(mixer.attn_implementation, branch.device, branch.dtype, mixer.head_dim)
+        if kernel not in ("triton/cuda", "triton/interpreter") or self.obstacles_to_fusing():
+            return False
+        norm = self.layernorm_after
+        tensors = (hidden_states, branch, self.lambda_1, self.lambda_2, norm.weight, norm.bias)
+        return backends.triton_takes_rows(branch.shape[-1], [x.dtype for x in tensors if x is not None])
+
+    def _fused_half(self, hidden_states: Tensor, branch: Tensor) -> Tensor:
+        norm = self.layernorm_after
+        hidden_states, normalized = residual_norm(
+            hidden_states, branch, self.lambda_1, self._drop_factors(branch), norm.weight, norm.bias, norm.eps
+        )
+        branch = self.output(self.intermediate(normalized))
+        return residual_add(hidden_states, branch, self.lambda_2, self._drop_factors(branch))
+
+    def _drop_factors(self, branch: Tensor) -> Tensor | None:
+        return self.drop_path.factors(branch) if isinstance(self.drop_path, BeitDropPath) else None
 
 
 def _scaled(branch: Tensor, layer_scale: Tensor | None) -> Tensor:

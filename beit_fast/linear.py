@@ -5,8 +5,9 @@ place.
 at the price of packing the right operand of each of the three products of a step: the weight forward and, transposed,
 for the input's gradient, the input for the weight's. That pays where the CPU's AVX-512 is twice as wide as its AVX2,
 which is AMD from family 26 on (Zen 5; Zen 4 splits each AVX-512 instruction in two), and for enough rows. On Intel's
-CPUs both multiply alike and packing would be lost. `choose_product` is the one place that decides, from facts about
-the machine and never by timing.
+CPUs both multiply alike and packing would be lost; where they have AMX, the package's own kernel multiplies fp32 in
+parts on their tiles (`parts_linear`). `choose_product` is the one place that decides, from facts about the machine and
+never by timing.
 
 Query, key and value stay three products: one of their concatenated weights copies weights and gradients, which costs
 more than it saves.
@@ -24,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import attention, private_operators
+from . import attention, parts_linear, private_operators
 from .functional import transforms_are_active
 from .module_checks import runs_as_written
 
-PRODUCTS = ("blas", "onednn")
+PRODUCTS = ("blas", "onednn", "parts")
 """What can multiply, and what `BEIT_FAST_CPU_LINEAR` may name; it is read when this module is imported."""
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -36,6 +37,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _REQUESTED = os.environ.get("BEIT_FAST_CPU_LINEAR")
 _FEWEST_PACKED_ROWS = 320  # below, packing the weights costs what an oneDNN 1.5 times as fast as MKL saves
+_FEWEST_ROWS_IN_PARTS = 128  # below, packing costs what the tiles save
 _WIDE_AVX512_FAMILY = 26  # AMD's Zen 5
 _CPU_KERNELS = ("triton/c++", "triton/composite")
 
@@ -60,9 +62,11 @@ def choose_product() -> ProductChoice:
         ValueError: `BEIT_FAST_CPU_LINEAR` names no product.
     """
     preferred = _preferred(_REQUESTED)
-    if preferred.name == "blas":
-        return preferred
-    refusal = private_operators.packing_refusal("cpu", torch.float32)
+    refusal = None
+    if preferred.name == "onednn":
+        refusal = private_operators.packing_refusal("cpu", torch.float32)
+    elif preferred.name == "parts":
+        refusal = parts_linear.refusal()
     return preferred if refusal is None else ProductChoice("blas", refusal)
 
 
@@ -113,6 +117,11 @@ def multiply_packed(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return private_operators.packed_linear(left, packed, bias)
 
 
+def multiply_parts(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by the package's own kernel, with a copy of `right` in parts for as long as it takes."""
+    return parts_linear.matmul_parts(left, right, parts_linear.parts_for_precision(), bias)
+
+
 def _product_for(module: nn.Module, x: Tensor, attn_implementation: str | None) -> Product | None:
     """The function that multiplies in the place of `module`, or None where the module is to be called."""
     if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.is_grad_enabled():
@@ -140,11 +149,14 @@ def _is_plain(module: nn.Module, x: Tensor) -> bool:
 
 @functools.cache
 def _preferred(requested: str | None) -> ProductChoice:
-    """What multiplies as far as a request or else the machine decides, before oneDNN's operators are looked at."""
+    """What multiplies as far as a request or else the machine decides, before a request's obstacles are looked at."""
     if requested and requested not in PRODUCTS:
         accepted = ", ".join(map(repr, PRODUCTS))
         raise ValueError(f"BEIT_FAST_CPU_LINEAR is {requested!r}; accepted are {accepted}, or leave it unset")
     asked = f"BEIT_FAST_CPU_LINEAR={requested} was set when beit_fast was imported" if requested else None
+    if requested == "parts" or (not requested and parts_linear.refusal() is None):
+        reason = asked or "the CPU has AMX tiles, on which fp32 in three parts of bf16 is faster than on vectors"
+        return ProductChoice("parts", reason, multiply_parts, _FEWEST_ROWS_IN_PARTS)
     against = _reason_for_blas()
     if requested == "blas" or (not requested and against is not None):
         return ProductChoice("blas", asked or str(against))

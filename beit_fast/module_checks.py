@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -12,8 +14,10 @@ def runs_as_written(module: nn.Module) -> bool:
     return "forward" not in vars(module) and not any(len(getattr(module, hooks)) for hooks in _HOOKS)
 
 
-def hook_obstacles(name: str, module: nn.Module) -> list[str]:
-    """Why nothing may take the place of calling `module`: at most one reason, which names it."""
-    if runs_as_written(module):
-        return []
-    return [f"{name} has hooks or a forward of its own, which would not be called"]
+def hook_obstacles(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Which of these modules, by name, must be called because of hooks or a forward of their own."""
+    return [
+        f"{name} has hooks or a forward of its own, which would not be called"
+        for name, module in modules.items()
+        if not runs_as_written(module)
+    ]

@@ -102,11 +102,14 @@ def instruction_sets() -> tuple[str | None, tuple[str, ...]]:
     """The instruction set whose kernels `_C` runs, and all of its sets that run here; (None, ()) without `_C`."""
     if "_C" not in _loaded:
         return None, ()
-    used, usable = (_ask("beit_fast_cpu_isa"), _ask("beit_fast_cpu_isas"))
-    return used, tuple(usable.split(","))
+    used, usable = ask("beit_fast_cpu_isa"), ask("beit_fast_cpu_isas")
+    return used, tuple((usable or "").split(","))
 
 
-def _ask(function: str) -> str:
-    call = getattr(_loaded["_C"], function)
+def ask(function: str) -> str | None:
+    """The text that a `function` of `_C` gives; None where it has no such function, being older, or is not loaded."""
+    call = getattr(_loaded.get("_C"), function, None)
+    if call is None:
+        return None
     call.restype = ctypes.c_char_p
     return call().decode()

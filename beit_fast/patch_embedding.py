@@ -75,9 +75,8 @@ def obstacles_to_fusing(patch_embeddings: nn.Module, expected: type[nn.Module]) 
         or projection.groups != 1
     ):
         obstacles.append("patch_embeddings.projection is no convolution whose stride is its kernel")
-    for name, module in (("patch_embeddings", patch_embeddings), ("patch_embeddings.projection", projection)):
-        obstacles += hook_obstacles(name, module)
-    return obstacles
+    modules = {"patch_embeddings": patch_embeddings, "patch_embeddings.projection": projection}
+    return obstacles + hook_obstacles(modules)
 
 
 def float_pixels(pixels: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:

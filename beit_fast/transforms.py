@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .linear_gelu import linear_gelu_op
 from .ops import attention_backward_op, attention_op, library, patch_embed_op
+from .residual_norm import residual_norm_op
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -17,7 +19,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _register_autocast(device_type: str) -> None:
-    """Cast q, k, v (pixels and weight) as autocast casts a matrix product; the bias table and positions stay."""
+    """Cast q, k, v (pixels and weight) as autocast casts a matrix product; the bias table and positions stay.
+
+    `residual_norm` writes its rows in the type of the matrix products that read them.
+    A linear layer is cast whole, as torch's is.
+    """
     key = f"Autocast{torch._C._dispatch_key_for_device(device_type)}"
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -32,8 +38,31 @@ def _register_autocast(device_type: str) -> None:
             bias = None if bias is None else _cast(bias, dtype)
             return patch_embed_op(_cast(pixels, dtype), _cast(weight, dtype), bias, *rest)
 
+    def residual_norm(
+        residual: Tensor,
+        branch: Tensor | None,
+        scale: Tensor | None,
+        keep: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, ...]:
+        if dtype is None and residual.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return residual_norm_op(residual, branch, scale, keep, weight, bias, eps, dtype)
+
+    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            bias = None if bias is None else _cast(bias, dtype)
+            return linear_gelu_op(_cast(x, dtype), _cast(weight, dtype), bias)
+
     library.impl("rel_pos_attention", attention, key)
     library.impl("patch_embed", patch_embed, key)
+    library.impl("residual_norm", residual_norm, key)
+    library.impl("linear_gelu", linear_gelu, key)
 
 
 for _device_type in ("cpu", "cuda"):
@@ -111,3 +140,11 @@ def _patch_embed_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[An
     pixels, mask = _fold(args[0], in_dims[0], size), _fold(args[4], in_dims[4], size)
     tokens = patch_embed_op(pixels, *args[1:4], mask, *args[5:])
     return _unfold(tokens, size), 0
+
+
+@torch.library.register_vmap("beit_fast::linear_gelu", lib=library)
+def _linear_gelu_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    x_dim, weight_dim, bias_dim = in_dims
+    if weight_dim is not None or bias_dim is not None:
+        return _loop(linear_gelu_op, info.batch_size, in_dims, args)
+    return linear_gelu_op(args[0].movedim(x_dim, 0), *args[1:]), 0

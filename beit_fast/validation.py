@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -202,12 +203,33 @@ def _token_problems(tensors: dict[str, Tensor | None], pixels: Tensor, weight: T
     if 0 in _known(patches):  # said before; what must have a token each is not judged
         return problems
     shape = [pixels.shape[0], patches]
-    if mask is not None and (mask.dtype != torch.bool or _shapes_differ(mask, shape)):
+    if mask is not None and (mask.dtype != torch.bool or shapes_differ(mask, shape)):
         problems.append(f"mask must be bool [B, patches] = {shape}")
     shape = [1, patches + (tensors["cls"] is not None), embed]
-    if pos is not None and _shapes_differ(pos, shape):
+    if pos is not None and shapes_differ(pos, shape):
         problems.append(f"pos must be [1, tokens, E] = {shape}")
     return problems
+
+
+def check_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, refusals: Sequence[str] = ()) -> None:
+    """Raise ValueError unless the arguments of `linear_gelu` fit together (see there for shapes).
+
+    `refusals` are further reasons, of the kernel that would serve. Sizes may be symbolic: those are left to run time.
+    """
+    given = (weight,) if bias is None else (weight, bias)
+    problems = []
+    if weight.ndim != 2 or x.ndim == 0:
+        problems.append("x must be [..., inputs] and weight [outputs, inputs]")
+    elif _differ(x.shape[-1], weight.shape[1]):
+        problems.append(f"x has {x.shape[-1]} inputs, weight takes {weight.shape[1]}")
+    if bias is not None and weight.ndim == 2 and shapes_differ(bias, weight.shape[:1]):
+        problems.append(f"bias must be [outputs] = {list(weight.shape[:1])}")
+    if not x.dtype.is_floating_point or any(tensor.dtype != x.dtype for tensor in given):
+        problems.append("x, weight and bias must have one floating-point dtype")
+    if any(tensor.device != x.device for tensor in given):
+        problems.append("all tensors must be on one device")
+    if problems or refusals:
+        raise_problems("linear_gelu", [*problems, *refusals], x=x, weight=weight, bias=bias)
 
 
 def _differ(size: int, other: int) -> bool:
@@ -215,11 +237,140 @@ def _differ(size: int, other: int) -> bool:
     return len(set(_known(size, other))) == 2
 
 
-def _shapes_differ(tensor: Tensor, shape: Sequence[int]) -> bool:
+def shapes_differ(tensor: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a tensor has another shape, as far as both sizes of a dimension are numbers."""
     return tensor.ndim != len(shape) or any(map(_differ, tensor.shape, shape))
 
 
-def raise_problems(operator: str, problems: Sequence[str], **tensors: Tensor | None) -> None:
+def check_residual_norm(
+    residual: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    *,
+    refusals: Sequence[str] = (),
+) -> None:
+    """Raise ValueError unless the arguments of `residual_norm` fit together (see there for shapes).
+
+    `refusals` are further reasons, of the kernel that would serve. Sizes may be symbolic: those are left to run time.
+    """
+    rows = {"residual": residual, "branch": branch}
+    vectors = {"scale": scale, "weight": weight, "bias": bias}
+    problems = _row_problems(rows, vectors, keep)
+    if branch is None and (scale is not None or keep is not None):
+        problems.append("scale and keep need a branch")
+    if not eps >= 0.0:
+        problems.append(f"eps is {eps}, not at least 0")
+    if dtype is not None and not dtype.is_floating_point:
+        problems.append(f"dtype is {dtype}, not a floating-point type")
+    if problems or refusals:
+        raise_problems("residual_norm", [*problems, *refusals], **rows, **vectors, keep=keep)
+
+
+def check_residual_norm_backward(
+    grad_sum: Tensor | None,
+    grad_normalized: Tensor | None,
+    total: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    branch_dtype: torch.dtype,
+    output_mask: Sequence[bool],
+    *,
+    refusals: Sequence[str] = (),
+) -> None:
+    """Raise ValueError unless the arguments of `residual_norm_backward` fit together, as `check_residual_norm` does."""
+    rows = {"sum": total, "grad_sum": grad_sum, "grad_normalized": grad_normalized, "branch": branch}
+    vectors = {"scale": scale, "weight": weight, "bias": bias}
+    problems = _row_problems(rows, vectors, keep)
+    problems += _wanted_problems({"branch": branch, **vectors}, output_mask[2:])
+    if grad_sum is None and grad_normalized is None:
+        problems.append("grad_sum or grad_normalized must be given")
+    if grad_normalized is None and any(output_mask[3:]):
+        problems.append("the gradients of weight and bias need grad_normalized")
+    wide = torch.promote_types(total.dtype, torch.float32)
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        if tensor.dtype != wide or tensor.device != total.device or shapes_differ(tensor, total.shape[:2]):
+            problems.append(f"{name} must be {str(wide).removeprefix('torch.')} [B, N] on the device of sum")
+    if problems or refusals:
+        given = {**rows, **vectors, "keep": keep, "mean": mean, "rstd": rstd}
+        raise_problems("residual_norm_backward", [*problems, *refusals], **given)
+
+
+def check_residual_add(
+    residual: Tensor, branch: Tensor, scale: Tensor | None, keep: Tensor | None, *, refusals: Sequence[str] = ()
+) -> None:
+    """Raise ValueError unless the arguments of `residual_add` fit together, as `check_residual_norm` does."""
+    rows: dict[str, Tensor | None] = {"residual": residual, "branch": branch}
+    problems = [*_row_problems(rows, {"scale": scale}, keep), *refusals]
+    if problems:
+        raise_problems("residual_add", problems, **rows, scale=scale, keep=keep)
+
+
+def check_residual_add_backward(
+    grad: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    keep: Tensor | None,
+    branch_dtype: torch.dtype,
+    output_mask: Sequence[bool],
+    *,
+    refusals: Sequence[str] = (),
+) -> None:
+    """Raise ValueError unless the arguments of `residual_add_backward` fit together, as `check_residual_norm` does."""
+    rows = {"grad": grad, "branch": branch}
+    problems = _row_problems(rows, {"scale": scale}, keep)
+    problems += [*_wanted_problems({"branch": branch, "scale": scale}, output_mask[1:]), *refusals]
+    if problems:
+        raise_problems("residual_add_backward", problems, **rows, scale=scale, keep=keep)
+
+
+def _row_problems(rows: dict[str, Tensor | None], vectors: dict[str, Tensor | None], keep: Tensor | None) -> list[str]:
+    """What is wrong with rows `[B, N, E]`, the first of which is there, vectors `[E]`, and what is kept of samples."""
+    (first, leader), *others = rows.items()
+    assert leader is not None
+    if leader.ndim != 3 or 0 in _known(leader.shape[2]):
+        return [f"{first} must be [B, N, E] with at least one number a token"]
+    problems = []
+    batch, _, size = leader.shape
+    for name, tensor in others:
+        if tensor is not None and shapes_differ(tensor, leader.shape):
+            problems.append(f"{name} must have the shape of {first}")
+    for name, tensor in vectors.items():
+        if tensor is not None and shapes_differ(tensor, [size]):
+            problems.append(f"{name} must be [E] = [{size}]")
+    for name, tensor in (rows | vectors).items():
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            problems.append(f"{name} must be floating point")
+    if keep is not None and (keep.dtype != torch.float32 or shapes_differ(keep, [batch])):
+        problems.append(f"keep must be float32 [B] = [{batch}]")
+    if any(x is not None and x.device != leader.device for x in (*rows.values(), *vectors.values(), keep)):
+        problems.append("all tensors must be on one device")
+    return problems
+
+
+def _wanted_problems(inputs: dict[str, Tensor | None], wanted: Sequence[bool]) -> list[str]:
+    """What is missing of `inputs`, branch first, for the gradients that are wanted of the others."""
+    (_, branch), *vectors = inputs.items()
+    problems = [
+        f"the gradient of {name} needs {name}"
+        for (name, tensor), flag in zip(vectors, wanted, strict=True)
+        if flag and tensor is None
+    ]
+    if wanted[0] and branch is None:
+        problems.append("the gradient of scale needs branch")
+    return problems
+
+
+def raise_problems(operator: str, problems: Sequence[str], **tensors: Tensor | None) -> NoReturn:
     """Raise one ValueError with what was given and every reason why it is refused."""
     given = ", ".join(
         f"{name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import beit_fast
-from beit_fast import optimize_for_inference, private_operators
-from beit_fast.inference_linear import InferenceLinear, PackedLinear
+from beit_fast import optimize_for_inference, parts_linear, private_operators
+from beit_fast.cuda_graphs import GraphCache
+from beit_fast.inference_linear import InferenceLinear, PackedLinear, PartsLinear
 
+from .support.graphs import StandIn
 from .support.models import MEAN, STD, build, byte_images, images
 from .support.oracle import relative_error
 from .support.transformers_reference import CLASSES, POSITIONS
@@ -130,26 +132,47 @@ def test_float64():
     assert relative_error(optimized(pixels).logits, model(pixels).logits) < 1e-12
 
 
-def test_without_packed_weights(monkeypatch):
-    monkeypatch.setattr(private_operators, "packing_refusal", lambda device, dtype: "not here")
-    model = build()
-    optimized = optimize_for_inference(model)
-    assert {type(linear) for linear in optimized._folded_encoder.linears()} == {InferenceLinear}
-    assert optimized.inference_report().linears == "torch"
-    assert_same_outputs(optimized, model, images())
+LIBRARIES = {"torch": InferenceLinear, "onednn": PackedLinear, "c++": PartsLinear}
 
 
-@pytest.mark.skipif(
-    private_operators.packing_refusal("cpu", torch.float32) is not None, reason="oneDNN cannot pack weights here"
-)
-def test_weights_are_packed_for_onednn():
-    optimized = optimize_for_inference(build(), example=images())
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_every_library_of_linear_layers(monkeypatch, library):
+    """Each where it can serve, the others refusing: the kind, the outputs, and the sizes that are told."""
+    checks = {"onednn": (private_operators, "packing_refusal"), "c++": (parts_linear, "refusal")}
+    for name, (module, function) in checks.items():
+        if name == library:
+            refusal = getattr(module, function)(*(("cpu", torch.float32) if name == "onednn" else ()))
+            if refusal is not None:
+                pytest.skip(refusal)
+        else:
+            monkeypatch.setattr(module, function, lambda *arguments: "not here")
+    for options in ({}, {"hidden_act": "relu"}):
+        model = build(**options)
+        optimized = optimize_for_inference(model, example=images())
+        assert {type(linear) for linear in optimized._folded_encoder.linears()} == {LIBRARIES[library]}
+        assert_same_outputs(optimized, model, images())
     report = optimized.inference_report()
-    assert {type(linear) for linear in optimized._folded_encoder.linears()} == {PackedLinear}
-    assert report.linears == "onednn"
+    assert report.linears == library
     assert report.windows == 1, "the example was run"
-    assert 0.9 * report.original_bytes < report.optimized_bytes <= 1.1 * report.original_bytes
-    assert "onednn linear layers" in str(report)
+    largest = 2.5 if library == "c++" else 1.1  # three parts of bf16, and rows of 32 that are filled up
+    assert 0.9 * report.original_bytes < report.optimized_bytes <= largest * report.original_bytes
+    assert f"{library} linear layers" in str(report)
+
+
+@pytest.mark.skipif(parts_linear.refusal() is not None, reason=f"{parts_linear.refusal()}")
+def test_two_parts_where_high_precision_is_enough():
+    model, pixels = build(), images()
+    exact = copy.deepcopy(model).double()(pixels.double()).logits
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        optimized = optimize_for_inference(model)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert {linear.parts for linear in optimized._folded_encoder.linears()} == {2}
+    smaller = optimized.inference_report().optimized_bytes
+    assert smaller < optimize_for_inference(model).inference_report().optimized_bytes
+    assert relative_error(optimized(pixels).logits, exact) <= FP32_LIMIT
 
 
 def test_the_original_is_kept_and_unchanged(tmp_path):
@@ -338,6 +361,27 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="pixel_values must be"):
         optimize_for_inference(model, example=images(1, 1, 32, 32), keep_original=False)
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_graphs_of_an_optimised_model():
+    """With what takes the part of CUDA: calls of pixels are recorded, those with labels run, biases outlive caches."""
+    model = build()
+    optimized, backend = optimize_for_inference(model), StandIn()
+    assert optimized.graph_report() is None, "there are no graphs on a CPU"
+    biases = optimized._folded_encoder.biases
+    optimized._graphs = GraphCache(optimized._function, backend=backend, held=biases.held)
+    for _ in range(3):
+        assert_same_outputs(optimized, model, images())
+    assert_same_outputs(optimized, model, images(), output_hidden_states=True)
+    report = optimized.graph_report()
+    assert (report.recorded, report.replayed, report.plain) == (2, 4, {})
+    assert optimized(images(), labels=torch.tensor([0, 1])).loss is not None
+    assert optimized.graph_report() == report
+    held = [recording.held[-1] for recording in optimized._graphs._recordings.values()]
+    assert held[0][0] is biases((4, 4)), "a graph keeps the biases of its window"
+    optimized.set_attn_implementation("eager")
+    assert optimized.graph_report().graphs == ()
+    assert_same_outputs(optimized, model, images())
 
 
 def test_it_is_public():

@@ -1,4 +1,4 @@
-"""The linears of training on CPU: oneDNN's products against fp64, and the modules called wherever they must be."""
+"""The linears of CPU training: oneDNN's products and ours against fp64, and modules called wherever they must be."""
 
 import copy
 import dataclasses
@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit_fast import linear, private_operators
-from beit_fast.linear import CpuLinear, multiply_packed
+from beit_fast import linear, parts_linear, private_operators
+from beit_fast.linear import CpuLinear, multiply_packed, multiply_parts
 
 from .support.models import build, images
 from .support.oracle import assert_within_budget
@@ -21,19 +21,20 @@ from .support.transformers_reference import CLASSES, main_output, random_inputs,
 SHAPES = [((1,), 768, 768), ((197,), 768, 96), ((4, 197), 64, 192), ((5,), 7, 3), ((2, 3), 1, 1), ((2, 2, 31), 33, 65)]
 
 
-@pytest.fixture
-def onednn(monkeypatch):
-    """oneDNN multiplies whatever the CPU and however few the rows; yields the list of its products' shapes."""
-    refusal = private_operators.packing_refusal("cpu", torch.float32)
-    if refusal is not None:
-        pytest.skip(refusal)
+@pytest.fixture(params=["onednn", "parts"])
+def products(monkeypatch, request):
+    """What is named multiplies whatever the CPU and however few the rows; yields the list of its products' shapes."""
+    refusals = {"onednn": private_operators.packing_refusal("cpu", torch.float32), "parts": parts_linear.refusal()}
+    functions = {"onednn": multiply_packed, "parts": multiply_parts}
+    if refusals[request.param] is not None:
+        pytest.skip(refusals[request.param])
     products = []
 
     def multiply(left, right, bias):
         products.append((tuple(left.shape), tuple(right.shape)))
-        return multiply_packed(left, right, bias)
+        return functions[request.param](left, right, bias)
 
-    choice = linear.ProductChoice("onednn", "a test asks for it", multiply)
+    choice = linear.ProductChoice(request.param, "a test asks for it", multiply)
     monkeypatch.setattr(linear, "_preferred", lambda requested: choice)
     return products
 
@@ -49,20 +50,20 @@ def gradients_of(out, leaves, grad):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES)
-def test_outputs_and_gradients_are_as_exact_as_autograds(onednn, rows, inner, columns, bias):
+def test_outputs_and_gradients_are_as_exact_as_autograds(products, rows, inner, columns, bias):
     module = nn.Linear(inner, columns, bias=bias)
     x, grad = torch.randn(*rows, inner, requires_grad=True), torch.randn(*rows, columns)
     actual = gradients_of(applied(module, x), [x, *module.parameters()], grad)
     eager = gradients_of(module(x), [x, *module.parameters()], grad)
     exact_module, exact_x = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
     exact = gradients_of(exact_module(exact_x), [exact_x, *exact_module.parameters()], grad.double())
-    assert len(onednn) == 3
+    assert len(products) == 3
     for name, factor, *tensors in zip(("out", "x", "weight", "bias"), (2, 3, 3, 3), actual, exact, eager, strict=False):
         assert_within_budget(name, *tensors, factor)
 
 
 @pytest.mark.parametrize("kind", ["transposed", "sliced", "expanded"])
-def test_strided_inputs_and_gradients(onednn, kind):
+def test_strided_inputs_and_gradients(products, kind):
     module = nn.Linear(24, 40)
     x = {"transposed": torch.randn(24, 9).t(), "sliced": torch.randn(2, 5, 2, 24)[:, :, 1]}.get(kind)
     x = torch.randn(1, 24).expand(6, 24) if x is None else x
@@ -78,11 +79,11 @@ def test_strided_inputs_and_gradients(onednn, kind):
         eager = gradients_of(module(x), [x, module.weight, module.bias], grad)
         for tensors in zip(actual, exact, eager, strict=True):
             assert_within_budget(kind, *tensors, 3)
-    assert len(onednn) == 6
+    assert len(products) == 6
 
 
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])
-def test_no_rows(onednn, shape):
+def test_no_rows(products, shape):
     module, x = nn.Linear(24, 8), torch.randn(shape, requires_grad=True)
     out = applied(module, x)
     assert out.shape == (*shape[:-1], 8)
@@ -93,27 +94,27 @@ def test_no_rows(onednn, shape):
 
 
 @pytest.mark.parametrize("frozen", [{"weight", "bias"}, {"x", "bias"}, {"x", "weight"}, {"x"}])
-def test_only_what_needs_a_gradient_is_multiplied(onednn, frozen):
+def test_only_what_needs_a_gradient_is_multiplied(products, frozen):
     module, x = nn.Linear(24, 8), torch.randn(6, 24)
     tensors = {"x": x, "weight": module.weight, "bias": module.bias}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name not in frozen)
     applied(module, x).sum().backward()
     assert {name for name, tensor in tensors.items() if tensor.grad is None} == frozen
-    assert len(onednn) == 1 + ("x" not in frozen) + ("weight" not in frozen)
+    assert len(products) == 1 + ("x" not in frozen) + ("weight" not in frozen)
 
 
-def test_all_frozen_or_no_grad_calls_the_module(onednn):
+def test_all_frozen_or_no_grad_calls_the_module(products):
     module = nn.Linear(24, 8).requires_grad_(False)
     applied(module, torch.randn(6, 24))
     with torch.no_grad():
         applied(module.requires_grad_(True), torch.randn(6, 24))
     with torch.inference_mode():
         applied(module, torch.randn(6, 24))
-    assert onednn == []
+    assert products == []
 
 
-def test_retain_graph_gives_the_same_bits_twice(onednn):
+def test_retain_graph_gives_the_same_bits_twice(products):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     out = applied(module, x).square().sum()
     first = torch.autograd.grad(out, [x, module.weight, module.bias], retain_graph=True)
@@ -124,17 +125,17 @@ def test_retain_graph_gives_the_same_bits_twice(onednn):
 
 
 @pytest.mark.parametrize("changed", ["weight", "x"])
-def test_a_change_in_place_before_backward_is_an_error(onednn, changed):
+def test_a_change_in_place_before_backward_is_an_error(products, changed):
     module, x = nn.Linear(24, 8), torch.randn(6, 24)
     out = applied(module, x)
     with torch.no_grad():
         (module.weight if changed == "weight" else x).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-    assert len(onednn) == 1
+    assert len(products) == 1
 
 
-def test_the_second_derivative_is_autograds(onednn):
+def test_the_second_derivative_is_autograds(products):
     module, x = nn.Linear(6, 5), torch.randn(4, 6, requires_grad=True)
 
     def penalty(call):
@@ -143,21 +144,21 @@ def test_the_second_derivative_is_autograds(onednn):
 
     for actual, expected in zip(penalty(lambda x: applied(module, x)), penalty(module), strict=True):
         torch.testing.assert_close(actual, expected)
-    assert onednn[0] == ((4, 6), (5, 6))
+    assert products[0] == ((4, 6), (5, 6))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(onednn, reentrant):
+def test_gradient_checkpointing(products, reentrant):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     checkpoint(lambda x: applied(module, x).square(), x, use_reentrant=reentrant).sum().backward()
     actual = [t.grad.clone() for t in (x, module.weight, module.bias)]
     expected = torch.autograd.grad(module(x).square().sum(), [x, module.weight, module.bias])
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)
-    assert len(onednn) >= 4 - reentrant
+    assert len(products) >= 4 - reentrant
 
 
-def test_hooks_on_parameters_and_saved_tensors_are_called(onednn):
+def test_hooks_on_parameters_and_saved_tensors_are_called(products):
     module, x, seen = nn.Linear(24, 8), torch.randn(6, 24), []
     module.weight.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
     module.weight.register_hook(lambda grad: seen.append("gradient"))
@@ -165,7 +166,7 @@ def test_hooks_on_parameters_and_saved_tensors_are_called(onednn):
         out = applied(module, x)
     out.sum().backward()
     assert sorted(seen) == ["accumulated", "gradient", "packed", "packed"]
-    assert len(onednn) == 2
+    assert len(products) == 2
 
 
 class Adapted(nn.Linear):
@@ -186,7 +187,7 @@ class Holder(nn.Module):
         return applied(self.dense, x)
 
 
-def test_replaced_and_hooked_modules_are_called(onednn):
+def test_replaced_and_hooked_modules_are_called(products):
     x = torch.randn(6, 24, requires_grad=True)
     calls = []
 
@@ -217,11 +218,11 @@ def test_replaced_and_hooked_modules_are_called(onednn):
     assert torch.equal(applied(adapted, x), adapted(x))
     tied = parametrize.register_parametrization(nn.Linear(24, 8), "weight", nn.Identity())
     assert torch.equal(applied(tied, x), tied(x))
-    assert onednn == []
+    assert products == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-def test_what_is_not_plain_fp32_training_calls_the_module(onednn):
+def test_what_is_not_plain_fp32_training_calls_the_module(products):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert applied(module, x).dtype == torch.bfloat16
@@ -244,24 +245,24 @@ def test_what_is_not_plain_fp32_training_calls_the_module(onednn):
     assert counter.get_total_flops() == 2 * 6 * 24 * 8
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         applied(module, torch.randn(6, 23))
-    assert onednn == []
+    assert products == []
 
 
-def test_compiled_code_holds_the_module(onednn):
+def test_compiled_code_holds_the_module(products):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     compiled = torch.compile(lambda x: applied(module, x), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), module(x))
-    assert onednn == []
+    assert products == []
 
 
-def test_few_rows_call_the_module(onednn, monkeypatch):
+def test_few_rows_call_the_module(products, monkeypatch):
     choice = dataclasses.replace(linear.choose_product(), fewest_rows=5)
     monkeypatch.setattr(linear, "_preferred", lambda requested: choice)
     module = nn.Linear(24, 8)
     applied(module, torch.randn(4, 24))
-    assert onednn == []
+    assert products == []
     applied(module, torch.randn(5, 24))
-    assert onednn == [((5, 24), (8, 24))]
+    assert products == [((5, 24), (8, 24))]
 
 
 def train(model, inputs):
@@ -275,7 +276,7 @@ def train(model, inputs):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_training_step_is_within_eagers_budget(onednn, name):
+def test_a_training_step_is_within_eagers_budget(products, name):
     model = build(name, "per layer", drop_path_rate=0.0).train()
     if name == "BeitForSemanticSegmentation":
         model.eval()  # batch norm on maps of one pixel has nothing to normalise
@@ -286,10 +287,10 @@ def test_a_training_step_is_within_eagers_budget(onednn, name):
     inputs["pixel_values"] = inputs["pixel_values"].float()
     model.set_attn_implementation("eager")
     eager = train(model, inputs)
-    assert onednn == []
+    assert products == []
     model.set_attn_implementation("triton")
     actual = train(model, inputs)
-    assert len(onednn) > 3 * 6 * (
+    assert len(products) > 3 * 6 * (
         model.config.num_hidden_layers - 1
     )  # a head may leave the last layer without gradient
     names = ["outputs", *(key for key, p in model.named_parameters() if p.grad is not None)]
@@ -297,7 +298,7 @@ def test_a_training_step_is_within_eagers_budget(onednn, name):
         assert_within_budget(key, *tensors, 3)
 
 
-def test_a_model_with_gradient_checkpointing_and_hooks_in_one_layer(onednn):
+def test_a_model_with_gradient_checkpointing_and_hooks_in_one_layer(products):
     model = build("BeitForImageClassification").train()
     model.set_attn_implementation("triton")
     model.gradient_checkpointing_enable()
@@ -306,17 +307,18 @@ def test_a_model_with_gradient_checkpointing_and_hooks_in_one_layer(onednn):
     model(images(), labels=torch.tensor([0, 1])).loss.backward()
     layers = model.config.num_hidden_layers
     assert len(calls) == 2  # forward and again before backward
-    assert len(onednn) == 4 * (6 * layers - 1)
+    assert len(products) == 4 * (6 * layers - 1)
     assert all(p.grad is not None for name, p in model.named_parameters() if "mask_token" not in name)
 
 
-def test_a_failed_check_leaves_the_modules_at_work(onednn, monkeypatch):
+def test_a_failed_check_leaves_the_modules_at_work(products, monkeypatch):
     model = build("BeitForImageClassification").train()
     model.set_attn_implementation("triton")
     inputs = {"pixel_values": images(), "labels": torch.tensor([0, 1])}
     monkeypatch.setattr(private_operators, "_check", lambda dtype: "the check failed")
+    monkeypatch.setattr(parts_linear, "refusal", lambda: "the check failed")
     expected = train(model, inputs)
-    assert onednn == []
+    assert products == []
     assert linear.choose_product() == linear.ProductChoice("blas", "the check failed")
     monkeypatch.undo()
     assert all(map(torch.equal, train(model, inputs), expected))
@@ -333,6 +335,7 @@ def test_a_failed_check_leaves_the_modules_at_work(onednn, monkeypatch):
     ],
 )
 def test_the_machine_decides_unless_somebody_asks(monkeypatch, identity, capability, mkl, name, reason):
+    monkeypatch.setattr(parts_linear, "refusal", lambda: "no tiles")
     monkeypatch.setattr(linear, "_cpu_identity", lambda: identity)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
@@ -342,7 +345,10 @@ def test_the_machine_decides_unless_somebody_asks(monkeypatch, identity, capabil
         assert decide(asked).name == asked
         assert (decide(asked).multiply is None) is (asked == "blas")
         assert f"BEIT_FAST_CPU_LINEAR={asked}" in decide(asked).reason
-    with pytest.raises(ValueError, match="BEIT_FAST_CPU_LINEAR is 'mkl'; accepted are 'blas', 'onednn'"):
+    monkeypatch.setattr(parts_linear, "refusal", lambda: None)
+    assert decide(None).name == "parts"
+    assert "AMX" in decide(None).reason
+    with pytest.raises(ValueError, match="BEIT_FAST_CPU_LINEAR is 'mkl'; accepted are 'blas', 'onednn', 'parts'"):
         decide("mkl")
 
 

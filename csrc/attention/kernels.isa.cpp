@@ -12,7 +12,7 @@ namespace {
 
 // Calls `use` with the kernel that serves a type, as a null pointer.
 template <class Use>
-auto choose_forward(Scalar type, Use use) {
+auto choose_forward([[maybe_unused]] Scalar type, Use use) {
 #if defined(__AMX_BF16__)
     if (type == Scalar::f32) return use(static_cast<AmxForward<3>*>(nullptr));
     if (type == Scalar::f16) return use(static_cast<AmxForward<2>*>(nullptr));

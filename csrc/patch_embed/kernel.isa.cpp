@@ -1,3 +1,4 @@
+#include "memory.h"
 #include "patch_embed/finish.h"
 #include "patch_embed/gather.h"
 #include "patch_embed/kernel.h"
@@ -11,25 +12,6 @@
 
 namespace beit_fast::patch_embed {
 namespace {
-
-// Brings memory into the second cache, a part of it at each of so many steps.
-class Prefetch {
-public:
-    Prefetch(const void* memory, int64_t bytes, int64_t steps)
-        : line_(static_cast<const char*>(memory)),
-          end_(memory == nullptr ? line_ : line_ + bytes),
-          step_bytes_((bytes / 64 / steps + 1) * 64) {}
-
-    void advance() {
-        const char* stop = std::min(end_, line_ + step_bytes_);
-        for (; line_ < stop; line_ += 64) __builtin_prefetch(line_, 0, 2);
-    }
-
-private:
-    const char* line_;
-    const char* end_;
-    int64_t step_bytes_;
-};
 
 // The functions of a Kernel for one way to multiply.
 template <typename Multiplier>

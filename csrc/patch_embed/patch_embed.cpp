@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <new>
 
 #include "cpu_features.h"
+#include "memory.h"
 #include "patch_embed/arguments.h"
 #include "patch_embed/kernel.h"
 #include "patch_embed/numbers.h"
@@ -103,30 +103,15 @@ Kernel kernel_for(const Problem& problem) {
 
 int64_t ceil_divide(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// Bytes at the start of a cache line, with no value.
-class Scratch {
-public:
-    explicit Scratch(int64_t bytes) : bytes_(static_cast<std::byte*>(::operator new(bytes, alignment))) {}
-    ~Scratch() { ::operator delete(bytes_, alignment); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-
-    std::byte* data() const { return bytes_; }
-
-private:
-    static constexpr std::align_val_t alignment{64};
-    std::byte* bytes_;
-};
-
 // Few patches, gathered by all threads: each panel of columns is a task, which packs it where it has it in its cache.
 void run_panels(const Problem& problem, const Kernel& kernel, int64_t rows, int64_t panels) {
-    const Scratch gathered(ceil_divide(rows, kernel.row_tile) * kernel.row_tile * kernel.row_bytes);
+    const AlignedArray<std::byte> gathered(ceil_divide(rows, kernel.row_tile) * kernel.row_tile * kernel.row_bytes);
     parallel_for(0, rows, ceil_divide(least_work, problem.depth), [&](int64_t begin, int64_t end) {
         kernel.gather(problem, gathered.data() + begin * kernel.row_bytes, begin, end);
     });
     const int64_t work = rows * kernel.panel_columns * problem.depth;
     parallel_for(0, panels, ceil_divide(least_work, work), [&](int64_t begin, int64_t end) {
-        const Scratch packed(kernel.panel_bytes);
+        const AlignedArray<std::byte> packed(kernel.panel_bytes);
         for (int64_t panel = begin; panel < end; ++panel) {
             kernel.pack(problem, packed.data(), panel);
             kernel.multiply(problem, gathered.data(), packed.data(), nullptr, panel, 0, rows);
@@ -140,14 +125,14 @@ void run_blocks(const Problem& problem, const Kernel& kernel, int64_t rows, int6
     const int64_t tiles = ceil_divide(rows, kernel.row_tile);
     const int64_t wanted_blocks = ceil_divide(least_blocks, threads) * threads;
     const int64_t block_rows = ceil_divide(tiles, wanted_blocks) * kernel.row_tile;
-    const Scratch packed(panels * kernel.panel_bytes);
+    const AlignedArray<std::byte> packed(panels * kernel.panel_bytes);
     parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
             kernel.pack(problem, packed.data() + panel * kernel.panel_bytes, panel);
         }
     });
     parallel_for(0, ceil_divide(rows, block_rows), 1, [&](int64_t begin, int64_t end) {
-        const Scratch gathered(block_rows * kernel.row_bytes);
+        const AlignedArray<std::byte> gathered(block_rows * kernel.row_bytes);
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * block_rows, last = std::min(first + block_rows, rows);
             kernel.gather(problem, gathered.data(), first, last);

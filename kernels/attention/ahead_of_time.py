@@ -1,4 +1,6 @@
-"""Compiles the attention kernels without a GPU, as a launch would, and says what came out: resources, loop, layouts.
+"""Compiles kernels without a GPU, as a launch would, and says what came out: resources, loop, layouts.
+
+The variants here are those of attention; a kernel of another folder brings its own, see `Compilable`.
 
 Needs Triton only. What was found is kept as JSON under the hash of the kernels' source, Triton's version and all that
 the compiler was told, so asking again compiles nothing.
@@ -15,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import triton
 from triton import knobs
@@ -75,8 +77,30 @@ LAUNCH_DEFAULTS = {"num_warps": 4, "num_stages": 3}
 """Triton's own, for the kernels that have no tiles to choose."""
 
 
+class Told(NamedTuple):
+    """What the compiler is told."""
+
+    function: Any  # triton.JITFunction
+    constants: dict[str, Any]
+    specialisation: tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
+    options: dict[str, int]
+
+
+class Compilable(Protocol):
+    """One way to compile one kernel; its text says which."""
+
+    @property
+    def capability(self) -> int: ...
+
+    @property
+    def tile(self) -> Any:
+        """None for kernels that have no main loop to look at."""
+
+    def told(self) -> Told: ...
+
+
 class Variant(NamedTuple):
-    """One way to compile one kernel."""
+    """One way to compile one attention kernel."""
 
     kernel: str
     capability: int
@@ -96,6 +120,10 @@ class Variant(NamedTuple):
     @property
     def architecture(self) -> str:
         return configs.architecture_class(*divmod(self.capability, 10))
+
+    def told(self) -> Told:
+        constants = _constants(self)
+        return Told(KERNELS[self.kernel], constants, _specialisation(self, constants), _options(self))
 
     def __str__(self) -> str:
         words = [self.kernel, f"sm_{self.capability}", self.dtype, f"D={self.head_dim}", route_name(self.route)]
@@ -167,6 +195,9 @@ def small_kernels(capability: int, dtype: str = "bf16", head_dim: int = 64) -> l
     return variants + [plain._replace(kernel=name) for name in ("patch_rows_gradient", "cls_rows_gradient")]
 
 
+AnyVariant = TypeVar("AnyVariant", bound=Compilable)
+
+
 class CompilationError(RuntimeError):
     """The compiler gave up on a variant."""
 
@@ -180,15 +211,15 @@ def require_compiler() -> None:
         )
 
 
-def compile_variant(variant: Variant) -> Compiled:
+def compile_variant(variant: Compilable) -> Compiled:
     """Compile for a GPU that need not be there; CompilationError says which variant does not compile, and why."""
     require_compiler()
-    constants, options = _constants(variant), _options(variant)
-    source = ASTSource(KERNELS[variant.kernel], *_specialisation(variant, constants))
+    told = variant.told()
+    source = ASTSource(told.function, *told.specialisation)
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
         knobs.cache.dir = folder
         try:
-            compiled = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=told.options)
         except Exception as error:  # of every kind: from the front end, MLIR, LLVM and ptxas
             raise CompilationError(f"{variant} does not compile: {type(error).__name__}: {error}") from error
         return Compiled(compiled.asm["cubin"], compiled.asm["ptx"], compiled.asm["ttgir"], compiled.metadata.shared)
@@ -288,7 +319,7 @@ def cache_folder(default: Path) -> Path:
     return Path(os.environ.get("BEIT_FAST_AOT_CACHE") or default)
 
 
-def inspect(variant: Variant, cache: Path) -> Inspection:
+def inspect(variant: Compilable, cache: Path) -> Inspection:
     """Compile and look, or read what an earlier call with the same sources found."""
     file = cache / f"{_key(variant)}.json"
     if not file.exists():
@@ -299,7 +330,7 @@ def inspect(variant: Variant, cache: Path) -> Inspection:
     return Inspection(**found)
 
 
-def _inspect_compiled(compiled: Compiled, variant: Variant) -> Inspection:
+def _inspect_compiled(compiled: Compiled, variant: Compilable) -> Inspection:
     return Inspection(
         **machine_code.resources(compiled.cubin)._asdict(),
         shared=compiled.shared,
@@ -316,24 +347,24 @@ def _write(file: Path, inspection: Inspection) -> None:
     part.replace(file)
 
 
-def _key(variant: Variant) -> str:
-    told = [variant, sorted(_constants(variant).items()), sorted(_options(variant).items())]
+def _key(variant: Compilable) -> str:
+    told = [variant, sorted(variant.told().constants.items()), sorted(variant.told().options.items())]
     return hashlib.sha256(f"{_sources()} {triton.__version__} {told}".encode()).hexdigest()
 
 
 @functools.cache
 def _sources() -> str:
     """Hash of the kernels and of what looks at them; what configs.py decides is in variants and constants."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     files = [
-        file for file in sorted(folder.glob("*.py")) if file.stem not in ("arguments", "configs", "launch", "tiles")
+        file for file in sorted(folder.glob("*/*.py")) if file.stem not in ("arguments", "configs", "launch", "tiles")
     ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def inspect_all(
-    variants: Iterable[Variant], cache: Path, workers: int = 1
-) -> Iterator[tuple[Variant, Inspection | str]]:
+    variants: Iterable[AnyVariant], cache: Path, workers: int = 1
+) -> Iterator[tuple[AnyVariant, Inspection | str]]:
     """Each variant with what `inspect` gave, or with why it does not compile, in order.
 
     Args:
@@ -351,7 +382,7 @@ def inspect_all(
         yield from zip(variants, pool.map(attempt, variants), strict=True)
 
 
-def _attempt(variant: Variant, cache: Path) -> Inspection | str:
+def _attempt(variant: Compilable, cache: Path) -> Inspection | str:
     """As `inspect`, an error of the compiler as its text."""
     try:
         return inspect(variant, cache)

@@ -1,0 +1,74 @@
+"""Residual, layer scale, drop path and LayerNorm in plain torch: what the operators run where no kernel serves.
+
+Arithmetic is fp32, or fp64 where a tensor is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sum_dtype(residual: Tensor, branch: Tensor | None, scale: Tensor | None) -> torch.dtype:
+    """The type of `residual + scale * branch`, as torch promotes it."""
+    dtype = residual.dtype
+    for other in (branch, scale):
+        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def residual_add(residual: Tensor, branch: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
+    """`residual + keep * scale * branch`, `[B, N, E]`."""
+    dtype = sum_dtype(residual, branch, scale)
+    wide = _wide(dtype)
+    return (residual.to(wide) + _scaled(branch.to(wide), scale, keep)).to(dtype, memory_format=torch.contiguous_format)
+
+
+def layer_norm(
+    total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The LayerNorm of the rows in `dtype`, their mean and the inverse of their deviation, `[B, N]`."""
+    wide = _wide(total.dtype)
+    variance, mean = torch.var_mean(total.to(wide), -1, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    normalized = (total.to(wide) - mean) * rstd
+    if weight is not None:
+        normalized = normalized * weight.to(wide)
+    if bias is not None:
+        normalized = normalized + bias.to(wide)
+    normalized = normalized.to(dtype, memory_format=torch.contiguous_format)
+    return normalized, mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous()
+
+
+def layer_norm_backward(
+    grad_normalized: Tensor, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what was normalised, of weight and of bias, not yet rounded."""
+    grad = grad_normalized.to(mean.dtype)
+    x = (total.to(mean.dtype) - mean[..., None]) * rstd[..., None]
+    weighted = grad if weight is None else grad * weight.to(mean.dtype)
+    along_x = (weighted * x).mean(-1, keepdim=True)
+    grad_total = (weighted - weighted.mean(-1, keepdim=True) - x * along_x) * rstd[..., None]
+    return grad_total, (grad * x).sum((0, 1)), grad.sum((0, 1))
+
+
+def branch_backward(
+    grad: Tensor, branch: Tensor | None, scale: Tensor | None, keep: Tensor | None, output_mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of branch and of scale from that of the sum, not yet rounded; None where unwanted."""
+    grad = _scaled(grad.to(_wide(grad.dtype)), None, keep)
+    want_branch, want_scale = output_mask
+    grad_scale = (grad * branch).sum((0, 1)) if want_scale and branch is not None else None
+    return _scaled(grad, scale, None) if want_branch else None, grad_scale
+
+
+def _scaled(branch: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
+    if scale is not None:
+        branch = branch * scale.to(branch.dtype)
+    return branch if keep is None else branch * keep.to(branch.dtype)[:, None, None]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,68 @@
+"""The forward kernel: a sum of residual and branch, and its LayerNorm."""
+
+import triton
+import triton.language as tl
+
+# Triton compiles a kernel anew for integers that are 1 or multiples of 16, which is of no use for these.
+RUNTIME_INTEGERS = ["program_count", "row_count", "rows_per_program", "token_count"]
+
+
+@triton.jit
+def row_offset(row, token_count, strides):
+    """Elements from the first to a row, int64; `strides` are those of (batch, token)."""
+    sample = (row // token_count).to(tl.int64)
+    token = (row % token_count).to(tl.int64)
+    return sample * strides[0] + token * strides[1]
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def residual_norm_kernel(
+    residual,  # [batch_size, token_count, SIZE]
+    branch,  # as residual, or None: nothing is added
+    scale,  # [SIZE] layer scale, or None for 1
+    keep,  # [batch_size] fp32, 0 or 1 / keep_prob, or None for 1
+    weight,  # [SIZE], or None for 1
+    bias,  # [SIZE], or None for 0
+    total,  # contiguous, as residual, written: residual + keep * scale * branch; None without a branch
+    normalized,  # contiguous, as residual, written; or None for the sum alone
+    mean,  # [batch_size * token_count] fp32, written; None without normalized
+    rstd,  # as mean
+    residual_strides,  # (batch, token), elements
+    branch_strides,
+    token_count,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,  # SIZE rounded up to a power of two
+):
+    """One row (token) a program, held in registers. Grid: batch_size * token_count."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    start = row.to(tl.int64) * SIZE
+
+    x = tl.load(residual + row_offset(row, token_count, residual_strides) + columns, mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    if branch is not None:
+        added = tl.load(branch + row_offset(row, token_count, branch_strides) + columns, mask=inside, other=0.0)
+        added = added.to(tl.float32)
+        if scale is not None:
+            added *= tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
+        if keep is not None:
+            added *= tl.load(keep + row // token_count)
+        rounded = (x + added).to(total.dtype.element_ty)
+        tl.store(total + start + columns, rounded, mask=inside)
+        x = rounded.to(tl.float32)  # what is normalised is what the backward reads again
+    if normalized is not None:
+        average = tl.sum(x, 0) / SIZE
+        # Again from where it is: exact for equal numbers, whose rounding 1 / sqrt(eps) would make large.
+        average += tl.sum(tl.where(inside, x - average, 0.0), 0) / SIZE
+        centred = tl.where(inside, x - average, 0.0)
+        inverse = tl.rsqrt(tl.sum(centred * centred, 0) / SIZE + eps)
+        tl.store(mean + row, average)
+        tl.store(rstd + row, inverse)
+        y = centred * inverse
+        if weight is not None:
+            y *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(normalized + start + columns, y, mask=inside)

@@ -1,0 +1,158 @@
+"""A linear layer with GELU by the Triton kernel, on a GPU: sizes of real models, streams, graphs, far addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit_fast.functional import linear_gelu
+
+from ..kernels.cases import DTYPES, assert_same_bits, bitwise_equal
+from ..support.linear_gelu import check_layer, make_layer
+from .calls import LONG, need_free_memory
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [
+        ((1, 197), 768, 3072),
+        ((8, 197), 768, 3072),
+        ((64, 197), 768, 3072),
+        ((4, 577), 1024, 4096),
+        ((2, 1601), 1024, 4096),
+        ((64, 197), 100, 333),
+    ],
+)
+def test_sizes_of_real_models(rows: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """From few rows, with small tiles, to many, with large ones."""
+    layer = make_layer(rows, inputs, outputs, dtype, "cuda")
+    check_layer(linear_gelu(*layer), *layer)
+
+
+@pytest.mark.parametrize("rows", [197, 1576, 12608])
+def test_tf32_where_torch_allows_it(rows: int) -> None:
+    """The budget is that of the two operations with TF32 products."""
+    layer = make_layer((rows,), 768, 3072, torch.float32, "cuda")
+    exact = linear_gelu(*layer)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        rounded = linear_gelu(*layer)
+        check_layer(rounded, *layer)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not torch.equal(exact, rounded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_is_written_and_two_runs_agree(dtype: torch.dtype) -> None:
+    """Fresh memory is filled with NaN where deterministic algorithms are asked for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for rows, outputs in ((77, 130), (700, 515), (5000, 258)):
+            layer = make_layer((rows,), 96, outputs, dtype, "cuda")
+            first, second = linear_gelu(*layer), linear_gelu(*layer)
+            assert torch.isfinite(first).all()
+            assert bitwise_equal(first, second)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_slices_go_in_as_they_are() -> None:
+    x, weight, bias = make_layer((4, 197), 768, 3072, torch.bfloat16, "cuda")
+    wide = torch.stack([x, x], dim=2)[:, :, 1]
+    assert bitwise_equal(linear_gelu(wide, weight, bias), linear_gelu(x, weight, bias))
+
+
+def test_more_rows_than_two_to_the_31_numbers() -> None:
+    """All rows are one, expanded, so only the result takes memory."""
+    x, weight, bias = make_layer((1,), 64, 1024, torch.bfloat16, "cuda")
+    rows = 2**21 + 200
+    need_free_memory(3 * 2 * rows * 1024)
+    result = linear_gelu(x.expand(rows, -1), weight, bias)
+    assert result.numel() > 2**31
+    expected = linear_gelu(x.expand(5000, -1), weight, bias)[:1]
+    assert all(torch.equal(part, expected.expand_as(part)) for part in result.split(2**16))
+
+
+def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
+    x, weight, bias = make_layer((197,), 768, 3072, torch.bfloat16, "cuda")
+    other = -x
+    expected = linear_gelu(other, weight, bias)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(LONG)
+        x.copy_(other)
+        actual = linear_gelu(x, weight, bias)
+    torch.cuda.synchronize()
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("inputs", [96, 97])
+def test_a_captured_graph_serves_new_inputs(inputs: int) -> None:
+    """97 inputs are padded by a copy, which must be in the graph too."""
+    x, weight, bias = make_layer((50,), inputs, 64, torch.bfloat16, "cuda")
+    linear_gelu(x, weight, bias)  # compiles the kernel, which a capture does not allow
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = linear_gelu(x, weight, bias)
+    for _ in range(3):
+        x.normal_()
+        result.fill_(float("nan"))
+        graph.replay()
+        assert_same_bits([result], [linear_gelu(x, weight, bias)])
+
+
+def test_it_does_not_wait_for_the_device() -> None:
+    layer = make_layer((197,), 768, 3072, torch.bfloat16, "cuda")
+    expected = linear_gelu(*layer)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = linear_gelu(*layer)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert torch.equal(actual, expected)
+
+
+def test_compiled_whole_with_any_number_of_rows() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(linear_gelu, fullgraph=True, dynamic=True)
+    for rows in (3, 197, 5000):
+        layer = make_layer((rows,), 96, 64, torch.bfloat16, "cuda")
+        assert torch.equal(compiled(*layer), linear_gelu(*layer))
+
+
+def test_one_compilation_serves_every_number_of_rows_of_a_class() -> None:
+    from beit_fast.kernels.linear_gelu.kernel import linear_gelu_kernel
+
+    def compiled() -> int:
+        return len(linear_gelu_kernel.device_caches[torch.cuda.current_device()][0])
+
+    linear_gelu(*make_layer((200,), 96, 64, torch.float16, "cuda"))
+    before = compiled()
+    for rows in (1, 16, 33, 640):
+        linear_gelu(*make_layer((rows,), 96, 64, torch.float16, "cuda"))
+    assert compiled() == before
+
+
+def test_what_the_kernel_does_not_take_is_refused() -> None:
+    x, weight, bias = make_layer((3,), 16, 24, torch.float64, "cuda")
+    with pytest.raises(ValueError, match="none of float16, bfloat16, float32"):
+        linear_gelu(x, weight, bias)
+    x, weight, bias = make_layer((3,), 16, 24, torch.float32, "cuda")
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        linear_gelu(x, weight.cpu(), bias)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
+    layer: list[Tensor] = [x.to("cuda:1") for x in make_layer((197,), 768, 3072, torch.bfloat16, "cuda")]
+    current = torch.cuda.current_device()
+    result = linear_gelu(*layer)
+    assert result.device.index == 1
+    assert torch.cuda.current_device() == current
+    check_layer(result, *layer)

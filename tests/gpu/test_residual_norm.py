@@ -1,0 +1,181 @@
+"""Residual, layer scale, drop path and LayerNorm on CUDA: large sizes, streams, graphs, compiled whole, no waiting.
+
+tests/kernels has the numbers of small cases, which run on CUDA as well where there is a device.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from beit_fast import residual_norm
+
+from ..kernels.cases import assert_same_bits
+from ..support.oracle import relative_error
+from ..support.residual_norm import (
+    EPS,
+    ResidualCase,
+    check_parity,
+    eager_sum,
+    fused,
+    fused_sum,
+    leaves_of,
+    residual_case,
+)
+from .calls import LONG, need_free_memory
+
+ORDER = ("residual", "branch", "scale", "weight", "bias")
+
+
+def make_case(*shape: int, dtype: torch.dtype = torch.bfloat16) -> ResidualCase:
+    return residual_case(*shape, dtype=dtype, device="cuda")
+
+
+def run(case: ResidualCase) -> list[Tensor]:
+    return [*fused(case).values(), *fused_sum(case).values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 197, 768), (8, 1601, 1024), (1, 197, 768), (3, 577, 1000)])
+def test_sizes_of_real_models(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    case = make_case(*shape, dtype=dtype)
+    check_parity(case)
+    check_parity(case, fused_sum, eager_sum)
+
+
+def test_two_runs_agree_bit_for_bit() -> None:
+    case = make_case(32, 577, 768)
+    assert_same_bits(run(case), run(case))
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """fla-org/flash-linear-attention#1080: every sample is the same, so each must come out alike."""
+    batch, tokens, size = 2**31 // (1024 * 1024) + 2, 1024, 1024
+    need_free_memory(12 * batch * tokens * size)
+    case = make_case(1, tokens, size)
+    many = case.map(lambda x: x.expand(batch, *x.shape[1:]), "residual", "branch", "grad_sum", "grad_normalized")
+    many = many.map(lambda x: x.expand(batch).contiguous(), "keep")
+    expected, actual = fused(case), fused(many)
+    assert actual["sum"].numel() > 2**31
+    for name in ("sum", "normalized", "dresidual", "dbranch"):
+        parts = actual[name].split(64)
+        assert all(torch.equal(part, expected[name].expand_as(part)) for part in parts), name
+    for name in ("dscale", "dweight", "dbias"):
+        assert relative_error(actual[name], batch * expected[name].double()) < 2**-6, name
+
+
+def test_neither_direction_waits_for_the_device() -> None:
+    case = make_case(4, 197, 768)
+    expected = run(case)
+    leaves = leaves_of(case)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = differentiate(case, leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert_same_bits(actual, expected[: len(actual)])
+
+
+def differentiate(case: ResidualCase, leaves: dict[str, Tensor]) -> list[Tensor]:
+    """sum, normalised rows and the gradients of all leaves."""
+    residual, branch, scale, weight, bias = (leaves[name] for name in ORDER)
+    outputs = residual_norm.residual_norm(residual, branch, scale, case.keep, weight, bias, EPS)
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in ORDER], (case.grad_sum, case.grad_normalized))
+    return [*(x.detach() for x in outputs), *gradients]
+
+
+def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
+    case = make_case(4, 197, 768)
+    leaves, expected = leaves_of(case), differentiate(case, leaves_of(case))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        actual = differentiate(case, leaves)
+        same = [torch.equal(left, right) for left, right in zip(actual, expected, strict=True)]
+    torch.cuda.synchronize()
+    assert all(same)
+
+
+def test_a_captured_graph_serves_new_inputs() -> None:
+    case, other = make_case(4, 197, 768), residual_case(4, 197, 768, torch.bfloat16, "cuda", seed=1)
+    leaves = leaves_of(case)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        differentiate(case, leaves)  # compiles the kernels, which a capture does not allow
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = differentiate(case, leaves)
+    with torch.no_grad():
+        for name, tensor in case.tensors().items():
+            leaves.get(name, tensor).copy_(getattr(other, name))
+    graph.replay()
+    assert_same_bits(results, differentiate(other, leaves_of(other)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
+    """Triton launches on the current device: triton-lang/triton#2441."""
+    case = make_case(2, 7, 64)
+    other = torch.device("cuda", 1 - torch.cuda.current_device())
+    moved = case.map(lambda x: x.to(other), *case.tensors())
+    assert all(x.device == other for x in run(moved))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    case = make_case(4, 197, 768, dtype=torch.float32).map(lambda x: x.to(dtype), "branch")
+    with torch.autocast("cuda", dtype=dtype):
+        results = fused(case)
+    assert results["normalized"].dtype == dtype
+    assert results["sum"].dtype == torch.float32
+    expected = fused(case)["normalized"].to(dtype)
+    torch.testing.assert_close(results["normalized"], expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_compiled_whole_with_any_batch() -> None:
+    torch.compiler.reset()
+
+    def block(case: ResidualCase, leaves: dict[str, Tensor]) -> Tensor:
+        residual, branch, scale, weight, bias = (leaves[name] for name in ORDER)
+        total, normalized = residual_norm.residual_norm(residual, branch, scale, case.keep, weight, bias, EPS)
+        return residual_norm.residual_add(total, normalized.sin(), scale, case.keep)
+
+    compiled, stance = torch.compile(block, fullgraph=True), "default"
+    for batch in (4, 7, 2):
+        case = make_case(batch, 197, 768, dtype=torch.float32)
+        leaves = leaves_of(case)
+        for tensor in (leaves["residual"], leaves["branch"], case.keep):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        with torch.compiler.set_stance(stance):
+            out = compiled(case, leaves)
+            gradients = torch.autograd.grad(out, list(leaves.values()), case.grad_sum)
+        expected = block(case, leaves)
+        torch.testing.assert_close(out, expected)
+        for gradient, wanted in zip(
+            gradients, torch.autograd.grad(expected, list(leaves.values()), case.grad_sum), strict=True
+        ):
+            torch.testing.assert_close(gradient, wanted)
+        stance = "fail_on_recompile"
+
+
+def test_opcheck() -> None:
+    case = make_case(2, 3, 64)
+    leaves = leaves_of(case)
+    residual, branch, scale, weight, bias = (leaves[name] for name in ORDER)
+    opcheck(residual_norm.residual_norm_op, (residual, branch, scale, case.keep, weight, bias, EPS))
+    opcheck(residual_norm.residual_add_op, (residual, branch, scale, case.keep))
+
+
+@pytest.mark.parametrize("value", [3.0, 0.1, 60000.1])
+@pytest.mark.parametrize("size", [768, 1000, 1024])
+def test_constant_rows(size: int, value: float) -> None:
+    """An approximate division by 768 must not show, though eps is 1e-12: pytorch/pytorch#41527."""
+    case = residual_case(2, 5, size, torch.float32, "cuda", without=("branch",))
+    case.residual = torch.full_like(case.residual, value)
+    assert case.bias is not None
+    assert torch.equal(fused(case)["normalized"], case.bias.expand(2, 5, -1))

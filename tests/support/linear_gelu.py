@@ -1,0 +1,44 @@
+"""Inputs for a linear layer with GELU, and how near its results have to be."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .oracle import assert_within_budget
+
+FORWARD_FACTOR = 2
+
+
+def make_layer(
+    rows: tuple[int, ...],
+    inputs: int,
+    outputs: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    biased: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x `[*rows, inputs]`, weight and bias, whose products are N(0, 1), the same on every device."""
+    generator = torch.Generator().manual_seed(99)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, weight, bias = normal(*rows, inputs), normal(outputs, inputs) / max(inputs, 1) ** 0.5, normal(outputs)
+    x, weight, bias = (tensor.to(device, dtype) for tensor in (x, weight, bias))
+    return x, weight, bias if biased else None
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the operator takes the place of."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def check_layer(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`actual` against fp64, within the budget that the two operations in the inputs' dtype set."""
+    reference = plain(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_within_budget("linear_gelu", actual, reference, plain(x, weight, bias), FORWARD_FACTOR)
+    assert actual.dtype == x.dtype
+    assert actual.is_contiguous()

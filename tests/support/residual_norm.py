@@ -1,0 +1,146 @@
+"""Inputs for residual, layer scale, drop path and LayerNorm, and what plain PyTorch makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit_fast.residual_norm import residual_add, residual_norm
+
+from .oracle import assert_within_budget
+
+FORWARD_FACTOR = 2
+BACKWARD_FACTOR = 3
+EPS = 1e-12
+"""That of BEiT's configurations."""
+
+
+@dataclass
+class ResidualCase:
+    """Everything one call needs, and the gradients that come back into it."""
+
+    residual: Tensor  # [B, N, E]
+    branch: Tensor | None
+    scale: Tensor | None  # [E]
+    keep: Tensor | None  # [B]
+    weight: Tensor | None  # [E]
+    bias: Tensor | None
+    grad_sum: Tensor | None  # [B, N, E]
+    grad_normalized: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor], *names: str) -> ResidualCase:
+        """A copy in which `function` has been applied to those of the named tensors that are there."""
+        return replace(self, **{name: function(x) for name, x in self.tensors().items() if name in names})
+
+    def to(self, dtype: torch.dtype) -> ResidualCase:
+        """The same numbers in one dtype; `keep` stays fp32."""
+        return self.map(lambda x: x.detach().to(dtype), *(name for name in self.tensors() if name != "keep"))
+
+
+ROWS = ("residual", "branch", "grad_sum", "grad_normalized")
+LEAVES = ("residual", "branch", "scale", "weight", "bias")
+
+
+def residual_case(
+    batch: int = 3,
+    tokens: int = 5,
+    size: int = 40,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    without: tuple[str, ...] = (),
+    seed: int = 0,
+) -> ResidualCase:
+    """N(0, 1) everywhere, the same on every device; a third of the samples is dropped. `without` names fields."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    rows = {name: normal(batch, tokens, size) for name in ROWS}
+    vectors = {name: normal(size) for name in ("scale", "weight", "bias")}
+    keep = ((torch.arange(batch) % 3 != 1) / 0.7).float().to(device)
+    without = (*without, "scale", "keep") if "branch" in without else without
+    return replace(ResidualCase(keep=keep, **rows, **vectors), **dict.fromkeys(without))
+
+
+def leaves_of(case: ResidualCase) -> dict[str, Tensor]:
+    """What requires a gradient, by name: as it is where it is strided, so that the operators see the strides."""
+    return {name: x.detach().requires_grad_() for name, x in case.tensors().items() if name in LEAVES}
+
+
+def eager(case: ResidualCase) -> dict[str, Tensor]:
+    """What the modules of a block compute: sum and normalised rows, and the gradients of the leaves."""
+    leaves = leaves_of(case)
+    total = leaves["residual"]
+    if "branch" in leaves:
+        branch = leaves["branch"] if case.scale is None else leaves["scale"] * leaves["branch"]
+        if case.keep is not None:
+            branch = branch * case.keep.to(branch.dtype)[:, None, None]
+        total = total + branch
+    dtype = total.dtype
+    vectors = [None if name not in leaves else leaves[name].to(dtype) for name in ("weight", "bias")]
+    return _differentiate(case, leaves, total, F.layer_norm(total, total.shape[-1:], *vectors, eps=EPS))
+
+
+def fused(case: ResidualCase, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The same by the operator."""
+    leaves = leaves_of(case)
+    optional = [leaves.get(name) for name in ("branch", "scale")]
+    vectors = [leaves.get(name) for name in ("weight", "bias")]
+    total, normalized = residual_norm(leaves["residual"], *optional, case.keep, *vectors, EPS, dtype)
+    return _differentiate(case, leaves, total, normalized)
+
+
+def eager_sum(case: ResidualCase) -> dict[str, Tensor]:
+    """The sum without the norm, in plain PyTorch."""
+    results = eager(replace(case, grad_normalized=None, weight=None, bias=None))
+    del results["normalized"]
+    return results
+
+
+def fused_sum(case: ResidualCase) -> dict[str, Tensor]:
+    """The sum without the norm, by its operator."""
+    leaves = leaves_of(replace(case, weight=None, bias=None))
+    total = residual_add(leaves["residual"], leaves["branch"], leaves.get("scale"), case.keep)
+    gradients = torch.autograd.grad(total, list(leaves.values()), case.grad_sum)
+    return {"sum": total.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
+
+
+def _differentiate(
+    case: ResidualCase, leaves: dict[str, Tensor], total: Tensor, normalized: Tensor
+) -> dict[str, Tensor]:
+    """Without a branch the sum is the residual itself, and what comes back into it is added to what the norm gives."""
+    pairs = [(total, case.grad_sum), (normalized, case.grad_normalized)]
+    pairs = [(out, grad.to(out.dtype)) for out, grad in pairs if grad is not None and out.requires_grad]
+    outputs, incoming = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming, allow_unused=True)
+    results = {"sum": total.detach(), "normalized": normalized.detach()}
+    named = zip((f"d{name}" for name in leaves), gradients, strict=True)
+    return results | {name: gradient for name, gradient in named if gradient is not None}
+
+
+def check_parity(
+    case: ResidualCase,
+    run: Callable[[ResidualCase], dict[str, Tensor]] = fused,
+    reference: Callable[[ResidualCase], dict[str, Tensor]] = eager,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """`run` against `reference` in fp64, within the budgets that `reference` sets in the case's own dtypes.
+
+    `dtype` is the coarsest one there is, where the case mixes several.
+    """
+    results, exact, rounded = run(case), reference(case.to(torch.float64)), reference(case)
+    assert results.keys() == exact.keys() == rounded.keys()
+    for name, actual in results.items():
+        factor = FORWARD_FACTOR if name in ("sum", "normalized") else BACKWARD_FACTOR
+        assert_within_budget(name, actual, exact[name], rounded[name], factor, dtype)
+        assert actual.is_contiguous(), name
+    return results
