@@ -81,6 +81,9 @@ def prepare(peer: str, expected: str, exported: str, threads: int, **fields: Any
     network = chosen.build(case, threads, exported)
     results = logits_and_gradients(case, network)
     errors, wrong = errors_within(results, Reference(**torch.load(expected, mmap=True)))
+    if chosen.tolerance is not None:
+        limit = chosen.tolerance
+        wrong = [f"{name}: error {error:.1e}, at most {limit:.0e}" for name, error in errors.items() if error > limit]
     if wrong:
         raise ValueError(f"wrong and not timed. {'; '.join(wrong)}")
     return Prepared(call_of(case, network), {"kernel": network.kernel, "errors": errors}, case.device)

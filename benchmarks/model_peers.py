@@ -53,6 +53,7 @@ class ModelPeer:
     packages: what it needs installed. exports: whether it reads that file.
     modes, dtypes, devices: what it takes part in; `refusal` says why not in others.
     slow: devices where it takes long to prepare or to run, so that only runs with every peer have it.
+    tolerance: the relative error that it documents, where that is not the house's rule.
     copies, scores: about how many copies of the weights, and of `[B, H, N, N]` in fp32, its process holds.
     """
 
@@ -68,6 +69,7 @@ class ModelPeer:
     slow: tuple[str, ...] = ()
     copies: int = 1
     scores: int = 2
+    tolerance: float | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -168,6 +170,11 @@ def _ours(implementation: str, compiles: bool = False) -> Callable[[ModelCase, i
     return build
 
 
+def _optimized_high(case: ModelCase, threads: int, exported: str) -> Network:
+    torch.set_float32_matmul_precision("high")
+    return _optimized(case, threads, exported)
+
+
 def _optimized(case: ModelCase, threads: int, exported: str) -> Network:
     dtype = DTYPES[case.dtype]
     model = our_model(case, "triton", torch.float32)
@@ -249,6 +256,7 @@ def _runtime(open_file: Callable[[ModelCase, int, str], tuple[Callable[[], Tenso
 _ON_CPU, _ANYWHERE = ("cpu",), ("cpu", "cuda")
 _HF = ("transformers",)
 OPTIMIZED, OURS = "beit_fast optimized", "beit_fast triton"
+OPTIMIZED_HIGH = f"{OPTIMIZED} high"
 
 MODEL_PEERS = (
     ModelPeer(
@@ -259,6 +267,17 @@ MODEL_PEERS = (
         refusal="is for inference",
         copies=2,
         scores=0,
+    ),
+    ModelPeer(
+        OPTIMIZED_HIGH,
+        'the same after torch.set_float32_matmul_precision("high")',
+        _optimized_high,
+        modes=(INFERENCE,),
+        dtypes=("fp32",),
+        refusal="is for inference in fp32",
+        copies=2,
+        scores=0,
+        tolerance=1e-5,
     ),
     ModelPeer(OURS, "as it is built", _ours("triton"), scores=1),
     ModelPeer(f"{OURS} compiled", "under torch.compile", _ours("triton", True), slow=_ANYWHERE, copies=2, scores=1),

@@ -11,6 +11,7 @@ from .rows import Row
 
 COLOURS = {  # peer: the same in every picture, fastest kind of ours on top
     "beit_fast optimized": "#b02a37",
+    "beit_fast optimized high": "#7d1a25",
     "beit_fast triton": "#d1495b",
     "beit_fast triton compiled": "#e07a86",
     "beit_fast sdpa": "#edae49",

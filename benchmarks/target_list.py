@@ -176,6 +176,19 @@ _CPU_SIZES = (  # image, batch, dtype, how many times as fast as Transformers sd
 _OF_MODELS = (
     *(
         Target(
+            f"base {image} B={batch} fp32 {needed}x {_GATHERED}, at float32_matmul_precision high",
+            "inference",
+            needed,
+            _named(_GATHERED),
+            where=_model("base", image, "fp32", batch),
+            peer=_GATHERED,
+            **(_INFERENCE_ON_CPU | {"ours": f"{_OPTIMIZED} high"}),
+        )
+        for image, batch, dtype, needed in _CPU_SIZES
+        if dtype == "fp32"
+    ),
+    *(
+        Target(
             f"base {image} B={batch} {dtype} {needed}x {_GATHERED}",
             "inference",
             needed,

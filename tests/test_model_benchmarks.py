@@ -199,7 +199,13 @@ def test_a_race_of_a_case(house: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(house.model_peers, "not_installed", lambda packages: [])
     monkeypatch.setattr(house.bench_model, "apart", lambda *_: house.processes.Result("export", failure="no room"))
     house.bench_model.race_model(tiny(house), race_apart, False, 1)
-    assert seen["names"] == ["beit_fast optimized", "beit_fast triton", "transformers sdpa", "timm"]
+    assert seen["names"] == [
+        "beit_fast optimized",
+        "beit_fast optimized high",
+        "beit_fast triton",
+        "transformers sdpa",
+        "timm",
+    ]
     assert seen["missing"]["openvino"] == seen["missing"]["onnxruntime"] == "the export failed: no room"
     assert seen["rules"]["rounds"] >= 5
     assert seen["rules"]["per_call"] == {"images_per_second": 2}
