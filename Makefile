@@ -115,7 +115,7 @@ bench: $(VENV)/.bench $(NATIVE)
 # pytest-benchmark, transformers, matplotlib; timm takes part where it is there): no .venv, nothing is downloaded.
 # RESULTS=FOLDER gets a copy, and the log of rows as the run goes on; COMMIT=... is written down where this folder is no
 # checkout.
-GPU_BUDGET ?= 440
+GPU_BUDGET ?= 200
 gpu-bench: GPU_BENCH := attention
 gpu-bench-models: GPU_BENCH := model
 gpu-bench gpu-bench-models: GPU_ROWS = $(or $(RESULTS),build)/$@.jsonl
