@@ -51,19 +51,25 @@ def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("capability", shared.CAPABILITIES)
+@pytest.mark.parametrize(
+    ("capability", "kind"),
+    [*((capability, kind) for capability in shared.CAPABILITIES for kind in KINDS if kind != "fp16"), (90, "fp16")],
+)
 def test_the_whole_table_of_configs(capability: int, kind: str) -> None:
-    """Also with steps that are not whole and without a bias; odd outputs never take the tile for many rows."""
+    """Also with steps that are not whole; odd outputs never take the tile for many rows.
+
+    fp16 differs from bf16 in the products' type alone, and a kernel without a bias holds less than one with it: for
+    both a sample is enough.
+    """
     dtype, precision = KINDS[kind]
-    variants = shipped(capability, dtype, precision)
-    variants += [variant._replace(whole_steps=False) for variant in variants]
-    variants += [variant._replace(bias=False) for variant in variants]
+    usual = shipped(capability, dtype, precision)
+    variants = usual + [variant._replace(whole_steps=False) for variant in usual]
     tiles = configs.TILES[
         attention_configs.arithmetic(shared.DTYPES[dtype], precision),
         attention_configs.architecture_class(*divmod(capability, 10)),
     ]
     variants += [variant._replace(even_outputs=False) for variant in variants if variant.tile in tiles[:2]]
+    variants += [variant._replace(bias=False) for variant in usual]
     assert not (wrong := complaints(variants, workers=2)), "\n".join(wrong)
 
 
