@@ -12,8 +12,10 @@ LARGEST_ROW_COUNT = 2**30
 
 FORWARD_WARP_COLUMNS = 1024
 """Columns of a warp: 32 numbers a lane. Up to that width a row's sums need no shared memory."""
-BACKWARD_WARP_COLUMNS = 256
-"""Columns of a warp: 8 numbers a lane, since three sums over rows stay in registers."""
+BACKWARD_WARP_COLUMNS = 128
+"""Columns of a warp, of two rows: 8 numbers a lane. Three sums over rows stay in registers beside them."""
+BACKWARD_WIDE_WARP_COLUMNS = 256
+"""The same of rows of more than 1024 numbers. Found with every Triton that is tested: neither spills anywhere."""
 BACKWARD_ROWS = 2
 """Rows of a step: their loads and sums hide each other's latency."""
 
@@ -43,7 +45,8 @@ def forward_warps(size: int) -> int:
 
 
 def backward_warps(size: int) -> int:
-    return max(1, padded_size(size) // BACKWARD_WARP_COLUMNS)
+    columns = padded_size(size)
+    return max(1, columns // (BACKWARD_WARP_COLUMNS if columns <= 1024 else BACKWARD_WIDE_WARP_COLUMNS))
 
 
 def share_rows(row_count: int, processors: int) -> RowShare:
