@@ -153,10 +153,7 @@ def _compiled(case: ModelCase, module: nn.Module) -> Callable[[Tensor], object]:
         return torch.compile(module, dynamic=False)
     if case.device == "cuda":
         return torch.compile(module, dynamic=False, mode="reduce-overhead")
-    import torch._inductor.config as inductor_config
-
-    inductor_config.freezing = True
-    return torch.compile(module, dynamic=False)
+    return torch.compile(module, dynamic=False, options={"freezing": True})
 
 
 def _ours(implementation: str, compiles: bool = False) -> Callable[[ModelCase, int, str], Network]:
