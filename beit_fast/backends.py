@@ -20,6 +20,9 @@ KERNELS = ("triton/cuda", "triton/interpreter", "triton/c++", "triton/composite"
 """Triton on CUDA; the same kernels interpreted on CPU tensors; the native library's kernels and PyTorch operations on
 CPU tensors."""
 
+TRITON_KERNELS = ("triton/cuda", "triton/interpreter")
+"""Those of `KERNELS` that are Triton's; the other operators have Triton kernels on the same devices."""
+
 PATCH_EMBED_KERNELS = ("fused/cuda", "fused/c++", "fused/composite")
 """The native libraries' kernels on CUDA and CPU; PyTorch operations on any device."""
 
@@ -102,10 +105,7 @@ def residual_norm_refusals(
     device: torch.device, dtypes: Sequence[torch.dtype], row_size: int, row_count: int
 ) -> tuple[str, ...]:
     """Every reason why the Triton kernels cannot add a residual or normalise `row_count` rows of `row_size` numbers."""
-    if device.type == "cpu" and INTERPRETED:
-        reasons = _triton_type_refusals(dtypes)
-    else:
-        reasons = _cuda_refusals(device) + _triton_type_refusals(dtypes)
+    reasons = _triton_place_refusals(device) + _triton_type_refusals(dtypes)
     if row_size > LARGEST_ROW_SIZE:
         reasons += (f"rows of {row_size} numbers are longer than {LARGEST_ROW_SIZE}",)
     if row_count > LARGEST_ROW_COUNT:
@@ -120,8 +120,7 @@ def triton_takes_rows(row_size: int, dtypes: Sequence[torch.dtype]) -> bool:
 
 def linear_gelu_refusals(device: torch.device, dtype: torch.dtype, output_count: int) -> tuple[str, ...]:
     """Every reason why the Triton kernel cannot serve a linear layer with GELU on `device`."""
-    reasons = () if device.type == "cpu" and INTERPRETED else _cuda_refusals(device)
-    reasons += _triton_type_refusals([dtype])
+    reasons = _triton_place_refusals(device) + _triton_type_refusals([dtype])
     if output_count > LARGEST_OUTPUT_COUNT:
         reasons += (f"{output_count} outputs are more than {LARGEST_OUTPUT_COUNT}",)
     return reasons
@@ -155,6 +154,10 @@ def _triton_refusals(dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
     if head_dim not in HEAD_DIMS:
         reasons += (f"head dimension {head_dim} is not a multiple of 8 from 8 to 128",)
     return reasons
+
+
+def _triton_place_refusals(device: torch.device) -> tuple[str, ...]:
+    return () if device.type == "cpu" and INTERPRETED else _cuda_refusals(device)
 
 
 def _triton_type_refusals(dtypes: Sequence[torch.dtype]) -> tuple[str, ...]:

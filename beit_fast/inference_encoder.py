@@ -18,12 +18,9 @@ from .layers import BeitEncoder, BeitLayer
 from .position_bias import Window, resize_table, token_count
 from .residual_norm import residual_norm
 
-TRITON_KERNELS = ("triton/cuda", "triton/interpreter")
-"""Kernels behind `"triton"` that read the bias from a form of their own, which is kept here with the table."""
-
 
 class LayerBias(NamedTuple):
-    """A layer's bias for one window: its table `[rows, H]`, None without one, and what Triton's launcher made of it."""
+    """A layer's bias for one window: its table `[rows, H]`, None without one, and what Triton's kernels read."""
 
     table: Tensor | None
     records: dict[str, Any] | None
@@ -105,7 +102,7 @@ class FoldedBlock(nn.Module):
         if call.output_attentions:
             dense = None if bias.table is None else attention.dense_bias(bias.table, call.window)
             out, weights = attention.eager_attention(q, k, v, dense, call.key_mask, scale=1.0)
-        elif self.kernel in TRITON_KERNELS:
+        elif self.kernel in backends.TRITON_KERNELS:
             from .kernels.attention import launch
 
             out, _ = launch.attention_forward(
@@ -229,7 +226,7 @@ class FoldedEncoder(nn.Module):
         if table is not None and self._native_window is not None:
             table = resize_table(table, self._native_window, window)
         kernel = attention.kernel_name(self.attn_implementation, self.device, self.dtype, self.head_dim)
-        if kernel not in TRITON_KERNELS:
+        if kernel not in backends.TRITON_KERNELS:
             return LayerBias(table, None)
         from .kernels.attention import launch
 

@@ -343,7 +343,7 @@ class BeitLayer(nn.Module):
         if not isinstance(mixer, BeitSelfAttention) or transforms_are_active() or hasattr(branch, "device_mesh"):
             return False  # a DTensor has a mesh, and the operators have no rules for it
         kernel = attention.kernel_name(mixer.attn_implementation, branch.device, branch.dtype, mixer.head_dim)
-        if kernel not in ("triton/cuda", "triton/interpreter") or self.obstacles_to_fusing():
+        if kernel not in backends.TRITON_KERNELS or self.obstacles_to_fusing():
             return False
         norm = self.layernorm_after
         tensors = (hidden_states, branch, self.lambda_1, self.lambda_2, norm.weight, norm.bias)
