@@ -15,14 +15,17 @@ class InferenceLinear(nn.Module):
     """`x W^T + b`, plainly; subclasses hold the weight in another form and fuse what follows.
 
     `activation` is applied to the result by `forward`; `add` gives the result plus a residual and has no activation.
+    Where the library `has_gelu`, exact GELU is left to its product: `gelu` is then true, and `activation` None.
     """
 
     library = "torch"
+    has_gelu = False
 
     def __init__(self, affine: Affine, activation: nn.Module | None = None) -> None:
         super().__init__()
         self.weight, self.bias = affine.weight, affine.bias  # no buffers: what is packed is not for others to read
-        self.activation = activation
+        self.gelu = self.has_gelu and is_exact_gelu(activation)
+        self.activation = None if self.gelu else activation
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
@@ -42,16 +45,15 @@ class PackedLinear(InferenceLinear):
     """On oneDNN, the weight laid out for it; exact GELU and the residual are part of the product."""
 
     library = "onednn"
+    has_gelu = True
 
     def __init__(self, affine: Affine, activation: nn.Module | None, rows: int) -> None:
-        fused = is_exact_gelu(activation)
-        super().__init__(affine, None if fused else activation)
-        self.fused_activation = "gelu" if fused else "none"
+        super().__init__(affine, activation)
         self._weight_bytes = super().weight_bytes()
         self.weight = private_operators.pack(affine.weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = private_operators.packed_linear(x, self.weight, self.bias, self.fused_activation)
+        out = private_operators.packed_linear(x, self.weight, self.bias, "gelu" if self.gelu else "none")
         return out if self.activation is None else self.activation(out)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -65,15 +67,15 @@ class PartsLinear(InferenceLinear):
     """fp32 on a CPU's bf16 tiles, by the package's own kernel; exact GELU and the residual are part of the product."""
 
     library = "c++"
+    has_gelu = True
 
     def __init__(self, affine: Affine, activation: nn.Module | None) -> None:
-        self.fuses_gelu = is_exact_gelu(activation)
-        super().__init__(affine, None if self.fuses_gelu else activation)
+        super().__init__(affine, activation)
         self.outputs, self.parts = affine.weight.shape[0], parts_linear.parts_for_precision()
         self.weight = parts_linear.pack_parts(affine.weight, self.parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = parts_linear.linear_parts(x, self.weight, self.outputs, self.parts, self.bias, gelu=self.fuses_gelu)
+        out = parts_linear.linear_parts(x, self.weight, self.outputs, self.parts, self.bias, gelu=self.gelu)
         return out if self.activation is None else self.activation(out)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -84,6 +86,7 @@ class GeluLinear(InferenceLinear):
     """A linear layer and exact GELU in one Triton kernel."""
 
     library = "triton"
+    has_gelu = True
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_gelu(x, self.weight, self.bias)
