@@ -71,6 +71,25 @@ _MMSEG_BLOCK: _Rules = (
     (r"^layers\.(\d+)\.", r"blocks.\1."),
     (r"^ln1\.", "norm."),
 )
+_TO_TIMM: _Rules = (
+    (r"^beit\.embeddings\.cls_token$", "cls_token"),
+    (r"^beit\.embeddings\.position_embeddings$", "pos_embed"),
+    (r"^beit\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^beit\.encoder\.relative_position_bias\.", "rel_pos_bias."),
+    (r"^beit\.encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"^(blocks\.\d+)\.attention\.attention\.query\.bias$", r"\1.attn.q_bias"),
+    (r"^(blocks\.\d+)\.attention\.attention\.value\.bias$", r"\1.attn.v_bias"),
+    (r"^(blocks\.\d+)\.attention\.attention\.relative_position_bias\.", r"\1.attn."),
+    (r"^(blocks\.\d+)\.attention\.output\.dense\.", r"\1.attn.proj."),
+    (r"^(blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
+    (r"^(blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
+    (r"^(blocks\.\d+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"^(blocks\.\d+)\.lambda_([12])$", r"\1.gamma_\2"),
+    (r"^beit\.pooler\.layernorm\.", "fc_norm."),
+    (r"^beit\.layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)  # fmt: skip
 _PACKED = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.weight$")
 
 OTHER_TASKS = (
@@ -108,6 +127,16 @@ def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]
         state = _renamed(state, ((r"^data2vec_vision\.", TRUNK_PREFIX), *_TRANSFORMERS_5))
     masked_modelling = any(key.startswith("lm_head.") for key in state)
     return {full_name(key, masked_modelling): tensor for key, tensor in state.items()}, form
+
+
+def to_timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under full hub names as timm has them, query, key and value packed: the way back from `to_hub_names`."""
+    state = dict(tensors)
+    for key in [key for key in state if key.endswith(".attention.attention.query.weight")]:
+        parts = [state.pop(key.replace("query", name)) for name in ("query", "key", "value")]
+        layer = key.removeprefix(f"{_LAYER}.").partition(".")[0]
+        state[f"blocks.{layer}.attn.qkv.weight"] = torch.cat(parts)
+    return _renamed(state, _TO_TIMM)
 
 
 def format_of(keys: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     _add_classify(commands)
     _add_segment(commands)
+    _add_predict(commands)
     _add_convert(commands)
     return parser
 
@@ -46,6 +48,30 @@ def _add_segment(commands: Any) -> None:
     parser.add_argument("--opacity", type=_fraction, default=0.5, help="of the colours, 0 to 1 (default: 0.5)")
     _add_model_options(parser)
     parser.set_defaults(run=_command("segment"))
+
+
+def _add_predict(commands: Any) -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="the classes or features of all images of a folder or list, alone or under torchrun",
+        description="Predict all images of a folder or list. What is done is kept in OUT.run: after a kill the same "
+        "command goes on. `torchrun --nproc-per-node N -m beit_fast predict ...` shares the images among N processes.",
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="a folder, or a text file with one path a line")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the .jsonl or .parquet file to write")
+    parser.add_argument("--format", choices=("jsonl", "parquet"), help="of OUT (default: as its name ends)")
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument("--top", type=_positive, default=5, help="most probable classes to record (default: 5)")
+    outputs.add_argument("--logits", action="store_true", help="record the logits of all classes instead")
+    outputs.add_argument("--features", action="store_true", help="record the pooled features instead; needs no head")
+    parser.add_argument("--batch-size", type=_positive, default=32, help="images in one forward (default: 32)")
+    parser.add_argument("--workers", type=_positive, help="threads that read images (default: one a CPU, at most 8)")
+    parser.add_argument("--optimize", action="store_true", help="fold and pack the weights, see optimize_for_inference")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--overwrite", action="store_true", help="begin anew; an OUT that exists is replaced at the end")
+    begin.add_argument("--retry-failed", action="store_true", help="do the batches again in which an image failed")
+    _add_model_options(parser)
+    parser.set_defaults(run=_command("predict", module="predict"))
 
 
 def _add_convert(commands: Any) -> None:
@@ -73,13 +99,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
-def _command(name: str) -> Callable[[argparse.Namespace], int]:
+def _command(name: str, module: str = "commands") -> Callable[[argparse.Namespace], int]:
     """The command's function, imported when it is called: `info` needs neither numpy nor a model."""
 
     def run(options: argparse.Namespace) -> int:
-        from . import commands
-
-        return getattr(commands, name)(options)
+        return getattr(importlib.import_module(f".{module}", __package__), name)(options)
 
     return run
 

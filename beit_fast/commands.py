@@ -29,20 +29,20 @@ TASKS = {
 """Names of `--task` and the class behind each."""
 
 
-def _refusing(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def refusing(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """Turn the errors of bad input, which say all there is to say, into one message and exit code 2."""
 
     def run(options: argparse.Namespace) -> int:
         try:
             return command(options)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             print(f"beit-fast {options.command}: {error}", file=sys.stderr)
             return REFUSED
 
     return run
 
 
-@_refusing
+@refusing
 def classify(options: argparse.Namespace) -> int:
     """Print the most probable classes of every image."""
     model, processor = load(options, TASKS["image-classification"])
@@ -63,7 +63,7 @@ def classify(options: argparse.Namespace) -> int:
     return SOME_FAILED if failures else DONE
 
 
-@_refusing
+@refusing
 def segment(options: argparse.Namespace) -> int:
     """Write the photograph with its classes in colours over it, and print how much of it each class covers."""
     from PIL import Image
@@ -83,7 +83,7 @@ def segment(options: argparse.Namespace) -> int:
     return DONE
 
 
-@_refusing
+@refusing
 def convert(options: argparse.Namespace) -> int:
     """Read a checkpoint of any known format and write it as the hub has it."""
     import beit_fast
@@ -125,11 +125,14 @@ def processor_of(name_or_path: str, config: Any, local_files_only: bool = False)
     """The checkpoint's own image processor, or one for the model's image size where the checkpoint has none."""
     from .image_processing import BeitImageProcessor
 
-    folder = Path(name_or_path)
-    if folder.is_dir() and not (folder / "preprocessor_config.json").exists():
+    path = Path(name_or_path)
+    source = path.parent if path.is_file() else path
+    if not source.is_dir():
+        return BeitImageProcessor.from_pretrained(name_or_path, local_files_only=local_files_only)
+    if not (source / "preprocessor_config.json").exists():
         height, width = config.image_height_width
         return BeitImageProcessor(size={"height": height, "width": width})
-    return BeitImageProcessor.from_pretrained(name_or_path, local_files_only=local_files_only)
+    return BeitImageProcessor.from_pretrained(source)
 
 
 def read_image(path: str) -> Any:

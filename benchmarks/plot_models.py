@@ -129,7 +129,7 @@ def _draw_memory(axis: Any, rows: list[Row]) -> None:
         most = max(row["loaded_memory"] + row["peak_memory"] for row in known) / _GIB
         axis.set_xlim(0, 1.75 * most)
         axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.set_title("memory, GiB: loaded + added by a call", loc="left", fontsize=10)
+        axis.set_title("memory, GiB: loaded + added", loc="left", fontsize=10)
     else:
         axis.set_title("memory is not measured on this device", loc="left", fontsize=10, color="#666666")
 

@@ -36,10 +36,12 @@ def build(**options: object) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if "gamma" in name:
+                parameter.uniform_(0.1, 1.0, generator=generator)
+            elif parameter.ndim == 1:
                 parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3, generator=generator)
             else:
-                spread = 1.0 if "table" in name or "pos_embed" in name else 0.15
+                spread = 1.0 if any(part in name for part in ("table", "pos_embed", "cls_token")) else 0.15
                 parameter.normal_(0.0, spread, generator=generator)
     return model
 

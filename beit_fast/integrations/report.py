@@ -1,0 +1,71 @@
+"""What `accelerate` and `restore` did to a model, module by module."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+REPLACED = "replaced"
+RESTORED = "restored"
+ALREADY = "already fast"
+LEFT_ALONE = "left alone"
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """One module: its name in the model, its class before, what happened, and why where nothing did."""
+
+    name: str
+    kind: str
+    change: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What happened to each attention and bias module of a model; `str()` is for people.
+
+    Attributes:
+        model: the model's class.
+        modules: every module that was looked at, in the model's order.
+        kernels: what will run attention for the parameters' device and dtype, and why faster kernels will not.
+    """
+
+    model: str
+    modules: tuple[ModuleChange, ...]
+    kernels: tuple[str, ...] = ()
+
+    def named(self, change: str) -> dict[str, str]:
+        """The modules of one kind of change, `"replaced"`, `"restored"`, `"already fast"` or `"left alone"`.
+
+        Each with the reason, empty where there is none.
+        """
+        return {module.name: module.reason for module in self.modules if module.change == change}
+
+    @property
+    def replaced(self) -> list[str]:
+        return list(self.named(REPLACED))
+
+    @property
+    def restored(self) -> list[str]:
+        return list(self.named(RESTORED))
+
+    @property
+    def already_fast(self) -> list[str]:
+        return list(self.named(ALREADY))
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        return self.named(LEFT_ALONE)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str, str], int] = {}
+        for module in self.modules:
+            pattern = re.sub(r"\b\d+\b", "*", module.name) or "the model itself"
+            group = (module.change, module.kind, pattern, module.reason)
+            groups[group] = groups.get(group, 0) + 1
+        lines = [
+            f"  {change}: {count} {kind} ({pattern}){': ' * bool(reason)}{reason}"
+            for (change, kind, pattern, reason), count in groups.items()
+        ]
+        return "\n".join([self.model, *(lines or ["  nothing to do"]), *(f"  {kernel}" for kernel in self.kernels)])

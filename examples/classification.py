@@ -1,0 +1,53 @@
+"""Classify images with a checkpoint, as it is and optimised for inference.
+
+python examples/classification.py [IMAGE ...] [--model FOLDER_OR_ID]
+
+Without arguments, the digits model beside this script reads twenty handwritten digits that it has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from beit_fast import BeitForImageClassification, BeitImageProcessor, optimize_for_inference
+
+DIGITS = Path(__file__).parent / "digits"
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a line for each image, and how much the optimised model differs; return the exit code."""
+    parser = argparse.ArgumentParser(description="Classify images with BEiT.")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="default: the digits")
+    parser.add_argument("--model", default=str(DIGITS), help="a checkpoint for classification (default: the digits')")
+    options = parser.parse_args(arguments)
+    images = options.images or sorted((DIGITS / "images").glob("*.png"))
+
+    model = BeitForImageClassification.from_pretrained(options.model, attn_implementation="triton")
+    processor = BeitImageProcessor.from_pretrained(options.model)
+    pixels = processor(images, return_tensors="pt")["pixel_values"]  # [B, 3, H, W]
+    with torch.inference_mode():
+        logits = model(pixels).logits  # [B, num_labels]
+
+    probabilities, classes = logits.softmax(-1).max(-1)
+    names = [model.config.id2label[index] for index in classes.tolist()]
+    for image, name, probability in zip(images, names, probabilities.tolist(), strict=True):
+        print(f"{image.name:16}{name:24}{100 * probability:6.2f} %")
+    if not options.images and options.model == str(DIGITS):
+        right = sum(name == DIGIT_NAMES[int(image.name[0])] for image, name in zip(images, names, strict=True))
+        print(f"{right} of {len(images)} right")
+    print(f"attention: {model.attention_report().kernel}")
+
+    fast = optimize_for_inference(model, example=pixels)
+    again = fast(pixels).logits
+    print(fast.inference_report())
+    print(f"relative difference of its logits: {((again - logits).norm() / logits.norm()).item():.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Draw the class of every pixel over a picture.
+
+python examples/segmentation_overlay.py [--out overlay.png] [--model FOLDER_OR_ID --image PATH]
+
+With --model, a checkpoint for semantic segmentation colours a photograph. Without, such a model is first made of the
+digits classifier beside this script: BEiT's trunk with a new UPerNet head, trained for some seconds to tell which
+digit the ink of scikit-learn's handwritten digits belongs to. Then it colours twenty digits that it has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from train_digits import NAMES, Digits, augment, load_digits, shown_indices
+
+from beit_fast import BeitForSemanticSegmentation, BeitImageProcessor
+from beit_fast.commands import overlay
+
+DIGITS = Path(__file__).parent / "digits"
+STEPS, BATCH, RATE = 70, 16, 4e-3
+TILE, COLUMNS, OPACITY = 120, 10, 0.6
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the picture, print what it shows, and return the exit code."""
+    parser = argparse.ArgumentParser(description="Segment with BEiT and draw the classes over the picture.")
+    parser.add_argument("--out", type=Path, default=Path("overlay.png"), help="default: overlay.png")
+    parser.add_argument("--model", help="a checkpoint for semantic segmentation (default: made from the digits')")
+    parser.add_argument("--image", type=Path, help="the photograph for --model")
+    parser.add_argument("--attn", choices=("eager", "sdpa", "triton"), default="triton", help="default: triton")
+    options = parser.parse_args(arguments)
+    if (options.model is None) != (options.image is None):
+        parser.error("--model and --image go together")
+    if options.model is not None:
+        model = BeitForSemanticSegmentation.from_pretrained(options.model, attn_implementation=options.attn)
+        picture = colour(model, BeitImageProcessor.from_pretrained(options.model), [Image.open(options.image)])[0]
+    else:
+        try:
+            digits = load_digits(seed=0)
+        except ImportError as error:
+            parser.error(f"the digits come with scikit-learn: pip install scikit-learn ({error})")
+        model = train(digits, options.attn)
+        print(f"ink of {len(digits.held_out)} digits that were held out, in its own digit's class: "
+              f"{ink_accuracy(model, digits):.1%}")  # fmt: skip
+        picture = digit_sheet(model, digits)
+    picture.save(options.out)
+    print(f"attention: {model.attention_report().kernel}")
+    print(f"picture: {options.out}, {picture.width} x {picture.height}")
+    return 0
+
+
+def train(digits: Digits, attn_implementation: str) -> BeitForSemanticSegmentation:
+    """The digits classifier's trunk under a new head, trained on the digits that the trunk was trained on."""
+    torch.manual_seed(0)
+    names = dict(enumerate(("background", *NAMES)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the head is new
+        model = BeitForSemanticSegmentation.from_pretrained(
+            DIGITS,
+            attn_implementation=attn_implementation,
+            id2label=names,
+            out_indices=[1, 2, 3, 4],
+            use_auxiliary_head=False,
+            num_labels=len(names),
+        )
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
+    for _ in (bar := tqdm(range(STEPS), desc="training", unit="step")):
+        batch = digits.training[torch.randint(len(digits.training), (BATCH,))]
+        pixels = augment(digits.pixels[batch])
+        loss = model(pixels, labels=classes_of(pixels, digits.labels[batch])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+def classes_of(pixels: Tensor, labels: Tensor) -> Tensor:
+    """Digits `[B, 3, H, W]` in [-1, 1] and what they are `[B]`: 0 for background, 1 + digit for ink, `[B, H, W]`."""
+    return (pixels[:, 0] > 0) * (1 + labels[:, None, None])
+
+
+@torch.inference_mode()
+def ink_accuracy(model: BeitForSemanticSegmentation, digits: Digits) -> float:
+    """The part of the held-out digits' ink that gets the class of its own digit."""
+    right = total = 0
+    for batch in digits.held_out.split(60):
+        pixels = digits.pixels[batch]
+        wanted = classes_of(pixels, digits.labels[batch])
+        logits = torch.nn.functional.interpolate(model(pixels).logits, size=wanted.shape[1:], mode="bilinear")
+        ink = wanted > 0
+        right += int((logits.argmax(1) == wanted)[ink].sum())
+        total += int(ink.sum())
+    return right / total
+
+
+@torch.inference_mode()
+def colour(
+    model: BeitForSemanticSegmentation,
+    processor: BeitImageProcessor,
+    pictures: list[Image.Image],
+    background: int | None = None,
+) -> list[Image.Image]:
+    """The pictures, tinted by the class of every pixel but those of the background."""
+    pictures = [picture.convert("RGB") for picture in pictures]
+    outputs = model(processor(pictures, return_tensors="pt")["pixel_values"])
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    maps = processor.post_process_semantic_segmentation(outputs, sizes)  # [height, width] each
+    coloured = []
+    for picture, classes in zip(pictures, maps, strict=True):
+        tinted = overlay(picture, classes, model.config.num_labels, OPACITY)
+        if background is not None:
+            tinted = Image.composite(tinted, picture, Image.fromarray((classes != background).numpy()))
+        coloured.append(tinted)
+    return coloured
+
+
+def digit_sheet(model: BeitForSemanticSegmentation, digits: Digits) -> Image.Image:
+    """Two held-out digits of each class, a column a class."""
+    images = [Image.fromarray(image).resize((TILE, TILE)) for image in digits.images[shown_indices(digits)]]
+    tiles = colour(model, BeitImageProcessor.from_pretrained(DIGITS), images, background=0)
+    sheet = Image.new("RGB", (COLUMNS * TILE, len(tiles) // COLUMNS * TILE))
+    for number, tile in enumerate(tiles):
+        column, row = divmod(number, len(tiles) // COLUMNS)
+        sheet.paste(tile, (column * TILE, row * TILE))
+    return sheet
+
+
+if __name__ == "__main__":
+    sys.exit(main())
