@@ -115,6 +115,7 @@ class BeitConfig:
     """
 
     model_type: ClassVar[str] = "beit"
+    _commit_hash = None  # pipelines of Transformers 4 read it
 
     vocab_size: int = 8192
     hidden_size: int = 768

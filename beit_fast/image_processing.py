@@ -195,7 +195,7 @@ class BeitImageProcessor:
         """Class ids int64 `[h, w]` of each image.
 
         Args:
-            outputs: of `BeitForSemanticSegmentation`, with logits `[B, num_labels, h, w]`.
+            outputs: of `BeitForSemanticSegmentation`, with logits `[B, num_labels, h, w]`; a mapping will do.
             target_sizes: (height, width) of each result, pairs or a tensor `[B, 2]`, to which logits are resized
                 bilinearly; None for the logits' own size.
             return_segmentation_scores: give for each image a `BatchFeature` of `segmentation` and the resized logits,
@@ -204,7 +204,7 @@ class BeitImageProcessor:
         Raises:
             ValueError: there are not as many sizes as images.
         """
-        scores = list(outputs.logits)
+        scores = list(outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits)
         if target_sizes is not None:
             sizes = [(int(height), int(width)) for height, width in target_sizes]
             if len(sizes) != len(scores):

@@ -195,7 +195,7 @@ class OptimizedModel(BeitPreTrainedModel):
             self._graphs.clear()
         self._folded_encoder.set_attn_implementation(attn_implementation)
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the original's parameters hold; only_trainable: those that are trained there."""
         return self._parameter_counts[only_trainable]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .layers import (
     BeitSelfAttention,
     BeitSelfOutput,
 )
+
+if TYPE_CHECKING:
+    from .device_map import DeviceMap
 
 
 class BeitPreTrainedModel(nn.Module):
@@ -39,9 +42,11 @@ class BeitPreTrainedModel(nn.Module):
     config_class: ClassVar[type] = BeitConfig
     base_model_prefix: ClassVar[str] = "beit"
     main_input_name: ClassVar[str] = "pixel_values"
+    input_modalities: ClassVar[tuple[str, ...]] = ("image",)
     supports_gradient_checkpointing: ClassVar[bool] = True
     _no_split_modules: ClassVar[list[str]] = ["BeitLayer"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r".*relative_position_index.*"]
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class BeitPreTrainedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())
+        self.name_or_path = self.config.name_or_path  # where adapters say what they were trained on
         self.attn_implementation = attention.check_implementation(
             self.config.attn_implementation if attn_implementation is None else attn_implementation
         )
@@ -84,6 +90,9 @@ class BeitPreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -110,6 +119,9 @@ class BeitPreTrainedModel(nn.Module):
             attn_implementation, patch_embed_implementation: see the class.
             dtype, torch_dtype: of the parameters; by default, or for `"auto"`, the configuration's, else the file's.
             device: where the parameters go.
+            device_map, max_memory, offload_folder: instead of `device`, spread the layers over devices, host memory and
+                disk by the package accelerate: `"auto"`, or a device for every part by name; see
+                `beit_fast.device_map.dispatch`. The file is read into host memory first.
             revision, cache_dir, token, local_files_only: passed to `huggingface_hub`.
             num_labels: classes, where another number than the file's; needs `ignore_mismatched_sizes` beside a head.
             ignore_mismatched_sizes: initialise parameters whose shape differs, with a warning, rather than refuse.
@@ -125,14 +137,16 @@ class BeitPreTrainedModel(nn.Module):
                 or unsafe file; a configuration that shapes do not tell.
         """
         from . import checkpoint
+        from . import device_map as placement
 
+        placement.check(device, device_map, max_memory=max_memory, offload_folder=offload_folder)
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"{dtype=} and {torch_dtype=} are two names of one argument; give one")
         options = checkpoint.LoadOptions(
             attn_implementation,
             patch_embed_implementation,
             torch_dtype if dtype is None else dtype,
-            device,
+            device if device_map is None else "cpu",
             checkpoint.HubOptions(revision, cache_dir, token, local_files_only),
             image_size,
             position_interpolation,
@@ -142,6 +156,8 @@ class BeitPreTrainedModel(nn.Module):
         model, info = checkpoint.load_model(
             cls, pretrained_model_name_or_path, config, options, config_overrides | labels
         )
+        if device_map is not None:
+            placement.dispatch(model, device_map, max_memory, offload_folder)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -183,8 +199,13 @@ class BeitPreTrainedModel(nn.Module):
         """Device of the parameters."""
         return next(self.parameters()).device
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many numbers the parameters hold."""
+    @classmethod
+    def can_generate(cls) -> bool:
+        """False: there is no text here."""
+        return False
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold; exclude_embeddings: without `nn.Embedding`, which no model has."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -270,6 +291,21 @@ class BeitPreTrainedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, BeitEncoder):
                 module.gradient_checkpointing = False
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` under its name in Transformers 5: every layer, nothing offloaded."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(f"{every_n_layers=}, {offload=}; accepted: every_n_layers=1 and offload=False")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.gradient_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -2,53 +2,19 @@
 
 import pytest
 import torch
-import transformers
 
 from beit_fast import BeitBackbone, BeitConfig
 
+from .support.dense_models import DENSE_MODELS, OPTIONS, main_output, model_class
 from .support.oracle import relative_error
-from .support.transformers_reference import TINY, hub_state, randomize
-
-LAYERS = {"num_hidden_layers": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
-OPTIONS = TINY | LAYERS | {"use_relative_position_bias": True, "use_mask_token": False}
-OPTIONS = {key: value for key, value in OPTIONS.items() if key not in ("num_labels", "vocab_size")}
-
-
-def upernet():
-    config = transformers.UperNetConfig(
-        backbone_config=transformers.BeitConfig(**OPTIONS, add_fpn=True), hidden_size=16, auxiliary_channels=8,
-        auxiliary_in_channels=32, pool_scales=[1, 2], num_labels=3,
-    )  # fmt: skip
-    return transformers.UperNetForSemanticSegmentation(config), (32, 48)
-
-
-def dpt():
-    config = transformers.DPTConfig(
-        backbone_config=transformers.BeitConfig(**OPTIONS, reshape_hidden_states=False), hidden_size=32,
-        neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8, readout_type="project", is_hybrid=False,
-        reassemble_factors=[4, 2, 1, 0.5],
-    )  # fmt: skip
-    return transformers.DPTForDepthEstimation(config), (32, 32)
-
-
-def zoedepth():
-    config = transformers.ZoeDepthConfig(
-        backbone_config=transformers.BeitConfig(**OPTIONS, reshape_hidden_states=False),
-        neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8, bottleneck_features=8, num_relative_features=8,
-        bin_embedding_dim=8, reassemble_factors=[4, 2, 1, 0.5],
-    )  # fmt: skip
-    return transformers.ZoeDepthForDepthEstimation(config), (32, 48)
-
-
-def main_output(outputs):
-    return outputs.logits if "logits" in outputs else outputs.predicted_depth
+from .support.transformers_reference import hub_state, randomize
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "triton"])
-@pytest.mark.parametrize("build", [upernet, dpt, zoedepth])
+@pytest.mark.parametrize("build", DENSE_MODELS)
 def test_takes_the_place_of_transformers_backbone(build, implementation):
-    model, size = build()
-    model = model.double().eval()
+    config, size = build()
+    model = model_class(build)(config).double().eval()
     randomize(model)
     pixels = torch.randn(2, 3, *size, dtype=torch.float64)
     expected = model(pixels, output_hidden_states=True)

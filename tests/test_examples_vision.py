@@ -1,29 +1,15 @@
 """examples/classification.py and examples/segmentation_overlay.py, run as users run them."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from .support.devices import CPU_ATTENTION
+from .support.examples import run
 from .support.prediction import save_checkpoint, save_image
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
 pytestmark = pytest.mark.slow
-
-
-def run(script, *arguments):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_classification_reads_the_digits():

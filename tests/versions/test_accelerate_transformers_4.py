@@ -1,0 +1,24 @@
+"""`accelerate` on Transformers 4.57: the tests of 5.x again, and what only 4.57 has."""
+
+import pytest
+import torch
+
+from ..support.oracle import relative_error
+from ..support.transformers_models import Spy, assert_same, inputs_for, pair, run
+from ..test_accelerate_transformers import *  # noqa: F403
+from ..test_accelerate_transformers_compiled import *  # noqa: F403
+from ..test_accelerate_transformers_masks import *  # noqa: F403
+from ..test_accelerate_transformers_modules import *  # noqa: F403
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
+def test_a_head_mask_is_left_to_transformers(name, attn_implementation):
+    theirs, ours = pair(name, "both", attn_implementation=attn_implementation)
+    heads = torch.tensor([1.0, 0.0, 1.0, 0.5], dtype=torch.float64)
+    inputs = inputs_for(name, theirs) | {"head_mask": heads}
+    with Spy(heads=4, tokens=17) as spy:
+        assert_same(run(ours, inputs), run(theirs, inputs))
+    assert spy.forward_calls == 0
+    whole = ours(pixel_values=inputs["pixel_values"]).last_hidden_state
+    assert relative_error(ours(**inputs).last_hidden_state, whole) > 1e-2
