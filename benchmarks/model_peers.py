@@ -198,6 +198,16 @@ def _transformers(implementation: str, compiles: bool = False) -> Callable[[Mode
     return build
 
 
+def _accelerated(case: ModelCase, threads: int, exported: str) -> Network:
+    from beit_fast.integrations.transformers import accelerate
+
+    dtype = DTYPES[case.dtype]
+    model = transformers_model(case, "sdpa", dtype)
+    accelerate(model, attn_implementation="triton")
+    kernel = attention.kernel_name("triton", case.device, dtype, case.size.width // case.size.heads)
+    return _network(case, model, f"{kernel}, accelerated")
+
+
 def _timm(compiles: bool = False) -> Callable[[ModelCase, int, str], Network]:
     def build(case: ModelCase, threads: int, exported: str) -> Network:
         timm, size = import_timm(), case.size
@@ -255,6 +265,7 @@ _ON_CPU, _ANYWHERE = ("cpu",), ("cpu", "cuda")
 _HF = ("transformers",)
 OPTIMIZED, OURS = "beit_fast optimized", "beit_fast triton"
 OPTIMIZED_HIGH = f"{OPTIMIZED} high"
+ACCELERATED = "transformers accelerated"
 
 MODEL_PEERS = (
     ModelPeer(
@@ -289,6 +300,7 @@ MODEL_PEERS = (
     ),
     ModelPeer("beit_fast sdpa", "gathered bias given to SDPA", _ours("sdpa"), slow=_ON_CPU),
     ModelPeer("beit_fast eager", "matrix products and softmax", _ours("eager"), slow=_ON_CPU, scores=3),
+    ModelPeer(ACCELERATED, "Transformers' model after accelerate(model)", _accelerated, _HF, scores=1),
     ModelPeer("transformers sdpa", "Transformers' model", _transformers("sdpa"), _HF),
     ModelPeer(
         "transformers sdpa compiled",

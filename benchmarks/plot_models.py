@@ -18,6 +18,7 @@ COLOURS = {  # peer: the same in every picture, fastest kind of ours on top
     "beit_fast eager": "#f3cf8f",
     "openvino": "#5b8c5a",
     "onnxruntime": "#9cbf7f",
+    "transformers accelerated": "#d77a3d",
     "transformers sdpa compiled": "#00566b",
     "transformers sdpa": "#00798c",
     "transformers eager": "#6fb3bf",
@@ -144,7 +145,9 @@ def _style(axis: Any, rows: list[Row], labels: list[str]) -> None:
     axis.tick_params(axis="y", length=0)
     axis.tick_params(axis="x", labelsize=7.5)
     for label, row in zip(axis.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if row["peer"].startswith("beit_fast") else "normal")
+        label.set_fontweight(
+            "bold" if row["peer"].startswith("beit_fast") or row["peer"].endswith("accelerated") else "normal"
+        )
     axis.grid(axis="x", color="#e3e3e3", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)

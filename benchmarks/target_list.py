@@ -211,6 +211,18 @@ _OF_MODELS = (
         )
         for image, batch, dtype, _ in _CPU_SIZES
     ),
+    *(
+        Target(
+            f"accelerated Transformers {needed}x {_GATHERED}, base 640 B=1 {dtype}",
+            "inference",
+            needed,
+            _named(_GATHERED),
+            where=_model("base", 640, dtype, 1),
+            peer=_GATHERED,
+            **(_INFERENCE_ON_CPU | {"ours": "transformers accelerated"}),
+        )
+        for dtype, needed in (("fp32", 1.7), ("bf16", 2.0))
+    ),
     Target(
         "goal: 1.05x OpenVINO at 640",
         "inference",

@@ -203,6 +203,7 @@ def test_a_race_of_a_case(house: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         "beit_fast optimized",
         "beit_fast optimized high",
         "beit_fast triton",
+        "transformers accelerated",
         "transformers sdpa",
         "timm",
     ]
