@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="BeitPreTrainedModel")
 _SHOWN = 20
+_SPREAD = (
+    "parameters are spread over processes; call get_model_state_dict of torch.distributed.checkpoint.state_dict in all "
+    "of them, with full_state_dict=True and cpu_offload=True, and save_pretrained in the first with what it gave there "
+    "as state_dict"
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,11 @@ def load_model(
 
 
 def save_model(
-    model: BeitPreTrainedModel, folder: str | os.PathLike[str], max_shard_size: int | str, safe_serialization: bool
+    model: BeitPreTrainedModel,
+    folder: str | os.PathLike[str],
+    max_shard_size: int | str,
+    safe_serialization: bool,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `config.json` and safetensors; see `BeitPreTrainedModel.save_pretrained`."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -131,10 +140,7 @@ def save_model(
         raise ValueError("safe_serialization=False would write a pickle; accepted: True, which writes safetensors")
     config = _saved_config(model)
     text = config.to_json_string()
-    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
-    on_meta = [key for key, tensor in state.items() if tensor.is_meta]
-    if on_meta:
-        raise ValueError(f"parameters on the meta device have no values to save: {_listed(on_meta)}")
+    state = _state_to_save(model, state_dict)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
@@ -152,6 +158,26 @@ def save_model(
             index = {"metadata": plan.metadata, "weight_map": dict(sorted(weight_map.items()))}
             _write(unfinished / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
         _swap_in(unfinished, target, list(names.values()), plan.is_sharded)
+
+
+def _state_to_save(model: BeitPreTrainedModel, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors given, or the model's own; ValueError unless they are whole and fit the model."""
+    own = model.state_dict()
+    state = {key: tensor.detach().contiguous() for key, tensor in (own if given is None else given).items()}
+    problems = {
+        "parameters on the meta device have no values to save": [key for key in state if state[key].is_meta],
+        _SPREAD: [key for key in state if hasattr(state[key], "device_mesh")],
+        "state_dict lacks parameters of the model": [key for key in own if key not in state],
+        "state_dict has parameters that the model has not": [key for key in state if key not in own],
+        "state_dict has parameters of another shape": [
+            f"{key} {list(state[key].shape)}, not {list(own[key].shape)}"
+            for key in state
+            if key in own and state[key].shape != own[key].shape
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError("\n".join(f"{problem}: {_listed(keys)}" for problem, keys in problems.items() if keys))
+    return state
 
 
 def _split_overrides(

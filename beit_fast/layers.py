@@ -5,6 +5,7 @@ Module and parameter names are those of the checkpoints on the hub.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from .activations import ACTIVATIONS
 from .configuration import BeitConfig
 from .functional import patch_embed, transforms_are_active
 from .linear import apply_linear
-from .module_checks import hook_obstacles
+from .module_checks import hook_obstacles, runs_as_written
 from .patch_embedding import Normalization
 from .position_bias import Window, resize_position_embeddings, resize_table, table_rows
 from .residual_norm import residual_add, residual_norm
+from .sharding import map_columns
 
 
 def window_of(pixel_values: Tensor, patch_size: int) -> Window:
@@ -142,7 +144,10 @@ class BeitRelativePositionBias(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_relative_position_index)
 
     def forward(self, window: Window) -> Tensor:
-        return resize_table(self.relative_position_bias_table, self.native_window, window)
+        parameter = self.relative_position_bias_table
+        table = map_columns(partial(resize_table, old_window=self.native_window, new_window=window), parameter)
+        # A hook of FSDP frees the parameter before the table is read.
+        return table.clone() if table is parameter and not runs_as_written(self) else table
 
 
 def _drop_relative_position_index(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
@@ -178,8 +183,8 @@ class BeitSelfAttention(nn.Module):
         key_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (  # [B, N, H, D]
-            apply_linear(linear, hidden_states, self.attn_implementation).unflatten(-1, (self.num_heads, self.head_dim))
+        q, k, v = (  # [B, N, H, D]; tensor parallelism leaves each process some of the heads
+            apply_linear(linear, hidden_states, self.attn_implementation).unflatten(-1, (-1, self.head_dim))
             for linear in (self.query, self.key, self.value)
         )
         table = self._table(window, shared_table)

@@ -164,6 +164,7 @@ class BeitPreTrainedModel(nn.Module):
         self,
         save_directory: str | os.PathLike[str],
         *,
+        state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
     ) -> None:
@@ -174,15 +175,18 @@ class BeitPreTrainedModel(nn.Module):
 
         Args:
             save_directory: the folder, made if need be.
+            state_dict: what to write instead of the model's own tensors, which may be spread over processes:
+                `get_model_state_dict` of `torch.distributed.checkpoint` gathers them.
             max_shard_size: where the weights take more, they are split, with an index; bytes or as in `"5GB"`.
             safe_serialization: True; pickles are not written.
 
         Raises:
-            ValueError: `safe_serialization=False`, or parameters on the meta device.
+            ValueError: `safe_serialization=False`, parameters on the meta device or spread over processes, or a
+                state_dict that is not the model's.
         """
         from . import checkpoint
 
-        checkpoint.save_model(self, save_directory, max_shard_size, safe_serialization)
+        checkpoint.save_model(self, save_directory, max_shard_size, safe_serialization, state_dict)
 
     @property
     def base_model(self) -> nn.Module:

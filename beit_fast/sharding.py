@@ -12,14 +12,19 @@ dimensions are never sharded. `patch_embed` shards samples.
 
 Attention dropout numbers the (sample, head) pairs that one process sees, so shards would repeat each other's masks:
 with `dropout_p > 0` everything is replicated, and the mask is that of one process.
+
+What else a model does to its tables goes through `map_columns`; how a model is spread is said in `parallel.py`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from .import_hooks import when_imported
 from .ops import attention_backward_op, attention_op, patch_embed_op
@@ -113,6 +118,18 @@ def _shard_patch_embed(
         tensors += [(mask, samples), (mask_token, Replicate()), (pos, Replicate())]
         shardings.append(([samples], [samples, *(place for tensor, place in tensors if tensor is not None)]))
     return shardings
+
+
+def map_columns(function: Callable[[Tensor], Tensor], table: Any) -> Any:
+    """`function` of a table `[rows, H]`, each column of which it treats alike: of a DTensor where its columns are."""
+    if not hasattr(table, "device_mesh"):
+        return function(table)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = [place if place == Shard(1) else Replicate() for place in table.placements]
+    columns = function(table.redistribute(placements=placements).to_local())
+    shape = torch.Size([columns.shape[0], table.shape[1]])
+    return DTensor.from_local(columns, table.device_mesh, placements, shape=shape, stride=(table.shape[1], 1))
 
 
 def _register(distributed_tensor: ModuleType) -> None:
