@@ -24,7 +24,7 @@ MODEL ?=
 OUT ?= demo.png
 BENCH_OPTIONS ?=
 
-.PHONY: demo test test-compiled test-interpreted test-composite test-full test-slow-compiled test-slow-interpreted
+.PHONY: demo test test-compiled test-beyond test-interpreted test-composite test-full test-slow-compiled test-slow-beyond test-slow-interpreted
 .PHONY: sanitize bench lint format clean
 .PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench gpu-bench-models
 
@@ -35,12 +35,22 @@ demo: $(VENV)/.demo $(NATIVE)
 # Two processes at a time, each on one thread; what one of them prints is held back until it ends.
 SIDE_BY_SIDE := $(MAKE) --jobs=2 --output-sync=target --no-print-directory
 
-# The suite: separate processes, since Triton's interpreter and its compiler cannot share one.
+# The suite: separate processes, since Triton's interpreter and its compiler cannot share one. What goes beyond the
+# package is a part of its own, so that both cores have work to the end.
 test: $(VENV)/.test $(NATIVE)
-	$(SIDE_BY_SIDE) test-interpreted test-compiled test-composite
+	$(SIDE_BY_SIDE) test-interpreted test-compiled test-beyond test-composite
+
+BEYOND := $(wildcard $(addprefix tests/test_,accelerate_*.py backbone_routes.py *benchmark*.py ecosystem.py integration_*.py \
+  model_export.py predict*.py registration.py scale_out.py timm_*.py))
+
+EXAMPLES := $(wildcard tests/test_examples_*.py)
 
 test-compiled:
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(BEYOND:%=--ignore=%)
+
+# Other projects, other formats, several processes, benchmarks.
+test-beyond:
+	$(BIN)/pytest -m "not slow" $(BEYOND)
 
 test-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" tests/kernels
@@ -53,11 +63,14 @@ test-composite:
 # The long sweeps, and other versions of what we build on.
 test-full: $(OTHER_TRITONS:%=.venvs/triton-%/.done) $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
 test-full: $(VENV)/.test $(NATIVE)
-	$(SIDE_BY_SIDE) test-slow-interpreted test-slow-compiled sanitize \
+	$(SIDE_BY_SIDE) test-slow-compiled test-slow-interpreted test-slow-beyond sanitize \
 	  $(OTHER_TRITONS:%=test-triton-%) $(OTHER_TRANSFORMERS:%=test-transformers-%)
 
 test-slow-compiled:
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(patsubst %,--ignore=%,$(BEYOND) $(EXAMPLES))
+
+test-slow-beyond:
+	$(BIN)/pytest -m slow $(BEYOND) $(EXAMPLES)
 
 test-slow-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m slow tests/kernels

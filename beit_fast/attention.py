@@ -1,7 +1,8 @@
 """The one dispatcher of attention: a name chooses a function, and a backend that cannot serve says why.
 
 `"eager"` and `"sdpa"` are the readable references and materialise the bias; `"triton"` is the operator
-`beit_fast::rel_pos_attention`. None means `"triton"` where a fused kernel serves the device and dtype, else `"sdpa"`.
+`beit_fast::rel_pos_attention`. None means `"triton"` where a fused kernel serves the device and dtype, else `"sdpa"`,
+as in an export to ONNX, which has no such operator.
 """
 
 from __future__ import annotations
@@ -43,8 +44,16 @@ def kernel_name(implementation: str | None, device: torch.device | str, dtype: t
 
 
 def _plan(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """(implementation, kernel) that will run: the same all through a process."""
-    return _decide(implementation, device, dtype, head_dim)
+    """(implementation, kernel) that will run: the same all through a process, exports to ONNX apart."""
+    refusals = backends.onnx_refusals()
+    if not refusals or implementation in ("eager", "sdpa"):
+        return _decide(implementation, device, dtype, head_dim)
+    if check_implementation(implementation) is None:
+        return "sdpa", "sdpa"
+    raise ValueError(
+        f"attn_implementation={implementation!r} cannot serve: {'; '.join(refusals)}. "
+        "Use 'sdpa' or 'eager', or None, which takes 'sdpa' there."
+    )
 
 
 # What torch.compiler.assume_constant_result sets; calling that imports Dynamo, which takes a second.
@@ -160,7 +169,10 @@ def _sdpa(
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     if key_mask is not None:
         out = out.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
-    return out.transpose(1, 2).contiguous()
+    out = out.transpose(1, 2)
+    if torch.compiler.is_exporting():  # what takes SDPA's place may have other strides, so a copy must be in the graph
+        return out.clone(memory_format=torch.contiguous_format)
+    return out.contiguous()
 
 
 def _non_empty(key_mask: Tensor) -> Tensor:

@@ -73,6 +73,18 @@ def serving_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return None
 
 
+def onnx_refusals() -> tuple[str, ...]:
+    """Why no operator of this package can serve now, whatever the device: the model is being exported to ONNX."""
+    captured = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if not captured or not torch.onnx.is_in_onnx_export():
+        return ()
+    return ("the model is being exported to ONNX, which has none of beit_fast's operators",)
+
+
+# Dynamo would take is_in_onnx_export() for False; see attention._plan.
+onnx_refusals._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_fused(kernel: str | None) -> bool:
     """Whether `kernel` computes attention without ever holding a `[N, N]` matrix, and is meant to be fast."""
     return kernel in _FUSED

@@ -40,6 +40,7 @@ def resolve(
     Raises:
         ValueError: `"fused"` was asked for and something stands in its way, or attention cannot be resolved.
     """
+    obstacles = [*obstacles, *backends.onnx_refusals()]
     if implementation is None:
         attends = attention.resolve(attn_implementation, weight.device, weight.dtype, head_dim)
         return "fused" if attends == "triton" and not obstacles else "conv"

@@ -32,7 +32,7 @@ class BeitPreTrainedModel(nn.Module):
     Args:
         config: a `BeitConfig`, or a configuration of Transformers' BEiT, which is converted.
         attn_implementation: `"eager"`, `"sdpa"`, `"triton"` or None (a fused kernel where one serves the device and
-            dtype, else `"sdpa"`); what is given here wins over what the config carries.
+            dtype, else `"sdpa"`, as in an export to ONNX); what is given here wins over what the config carries.
         patch_embed_implementation: `"conv"` (`nn.Conv2d` and the steps after it), `"fused"` (one operator from pixels
             to tokens, which reads the convolution's weight and calls neither it nor its hooks) or None: `"fused"` where
             attention runs `"triton"` and the convolution was not replaced and has no hooks, else `"conv"`. It wins over

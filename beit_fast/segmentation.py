@@ -57,6 +57,38 @@ class BeitConvModule(nn.Module):
         return self.activation(self.bn(self.conv(features)))
 
 
+class BeitAdaptivePool(nn.Module):
+    """Means over a grid of cells that may overlap, `[B, E, h, w]` to `[B, E, cells, cells]`.
+
+    torch decomposes its own operator by whether the cells divide the map and writes that into a graph: one for every
+    size then computes something else at other sizes, under ONNX without an error. For symbolic sizes the means are
+    therefore two matrix products.
+    """
+
+    def __init__(self, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+
+    def forward(self, features: Tensor) -> Tensor:
+        sizes = features.shape[-2:]
+        if not any(isinstance(size, torch.SymInt) for size in sizes):
+            return F.adaptive_avg_pool2d(features, self.cells)
+        by_row, by_column = (_cell_means(size, self.cells, features) for size in sizes)
+        return by_row @ features @ by_column.t()
+
+    def extra_repr(self) -> str:
+        return f"cells={self.cells}"
+
+
+def _cell_means(size: int, cells: int, like: Tensor) -> Tensor:
+    """The matrix `[cells, size]` that takes numbers to their means over overlapping cells, as torch's pooling does."""
+    cell = torch.arange(cells, device=like.device).unsqueeze(1)
+    place = torch.arange(size, device=like.device)
+    first, last = cell * size // cells, ((cell + 1) * size - 1) // cells
+    inside = ((first <= place) & (place <= last)).to(like.dtype)  # [cells, size]
+    return inside / inside.sum(1, keepdim=True)
+
+
 class BeitUperHead(nn.Module):
     """UPerNet: pyramid pooling on the coarsest map, lateral connections from coarse to fine, one fused prediction."""
 
@@ -64,7 +96,7 @@ class BeitUperHead(nn.Module):
         super().__init__()
         size, scales = config.hidden_size, config.pool_scales
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), BeitConvModule(size, size, 1)) for scale in scales
+            nn.Sequential(BeitAdaptivePool(scale), BeitConvModule(size, size, 1)) for scale in scales
         )
         self.bottleneck = BeitConvModule(size * (1 + len(scales)), size, 3)
         self.lateral_convs = nn.ModuleList(BeitConvModule(size, size, 1) for _ in range(3))

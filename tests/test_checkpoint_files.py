@@ -253,11 +253,11 @@ print("finished", flush=True)
         ("5GB", "5GB", "fsync:1", "old"),
         ("5GB", "5GB", "replace:0", "old"),
         ("5GB", "5GB", "replace:1", "new"),
-        ("30KB", "30KB", "fsync:2", "old"),
-        ("30KB", "30KB", "replace:0", "old"),
-        ("30KB", "30KB", "replace:2", "old"),
+        pytest.param("30KB", "30KB", "fsync:2", "old", marks=pytest.mark.slow),
+        pytest.param("30KB", "30KB", "replace:0", "old", marks=pytest.mark.slow),
+        pytest.param("30KB", "30KB", "replace:2", "old", marks=pytest.mark.slow),
         ("5GB", "30KB", "replace:2", "old"),
-        ("30KB", "5GB", "replace:0", "old"),
+        pytest.param("30KB", "5GB", "replace:0", "old", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_save_leaves_one_whole_checkpoint(old_size, new_size, stop, survivor, tmp_path):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(not native.is_loaded("_C"), reason=f"no native l
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+QUICK = ("portable", native.instruction_sets()[0])  # and what serves here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD_FACTOR, BACKWARD_FACTOR = 2, 3
 
@@ -42,7 +43,9 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.skipif("BEIT_FAST_CPU_ISA" in os.environ, reason="this process is bound to one instruction set")
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in INSTRUCTION_SETS]
+)
 def test_every_instruction_set_passes_the_tests_of_the_kernels(name: str) -> None:
     if name not in names_that_run_here():
         pytest.skip(f"this machine and build run {', '.join(names_that_run_here())}, not {name}")

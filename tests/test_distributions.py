@@ -34,6 +34,7 @@ CPU_LIBRARY = f"beit_fast/{native.file_name('_C')}"
 LIBRARIES = {f"beit_fast/{native.file_name(library)}" for library in native.LIBRARIES}
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs from a checkout"),
     pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler"),
 ]

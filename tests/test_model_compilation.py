@@ -111,6 +111,13 @@ def mark_batch_dynamic(inputs: dict[str, Tensor]) -> None:
         torch._dynamo.mark_dynamic(tensor, 0)
 
 
+def mark_all_dynamic(inputs: dict[str, Tensor]) -> None:
+    """Everything but the channels."""
+    for name, tensor in inputs.items():
+        dimensions = (0, 2, 3) if name == "pixel_values" else tuple(range(tensor.ndim))
+        torch._dynamo.mark_dynamic(tensor, dimensions)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_one_graph_serves_every_batch_and_one_a_single_image(name: str) -> None:
     model = small(name)
@@ -175,6 +182,40 @@ def test_one_graph_serves_every_image_size_and_one_the_native(backend: str, posi
         assert_as_in_eager_mode(compiled, model, {"pixel_values": pixels})
         counts.append(counter.frame_count)
     assert counts == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        ("BeitForImageClassification", False),
+        *(
+            pytest.param(name, training, marks=pytest.mark.slow)
+            for name in CLASSES
+            for training in (False, True)
+            if training or name != "BeitForImageClassification"
+        ),
+    ],
+)
+def test_one_graph_serves_every_batch_and_image_size(name: str, training: bool) -> None:
+    """At once, with the fused operator once a block. A single image is one more graph and, in training, a size that
+    whole patches do not fill is one: the weight's gradient crops it.
+    """
+    blocks = {} if name == SEGMENTATION else {"num_hidden_layers": 1}
+    blocks |= {"out_features": ["stem", "stage1"]} if name == "BeitBackbone" else {}
+    model = small(name, **blocks, **(RANDOM if training else {})).train(training)
+    compiled, counter = counted(model)
+    counts = []
+    for batch, size in ((2, (32, 48)), (5, (64, 40)), (3, (61, 70)), (1, (48, 32))):
+        inputs = inputs_of(name, model, batch, size)
+        if not training:
+            inputs = {"pixel_values": inputs["pixel_values"]}
+        mark_all_dynamic(inputs)
+        assert_as_in_eager_mode(compiled, model, inputs)
+        counts.append(counter.frame_count)
+    assert counts == ([1, 1, 2, 3] if training else [1, 1, 1, 2])
+    for graph in counter.graphs:
+        targets = [node.target for node in graph.graph.nodes]
+        assert targets.count(torch.ops.beit_fast.rel_pos_attention.default) == len(model.base_model.encoder.layer)
 
 
 def test_without_marks_a_second_image_size_is_a_second_graph() -> None:
