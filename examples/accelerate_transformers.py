@@ -12,9 +12,9 @@ import argparse
 import sys
 
 import torch
-from beit_fast.integrations.transformers import accelerate, restore
 from transformers import BeitConfig, BeitForImageClassification
 
+from beit_fast.integrations.transformers import accelerate, restore
 from beit_fast.measure import latency
 
 

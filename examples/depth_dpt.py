@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from beit_fast.integrations.transformers import register
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
 
 from beit_fast import BeitBackbone
+from beit_fast.integrations.transformers import register
 
 SIDE, DISCS, TILE = 64, 6, 192
 STEPS, BATCH, RATE = 150, 8, 2e-3

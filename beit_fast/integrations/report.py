@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
+
+from .. import attention, backends
 
 REPLACED = "replaced"
 RESTORED = "restored"
@@ -69,3 +74,17 @@ class AccelerationReport:
             for (change, kind, pattern, reason), count in groups.items()
         ]
         return "\n".join([self.model, *(lines or ["  nothing to do"]), *(f"  {kernel}" for kernel in self.kernels)])
+
+
+def kernel_lines(places: Iterable[tuple[str | None, torch.device, torch.dtype, int]]) -> tuple[str, ...]:
+    """What will run attention for each implementation, device, dtype and head dimension, once each.
+
+    Where that is no fused kernel the line tells why none serves.
+    """
+    lines = []
+    for implementation, device, dtype, head_dim in dict.fromkeys(places):
+        report = attention.report(implementation, (), device, dtype, head_dim)
+        refusals = (f"\n    {name}: {'; '.join(reasons)}" for name, reasons in report.refusals.items() if reasons)
+        reasons = "" if backends.is_fused(report.would_run) else "".join(refusals)
+        lines.append(f"attention on {device} in {dtype}, head dimension {head_dim}: {report.would_run}{reasons}")
+    return tuple(lines)

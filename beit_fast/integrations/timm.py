@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import attention, backends
+from .. import attention
 from ..module_checks import runs_as_written
 from ..position_bias import Window
-from .report import ALREADY, LEFT_ALONE, REPLACED, RESTORED, AccelerationReport, ModuleChange
+from .report import ALREADY, LEFT_ALONE, REPLACED, RESTORED, AccelerationReport, ModuleChange, kernel_lines
 from .timm_conversion import from_timm, timm_beit, to_timm
 
 __all__ = ["AccelerationReport", "accelerate", "from_timm", "restore", "to_timm"]
@@ -124,7 +124,7 @@ def accelerate(model: nn.Module, attn_implementation: str | None = None) -> Acce
             module.__class__ = _REPLACEMENTS[type(module)]
         if isinstance(module, FusedAttention):
             module.attn_implementation = attn_implementation
-    return AccelerationReport(type(model).__name__, tuple(changes), tuple(_kernels(found.values())))
+    return AccelerationReport(type(model).__name__, tuple(changes), kernel_lines(_places(found.values())))
 
 
 def restore(model: nn.Module) -> AccelerationReport:
@@ -215,18 +215,12 @@ def _obstacle(module: nn.Module) -> str:
     return "" if runs_as_written(drop) else "has hooks or a forward of its own on attn_drop, which would not be called"
 
 
-def _kernels(modules: Iterable[nn.Module]) -> Iterator[str]:
-    """What will run the accelerated attention of these modules for their parameters' devices and dtypes."""
-    places: dict[tuple[str | None, torch.device, torch.dtype, int], None] = {}
+def _places(modules: Iterable[nn.Module]) -> Iterator[tuple[str | None, torch.device, torch.dtype, int]]:
+    """Implementation, device, dtype and head dimension of each accelerated attention."""
     for module in modules:
         if isinstance(module, FusedAttention):
-            weight, head_dim = next(module.parameters()), round(module.scale**-2)
-            places[module.attn_implementation, weight.device, weight.dtype, head_dim] = None
-    for implementation, device, dtype, head_dim in places:
-        report = attention.report(implementation, (), device, dtype, head_dim)
-        refusals = (f"\n    {name}: {'; '.join(why)}" for name, why in report.refusals.items() if why)
-        reasons = "" if backends.is_fused(report.would_run) else "".join(refusals)
-        yield f"attention on {device} in {dtype}, head dimension {head_dim}: {report.would_run}{reasons}"
+            weight = next(module.parameters())
+            yield module.attn_implementation, weight.device, weight.dtype, round(module.scale**-2)
 
 
 def _class_name(cls: type[nn.Module]) -> str:

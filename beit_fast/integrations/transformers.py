@@ -17,6 +17,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 try:
@@ -30,9 +31,9 @@ if [int(number) for number in re.findall(r"\d+", transformers.__version__)[:2]] 
         f"beit_fast.integrations.transformers needs Transformers 4.57 or later, and this is {transformers.__version__}"
     )
 
-from .. import attention, backends, layers
+from .. import layers
 from .registration import register, unregister, with_transformers_outputs
-from .report import ALREADY, LEFT_ALONE, REPLACED, RESTORED, AccelerationReport, ModuleChange
+from .report import ALREADY, LEFT_ALONE, REPLACED, RESTORED, AccelerationReport, ModuleChange, kernel_lines
 from .transformers_layers import CARRIERS, FUSED, INNER_BIASES, ORIGINALS, TRUNKS
 
 __all__ = [
@@ -88,7 +89,7 @@ def accelerate(model: nn.Module, attn_implementation: str | None = None) -> Acce
             _exchange_class(module, (INNER_BIASES if id(module) in inner else FUSED)[type(module)])
         if hasattr(type(module), "attn_implementation"):
             module.attn_implementation = attn_implementation
-    return AccelerationReport(type(model).__name__, tuple(changes), tuple(_kernels(found.values())))
+    return AccelerationReport(type(model).__name__, tuple(changes), kernel_lines(_places(found.values())))
 
 
 def restore(model: nn.Module) -> AccelerationReport:
@@ -206,23 +207,13 @@ def _held_forwards(module: nn.Module) -> list[str]:
     ]
 
 
-def _kernels(modules: Iterable[nn.Module]) -> Iterator[str]:
-    """What will run the accelerated attention of these modules for their parameters' devices and dtypes."""
-    places: dict[tuple[Any, ...], None] = {}
+def _places(modules: Iterable[Any]) -> Iterator[tuple[str | None, torch.device, torch.dtype, int]]:
+    """Implementation, device, dtype and head dimension of each accelerated attention."""
     for module in modules:
         if _is_fast(module) and hasattr(module, "attn_implementation"):
             weight = next((p for p in module.parameters() if p.is_floating_point()), None)
             if weight is not None:
-                places[module.attn_implementation, weight.device, weight.dtype, _head_dim(module)] = None
-    for implementation, device, dtype, head_dim in places:
-        if device.type == "meta":
-            yield "attention: chosen at the call, since the parameters are on the meta device now"
-            continue
-        report = attention.report(implementation, (), device, dtype, head_dim)
-        reasons = [f"\n    {name}: {'; '.join(refusals)}" for name, refusals in report.refusals.items() if refusals]
-        if backends.is_fused(report.would_run):
-            reasons.clear()
-        yield f"attention on {device} in {dtype}, head dimension {head_dim}: {report.would_run}{''.join(reasons)}"
+                yield module.attn_implementation, weight.device, weight.dtype, _head_dim(module)
 
 
 def _head_dim(module: Any) -> int:
