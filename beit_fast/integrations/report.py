@@ -83,6 +83,9 @@ def kernel_lines(places: Iterable[tuple[str | None, torch.device, torch.dtype, i
     """
     lines = []
     for implementation, device, dtype, head_dim in dict.fromkeys(places):
+        if device.type == "meta":
+            lines.append("attention: chosen at the call, since the parameters are on the meta device now")
+            continue
         report = attention.report(implementation, (), device, dtype, head_dim)
         refusals = (f"\n    {name}: {'; '.join(reasons)}" for name, reasons in report.refusals.items() if reasons)
         reasons = "" if backends.is_fused(report.would_run) else "".join(refusals)
