@@ -25,7 +25,7 @@ from beit_fast import BeitBackbone
 from beit_fast.integrations.transformers import register
 
 SIDE, DISCS, TILE = 64, 6, 192
-STEPS, BATCH, RATE = 150, 8, 2e-3
+STEPS, BATCH, RATE = 90, 8, 2e-3
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -48,9 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         picture = of_scenes(model)
     if not isinstance(model.backbone, BeitBackbone):
         parser.error(f"{options.model} has a {type(model.backbone).__name__} as its backbone, not BEiT")
-    print(
-        f"backbone: {type(model.backbone).__mro__[1].__module__}, attention: {model.backbone.attention_report().kernel}"
-    )
+    print(f"backbone: beit_fast's, attention: {model.backbone.attention_report().kernel}")
     picture.save(options.out)
     print(f"picture: {options.out}, {picture.width} x {picture.height}")
     return 0
