@@ -119,6 +119,8 @@ def _open(image: Any, name: str) -> PillowImage:
             return _decoded(opened, name)
     except Image.UnidentifiedImageError as error:
         raise OSError(f"{name} cannot be read: Pillow knows no image format that begins like this file") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{name} cannot be read, PIL.Image.MAX_IMAGE_PIXELS sets the limit: {error}") from error
 
 
 def _decoded(image: PillowImage, name: str) -> PillowImage:

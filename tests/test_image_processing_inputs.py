@@ -248,6 +248,13 @@ def test_files_that_cannot_be_read(tmp_path, processor):
         processor(image)
 
 
+def test_a_file_beyond_pillows_limit_of_pixels_is_named(tmp_path, processor, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
+    with pytest.raises(OSError, match=r"image 0 .*huge.png.* cannot be read, PIL.Image.MAX_IMAGE_PIXELS sets .*1200"):
+        processor(tmp_path / "huge.png")
+
+
 def test_every_form_of_a_label_map(tmp_path, processor):
     image = np.zeros((1, 2, 3), np.uint8)
     palette_image().save(tmp_path / "map.png")

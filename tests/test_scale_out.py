@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 import beit_fast
-from beit_fast import private_operators
+from beit_fast import parts_linear, private_operators
 
 from .support.checkout import ROOT
 from .support.models import build
@@ -335,18 +335,21 @@ def test_a_state_dict_of_another_model_is_not_saved(tmp_path: Path, problem: str
 
 
 @pytest.mark.slow
-def test_the_linears_of_cpu_training_run_in_sharded_models(tmp_path: Path) -> None:
-    """`CpuLinear` keeps weights for the backward pass, which FSDP2 frees and gathers again in between."""
-    reason = private_operators.packing_refusal("cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
+@pytest.mark.parametrize(
+    ("product", "operator"), [("onednn", "mkldnn::_linear_pointwise"), ("parts", "beit_fast::_matmul_parts")]
+)
+def test_the_linears_of_cpu_training_run_in_sharded_models(tmp_path: Path, product: str, operator: str) -> None:
+    """What multiplies keeps weights for the backward pass, which FSDP2 frees and gathers again in between."""
+    refusals = {"onednn": private_operators.packing_refusal("cpu", torch.float32), "parts": parts_linear.refusal()}
+    if refusals[product] is not None:
+        pytest.skip(str(refusals[product]))
     run = Run("sharded", "both", dtype=torch.float32, batch=40)  # enough rows to pack for
     runs = {"plain": run, "checkpointed": replace(run, checkpointing="own"), "DDP": replace(run, engine="data")}
     orders = {name: run.order() for name, run in runs.items()}
-    results = in_two_processes(orders, tmp_path, BEIT_FAST_CPU_LINEAR="onednn")
+    results = in_two_processes(orders, tmp_path, BEIT_FAST_CPU_LINEAR=product)
     for name, run in runs.items():
         found = [result[name] for result in results]
-        assert all(result["calls"]["mkldnn::_linear_pointwise"] > 0 for result in found)
+        assert all(result["calls"][operator] > 0 for result in found)
         assert_equals_one_process(run, found, rtol=1e-4, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .. import attention, backends
 
@@ -14,6 +15,7 @@ REPLACED = "replaced"
 RESTORED = "restored"
 ALREADY = "already fast"
 LEFT_ALONE = "left alone"
+_IMPLEMENTATIONS = ("triton", None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,22 @@ class AccelerationReport:
             for (change, kind, pattern, reason), count in groups.items()
         ]
         return "\n".join([self.model, *(lines or ["  nothing to do"]), *(f"  {kernel}" for kernel in self.kernels)])
+
+
+def check_request(caller: str, model: nn.Module, attn_implementation: str | None = None) -> None:
+    """Raise TypeError or ValueError for what `accelerate` and `restore` take from nobody."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} takes a torch.nn.Module, not a {type(model).__name__}")
+    if attn_implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"attn_implementation is {attn_implementation!r}; accepted are 'triton' and None")
+
+
+def check_some_change(model: nn.Module, changes: Iterable[ModuleChange]) -> None:
+    """Raise ValueError with every reason where all modules would be left alone."""
+    changes = list(changes)
+    if all(change.change == LEFT_ALONE for change in changes):
+        refusals = "".join(f"\n  {change.name or 'it'} ({change.kind}): {change.reason}" for change in changes)
+        raise ValueError(f"accelerate can replace none of the BEiT layers of {type(model).__name__}:{refusals}")
 
 
 def kernel_lines(places: Iterable[tuple[str | None, torch.device, torch.dtype, int]]) -> tuple[str, ...]:

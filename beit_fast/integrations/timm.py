@@ -18,12 +18,21 @@ from torch import Tensor, nn
 from .. import attention
 from ..module_checks import runs_as_written
 from ..position_bias import Window
-from .report import ALREADY, LEFT_ALONE, REPLACED, RESTORED, AccelerationReport, ModuleChange, kernel_lines
+from .report import (
+    ALREADY,
+    LEFT_ALONE,
+    REPLACED,
+    RESTORED,
+    AccelerationReport,
+    ModuleChange,
+    check_request,
+    check_some_change,
+    kernel_lines,
+)
 from .timm_conversion import from_timm, timm_beit, to_timm
 
 __all__ = ["AccelerationReport", "accelerate", "from_timm", "restore", "to_timm"]
 
-_IMPLEMENTATIONS = ("triton", None)
 _FORWARD_ARGUMENTS = ("self", "x", "shared_rel_pos_bias")
 
 
@@ -109,15 +118,12 @@ def accelerate(model: nn.Module, attn_implementation: str | None = None) -> Acce
         ValueError: there is no attention of timm's BEiT, with what was looked for and found; none could be replaced; or
             timm's attention takes other arguments than those known here. The model is as it was.
     """
-    if attn_implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation is {attn_implementation!r}; accepted are 'triton' and None")
+    check_request("accelerate", model, attn_implementation)
     _check_version()
     found = _find(model, "accelerate")
     reasons = _reasons_against(model, found)
     changes = [_change_of(name, module, reasons.get(name, "")) for name, module in found.items()]
-    if all(change.change == LEFT_ALONE for change in changes):
-        refusals = "".join(f"\n  {change.name or 'it'} ({change.kind}) {change.reason}" for change in changes)
-        raise ValueError(f"accelerate can replace none of the BEiT layers of {type(model).__name__}:{refusals}")
+    check_some_change(model, changes)
     for change in changes:
         module = found[change.name]
         if change.change == REPLACED:
@@ -134,9 +140,11 @@ def restore(model: nn.Module) -> AccelerationReport:
         What was restored; nothing where `accelerate` had done nothing.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there is no attention of timm's BEiT, or an accelerated module was given a forward of its own since;
             the model is as it was.
     """
+    check_request("restore", model)
     found = _find(model, "restore")
     replaced = {name: module for name, module in found.items() if type(module) in _ORIGINALS}
     held = [name for name, module in replaced.items() if "forward" in vars(module)]
@@ -162,8 +170,6 @@ def _check_version() -> None:
 
 def _find(model: nn.Module, caller: str) -> dict[str, nn.Module]:
     """Attentions and shared biases by name, or an error that says what was looked for and what is there."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller} takes a torch.nn.Module, not a {type(model).__name__}")
     known = tuple(_REPLACEMENTS)
     found: dict[str, nn.Module] = {name: x for name, x in model.named_modules() if isinstance(x, known)}
     if not any(isinstance(module, timm_beit.Attention) for module in found.values()):

@@ -33,7 +33,17 @@ if [int(number) for number in re.findall(r"\d+", transformers.__version__)[:2]] 
 
 from .. import layers
 from .registration import register, unregister, with_transformers_outputs
-from .report import ALREADY, LEFT_ALONE, REPLACED, RESTORED, AccelerationReport, ModuleChange, kernel_lines
+from .report import (
+    ALREADY,
+    LEFT_ALONE,
+    REPLACED,
+    RESTORED,
+    AccelerationReport,
+    ModuleChange,
+    check_request,
+    check_some_change,
+    kernel_lines,
+)
 from .transformers_layers import CARRIERS, FUSED, INNER_BIASES, ORIGINALS, TRUNKS
 
 __all__ = [
@@ -45,7 +55,6 @@ __all__ = [
     "with_transformers_outputs",
 ]
 
-_IMPLEMENTATIONS = ("triton", None)
 _OWN = (layers.BeitSelfAttention, layers.BeitRelativePositionBias)
 
 
@@ -72,16 +81,14 @@ def accelerate(model: nn.Module, attn_implementation: str | None = None) -> Acce
         call replaces nothing, takes over `attn_implementation`, and says what is so already.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there are no such layers, or none could be replaced; the model is as it was.
     """
-    if attn_implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation is {attn_implementation!r}; accepted are 'triton' and None")
+    check_request("accelerate", model, attn_implementation)
     found = _find(model, "accelerate")
     reasons = _reasons_against(model, found)
     changes = [_change_of(name, module, reasons.get(name, "")) for name, module in found.items()]
-    if all(change.change == LEFT_ALONE for change in changes):
-        refusals = "".join(f"\n  {change.name or 'it'} ({change.kind}): {change.reason}" for change in changes)
-        raise ValueError(f"accelerate can replace none of the BEiT layers of {type(model).__name__}:{refusals}")
+    check_some_change(model, changes)
     inner = {id(getattr(module, "relative_position_bias", None)) for module in found.values()}
     for change in changes:
         module = found[change.name]
@@ -99,9 +106,11 @@ def restore(model: nn.Module) -> AccelerationReport:
         What was restored; nothing where `accelerate` had done nothing.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there are no BEiT layers, or something else has changed the class of an accelerated module since;
             the model is as it was.
     """
+    check_request("restore", model)
     found = _find(model, "restore")
     changed_since = [
         f"\n  {name} is a {type(module).__name__} now"
@@ -121,8 +130,6 @@ def restore(model: nn.Module) -> AccelerationReport:
 
 def _find(model: nn.Module, caller: str) -> dict[str, Any]:
     """The attention and bias modules by name, or an error that says what was looked for and what is there."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller} takes a torch.nn.Module, not a {type(model).__name__}")
     found = _instances(model, *FUSED, *_OWN)
     if not found:
         wanted = ", ".join(sorted(original.__name__ for original in FUSED))
