@@ -7,7 +7,7 @@
 For each kernel, GPU architecture, tile and way to read the bias: registers of a thread, bytes spilled, shared memory of
 a program, instructions of the main loop that each scheduler issues for 64 x 64 scores, by the pipe that executes them,
 and their ratio to the kernel without a bias. The bound is the largest of the cycles that issue, the tensor cores (mma),
-exp2 (xu), memory accesses (lsu) and arithmetic (alu, fma) take at least: see kernels/attention/machine_code.py.
+exp2 (xu), memory accesses (lsu) and arithmetic (alu, fma) take at least: see kernels/aot/sass.py.
 
 "shipped" is the tile that the launcher chooses, "reference" is 64x64 with 4 warps and 2 stages. Results are kept in
 build/aot, or in the folder that BEIT_FAST_AOT_CACHE names, until the kernels' source changes.
@@ -24,14 +24,16 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from beit_fast.kernels.attention import ahead_of_time, configs, machine_code
-from beit_fast.kernels.attention.ahead_of_time import Inspection, Variant
+from beit_fast.kernels.aot import compile as ahead_of_time
+from beit_fast.kernels.aot import sass
+from beit_fast.kernels.aot.compile import Inspection, Variant
+from beit_fast.kernels.attention import configs
 
 Row = dict[str, Any]
 
 REFERENCE = configs.TileConfig(64, 64, 4, 2)
 CACHE = Path(__file__).resolve().parent.parent / "build" / "aot"
-COLUMNS = ("kernel", "sm", "tile", "bias", "registers", "spills", "shared KiB", "total", *machine_code.PIPES)
+COLUMNS = ("kernel", "sm", "tile", "bias", "registers", "spills", "shared KiB", "total", *sass.PIPES)
 LAST_COLUMNS = ("to none", "bound")
 
 
@@ -134,8 +136,8 @@ def variants_of(kernel: str, capability: int, options: argparse.Namespace) -> li
 def row(variant: Variant, found: Inspection) -> Row:
     """One line of the table: plain values, for JSON too."""
     work = ahead_of_time.work(variant)
-    by_pipe = machine_code.instructions_by_pipe(found.loop, work)
-    cycles = machine_code.cycles_by_pipe(found.loop, work)
+    by_pipe = sass.instructions_by_pipe(found.loop, work)
+    cycles = sass.cycles_by_pipe(found.loop, work)
     return {
         "kernel": variant.kernel,
         "capability": variant.capability,
@@ -148,8 +150,8 @@ def row(variant: Variant, found: Inspection) -> Row:
         "instructions": sum(by_pipe.values()),
         "by_pipe": by_pipe,
         "cycles": cycles,
-        "bound": machine_code.bound(cycles),
-        "unknown": sorted(name for name in found.loop if not machine_code.is_known(name)),
+        "bound": sass.bound(cycles),
+        "unknown": sorted(name for name in found.loop if not sass.is_known(name)),
     }
 
 
@@ -174,7 +176,7 @@ def cells(row: Row) -> list[str]:
     """A row as it is printed."""
     tile_name = ahead_of_time.tile_name(row["tile"])
     names = [name for name, holds in (("shipped", row["shipped"]), ("reference", row["tile"] == REFERENCE)) if holds]
-    counts = [f"{row['by_pipe'][pipe]:.0f}" for pipe in machine_code.PIPES]
+    counts = [f"{row['by_pipe'][pipe]:.0f}" for pipe in sass.PIPES]
     return [
         row["kernel"],
         str(row["capability"]),

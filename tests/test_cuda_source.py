@@ -98,11 +98,11 @@ def inspect(cubin: Path, capability: int) -> list[Kernel]:
     """The kernels of a cubin, by the tools that come with Triton."""
     from triton import knobs
 
-    from beit_fast.kernels.attention import machine_code
+    from beit_fast.kernels.aot import sass
 
     command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    codes = re.split(r"\.section\s+\.text\.(\w+)", machine_code.disassemble(cubin.read_bytes()))
+    codes = re.split(r"\.section\s+\.text\.(\w+)", sass.disassemble(cubin.read_bytes()))
     code_of = dict(zip(codes[1::2], codes[2::2], strict=True))
     found = []
     for symbol, facts in re.findall(r"Function (\w*patch_embed_kernel\w*):\s*(.*)", usage):
@@ -111,7 +111,7 @@ def inspect(cubin: Path, capability: int) -> list[Kernel]:
         assert numbers is not None, symbol
         name = f"{('float16', 'bfloat16', 'tf32', 'float32')[int(numbers[1])]} {numbers[2]}"
         instructions = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code_of[symbol]))
-        loop = machine_code.main_loop(code_of[symbol])
+        loop = sass.main_loop(code_of[symbol])
         resources = (sizes["REG"], sizes["STACK"], sizes["LOCAL"], sizes["SHARED"])
         found.append(Kernel(name, capability, *resources, instructions, loop))
     return found

@@ -93,6 +93,7 @@ def test_the_sdist_holds_all_sources_and_nothing_compiled(sdist):
         members = {member.name.split("/", 1)[-1]: member for member in archive.getmembers()}
     assert all(members[f"beit_fast/kernels/attention/{name}"].isfile() for name in KERNEL_FILES)
     assert not NATIVE_FILES - set(members)
+    assert not [name for name in members if name.startswith("beit_fast/kernels/aot")]
     assert not [name for name in members if name.endswith((".so", ".o", native.BUILD_NOTES))]
 
 
@@ -105,7 +106,7 @@ def test_the_wheel_holds_kernels_and_libraries_and_no_sources(wheel):
         f"beit_fast/{native.BUILD_NOTES}",
         CPU_LIBRARY,
     } <= names
-    assert "beit_fast/kernels/__init__.py" not in names
+    assert not [name for name in names if name.startswith(("beit_fast/kernels/__init__.py", "beit_fast/kernels/aot"))]
     assert {name for name in names if name.endswith(".so")} <= LIBRARIES
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/", "csrc/", "build/"))]
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="there is nothing to compile without Triton
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
 
-from beit_fast.kernels.attention import ahead_of_time, configs
+from beit_fast.kernels.aot import compile as ahead_of_time
+from beit_fast.kernels.attention import configs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "benchmarks" / "inspect_kernels.py"

@@ -13,11 +13,11 @@ triton = pytest.importorskip("triton", reason="there is nothing to compile witho
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
 
-from beit_fast.kernels.attention import ahead_of_time as shared  # noqa: E402
+from beit_fast.kernels.aot import compile as shared  # noqa: E402
+from beit_fast.kernels.aot import sass  # noqa: E402
+from beit_fast.kernels.aot.linear_gelu_variants import LinearVariant, shipped, work  # noqa: E402
 from beit_fast.kernels.attention import configs as attention_configs  # noqa: E402
-from beit_fast.kernels.attention import machine_code  # noqa: E402
 from beit_fast.kernels.linear_gelu import configs  # noqa: E402
-from beit_fast.kernels.linear_gelu.ahead_of_time import LinearVariant, shipped, work  # noqa: E402
 
 CACHE = shared.cache_folder(Path(__file__).resolve().parent.parent / "build" / "aot")
 COUNTED_WITH = "3.7.1"
@@ -79,10 +79,10 @@ def test_instructions_of_the_loop(capability: int, limits: tuple[int, ...]) -> N
     """Of a step, for 64 x 64 results, by number of rows: fewer than the cycles that the products take."""
     for variant, limit in zip(shipped(capability), limits, strict=True):
         found = inspected(variant)
-        issued = sum(machine_code.instructions_by_pipe(found.loop, work(variant)).values())
-        assert not [name for name in found.loop if not machine_code.is_known(name)]
+        issued = sum(sass.instructions_by_pipe(found.loop, work(variant)).values())
+        assert not [name for name in found.loop if not sass.is_known(name)]
         assert issued <= limit, f"{variant}: {issued}"
-        assert issued < machine_code.cycles_by_pipe(found.loop, work(variant))["mma"]
+        assert issued < sass.cycles_by_pipe(found.loop, work(variant))["mma"]
 
 
 @pytest.mark.skipif(triton.__version__ != COUNTED_WITH, reason=f"instructions are counted with Triton {COUNTED_WITH}")
@@ -91,8 +91,8 @@ def test_instructions_of_the_epilogue(capability: int) -> None:
     """All that stands outside the loop, for each result: what GELU costs is in there. The error function has 43."""
     *_, variant = shipped(capability)
     compiled = shared.compile_variant(variant)
-    code = machine_code.disassemble(compiled.cubin)
-    outside = Counter(machine_code._instructions_and_loops(code)[0]) - machine_code.main_loop(code)
+    code = sass.disassemble(compiled.cubin)
+    outside = Counter(sass._instructions_and_loops(code)[0]) - sass.main_loop(code)
     results = variant.tile.block_m * variant.tile.block_n / (32 * variant.tile.num_warps)
     assert sum(outside.values()) / results <= 24
 
@@ -101,7 +101,7 @@ def test_instructions_of_the_epilogue(capability: int) -> None:
 def test_the_main_loop_is_one_tile(capability: int) -> None:
     for variant in shipped(capability):
         found = inspected(variant)
-        assert machine_code.multiply_adds(found.loop) == work(variant).multiply_adds / work(variant).warps
+        assert sass.multiply_adds(found.loop) == work(variant).multiply_adds / work(variant).warps
 
 
 def test_variants_say_what_they_are() -> None:

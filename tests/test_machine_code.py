@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="its tools disassemble, its compiler has th
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
 
-from beit_fast.kernels.attention import machine_code, tile_layouts
+from beit_fast.kernels.aot import sass, ttgir_layouts
 
 TWO_NESTED_LOOPS_AND_A_WAIT = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -47,17 +47,17 @@ PLAIN_LOOPS = """
 
 def test_the_main_loop_is_the_first_to_end_around_a_matrix_instruction() -> None:
     """Not the outer loop, nor what a wait behind the code branches back over; a forward branch is no loop."""
-    loop = machine_code.main_loop(TWO_NESTED_LOOPS_AND_A_WAIT)
+    loop = sass.main_loop(TWO_NESTED_LOOPS_AND_A_WAIT)
     assert loop == {"HMMA.16816.F32.BF16": 1, "MUFU.EX2": 1, "BRA": 1}
 
 
 def test_without_tensor_cores_it_is_the_shortest_with_the_most_multiply_adds() -> None:
-    assert machine_code.main_loop(PLAIN_LOOPS) == {"FFMA": 2, "BRA": 1}
+    assert sass.main_loop(PLAIN_LOOPS) == {"FFMA": 2, "BRA": 1}
 
 
 def test_code_without_a_loop_has_no_main_loop() -> None:
-    assert machine_code.main_loop("        /*0000*/                   EXIT ;\n") == {}
-    assert machine_code.main_loop("") == {}
+    assert sass.main_loop("        /*0000*/                   EXIT ;\n") == {}
+    assert sass.main_loop("") == {}
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_code_without_a_loop_has_no_main_loop() -> None:
     ],
 )
 def test_pipes(instruction: str, pipe: str) -> None:
-    assert machine_code.pipe_of(instruction) == pipe
-    assert machine_code.is_known(instruction)
+    assert sass.pipe_of(instruction) == pipe
+    assert sass.is_known(instruction)
 
 
 def test_an_unknown_instruction_is_told_apart() -> None:
-    assert machine_code.pipe_of("NEWOP.X") == "other"
-    assert not machine_code.is_known("NEWOP.X")
+    assert sass.pipe_of("NEWOP.X") == "other"
+    assert not sass.is_known("NEWOP.X")
 
 
 @pytest.mark.parametrize(
@@ -95,39 +95,39 @@ def test_an_unknown_instruction_is_told_apart() -> None:
     ],
 )
 def test_words_of_an_access(instruction: str, words: int) -> None:
-    assert machine_code.access_words(instruction) == words
+    assert sass.access_words(instruction) == words
 
 
 def test_multiply_adds_of_matrix_instructions() -> None:
     """HGMMA is shared by four warps; a UTCHMMA has its shape in a descriptor."""
-    assert machine_code.multiply_adds(Counter({"HMMA.16816.F32": 2, "HMMA.1688.F32.TF32": 1})) == 2 * 2048 + 1024
-    assert machine_code.multiply_adds(Counter({"HGMMA.64x64x16.F32.BF16": 1, "BRA": 1})) == 64 * 64 * 16 // 4
-    assert machine_code.multiply_adds(Counter({"UTCHMMA": 4})) is None
+    assert sass.multiply_adds(Counter({"HMMA.16816.F32": 2, "HMMA.1688.F32.TF32": 1})) == 2 * 2048 + 1024
+    assert sass.multiply_adds(Counter({"HGMMA.64x64x16.F32.BF16": 1, "BRA": 1})) == 64 * 64 * 16 // 4
+    assert sass.multiply_adds(Counter({"UTCHMMA": 4})) is None
 
 
 def test_counts_and_cycles_of_a_tile() -> None:
     """A loop of 64 x 64 with 4 warps is issued once a scheduler; 8 warps on 128 x 64 share twice the scores."""
     loop = Counter({"HGMMA.64x64x16.F32.BF16": 8, "MUFU.EX2": 32, "FFMA": 40, "LDG.E.128.CONSTANT": 8, "FMNMX": 30})
     products = 2 * 64 * 64 * 64
-    work = machine_code.Work(90, 4, 64 * 64, products, False)
-    by_pipe = machine_code.instructions_by_pipe(loop, work)
+    work = sass.Work(90, 4, 64 * 64, products, False)
+    by_pipe = sass.instructions_by_pipe(loop, work)
     assert by_pipe == {"mma": 8, "xu": 32, "lsu": 8, "alu": 30, "fma": 40, "uniform": 0, "other": 0}
-    cycles = machine_code.cycles_by_pipe(loop, work)
+    cycles = sass.cycles_by_pipe(loop, work)
     assert cycles == {"issue": 118, "mma": 256, "xu": 256, "lsu": 128, "alu": 60, "fma": 40}
-    assert machine_code.bound(cycles) == "mma"
-    larger = machine_code.Work(90, 8, 128 * 64, 2 * products, False)
-    assert machine_code.cycles_by_pipe(loop, larger) == cycles
-    fewer_warps = machine_code.Work(90, 4, 128 * 64, 2 * products, False)
-    assert machine_code.cycles_by_pipe(loop, fewer_warps)["issue"] == 59
+    assert sass.bound(cycles) == "mma"
+    larger = sass.Work(90, 8, 128 * 64, 2 * products, False)
+    assert sass.cycles_by_pipe(loop, larger) == cycles
+    fewer_warps = sass.Work(90, 4, 128 * 64, 2 * products, False)
+    assert sass.cycles_by_pipe(loop, fewer_warps)["issue"] == 59
 
 
 def test_tensor_cycles_without_shapes_and_in_tf32() -> None:
     products = 2 * 64 * 64 * 64
-    work = machine_code.Work(100, 4, 64 * 64, products, False)
-    assert machine_code.cycles_by_pipe(Counter({"UTCHMMA": 8}), work)["mma"] == 128
+    work = sass.Work(100, 4, 64 * 64, products, False)
+    assert sass.cycles_by_pipe(Counter({"UTCHMMA": 8}), work)["mma"] == 128
     half_rate = work._replace(tf32=True)
-    assert machine_code.cycles_by_pipe(Counter({"UTCHMMA": 8}), half_rate)["mma"] == 256
-    assert machine_code.cycles_by_pipe(Counter({"FFMA": 8}), work)["mma"] == 0
+    assert sass.cycles_by_pipe(Counter({"UTCHMMA": 8}), half_rate)["mma"] == 256
+    assert sass.cycles_by_pipe(Counter({"FFMA": 8}), work)["mma"] == 0
 
 
 MODULE = """
@@ -182,6 +182,6 @@ def slice_of(layout: str) -> str:
 def test_vector_loads_are_checked_against_the_layout(layout: str, width: str, is_right: bool) -> None:
     """A load that nothing uses is passed over: the first one of the module, which would be wrong everywhere."""
     shape = "64" if "slice" in layout else "64x64"
-    (load,) = tile_layouts.bias_loads(MODULE.format(layout=layout, width=width, shape=shape), 90)
+    (load,) = ttgir_layouts.bias_loads(MODULE.format(layout=layout, width=width, shape=shape), 90)
     assert load.vector == int(width.removeprefix(".v") or 1)
-    assert (tile_layouts.misplaced(load) is None) is is_right
+    assert (ttgir_layouts.misplaced(load) is None) is is_right

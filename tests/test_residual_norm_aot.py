@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="there is nothing to compile without Triton
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
 
-from beit_fast.kernels.attention import ahead_of_time as compiler
-from beit_fast.kernels.residual_norm import ahead_of_time, configs
-from beit_fast.kernels.residual_norm.ahead_of_time import NormVariant
+from beit_fast.kernels.aot import compile as compiler
+from beit_fast.kernels.aot import residual_norm_variants as ahead_of_time
+from beit_fast.kernels.aot.residual_norm_variants import NormVariant
+from beit_fast.kernels.residual_norm import configs
 
 CACHE = compiler.cache_folder(Path(__file__).resolve().parent.parent / "build" / "aot")
 LARGEST_SHARED_MEMORY = 16 * 1024

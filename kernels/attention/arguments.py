@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import bias_records, configs
+from . import configs, pack_bias
 
 LARGEST_TOKEN_STRIDE = 2**24
 """Elements: offsets within a tile of up to 127 tokens are int32."""
@@ -137,7 +137,7 @@ def _records(inputs: Inputs, size: int, layout: str, flipped: bool) -> Tensor:
     assert table is not None
     heads = table.shape[1]
     storage = torch.empty(heads * size + configs.RECORD_MARGIN, dtype=torch.float32, device=table.device)
-    bias_records.bias_records_kernel[(heads * triton.cdiv(size, configs.RECORD_BLOCK),)](
+    pack_bias.bias_records_kernel[(heads * triton.cdiv(size, configs.RECORD_BLOCK),)](
         table,
         storage,
         table.stride(),

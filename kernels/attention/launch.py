@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import backward, configs, forward, key_value_gradient, query_gradient, table_gradient
+from . import backward_dbias, backward_dkv, backward_dq, backward_preprocess, configs, forward
 from .arguments import (
     Inputs,
     addressable,
@@ -193,7 +193,7 @@ def _backward_arguments(inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tens
     row_lse = torch.empty((batch, heads, pitch), dtype=torch.float32, device=out.device)
     row_delta = torch.empty_like(row_lse)
     grid = (batch * triton.cdiv(pitch, configs.STATISTICS_BLOCK) * heads,)
-    backward.row_statistics_kernel[grid](
+    backward_preprocess.row_statistics_kernel[grid](
         grad_out,
         out,
         lse,
@@ -224,16 +224,14 @@ def _launch_key_value_gradient(arguments: dict[str, Any], scale: float, dk: Tens
     config = tile_config("key_value_gradient", arguments)
     key_blocks = triton.cdiv(arguments["patch_count"] + 1, config.block_n)
     grid = (arguments["batch_size"] * key_blocks * arguments["head_count"],)
-    key_value_gradient.key_value_gradient_kernel[grid](
-        **arguments, **_tile(config), grad_key=dk, grad_value=dv, scale=scale
-    )
+    backward_dkv.key_value_gradient_kernel[grid](**arguments, **_tile(config), grad_key=dk, grad_value=dv, scale=scale)
 
 
 def _launch_query_gradient(arguments: dict[str, Any], scale: float, dq: Tensor) -> None:
     config = tile_config("query_gradient", arguments)
     query_blocks = triton.cdiv(arguments["patch_count"] + 1, config.block_m)
     grid = (arguments["batch_size"] * query_blocks * arguments["head_count"],)
-    query_gradient.query_gradient_kernel[grid](**arguments, **_tile(config), grad_query=dq, scale=scale)
+    backward_dq.query_gradient_kernel[grid](**arguments, **_tile(config), grad_query=dq, scale=scale)
 
 
 def _launch_table_gradient(arguments: dict[str, Any], dtable: Tensor) -> None:
@@ -258,7 +256,7 @@ def _launch_table_gradient(arguments: dict[str, Any], dtable: Tensor) -> None:
             }
             _launch_bias_gradient(arguments, config, part, triton.cdiv(batch, plan.batch_splits), plan.batch_splits)
             _launch_patch_rows_gradient(arguments, part, plan.batch_splits, total)
-        table_gradient.cls_rows_gradient_kernel[(chunk_heads,)](
+        backward_dbias.cls_rows_gradient_kernel[(chunk_heads,)](
             **part,
             cls_column=cls_column,
             grad_table=total,
@@ -279,7 +277,7 @@ def _launch_bias_gradient(
     """Fill the scratch with one part's score gradients."""
     key_blocks = triton.cdiv(arguments["patch_count"], config.block_n)
     query_blocks = triton.cdiv(part["row_end"] - part["row_start"], config.block_m)
-    table_gradient.bias_gradient_kernel[(key_blocks * query_blocks * part["chunk_heads"] * splits,)](
+    backward_dbias.bias_gradient_kernel[(key_blocks * query_blocks * part["chunk_heads"] * splits,)](
         **arguments, **part, **_tile(config), batches_per_split=batches
     )
 
@@ -288,7 +286,7 @@ def _launch_patch_rows_gradient(arguments: dict[str, Any], part: dict[str, Any],
     """Sum one part's scratch along diagonals into the patch rows of the table."""
     height, width = arguments["window_height"], arguments["window_width"]
     programs = triton.cdiv(2 * width - 1, configs.DIAGONAL_BLOCK_DIFFERENCES) * (2 * height - 1) * part["chunk_heads"]
-    table_gradient.patch_rows_gradient_kernel[(programs,)](
+    backward_dbias.patch_rows_gradient_kernel[(programs,)](
         **part,
         grad_table=total,
         accumulate=int(part["row_start"] > 0),
@@ -305,7 +303,7 @@ def _cls_column_gradient(arguments: dict[str, Any]) -> Tensor:
     """`[B, H, N]` fp32: the gradient of every query's score with the CLS key, CLS as query last."""
     batch, tokens, heads = arguments["batch_size"], arguments["patch_count"] + 1, arguments["head_count"]
     column = torch.empty((batch, heads, tokens), dtype=torch.float32, device=arguments["query"].device)
-    kernel = table_gradient.cls_column_gradient_kernel
+    kernel = backward_dbias.cls_column_gradient_kernel
     taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
     grid = (batch * triton.cdiv(tokens, configs.STATISTICS_BLOCK) * heads,)
     kernel[grid](**taken, cls_column=column, BLOCK_M=configs.STATISTICS_BLOCK)

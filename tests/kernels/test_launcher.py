@@ -21,8 +21,8 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launched: list[tuple[str, tuple[int, ...]]] = []
-        modules = (launch.forward, launch.backward, launch.key_value_gradient, launch.query_gradient)
-        for module in (*modules, launch.table_gradient, arguments.bias_records):
+        modules = (launch.forward, launch.backward_preprocess, launch.backward_dkv, launch.backward_dq)
+        for module in (*modules, launch.backward_dbias, arguments.pack_bias):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, _Launch(name.removesuffix("_kernel"), self.launched))
 

@@ -1,12 +1,12 @@
-"""The ways to compile the kernel, for ../attention/ahead_of_time.py, which compiles without a GPU."""
+"""The ways to compile the kernel, for compile.py, which compiles without a GPU."""
 
 from typing import Any, NamedTuple
 
 from ..attention import configs as attention_configs
-from ..attention import machine_code
-from ..attention.ahead_of_time import DTYPES, Told
-from . import configs
-from .kernel import linear_gelu_kernel
+from ..linear_gelu import configs
+from ..linear_gelu.kernel import linear_gelu_kernel
+from . import sass
+from .compile import DTYPES, Told
 
 POINTERS = ("x", "weight", "bias", "out")
 SIZES = ("row_stride", "weight_stride", "input_count")
@@ -81,8 +81,8 @@ def shipped(capability: int, dtype: str = "bf16", precision: str = "ieee") -> li
     return [LinearVariant(capability, tile, dtype, precision) for tile in tiles]
 
 
-def work(variant: LinearVariant) -> machine_code.Work:
+def work(variant: LinearVariant) -> sass.Work:
     """What an iteration of the main loop does; its "scores" are sums of block_k products."""
     tile = variant.tile
     sums = tile.block_m * tile.block_n
-    return machine_code.Work(variant.capability, tile.num_warps, sums, sums * tile.block_k, variant.precision == "tf32")
+    return sass.Work(variant.capability, tile.num_warps, sums, sums * tile.block_k, variant.precision == "tf32")

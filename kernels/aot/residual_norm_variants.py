@@ -1,10 +1,10 @@
-"""The ways to compile the kernels, for ../attention/ahead_of_time.py, which compiles without a GPU."""
+"""The ways to compile the kernels, for compile.py, which compiles without a GPU."""
 
 from typing import Any, NamedTuple
 
 from ..attention import configs as attention_configs
-from ..attention.ahead_of_time import Told
-from . import backward, configs, forward
+from ..residual_norm import backward, configs, forward
+from .compile import Told
 
 KERNELS = {
     "forward": forward.residual_norm_kernel,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .backward import score_gradient
+from .backward_preprocess import score_gradient
 from .primitives import (
     RUNTIME_INTEGERS,
     bias_rows,

@@ -24,18 +24,17 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import (
-    backward,
-    bias_records,
+from ..attention import (
+    backward_dbias,
+    backward_dkv,
+    backward_dq,
+    backward_preprocess,
     configs,
     forward,
-    key_value_gradient,
-    machine_code,
+    pack_bias,
     primitives,
-    query_gradient,
-    table_gradient,
-    tile_layouts,
 )
+from . import sass, ttgir_layouts
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -43,15 +42,15 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 KERNELS = {
     "forward": forward.attention_forward_kernel,
-    "key_value_gradient": key_value_gradient.key_value_gradient_kernel,
-    "query_gradient": query_gradient.query_gradient_kernel,
-    "bias_gradient": table_gradient.bias_gradient_kernel,
-    "bias_records": bias_records.bias_records_kernel,
+    "key_value_gradient": backward_dkv.key_value_gradient_kernel,
+    "query_gradient": backward_dq.query_gradient_kernel,
+    "bias_gradient": backward_dbias.bias_gradient_kernel,
+    "bias_records": pack_bias.bias_records_kernel,
     "merge_splits": forward.merge_splits_kernel,
-    "row_statistics": backward.row_statistics_kernel,
-    "cls_column_gradient": table_gradient.cls_column_gradient_kernel,
-    "patch_rows_gradient": table_gradient.patch_rows_gradient_kernel,
-    "cls_rows_gradient": table_gradient.cls_rows_gradient_kernel,
+    "row_statistics": backward_preprocess.row_statistics_kernel,
+    "cls_column_gradient": backward_dbias.cls_column_gradient_kernel,
+    "patch_rows_gradient": backward_dbias.patch_rows_gradient_kernel,
+    "cls_rows_gradient": backward_dbias.cls_rows_gradient_kernel,
 }
 PRODUCTS = {"forward": 2, "key_value_gradient": 4, "query_gradient": 3, "bias_gradient": 2}
 """Matrix products of a step, each of BLOCK_M x BLOCK_N x BLOCK_D multiply-adds."""
@@ -150,8 +149,8 @@ class Inspection:
     stack: int  # bytes of a thread; with `local`, what was spilled
     local: int
     shared: int  # bytes
-    loop: Counter[str]  # instructions of the main loop, see machine_code.main_loop
-    bias_loads: list[tile_layouts.BiasLoad]
+    loop: Counter[str]  # instructions of the main loop, see sass.main_loop
+    bias_loads: list[ttgir_layouts.BiasLoad]
 
     @property
     def spills(self) -> int:
@@ -301,13 +300,13 @@ def _pointer_type(name: str, variant: Variant) -> str:
     return POINTERS.get(name, f"*{variant.dtype}")
 
 
-def work(variant: Variant) -> machine_code.Work:
+def work(variant: Variant) -> sass.Work:
     """What an iteration of a variant's main loop does; for the kernels that have tiles."""
     tile = variant.tile
     assert tile is not None, f"{variant.kernel} has no main loop"
     scores = tile.block_m * tile.block_n
     products = PRODUCTS[variant.kernel] * scores * configs.padded_head_dim(variant.head_dim)
-    return machine_code.Work(variant.capability, tile.num_warps, scores, products, variant.arithmetic == "tf32")
+    return sass.Work(variant.capability, tile.num_warps, scores, products, variant.arithmetic == "tf32")
 
 
 def shared_memory_limit(variant: Variant) -> int:
@@ -326,16 +325,16 @@ def inspect(variant: Compilable, cache: Path) -> Inspection:
         _write(file, _inspect_compiled(compile_variant(variant), variant))
     found = json.loads(file.read_text())
     found["loop"] = Counter(found["loop"])
-    found["bias_loads"] = [tile_layouts.BiasLoad(*load) for load in found["bias_loads"]]
+    found["bias_loads"] = [ttgir_layouts.BiasLoad(*load) for load in found["bias_loads"]]
     return Inspection(**found)
 
 
 def _inspect_compiled(compiled: Compiled, variant: Compilable) -> Inspection:
     return Inspection(
-        **machine_code.resources(compiled.cubin)._asdict(),
+        **sass.resources(compiled.cubin)._asdict(),
         shared=compiled.shared,
-        loop=machine_code.main_loop(machine_code.disassemble(compiled.cubin)) if variant.tile else Counter(),
-        bias_loads=tile_layouts.bias_loads(compiled.ttgir, variant.capability),
+        loop=sass.main_loop(sass.disassemble(compiled.cubin)) if variant.tile else Counter(),
+        bias_loads=ttgir_layouts.bias_loads(compiled.ttgir, variant.capability),
     )
 
 
