@@ -24,9 +24,10 @@ from typing import Any
 import triton
 from tqdm import tqdm
 
-from beit_fast.kernels.aot import compile as ahead_of_time
-from beit_fast.kernels.aot import sass
-from beit_fast.kernels.aot.compile import Inspection, Variant
+from beit_fast.kernels.aot import attention_variants, sass
+from beit_fast.kernels.aot import compile as aot
+from beit_fast.kernels.aot.attention_variants import Variant
+from beit_fast.kernels.aot.compile import Inspection
 from beit_fast.kernels.attention import configs
 
 Row = dict[str, Any]
@@ -46,11 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
         for capability in options.capability
         for variant in variants_of(kernel, capability, options)
     ]
-    cache = ahead_of_time.cache_folder(CACHE)
+    cache = aot.cache_folder(CACHE)
     try:
         results = list(
             tqdm(
-                ahead_of_time.inspect_all(variants, cache, options.workers),
+                aot.inspect_all(variants, cache, options.workers),
                 desc="compiling",
                 total=len(variants),
                 disable=not sys.stderr.isatty(),
@@ -76,10 +77,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--kernel", nargs="+", choices=configs.KERNELS, default=list(configs.KERNELS))
-    parser.add_argument("--capability", nargs="+", type=int, choices=ahead_of_time.CAPABILITIES, default=[80, 90])
+    parser.add_argument("--capability", nargs="+", type=int, choices=aot.CAPABILITIES, default=[80, 90])
     parser.add_argument("--all", action="store_true", help="every architecture")
     parser.add_argument("--head-dim", type=head_dim, default=64, help="a multiple of 8 from 8 to 128")
-    parser.add_argument("--dtype", choices=ahead_of_time.DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=aot.DTYPES, default="bf16")
     parser.add_argument("--precision", choices=("ieee", "tf32"), default="ieee", help="of products in fp32")
     parser.add_argument("--key-mask", action="store_true", help="with a key mask")
     parser.add_argument("--dropout", action="store_true", help="with dropout of attention weights")
@@ -91,7 +92,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.precision == "tf32" and options.dtype != "fp32":
         parser.error(f"--precision tf32 is for --dtype fp32, got --dtype {options.dtype}")
     if options.all:
-        options.capability = list(ahead_of_time.CAPABILITIES)
+        options.capability = list(aot.CAPABILITIES)
     return options
 
 
@@ -115,7 +116,7 @@ def tile(given: str) -> configs.TileConfig:
 
 def variants_of(kernel: str, capability: int, options: argparse.Namespace) -> list[Variant]:
     """Every tile with every way to read the bias; the bias gradient exists only with a bias."""
-    routes = list(dict.fromkeys([configs.NO_BIAS, *ahead_of_time.bias_routes(capability, options.dtype)]))
+    routes = list(dict.fromkeys([configs.NO_BIAS, *attention_variants.bias_routes(capability, options.dtype)]))
     if kernel == "bias_gradient":
         routes.remove(configs.NO_BIAS)
     variant = Variant(
@@ -128,22 +129,22 @@ def variants_of(kernel: str, capability: int, options: argparse.Namespace) -> li
         key_mask=options.key_mask,
         dropout=options.dropout,
     )
-    shipped = ahead_of_time.shipped(variant).tile
+    shipped = attention_variants.shipped(variant).tile
     tiles = [options.tile] if options.tile else list(dict.fromkeys([shipped, REFERENCE]))
     return [variant._replace(tile=tile, route=route) for tile in tiles for route in routes]
 
 
 def row(variant: Variant, found: Inspection) -> Row:
     """One line of the table: plain values, for JSON too."""
-    work = ahead_of_time.work(variant)
+    work = attention_variants.work(variant)
     by_pipe = sass.instructions_by_pipe(found.loop, work)
     cycles = sass.cycles_by_pipe(found.loop, work)
     return {
         "kernel": variant.kernel,
         "capability": variant.capability,
         "tile": variant.tile,
-        "shipped": variant == ahead_of_time.shipped(variant),
-        "bias": ahead_of_time.route_name(variant.route),
+        "shipped": variant == attention_variants.shipped(variant),
+        "bias": attention_variants.route_name(variant.route),
         "registers": found.registers,
         "spills": found.spills,
         "shared": found.shared,
@@ -174,7 +175,7 @@ def conditions(options: argparse.Namespace) -> Row:
 
 def cells(row: Row) -> list[str]:
     """A row as it is printed."""
-    tile_name = ahead_of_time.tile_name(row["tile"])
+    tile_name = attention_variants.tile_name(row["tile"])
     names = [name for name, holds in (("shipped", row["shipped"]), ("reference", row["tile"] == REFERENCE)) if holds]
     counts = [f"{row['by_pipe'][pipe]:.0f}" for pipe in sass.PIPES]
     return [

@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="there is nothing to compile without Triton
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
 
-from beit_fast.kernels.aot import compile as ahead_of_time
+from beit_fast.kernels.aot import attention_variants
+from beit_fast.kernels.aot.compile import CAPABILITIES
 from beit_fast.kernels.attention import configs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -62,15 +63,15 @@ def test_markdown_has_a_column_for_every_cell(script: ModuleType, capsys: pytest
 
 def test_without_a_tile_the_shipped_and_the_reference_are_compared(script: ModuleType) -> None:
     options = script.parse(["--all"])
-    assert options.capability == list(ahead_of_time.CAPABILITIES)
+    assert options.capability == list(CAPABILITIES)
     for kernel in configs.KERNELS:
         for capability in options.capability:
             variants = script.variants_of(kernel, capability, options)
-            shipped = ahead_of_time.shipped(ahead_of_time.Variant(kernel, capability)).tile
+            shipped = attention_variants.shipped(attention_variants.Variant(kernel, capability)).tile
             assert {variant.tile for variant in variants} == {shipped, script.REFERENCE}
             routes = {variant.route for variant in variants}
             assert (configs.NO_BIAS in routes) is (kernel != "bias_gradient")
-            assert routes >= set(ahead_of_time.bias_routes(capability, "bf16"))
+            assert routes >= set(attention_variants.bias_routes(capability, "bf16"))
             assert len(set(variants)) == len(variants)
 
 

@@ -19,32 +19,34 @@ triton = pytest.importorskip("triton", reason="there is nothing to compile witho
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
 
-from beit_fast.kernels.aot import compile as ahead_of_time  # noqa: E402
-from beit_fast.kernels.aot import sass, ttgir_layouts  # noqa: E402
-from beit_fast.kernels.aot.compile import CAPABILITIES, Inspection, Variant, shipped  # noqa: E402
+from beit_fast.kernels.aot import attention_variants, sass, ttgir_layouts  # noqa: E402
+from beit_fast.kernels.aot import compile as aot  # noqa: E402
+from beit_fast.kernels.aot.attention_variants import Variant, shipped  # noqa: E402
+from beit_fast.kernels.aot.compile import CAPABILITIES, Inspection  # noqa: E402
 from beit_fast.kernels.attention import configs  # noqa: E402
+from beit_fast.kernels.common import gpu  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CACHE = ahead_of_time.cache_folder(REPOSITORY / "build" / "aot")
+CACHE = aot.cache_folder(REPOSITORY / "build" / "aot")
 REFERENCE_TILE = configs.TileConfig(64, 64, 4, 2)
 COUNTED_WITH = "3.7.1"
 PRECISIONS = {"half": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "ieee": ("fp32", "ieee")}
 CAPABILITIES_OF = {
     architecture: [
-        capability for capability in CAPABILITIES if configs.architecture_class(*divmod(capability, 10)) == architecture
+        capability for capability in CAPABILITIES if gpu.architecture_class(*divmod(capability, 10)) == architecture
     ]
-    for architecture in configs.ARCHITECTURES
+    for architecture in gpu.ARCHITECTURES
 }
 
 
 def even_route(capability: int, dtype: str = "bf16") -> configs.BiasRoute:
     """How the bias of a usual window is read: its width is even, its band fits."""
-    return ahead_of_time.bias_routes(capability, dtype)[0]
+    return attention_variants.bias_routes(capability, dtype)[0]
 
 
 def inspected(*variants: Variant) -> list[Inspection]:
     """What came out of each variant, all of which compile."""
-    found = list(ahead_of_time.inspect_all(variants, CACHE))
+    found = list(aot.inspect_all(variants, CACHE))
     failures = [inspection for _, inspection in found if isinstance(inspection, str)]
     assert not failures, "\n".join(failures)
     return [inspection for _, inspection in found if not isinstance(inspection, str)]
@@ -53,11 +55,11 @@ def inspected(*variants: Variant) -> list[Inspection]:
 def complaints(variants: Iterable[Variant], workers: int = 1) -> list[str]:
     """Everything that is wrong with what the variants compile to."""
     wrong = []
-    for variant, found in ahead_of_time.inspect_all(variants, CACHE, workers):
+    for variant, found in aot.inspect_all(variants, CACHE, workers):
         if isinstance(found, str):
             wrong.append(found)
             continue
-        limit = ahead_of_time.shared_memory_limit(variant)
+        limit = attention_variants.shared_memory_limit(variant)
         if found.shared > limit:
             wrong.append(f"{variant}: {found.shared} bytes of shared memory, limit {limit}")
         if found.spills:
@@ -85,7 +87,7 @@ def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int)
     variants = [shipped(Variant(kernel, capability, route=route)) for kernel in configs.KERNELS]
     variants += [shipped(Variant("forward", capability))]
     variants += [shipped(Variant("forward", capability, route=route, split=True))]
-    variants += ahead_of_time.small_kernels(capability)
+    variants += attention_variants.small_kernels(capability)
     assert not (wrong := complaints(variants)), "\n".join(wrong)
 
 
@@ -112,7 +114,7 @@ def issued(variant: Variant) -> float:
     (found,) = inspected(variant)
     unknown = [name for name in found.loop if not sass.is_known(name)]
     assert not unknown, f"{variant}: sass.py does not know {unknown}"
-    return sum(sass.instructions_by_pipe(found.loop, ahead_of_time.work(variant)).values())
+    return sum(sass.instructions_by_pipe(found.loop, attention_variants.work(variant)).values())
 
 
 counted = pytest.mark.skipif(
@@ -131,7 +133,7 @@ def test_instructions_of_the_forward_loop(capability: int, limit: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_bias_costs_next_to_no_instructions(capability: int, layout: str, ratio: float) -> None:
     """Of the shipped tiles; windows of even width read paired bands, those of odd width plain ones."""
-    (route,) = [route for route in ahead_of_time.bias_routes(capability, "bf16") if route.layout == layout]
+    (route,) = [route for route in attention_variants.bias_routes(capability, "bf16") if route.layout == layout]
     with_bias = issued(shipped(Variant("forward", capability, route=route)))
     assert with_bias <= ratio * issued(shipped(Variant("forward", capability)))
 
@@ -142,14 +144,14 @@ def test_the_main_loop_is_one_tile(capability: int) -> None:
     for kernel in configs.KERNELS:
         variant = Variant(kernel, capability, REFERENCE_TILE, route=even_route(capability))
         (found,) = inspected(variant)
-        work = ahead_of_time.work(variant)
+        work = attention_variants.work(variant)
         assert sass.multiply_adds(found.loop) == work.multiply_adds / work.warps, kernel
 
 
 def test_every_kernel_has_tiles_for_every_arithmetic_head_dimension_and_architecture() -> None:
     wrong = []
     for entry in itertools.product(
-        configs.KERNELS, configs.ARCHITECTURES, configs.HEAD_DIMS, configs.ARITHMETICS, (False, True)
+        configs.KERNELS, gpu.ARCHITECTURES, configs.HEAD_DIMS, gpu.ARITHMETICS, (False, True)
     ):
         try:
             tile = configs.select(*entry)
@@ -165,7 +167,7 @@ def test_every_kernel_has_tiles_for_every_arithmetic_head_dimension_and_architec
 def test_capabilities_cover_every_architecture_class() -> None:
     assert all(CAPABILITIES_OF.values())
     assert [configs.padded_head_dim(head_dim - 8) for head_dim in configs.HEAD_DIMS] == list(configs.HEAD_DIMS)
-    assert set(PRECISIONS) == set(configs.ARITHMETICS)
+    assert set(PRECISIONS) == set(gpu.ARITHMETICS)
 
 
 def table_variants(architecture: str) -> list[Variant]:
@@ -177,13 +179,13 @@ def table_variants(architecture: str) -> list[Variant]:
     """
     variants = []
     for kernel, arithmetic, block_d, dropout, capability in itertools.product(
-        configs.KERNELS, configs.ARITHMETICS, configs.HEAD_DIMS, (False, True), CAPABILITIES_OF[architecture]
+        configs.KERNELS, gpu.ARITHMETICS, configs.HEAD_DIMS, (False, True), CAPABILITIES_OF[architecture]
     ):
         is_half = arithmetic == "half"
         if capability == 89 or (capability == 120 and not (is_half and block_d >= 64)):
             continue
         dtype, precision = PRECISIONS[arithmetic]
-        even, odd, large = ahead_of_time.bias_routes(capability, dtype)
+        even, odd, large = attention_variants.bias_routes(capability, dtype)
         variant = shipped(
             Variant(kernel, capability, None, dtype, precision, block_d - 8, large, key_mask=True, dropout=dropout)
         )
@@ -197,7 +199,7 @@ def table_variants(architecture: str) -> list[Variant]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gpu.ARCHITECTURES)
 def test_the_whole_table_of_configs(architecture: str) -> None:
     wrong = complaints(table_variants(architecture), workers=2)
     assert not wrong, f"{len(wrong)} of the table's variants:\n" + "\n".join(wrong)
@@ -209,26 +211,26 @@ def test_small_kernels_of_every_head_dimension_and_dtype(capability: int) -> Non
     variants = [
         variant
         for dtype, head_dim in itertools.product(("fp16", "fp32"), (8, 64, 120, 128))
-        for variant in ahead_of_time.small_kernels(capability, dtype, head_dim)
+        for variant in attention_variants.small_kernels(capability, dtype, head_dim)
     ]
     assert not (wrong := complaints(variants, workers=2)), "\n".join(wrong)
 
 
 def test_a_second_look_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = Variant("cls_rows_gradient", 80)
-    first = ahead_of_time.inspect(variant, tmp_path)
+    first = aot.inspect(variant, tmp_path)
     monkeypatch.setattr(triton, "compile", None)
-    assert ahead_of_time.inspect(variant, tmp_path) == first
+    assert aot.inspect(variant, tmp_path) == first
     monkeypatch.setattr(configs, "CLS_BLOCK", 2 * configs.CLS_BLOCK)
-    with pytest.raises(ahead_of_time.CompilationError):
-        ahead_of_time.inspect(variant, tmp_path)
+    with pytest.raises(aot.CompilationError):
+        aot.inspect(variant, tmp_path)
 
 
 def test_what_does_not_compile_is_told_and_not_kept(tmp_path: Path) -> None:
     """A tile of 48 rows is no power of two; the other variant is served all the same."""
     bad = Variant("forward", 80, configs.TileConfig(48, 64, 4, 2))
     good = Variant("cls_rows_gradient", 80)
-    (_, failure), (_, found) = ahead_of_time.inspect_all([bad, good], tmp_path)
+    (_, failure), (_, found) = aot.inspect_all([bad, good], tmp_path)
     assert isinstance(failure, str)
     assert failure.startswith(f"{bad} does not compile")
     assert isinstance(found, Inspection)
@@ -237,16 +239,16 @@ def test_what_does_not_compile_is_told_and_not_kept(tmp_path: Path) -> None:
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BEIT_FAST_AOT_CACHE", raising=False)
-    assert ahead_of_time.cache_folder(tmp_path) == tmp_path
+    assert aot.cache_folder(tmp_path) == tmp_path
     monkeypatch.setenv("BEIT_FAST_AOT_CACHE", "/elsewhere")
-    assert ahead_of_time.cache_folder(tmp_path) == Path("/elsewhere")
+    assert aot.cache_folder(tmp_path) == Path("/elsewhere")
 
 
 def test_kernel_files_import_without_torch(tmp_path: Path) -> None:
     """What compiles ahead of time needs Triton alone."""
     (tmp_path / "only_kernels").symlink_to(REPOSITORY / "kernels")
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
-    script += "; from only_kernels.aot import compile, linear_gelu_variants, residual_norm_variants"
+    script += "; from only_kernels.aot import attention_variants, compile, linear_gelu_variants, residual_norm_variants"
     script += "; assert 'torch' not in sys.modules"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr

@@ -13,13 +13,13 @@ triton = pytest.importorskip("triton", reason="there is nothing to compile witho
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
 
-from beit_fast.kernels.aot import compile as shared  # noqa: E402
+from beit_fast.kernels.aot import compile as aot  # noqa: E402
 from beit_fast.kernels.aot import sass  # noqa: E402
 from beit_fast.kernels.aot.linear_gelu_variants import LinearVariant, shipped, work  # noqa: E402
-from beit_fast.kernels.attention import configs as attention_configs  # noqa: E402
+from beit_fast.kernels.common import gpu  # noqa: E402
 from beit_fast.kernels.linear_gelu import configs  # noqa: E402
 
-CACHE = shared.cache_folder(Path(__file__).resolve().parent.parent / "build" / "aot")
+CACHE = aot.cache_folder(Path(__file__).resolve().parent.parent / "build" / "aot")
 COUNTED_WITH = "3.7.1"
 KINDS = {"bf16": ("bf16", "ieee"), "fp16": ("fp16", "ieee"), "tf32": ("fp32", "tf32"), "ieee": ("fp32", "ieee")}
 
@@ -27,11 +27,11 @@ KINDS = {"bf16": ("bf16", "ieee"), "fp16": ("fp16", "ieee"), "tf32": ("fp32", "t
 def complaints(variants: Iterable[LinearVariant], workers: int = 1) -> list[str]:
     """Everything that is wrong with what the variants compile to."""
     wrong = []
-    for variant, found in shared.inspect_all(variants, CACHE, workers):
+    for variant, found in aot.inspect_all(variants, CACHE, workers):
         if isinstance(found, str):
             wrong.append(found)
             continue
-        limit = attention_configs.SHARED_MEMORY_LIMIT[variant.architecture]
+        limit = gpu.SHARED_MEMORY_LIMIT[variant.architecture]
         if found.shared > limit:
             wrong.append(f"{variant}: {found.shared} bytes of shared memory, limit {limit}")
         if found.spills:
@@ -39,13 +39,13 @@ def complaints(variants: Iterable[LinearVariant], workers: int = 1) -> list[str]
     return wrong
 
 
-def inspected(variant: LinearVariant) -> shared.Inspection:
-    ((_, found),) = shared.inspect_all([variant], CACHE)
+def inspected(variant: LinearVariant) -> aot.Inspection:
+    ((_, found),) = aot.inspect_all([variant], CACHE)
     assert not isinstance(found, str), found
     return found
 
 
-@pytest.mark.parametrize("capability", shared.CAPABILITIES)
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
 def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int) -> None:
     assert not (wrong := complaints(shipped(capability))), "\n".join(wrong)
 
@@ -53,7 +53,7 @@ def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "kind"),
-    [*((capability, kind) for capability in shared.CAPABILITIES for kind in KINDS if kind != "fp16"), (90, "fp16")],
+    [*((capability, kind) for capability in aot.CAPABILITIES for kind in KINDS if kind != "fp16"), (90, "fp16")],
 )
 def test_the_whole_table_of_configs(capability: int, kind: str) -> None:
     """Also with steps that are not whole; odd outputs never take the tile for many rows.
@@ -65,8 +65,8 @@ def test_the_whole_table_of_configs(capability: int, kind: str) -> None:
     usual = shipped(capability, dtype, precision)
     variants = usual + [variant._replace(whole_steps=False) for variant in usual]
     tiles = configs.TILES[
-        attention_configs.arithmetic(shared.DTYPES[dtype], precision),
-        attention_configs.architecture_class(*divmod(capability, 10)),
+        gpu.arithmetic(aot.DTYPES[dtype], precision),
+        gpu.architecture_class(*divmod(capability, 10)),
     ]
     variants += [variant._replace(even_outputs=False) for variant in variants if variant.tile in tiles[:2]]
     variants += [variant._replace(bias=False) for variant in usual]
@@ -90,7 +90,7 @@ def test_instructions_of_the_loop(capability: int, limits: tuple[int, ...]) -> N
 def test_instructions_of_the_epilogue(capability: int) -> None:
     """All that stands outside the loop, for each result: what GELU costs is in there. The error function has 43."""
     *_, variant = shipped(capability)
-    compiled = shared.compile_variant(variant)
+    compiled = aot.compile_variant(variant)
     code = sass.disassemble(compiled.cubin)
     outside = Counter(sass._instructions_and_loops(code)[0]) - sass.main_loop(code)
     results = variant.tile.block_m * variant.tile.block_n / (32 * variant.tile.num_warps)

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ..attention import configs as attention_configs
+from ..common import gpu
 from ..linear_gelu import configs
 from ..linear_gelu.kernel import linear_gelu_kernel
 from . import sass
@@ -25,7 +25,7 @@ class LinearVariant(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        return attention_configs.architecture_class(*divmod(self.capability, 10))
+        return gpu.architecture_class(*divmod(self.capability, 10))
 
     def told(self) -> Told:
         constants = self._constants()
@@ -75,8 +75,8 @@ class LinearVariant(NamedTuple):
 
 def shipped(capability: int, dtype: str = "bf16", precision: str = "ieee") -> list[LinearVariant]:
     """The variants that the launcher chooses between by the number of rows."""
-    architecture = attention_configs.architecture_class(*divmod(capability, 10))
-    multiplies = attention_configs.arithmetic(DTYPES[dtype], precision)
+    architecture = gpu.architecture_class(*divmod(capability, 10))
+    multiplies = gpu.arithmetic(DTYPES[dtype], precision)
     tiles = dict.fromkeys(configs.TILES[multiplies, architecture])
     return [LinearVariant(capability, tile, dtype, precision) for tile in tiles]
 

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ..attention import configs as attention_configs
+from ..common import gpu
 from ..residual_norm import backward, configs, forward
 from .compile import Told
 
@@ -55,7 +55,7 @@ class NormVariant(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        return attention_configs.architecture_class(*divmod(self.capability, 10))
+        return gpu.architecture_class(*divmod(self.capability, 10))
 
     def told(self) -> Told:
         constants = self._constants()

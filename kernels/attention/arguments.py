@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common import gpu
+from ..common.device import architecture_of, dot_precision
 from . import configs, pack_bias
 
 LARGEST_TOKEN_STRIDE = 2**24
@@ -163,18 +163,6 @@ def signed_word(value: int) -> int:
     return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def dot_precision(q: Tensor) -> str:
-    """tf32 only where torch's own fp32 matrix products on CUDA may use it."""
-    if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
-
-
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def tile_config(kernel: str, arguments: dict[str, Any]) -> configs.TileConfig:
     """The tiles of `kernel` for these score arguments."""
     query = arguments["query"]
@@ -182,28 +170,6 @@ def tile_config(kernel: str, arguments: dict[str, Any]) -> configs.TileConfig:
         kernel,
         architecture_of(query),
         arguments["BLOCK_D"],
-        configs.arithmetic(query.element_size(), arguments["PRECISION"]),
+        gpu.arithmetic(query.element_size(), arguments["PRECISION"]),
         arguments["DROPOUT"],
     )
-
-
-def architecture_of(tensor: Tensor) -> str:
-    """Architecture class of the tensor's device."""
-    return _architecture(tensor.device.index) if tensor.is_cuda else configs.INTERPRETER
-
-
-def processors_of(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's device; 0 on a CPU, where nothing is gained by more programs."""
-    return _processors(tensor.device.index) if tensor.is_cuda else 0
-
-
-@functools.cache
-def _architecture(device_index: int) -> str:
-    if torch.version.hip is not None:
-        return configs.SMALL
-    return configs.architecture_class(*torch.cuda.get_device_capability(device_index))
-
-
-@functools.cache
-def _processors(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -3,26 +3,24 @@
 import triton
 import triton.language as tl
 
+from ..common.primitives import matmul, split_program_id
 from .backward_preprocess import score_gradient
+from .bias import bias_rows, load_cls_bias
 from .primitives import (
     RUNTIME_INTEGERS,
-    bias_rows,
     biased_products,
     cls_validity,
     dropout_keep,
     head_base,
     load_cls,
-    load_cls_bias,
     load_owned,
     load_patches,
-    matmul,
     owned_again,
     owned_rows,
     patch_base,
     patch_validity,
     row_statistic,
     row_tokens,
-    split_program_id,
     store_rows,
     token_stride,
 )

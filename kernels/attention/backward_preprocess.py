@@ -6,13 +6,8 @@ One program sums each element of each gradient, in one order: no atomics, and tw
 import triton
 import triton.language as tl
 
-from .primitives import (
-    LOG2_E,
-    RUNTIME_INTEGERS,
-    head_base,
-    load_owned,
-    split_program_id,
-)
+from ..common.primitives import LOG2_E, split_program_id
+from .primitives import RUNTIME_INTEGERS, head_base, load_owned
 
 
 @triton.jit

@@ -5,11 +5,12 @@ Nothing is tuned at run time.
 
 from typing import NamedTuple
 
-from .tiles import SM80, SM90, SM100, SMALL, TILES, TileConfig
+from ..common.gpu import INTERPRETER, SM100
+from .tiles import TILES, TileConfig
 
 
 class BiasRoute(NamedTuple):
-    """Where the bias is read from, and how: see primitives.load_bias_tile."""
+    """Where the bias is read from, and how: see bias.load_bias_tile."""
 
     layout: str
     vector: int
@@ -25,14 +26,9 @@ class TableGradientPlan(NamedTuple):
 
 NO_BIAS = BiasRoute("none", 0)
 
-INTERPRETER = "interpreter"
-ARCHITECTURES = (SMALL, SM80, SM90, SM100)
 KERNELS = ("forward", "key_value_gradient", "query_gradient", "bias_gradient")
-ARITHMETICS = ("half", "tf32", "ieee")
 HEAD_DIMS = (16, 32, 64, 128)
 
-SHARED_MEMORY_LIMIT = {SMALL: 99 * 1024, SM80: 163 * 1024, SM90: 227 * 1024, SM100: 227 * 1024}
-"""Bytes of shared memory that one program may use, by architecture class."""
 
 BAND_BYTES = 2**20
 """Of one head's record: beyond it the band is given up for the extended table, which needs few bytes."""
@@ -56,31 +52,14 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def architecture_class(major: int, minor: int) -> str:
-    """Class of a CUDA compute capability; the one with the least shared memory if it is not known."""
-    if (major, minor) == (8, 0):
-        return SM80
-    return {9: SM90, 10: SM100}.get(major, SMALL)
-
-
-def arithmetic(element_size: int, precision: str) -> str:
-    """Which of ARITHMETICS a kernel multiplies in.
-
-    Args:
-        element_size: bytes of an element of q, k and v.
-        precision: of fp32 products, "tf32" or "ieee".
-    """
-    return precision if element_size == 4 else "half"
-
-
 def select(kernel: str, architecture: str, block_d: int, multiplies: str, dropout: bool) -> TileConfig:
     """The tiles of a kernel.
 
     Args:
         kernel: one of KERNELS.
-        architecture: what `architecture_class` gave, or INTERPRETER.
+        architecture: one of gpu.ARCHITECTURES, or gpu.INTERPRETER.
         block_d: padded head dimension, one of HEAD_DIMS.
-        multiplies: one of ARITHMETICS.
+        multiplies: one of gpu.ARITHMETICS.
         dropout: whether attention weights are dropped, which takes registers.
     """
     if architecture == INTERPRETER:

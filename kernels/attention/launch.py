@@ -11,15 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common.device import device_of, processors_of
 from . import backward_dbias, backward_dkv, backward_dq, backward_preprocess, configs, forward
 from .arguments import (
     Inputs,
     addressable,
     bias_arguments,
-    device_of,
     drop_scale,
     prepare,
-    processors_of,
     score_arguments,
     tile_config,
 )

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .primitives import RUNTIME_INTEGERS, split_program_id
+from ..common.primitives import split_program_id
+from .primitives import RUNTIME_INTEGERS
 
 
 @triton.jit

@@ -8,8 +8,7 @@ is taken in before the loop.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from .bias import load_bias_tile
 
 # Triton compiles a kernel anew for integers that are 1 or multiples of 16, which is of no use for these.
 RUNTIME_INTEGERS = [
@@ -36,15 +35,6 @@ RUNTIME_INTEGERS = [
     "window_height",
     "window_width",
 ]
-
-
-@triton.jit
-def split_program_id(program, inner_count, block_count):
-    """(inner, block, outer) of a number in a one-dimensional grid, inner fastest; inner and outer int64."""
-    inner = program % inner_count
-    block = (program // inner_count) % block_count
-    outer = program // (inner_count * block_count)
-    return inner.to(tl.int64), block, outer.to(tl.int64)
 
 
 @triton.jit
@@ -182,115 +172,6 @@ def patch_validity(key_mask, batch, start, patch_count, mask_strides, BLOCK: tl.
     if key_mask is not None:
         valid &= load_key_validity(key_mask, batch, tl.minimum(patches, patch_count - 1) + 1, mask_strides)
     return valid
-
-
-@triton.jit
-def bias_rows(
-    records,  # pointer to [head_count, record_size] fp32
-    head,
-    rows,  # [BLOCK] int32
-    patch_count,
-    record_size,
-    window_height,
-    window_width,
-    BIAS_LAYOUT: tl.constexpr,
-    BIAS_VECTOR: tl.constexpr,
-):
-    """[BLOCK] pointers: where the bias of each row begins, in the unit that `load_bias_tile` counts columns in.
-
-    A paired table is read in units of two columns of one row (8 bytes), the others in single entries.
-    """
-    record = records + head * record_size
-    patches = tl.minimum(rows, patch_count - 1)
-    is_patch = rows < patch_count
-    line = patches // window_width
-    column = patches - line * window_width
-    line_size = (2 * window_height - 1) * window_width
-    if BIAS_LAYOUT == "extended":
-        span = ((2 * window_height - 1) * (2 * window_width - 1) - 1) // 2
-        offsets = tl.where(is_patch, patches + line * (window_width - 1) + span, 3 * span + 1)
-    elif BIAS_LAYOUT == "paired":
-        units = (column // 2) * line_size + (window_height - 1 - line) * window_width
-        units = tl.where(is_patch, units, (window_width // 2) * line_size)
-        if BIAS_VECTOR == 4:
-            record = record.to(tl.pointer_type(tl.int64), bitcast=True)
-            offsets = units
-        else:
-            offsets = 2 * units + tl.where(is_patch, 2 * (column & 1), 0)
-    else:
-        offsets = column * line_size + (window_height - 1 - line) * window_width
-        offsets = tl.where(is_patch, offsets, window_width * line_size)
-    return record + offsets
-
-
-@triton.jit
-def load_bias_tile(
-    row_pointers,  # [BLOCK] from bias_rows
-    column_offsets,  # pointer to int32 [patch_count], for an extended table
-    start,  # first patch of the columns
-    BLOCK: tl.constexpr,  # columns
-    BIAS_LAYOUT: tl.constexpr,
-    BIAS_VECTOR: tl.constexpr,  # entries that one instruction loads in the mma layout; 0 for tl.load
-):
-    """[rows, BLOCK] fp32 bias divided by the scale. Columns beyond the last patch read something arbitrary.
-
-    The vector loads take it that a thread's registers hold 1: any one element, 2: two adjacent columns of a row, 4: two
-    adjacent columns of tile row m, then those of tile row m + 8.
-    """
-    patches = start + tl.arange(0, BLOCK)
-    if BIAS_LAYOUT == "extended":
-        addresses = row_pointers[:, None] - load_column_offsets(column_offsets + patches, BIAS_VECTOR)[None, :]
-    elif BIAS_LAYOUT == "paired" and BIAS_VECTOR == 0:
-        addresses = row_pointers[:, None] + (2 * patches - (patches & 1))[None, :]
-    else:
-        addresses = row_pointers[:, None] + patches[None, :]
-    if BIAS_VECTOR == 4:
-        bias = tl.inline_asm_elementwise(
-            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
-            "=f,=f,=f,=f,l,l,l,l",
-            [addresses],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=4,
-        )
-    elif BIAS_VECTOR == 2:
-        bias = tl.inline_asm_elementwise(
-            "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=f,=f,l,l", [addresses], dtype=tl.float32, is_pure=True, pack=2
-        )
-    elif BIAS_VECTOR == 1:
-        bias = tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [addresses], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        bias = tl.load(addresses)
-    return bias
-
-
-@triton.jit
-def load_column_offsets(addresses, BIAS_VECTOR: tl.constexpr):
-    """int32 in the shape of `addresses`, which are consecutive; the vector load is as in load_bias_tile."""
-    if BIAS_VECTOR == 0:
-        offsets = tl.load(addresses)
-    else:
-        offsets = tl.inline_asm_elementwise(
-            "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l,l", [addresses], dtype=tl.int32, is_pure=True, pack=2
-        )
-    return offsets
-
-
-@triton.jit
-def load_cls_bias(records, head, rows, patch_count, record_size):
-    """[BLOCK] fp32 bias of each row with the CLS column, divided by the scale: the last two entries of a record."""
-    return tl.load(records + head * record_size + record_size - 2 + tl.where(rows < patch_count, 0, 1))
-
-
-@triton.jit
-def matmul(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """fp32 `a @ b`. UPCAST is for the interpreter, which multiplies bf16 as integers."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit

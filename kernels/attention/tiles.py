@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from ..common.gpu import SM80, SM90, SM100, SMALL
+
 
 class TileConfig(NamedTuple):
     """How one kernel is tiled and compiled."""
@@ -11,11 +13,6 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
-
-SMALL = "small"
-SM80 = "sm80"
-SM90 = "sm90"
-SM100 = "sm100"
 
 # queries x keys x warps x stages
 _16x16x4x1 = TileConfig(16, 16, 4, 1)

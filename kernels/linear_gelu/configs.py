@@ -5,8 +5,7 @@ Nothing is tuned at run time, and nothing was timed: ../README.md says what the 
 
 from typing import NamedTuple
 
-from ..attention.configs import INTERPRETER
-from ..attention.tiles import SM80, SM90, SM100, SMALL
+from ..common.gpu import INTERPRETER, SM80, SM90, SM100, SMALL
 
 GROUP = 8
 """Rows of blocks that run together: they share tiles of the weight in L2."""
@@ -70,7 +69,7 @@ def select(architecture: str, multiplies: str, row_count: int, output_count: int
     """The tiles of a launch.
 
     Args:
-        architecture: a class of ../attention/configs.py, or INTERPRETER.
+        architecture: one of gpu.ARCHITECTURES, or gpu.INTERPRETER.
         multiplies: "half", "tf32" or "ieee".
         row_count: rows of x.
         output_count: rows of the weight; where 16 does not divide it, the tiles for many rows would spill.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..attention.primitives import matmul
+from ..common.primitives import matmul
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 

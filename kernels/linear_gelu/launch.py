@@ -11,8 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..attention.arguments import architecture_of, device_of, dot_precision
-from ..attention.configs import arithmetic
+from ..common.device import architecture_of, device_of, dot_precision
+from ..common.gpu import arithmetic
 from . import configs
 from .kernel import linear_gelu_kernel
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..attention.arguments import device_of, processors_of
+from ..common.device import device_of, processors_of
 from . import backward, configs, forward
 
 

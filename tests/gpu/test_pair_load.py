@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beit_fast.kernels.attention import arguments, configs
+from beit_fast.kernels.attention import configs
+from beit_fast.kernels.common import gpu
+from beit_fast.kernels.common.device import architecture_of
 
 from ..kernels.cases import GRADIENT_NAMES, bitwise_equal, make_case, run_backward, run_forward
 
@@ -20,7 +22,7 @@ def test_vector_loads_read_what_plain_loads_read(
 ) -> None:
     """Both compile to the same products and sums, so the results agree to the bit."""
     case = make_case(window, torch.bfloat16, batch=2, heads=3, head_dim=head_dim)
-    route = configs.bias_route(arguments.architecture_of(case.query), 2, window)
+    route = configs.bias_route(architecture_of(case.query), 2, window)
     if layout == "extended":
         route = configs.BiasRoute("extended", 1)
     assert route.vector > 0
@@ -35,6 +37,6 @@ def test_vector_loads_read_what_plain_loads_read(
 
 
 def test_the_routes_tested_are_those_that_are_shipped() -> None:
-    architecture = arguments.architecture_of(make_case((2, 2)).query)
+    architecture = architecture_of(make_case((2, 2)).query)
     vectors = {configs.bias_route(architecture, 2, window).vector for window in WINDOWS}
-    assert vectors == ({2, 1} if architecture == configs.SM100 else {4, 1})
+    assert vectors == ({2, 1} if architecture == gpu.SM100 else {4, 1})

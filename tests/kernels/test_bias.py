@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from beit_fast.kernels.attention import arguments, configs
-from beit_fast.kernels.attention.primitives import bias_rows, load_bias_tile, load_cls_bias, owned_rows, row_tokens
+from beit_fast.kernels.attention.bias import bias_rows, load_bias_tile, load_cls_bias
+from beit_fast.kernels.attention.primitives import owned_rows, row_tokens
 
 from ..support.oracle import dense_bias
 from .cases import device, make_case

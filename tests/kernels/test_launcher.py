@@ -12,6 +12,8 @@ import triton.language as tl
 
 from beit_fast.kernels.attention import arguments, configs, launch
 from beit_fast.kernels.attention.primitives import head_base, patch_base
+from beit_fast.kernels.common import device as device_facts
+from beit_fast.kernels.common import gpu
 
 from .cases import check_parity, device, make_case, run_backward, run_forward
 
@@ -90,7 +92,7 @@ def test_fp32_products_follow_torch(setting: str, dtype: torch.dtype, precision:
         torch.set_float32_matmul_precision(setting)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert arguments.dot_precision(torch.empty(1, dtype=dtype)) == precision
+            assert device_facts.dot_precision(torch.empty(1, dtype=dtype)) == precision
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -104,8 +106,8 @@ def test_seed_words_are_signed_32_bit_integers(seed: int) -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
 def test_there_is_a_tile_for_every_kernel_and_head_dimension(capability: tuple[int, int]) -> None:
-    architecture = configs.architecture_class(*capability)
-    choices = itertools.product(configs.KERNELS, range(8, 129, 8), configs.ARITHMETICS, (False, True))
+    architecture = gpu.architecture_class(*capability)
+    choices = itertools.product(configs.KERNELS, range(8, 129, 8), gpu.ARITHMETICS, (False, True))
     for kernel, head_dim, multiplies, dropout in choices:
         block_d = configs.padded_head_dim(head_dim)
         assert block_d >= max(16, head_dim)
@@ -114,12 +116,12 @@ def test_there_is_a_tile_for_every_kernel_and_head_dimension(capability: tuple[i
         assert max(config.block_m, config.block_n) <= 128, "columns may pass a record's end by no more"
 
 
-@pytest.mark.parametrize("architecture", list(configs.SHARED_MEMORY_LIMIT))
+@pytest.mark.parametrize("architecture", list(gpu.SHARED_MEMORY_LIMIT))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.skipif(device().type == "cuda", reason="every other test runs this GPU's tiles; others may not fit it")
 def test_the_tiles_that_gpus_use(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     def tiles_of_gpu(kernel: str, taken: dict) -> configs.TileConfig:
-        multiplies = configs.arithmetic(taken["query"].element_size(), taken["PRECISION"])
+        multiplies = gpu.arithmetic(taken["query"].element_size(), taken["PRECISION"])
         return configs.select(kernel, architecture, taken["BLOCK_D"], multiplies, taken["DROPOUT"])
 
     monkeypatch.setattr(launch, "tile_config", tiles_of_gpu)

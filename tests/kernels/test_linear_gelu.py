@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from beit_fast.functional import linear_gelu
-from beit_fast.kernels.attention.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT
+from beit_fast.kernels.common.gpu import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from beit_fast.kernels.linear_gelu import configs, launch
 from beit_fast.kernels.linear_gelu.kernel import grouped_blocks, half_precision_gelu
 

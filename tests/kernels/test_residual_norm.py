@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from beit_fast import backends, residual_norm
-from beit_fast.kernels.attention.arguments import processors_of
+from beit_fast.kernels.common.device import processors_of
 from beit_fast.kernels.residual_norm import configs, launch
 
 from ..support.residual_norm import (

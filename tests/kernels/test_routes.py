@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from beit_fast.kernels.attention import configs, launch
+from beit_fast.kernels.common import gpu
 
 from ..support.oracle import assert_within_budget, attention_oracle
 from .cases import (
@@ -53,15 +54,15 @@ def test_every_layout(
 
 @pytest.mark.parametrize("window", [(14, 14), (24, 24), (32, 32), (40, 40), (45, 46)], ids=str)
 def test_even_windows_with_a_band_of_up_to_a_megabyte_are_read_in_pairs(window: tuple[int, int]) -> None:
-    for architecture in (configs.SMALL, configs.SM80, configs.SM90):
+    for architecture in (gpu.SMALL, gpu.SM80, gpu.SM90):
         assert configs.bias_route(architecture, 2, window) == ("paired", 4)
-    assert configs.bias_route(configs.SM100, 2, window) == ("plain", 2)
-    assert configs.bias_route(configs.SM90, 4, window).vector == 0
+    assert configs.bias_route(gpu.SM100, 2, window) == ("plain", 2)
+    assert configs.bias_route(gpu.SM90, 4, window).vector == 0
 
 
 def test_odd_and_large_windows_have_their_routes() -> None:
-    assert configs.bias_route(configs.SM90, 2, (15, 15)) == ("plain", 1)
-    assert configs.bias_route(configs.SM90, 2, (128, 128)) == ("extended", 1)
+    assert configs.bias_route(gpu.SM90, 2, (15, 15)) == ("plain", 1)
+    assert configs.bias_route(gpu.SM90, 2, (128, 128)) == ("extended", 1)
     assert 4 * configs.record_size("extended", (128, 128)) < configs.BAND_BYTES
 
 
@@ -136,7 +137,7 @@ def test_parts_are_summed_in_fp32_whatever_the_table_is(
 @pytest.mark.parametrize("patches", [196, 576, 1024, 1600, 4096, 16384])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_the_scratch_of_the_tables_gradient_is_bounded(patches: int, batch: int) -> None:
-    config = configs.select("bias_gradient", configs.SM90, 64, "half", False)
+    config = configs.select("bias_gradient", gpu.SM90, 64, "half", False)
     plan = configs.plan_table_gradient(batch, patches, 12, config, 132)
     size = 4 * plan.batch_splits * plan.heads * plan.rows * configs.scratch_pitch(patches)
     assert size <= configs.SCRATCH_BYTES <= 2**28

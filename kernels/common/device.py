@@ -1,0 +1,46 @@
+"""The device of a tensor: its architecture class, its multiprocessors, and how torch lets it multiply fp32."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gpu
+
+
+def dot_precision(q: Tensor) -> str:
+    """tf32 only where torch's own fp32 matrix products on CUDA may use it."""
+    if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def architecture_of(tensor: Tensor) -> str:
+    """Architecture class of the tensor's device."""
+    return _architecture(tensor.device.index) if tensor.is_cuda else gpu.INTERPRETER
+
+
+def processors_of(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's device; 0 on a CPU, where nothing is gained by more programs."""
+    return _processors(tensor.device.index) if tensor.is_cuda else 0
+
+
+@functools.cache
+def _architecture(device_index: int) -> str:
+    if torch.version.hip is not None:
+        return gpu.SMALL
+    return gpu.architecture_class(*torch.cuda.get_device_capability(device_index))
+
+
+@functools.cache
+def _processors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
