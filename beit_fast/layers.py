@@ -16,7 +16,7 @@ from .activations import ACTIVATIONS
 from .configuration import BeitConfig
 from .functional import patch_embed, transforms_are_active
 from .linear import apply_linear
-from .module_checks import hook_obstacles, runs_as_written
+from .module_checks import clone_if_hooked, hook_obstacles
 from .patch_embedding import Normalization
 from .position_bias import Window, resize_position_embeddings, resize_table, table_rows
 from .residual_norm import residual_add, residual_norm
@@ -146,8 +146,7 @@ class BeitRelativePositionBias(nn.Module):
     def forward(self, window: Window) -> Tensor:
         parameter = self.relative_position_bias_table
         table = map_columns(partial(resize_table, old_window=self.native_window, new_window=window), parameter)
-        # A hook of FSDP frees the parameter before the table is read.
-        return table.clone() if table is parameter and not runs_as_written(self) else table
+        return clone_if_hooked(self, table)
 
 
 def _drop_relative_position_index(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -12,6 +12,22 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def runs_as_written(module: nn.Module) -> bool:
     """Whether `module` has no hooks and no forward of its own."""
     return "forward" not in vars(module) and not any(len(getattr(module, hooks)) for hooks in _HOOKS)
+
+
+def clone_if_hooked(module: nn.Module, tensor: Tensor) -> Tensor:
+    """Clone a tensor that leaves the forward of a hooked `module`.
+
+    FSDP2 and ZeRO-3 free the parameters of a module in a hook after its forward. If the forward returns a parameter or
+    a view of one, the caller then reads freed memory. The clone is differentiable and outlives the parameter.
+
+    The hooks alone decide. The storage is not compared: it cannot be read in `torch.func` transforms, and that of a
+    DTensor differs from that of its local part.
+
+    Returns:
+        `tensor` itself if `module` runs as written and there are no global hooks, else a clone of it.
+    """
+    hooked = not runs_as_written(module) or nn.modules.module._has_any_global_hook()
+    return tensor.clone() if hooked else tensor
 
 
 def hook_obstacles(modules: Mapping[str, nn.Module]) -> list[str]:

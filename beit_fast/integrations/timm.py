@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import attention
-from ..module_checks import runs_as_written
+from ..module_checks import clone_if_hooked, runs_as_written
 from ..position_bias import Window
 from .report import (
     ALREADY,
@@ -47,7 +47,7 @@ class TableRelativePositionBias(timm_beit.RelativePositionBias):
     """timm's shared bias, which hands its table to the blocks and gathers nothing."""
 
     def forward(self) -> SharedTable:
-        return SharedTable(self.relative_position_bias_table, self.window_size)
+        return SharedTable(clone_if_hooked(self, self.relative_position_bias_table), self.window_size)
 
 
 class FusedAttention(timm_beit.Attention):

@@ -22,6 +22,7 @@ from transformers.models.data2vec import modeling_data2vec_vision
 
 from .. import attention
 from ..linear import apply_linear
+from ..module_checks import clone_if_hooked
 from ..position_bias import Window, resize_table
 from .table_bias import TableBias, key_mask_of
 
@@ -66,7 +67,7 @@ class TableMixin(nn.Module):
     def forward(self, window_size: Window, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Any:
         # Transformers takes the native window as (width, height), which resamples the table of a rectangle.
         table = resize_table(self.relative_position_bias_table, self.window_size[::-1], window_size)
-        return TableBias(table, window_size)
+        return TableBias(clone_if_hooked(self, table), window_size)
 
 
 class TableOrDenseMixin(TableMixin):

@@ -1,0 +1,216 @@
+"""Models whose hooks free parameters after each forward, run one process a case.
+
+`python -m tests.support.freed_parameters_run FOLDER` writes `FOLDER/results.pt`: for each case the results of the model
+with hooks and of the same model without them, or the text of an error. A case that ends in a segfault is an error too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import multiprocessing
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import models, timm_reference, transformers_models
+
+# By name, after timm_reference: it imports timm if torchvision is not installed.
+accelerate_timm = importlib.import_module("beit_fast.integrations.timm").accelerate
+transformers_integration = importlib.import_module("beit_fast.integrations.transformers")
+
+CLASSIFICATION = "BeitForImageClassification"
+TIMM_POSITIONS = {
+    "per layer": {"use_rel_pos_bias": True},
+    "shared": {"use_shared_rel_pos_bias": True},
+    "both": {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True},
+}
+
+
+@contextlib.contextmanager
+def own_model(position: str) -> Iterator[Any]:
+    model = models.build(CLASSIFICATION, position)
+    model.set_attn_implementation("triton")
+    yield model
+
+
+@contextlib.contextmanager
+def accelerated_model(position: str) -> Iterator[Any]:
+    model = transformers_models.build(CLASSIFICATION, position)
+    transformers_integration.accelerate(model, "triton")
+    yield model
+
+
+@contextlib.contextmanager
+def registered_model(position: str) -> Iterator[Any]:
+    transformers_integration.register()
+    try:
+        yield transformers_models.build(CLASSIFICATION, position, "triton")
+    finally:
+        transformers_integration.unregister()
+
+
+@contextlib.contextmanager
+def timm_model(position: str) -> Iterator[Any]:
+    model = timm_reference.build(**TIMM_POSITIONS[position])
+    accelerate_timm(model, "triton")
+    yield model
+
+
+ROUTES: dict[str, Callable[[str], contextlib.AbstractContextManager[Any]]] = {
+    "own": own_model,
+    "accelerated": accelerated_model,
+    "registered": registered_model,
+    "timm": timm_model,
+}
+
+
+def table_owners(model: nn.Module) -> list[nn.Module]:
+    """The modules that own a bias table: bias modules, or the attention of timm."""
+    return [x for x in model.modules() if getattr(x, "relative_position_bias_table", None) is not None]
+
+
+def parameter_owners(model: nn.Module) -> list[nn.Module]:
+    """The modules that own a parameter, children before their parents."""
+    return [x for x in model.modules() if any(True for _ in x.parameters(recurse=False))][::-1]
+
+
+def shard(model: nn.Module, owners: list[nn.Module]) -> None:
+    """Shard each owner alone, then the rest of the model, with FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    for owner in owners:
+        fully_shard(owner)
+    fully_shard(model)
+
+
+def shard_twice(model: Any, owners: list[nn.Module]) -> None:
+    """Spread the model by tensor parallelism, then shard each owner alone along another dimension of the mesh."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from beit_fast.parallel import tensor_parallel_plan
+
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], tensor_parallel_plan(model, mesh["tensor"]))
+    for unit in (*owners, model):
+        fully_shard(unit, mesh=mesh["data"])
+
+
+def free_by_hooks(model: nn.Module, owners: list[nn.Module]) -> list[Callable[[], None]]:
+    """Empty the parameters of each owner outside its forward, as ZeRO-3 does; returns what restores them."""
+    return [_free_outside_forward(owner) for owner in owners]
+
+
+def _free_outside_forward(owner: nn.Module) -> Callable[[], None]:
+    whole = {p: p.detach().clone() for p in owner.parameters(recurse=False)}
+
+    def restore(*unused: Any) -> None:
+        for parameter, values in whole.items():
+            parameter.data = values.clone()
+
+    def free(*unused: Any) -> None:
+        for parameter in whole:
+            parameter.data.fill_(torch.nan)  # a view that was kept shows it
+            parameter.data = parameter.new_empty(0)
+
+    free()
+    owner.register_forward_pre_hook(restore)
+    owner.register_forward_hook(free)
+    return restore
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the size of its images, and what frees its parameters."""
+
+    route: str
+    position: str
+    engine: str
+    size: tuple[int, int] = (32, 32)
+
+    @property
+    def name(self) -> str:
+        height, width = self.size
+        return f"{self.route}, {self.position}, {self.engine}, {height}x{width}"
+
+    def run(self) -> dict[str, dict[str, Tensor]]:
+        with ROUTES[self.route](self.position) as model:
+            model.double()
+            whole = copy.deepcopy(model)
+            before_backward: list[Callable[[], None]] = []
+            if self.engine == "ZeRO-3":
+                before_backward = free_by_hooks(model, table_owners(model))
+            elif self.engine == "FSDP2 and tensor parallel":
+                shard_twice(model, table_owners(model))
+            else:
+                shard(model, table_owners(model) if self.engine == "FSDP2" else parameter_owners(model))
+            pixels = torch.randn(2, 3, *self.size, dtype=torch.float64)
+            return {"expected": step(whole, pixels), "found": step(model, pixels, before_backward)}
+
+
+CASES = {
+    case.name: case
+    for case in (
+        *(
+            Case(route, position, engine)
+            for route in ROUTES
+            for position in TIMM_POSITIONS
+            for engine in ("FSDP2", "ZeRO-3")
+        ),
+        *(Case(route, "both", engine, (48, 40)) for route in ("own", "accelerated") for engine in ("FSDP2", "ZeRO-3")),
+        *(Case(route, "both", "FSDP2 of every module") for route in ("own", "accelerated", "registered")),
+        Case("own", "both", "FSDP2 and tensor parallel"),
+    )
+}
+
+
+def step(
+    model: nn.Module, pixels: Tensor, before_backward: list[Callable[[], None]] | None = None
+) -> dict[str, Tensor]:
+    """The logits and the gradient of every parameter that has one, each a whole tensor."""
+    outputs = model(pixels)
+    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    for restore in before_backward or ():
+        restore()
+    (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in gradients.items()}
+    return {"logits": logits.detach()} | whole
+
+
+def run_alone(name: str, file: Path) -> None:
+    """Run a case in a process group of one, and write its result."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        result: Any = CASES[name].run()
+    except Exception:
+        result = {"error": traceback.format_exc()}
+    torch.save(result, file)
+    dist.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for number, name in enumerate(CASES):
+        file = folder / f"{number}.pt"
+        process = multiprocessing.get_context("fork").Process(target=run_alone, args=(name, file))
+        process.start()
+        process.join()
+        ended = {"error": f"the process ended with {process.exitcode}"}
+        results[name] = torch.load(file) if file.exists() else ended
+    torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
