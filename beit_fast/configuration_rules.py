@@ -8,12 +8,37 @@ import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from .activations import ACTIVATIONS
+ActivationName = Literal[
+    "gelu",
+    "gelu_python",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "gelu_10",
+    "quick_gelu",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "sqrtsoftplus",
+    "swish",
+    "tanh",
+]
+"""Transformers' names of activations without parameters."""
 
+ACTIVATION_NAMES: tuple[ActivationName, ...] = get_args(ActivationName)
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "triton")
 PATCH_EMBED_IMPLEMENTATIONS = ("conv", "fused")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -146,9 +171,9 @@ RULES: dict[str, Rule] = {
     "num_attention_heads": _POSITIVE,
     "intermediate_size": _POSITIVE,
     "hidden_act": Rule(
-        f"one of {', '.join(ACTIVATIONS)}",
+        f"one of {', '.join(ACTIVATION_NAMES)}",
         lambda value: isinstance(value, str),
-        lambda value: value in ACTIVATIONS,
+        lambda value: value in ACTIVATION_NAMES,
     ),
     "hidden_dropout_prob": _PROBABILITY,
     "attention_probs_dropout_prob": _PROBABILITY,

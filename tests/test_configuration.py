@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from beit_fast.activations import ACTIVATIONS
 from beit_fast.configuration import BeitConfig
-from beit_fast.configuration_rules import RULES
+from beit_fast.configuration_rules import ACTIVATION_NAMES, RULES
 
 NOT_PARAMETER_FREE = {"prelu", "xielu"}
 
@@ -329,6 +329,10 @@ def test_a_compiled_function_reads_the_configuration():
 
     compiled = torch.compile(scaled, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 28.0))
+
+
+def test_activations_of_layers_are_the_names_of_the_configuration():
+    assert tuple(ACTIVATIONS) == ACTIVATION_NAMES
 
 
 def test_transformers_activations_are_all_here():
