@@ -3,36 +3,32 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import compile_cache as compile_cache
-from . import flops as flops
-from . import sharding as sharding
-from . import transforms as transforms
+from . import ops as ops
 from ._version import __version__
-from .backbone import BeitBackbone
 from .configuration import BeitConfig
-from .functional import patch_embed, rel_pos_attention
 from .inference import optimize_for_inference
-from .modeling import BeitForImageClassification, BeitForMaskedImageModeling, BeitModel
-from .outputs import BeitModelOutputWithPooling
-from .pretrained import BeitPreTrainedModel
-from .segmentation import BeitForSemanticSegmentation
+from .models.backbone import BeitBackbone
+from .models.base import BeitPreTrainedModel
+from .models.beit import BeitForImageClassification, BeitForMaskedImageModeling, BeitModel
+from .models.outputs import BeitModelOutputWithPooling
+from .models.segmentation import BeitForSemanticSegmentation
+from .ops.functorch import patch_embed, rel_pos_attention
 
 if TYPE_CHECKING:
-    from .image_processing import BeitFeatureExtractor, BeitImageProcessor
-    from .image_processing_fast import BeitImageProcessorFast
+    from .image_processing import BeitFeatureExtractor, BeitImageProcessor, BeitImageProcessorFast
 
-_IMAGE_PROCESSORS = {
-    "BeitFeatureExtractor": "image_processing",
-    "BeitImageProcessor": "image_processing",
-    "BeitImageProcessorFast": "image_processing_fast",
-}
+_IMAGE_PROCESSORS = ("BeitFeatureExtractor", "BeitImageProcessor", "BeitImageProcessorFast")
 
 
 def __getattr__(name: str) -> Any:
-    """Import an image processor when it is asked for: a model needs none."""
+    """Import an image processor at its first use: models do not need one."""
     if name not in _IMAGE_PROCESSORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_IMAGE_PROCESSORS[name]}", __name__), name)
+    return getattr(importlib.import_module(".image_processing", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 __all__ = [

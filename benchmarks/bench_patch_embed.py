@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import beit_fast
-from beit_fast import backends
+from beit_fast.ops.dispatch import availability
 
 from .cases import DTYPE_NAMES, Reference, chosen_device, errors_within, relative_error
 from .processes import Entrant, Prepared
@@ -202,7 +202,7 @@ def prepare(peer: str, expected: str, **fields: Any) -> Prepared:
     errors, wrong = errors_within({"tokens": tokens}, Reference(**torch.load(expected, mmap=True)))
     if wrong:
         raise ValueError(f"wrong and not timed. {'; '.join(wrong)}")
-    kernel = "torch" if peer != OURS else backends.patch_embed_kernel(tokens.device, [tokens.dtype], case.channels)
+    kernel = "torch" if peer != OURS else availability.patch_embed_kernel(tokens.device, [tokens.dtype], case.channels)
 
     def step() -> Tensor:
         with torch.no_grad():

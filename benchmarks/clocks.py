@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from beit_fast.measure import synchronize
+from beit_fast.testing.timing import synchronize
 
 Step = Callable[[], object]
 

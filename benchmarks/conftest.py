@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from beit_fast.measure import environment, gpu_readings, peak_memory, why_no_peak_memory
+from beit_fast.testing.timing import environment, gpu_readings, peak_memory, why_no_peak_memory
 
 from .cases import DTYPE_NAMES, Case, chosen_device, draw, errors_within, reference, results_of, step_of
 from .clocks import DeviceClock, HostClock, clock_of, single_call

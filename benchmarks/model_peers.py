@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import beit_fast
-from beit_fast import attention
-from beit_fast.checkpoint_keys import to_hub_names
+from beit_fast.checkpoint.key_mapping import to_hub_names
+from beit_fast.ops.dispatch import attention
 
 from .exported_peers import open_onnxruntime, open_openvino
 from .model_cases import (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from beit_fast import attention
+from beit_fast.ops.dispatch import attention
 from beit_fast.position_bias import gather_bias, relative_position_index, table_rows
 
 from .cases import BACKWARD, Case, Inputs, draw, results_of

@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beit_fast import BeitConfig, BeitForImageClassification
-from beit_fast.commands import processor_of, top_classes
-from beit_fast.measure import environment, latency, peak_memory, why_no_peak_memory
+from beit_fast.cli.commands import processor_of, top_classes
 from beit_fast.position_bias import Window, gather_bias
+from beit_fast.testing.timing import environment, latency, peak_memory, why_no_peak_memory
 
 BACKENDS = ("eager", "sdpa", "triton")
 COLOURS = ("#8d99ae", "#457b9d", "#d1495b")

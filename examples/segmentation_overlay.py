@@ -21,7 +21,7 @@ from tqdm import tqdm
 from train_digits import NAMES, Digits, augment, load_digits, shown_indices
 
 from beit_fast import BeitForSemanticSegmentation, BeitImageProcessor
-from beit_fast.commands import overlay
+from beit_fast.cli.commands import overlay
 
 DIGITS = Path(__file__).parent / "digits"
 STEPS, BATCH, RATE = 70, 16, 4e-3

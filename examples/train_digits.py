@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.attention import IMPLEMENTATIONS
-from beit_fast.configuration_files import json_text, replace_file
-from beit_fast.measure import environment, installed_version
+from beit_fast.ops.dispatch.attention import IMPLEMENTATIONS
+from beit_fast.testing.timing import environment, installed_version
+from beit_fast.utils.files import json_text, replace_file
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE, PATCH, TOKENS, LAYERS = 48, 8, 64, 4

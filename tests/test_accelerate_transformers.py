@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import beit_fast
-from beit_fast import attention, backends
-from beit_fast.integrations import transformers_layers
-from beit_fast.integrations.table_bias import TableBias
-from beit_fast.integrations.transformers import accelerate
+from beit_fast.integrations.transformers import accelerate, fused_layers
+from beit_fast.integrations.transformers.table_bias import TableBias
+from beit_fast.ops.dispatch import attention, availability
 
 from .support.oracle import assert_within_budget, relative_error
 from .support.transformers_models import (
@@ -127,8 +126,8 @@ def test_a_lost_bias_is_noticed(name, mutation, monkeypatch):
     theirs, ours = pair(name, "both")
     inputs = inputs_for(name, theirs)
     if mutation == "no bias":
-        resize = transformers_layers.resize_table
-        monkeypatch.setattr(transformers_layers, "resize_table", lambda *args: 0 * resize(*args))
+        resize = fused_layers.resize_table
+        monkeypatch.setattr(fused_layers, "resize_table", lambda *args: 0 * resize(*args))
     else:
         monkeypatch.setattr(TableBias, "__add__", lambda self, other: self)
     with pytest.raises(AssertionError):
@@ -139,15 +138,15 @@ def test_none_takes_a_fused_kernel_where_one_serves():
     theirs, ours = pair(implementation=None)
     with Spy(heads=4, tokens=17) as spy:
         run(ours, inputs_for(CLASSIFICATION, theirs))
-    fused = backends.is_fused(backends.serving_kernel(torch.device("cpu"), torch.float64, 8))
+    fused = availability.is_fused(availability.serving_kernel(torch.device("cpu"), torch.float64, 8))
     assert spy.forward_calls == (layer_count(theirs) if fused else 0)
 
 
 @pytest.fixture
 def no_kernel(monkeypatch):
     attention._decide.cache_clear()
-    monkeypatch.setattr(backends, "serving_kernel", lambda *args: None)
-    monkeypatch.setattr(backends, "kernel_refusals", lambda *args: ("it is night",))
+    monkeypatch.setattr(availability, "serving_kernel", lambda *args: None)
+    monkeypatch.setattr(availability, "kernel_refusals", lambda *args: ("it is night",))
     yield
     attention._decide.cache_clear()
 

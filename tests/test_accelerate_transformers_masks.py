@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beit_fast.integrations.table_bias import TableBias, key_mask_of
 from beit_fast.integrations.transformers import accelerate
+from beit_fast.integrations.transformers.table_bias import TableBias, key_mask_of
 
 from .support.oracle import dense_bias, relative_error
 from .support.transformers_models import IS_4, build, inputs_for, pair

@@ -16,8 +16,7 @@ from torch import nn
 from transformers.models.beit import modeling_beit
 
 import beit_fast
-from beit_fast.integrations import transformers_layers
-from beit_fast.integrations.transformers import accelerate, restore
+from beit_fast.integrations.transformers import accelerate, fused_layers, restore
 
 from .support.transformers_models import (
     DENSE,
@@ -71,7 +70,7 @@ def test_copies_and_pickles_are_accelerated_too(name):
             assert_same(run(other, inputs), expected, 0.0)
         assert spy.forward_calls == layer_count(theirs)
         restore(other)
-    assert all(type(x) in transformers_layers.ORIGINALS for x in biases(ours))
+    assert all(type(x) in fused_layers.ORIGINALS for x in biases(ours))
 
 
 @pytest.mark.parametrize("name", [CLASSIFICATION, "UperNetForSemanticSegmentation"])
@@ -269,8 +268,8 @@ def test_a_projection_that_was_replaced_is_called():
 
 def test_only_transformers_own_classes_are_known():
     """A class that Transformers renames in a later version must not go unnoticed."""
-    assert modeling_beit.BeitRelativePositionBias in transformers_layers.FUSED
-    names = {cls.__name__ for cls in transformers_layers.FUSED}
+    assert modeling_beit.BeitRelativePositionBias in fused_layers.FUSED
+    names = {cls.__name__ for cls in fused_layers.FUSED}
     split = {"BeitSelfAttention", "BeitSdpaSelfAttention"}
     assert (split if IS_4 else {"BeitAttention"}) <= names
     assert {"Data2VecVisionSelfAttention", "Data2VecVisionSdpaSelfAttention"} <= names

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from beit_fast import attention
+from beit_fast.ops.dispatch import attention
 
 from .support.cases import attention_case
 from .support.devices import CPU_ATTENTION, DEFAULT_ATTENTION

@@ -251,7 +251,7 @@ def test_dtype_and_implementation_reach_the_backbone(build, mapping, tmp_path):
 
 
 def test_what_the_contract_of_backbones_asks(mapping):
-    from beit_fast.integrations.auto_classes import BackboneType
+    from beit_fast.integrations.transformers.auto_classes import BackboneType
 
     register(models=False, attention=False)
     config, _ = dpt()

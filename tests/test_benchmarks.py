@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from beit_fast import measure
 from beit_fast.position_bias import relative_position_index, token_count
+from beit_fast.testing import timing
 
 from .support.benchmarks import BENCHMARKS, benchmark_house, run_in_a_copy
 
@@ -370,9 +370,9 @@ def test_nvidia_smi_is_read_and_its_silence_too(
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert measure._ask_nvidia_smi("GPU-0", ("driver_version", "power.limit")) == expected
+    assert timing._ask_nvidia_smi("GPU-0", ("driver_version", "power.limit")) == expected
 
 
 def test_a_machine_without_nvidia_smi_tells_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert measure._ask_nvidia_smi("GPU-0", ("driver_version",)) == {"driver_version": None}
+    assert timing._ask_nvidia_smi("GPU-0", ("driver_version",)) == {"driver_version": None}

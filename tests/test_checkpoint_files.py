@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import load_file
 
 import beit_fast
-from beit_fast import checkpoint_files
-from beit_fast.checkpoint_files import read_tensors
+from beit_fast.checkpoint import files
+from beit_fast.checkpoint.files import read_tensors
 
 from .support.transformers_reference import TINY, randomize
 
@@ -119,7 +119,7 @@ def test_pickles_of_tensors_are_read_and_code_is_not_run(tmp_path):
 
 def test_pickles_are_refused_where_torch_is_unsafe(tmp_path, monkeypatch):
     torch.save(make_model().state_dict(), tmp_path / "model.pth")
-    monkeypatch.setattr(checkpoint_files.torch, "__version__", "2.9.1+cpu")
+    monkeypatch.setattr(files.torch, "__version__", "2.9.1+cpu")
     with pytest.raises(ValueError, match=r"torch 2\.9\.1\+cpu cannot read without risk.*safetensors, or torch 2\.10"):
         load(tmp_path / "model.pth")
 

@@ -8,9 +8,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import beit_fast
-from beit_fast.checkpoint_config import infer_config
-from beit_fast.checkpoint_keys import format_of, to_hub_names
-from beit_fast.position_resizing import resize_table_geometric
+from beit_fast.checkpoint.infer_config import infer_config
+from beit_fast.checkpoint.key_mapping import format_of, to_hub_names
+from beit_fast.checkpoint.resize_positions import resize_table_geometric
 
 from .support import timm_reference
 from .support.timm_reference import timm

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from beit_fast import __version__, attention, backends, cli, native
+from beit_fast import __version__, native
+from beit_fast.cli import main
+from beit_fast.ops.dispatch import attention, availability
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +48,7 @@ def test_info_json_agrees_with_the_dispatcher() -> None:
 @pytest.mark.parametrize("arguments", [(), ("fly",), ("info", "--yaml")])
 def test_wrong_arguments_exit_with_2_and_say_what_is_accepted(arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
+        main.main(arguments)
     assert caught.value.code == 2
 
 
@@ -60,7 +62,7 @@ def test_an_unknown_command_is_named_with_the_known_ones() -> None:
 def test_info_json_describes_the_native_libraries() -> None:
     facts = json.loads(run_command("info", "--json").stdout)
     assert facts["native_libraries"] == {name: native.describe(name) for name in native.LIBRARIES}
-    assert [row["kernel"] for row in facts["patch_embed_kernels"]] == list(backends.PATCH_EMBED_KERNELS)
+    assert [row["kernel"] for row in facts["patch_embed_kernels"]] == list(availability.PATCH_EMBED_KERNELS)
     used, usable = native.instruction_sets()
     assert facts["instruction_sets"] == {"used": used, "usable": list(usable)}
 
@@ -83,6 +85,6 @@ def test_info_json_describes_the_native_libraries() -> None:
     ],
 )
 def test_a_library_is_one_line_for_people(library: dict[str, Any], expected: str) -> None:
-    facts = cli.gather_facts()
+    facts = main.gather_facts()
     facts["native_libraries"] = {"_C": {"serves": "operators on the CPU"} | library}
-    assert f"  _C  {expected}" in cli.format_facts(facts).splitlines()
+    assert f"  _C  {expected}" in main.format_facts(facts).splitlines()

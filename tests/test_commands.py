@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from beit_fast import BeitConfig, BeitForImageClassification, BeitForSemanticSegmentation, cli
-from beit_fast.commands import class_colour
+from beit_fast import BeitConfig, BeitForImageClassification, BeitForSemanticSegmentation
+from beit_fast.cli import main
+from beit_fast.cli.commands import class_colour
 from beit_fast.image_processing import BeitImageProcessor
 
 from .support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
@@ -39,7 +40,7 @@ def photographs(tmp_path):
 
 
 def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
+    code = main.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -167,7 +168,7 @@ def test_a_checkpoint_that_cannot_be_had_is_one_message(arguments, photographs, 
 )
 def test_wrong_arguments_exit_with_2(line):
     with pytest.raises(SystemExit) as caught:
-        cli.main(line.split())
+        main.main(line.split())
     assert caught.value.code == 2
 
 

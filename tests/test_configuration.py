@@ -11,9 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit_fast.activations import ACTIVATIONS
 from beit_fast.configuration import BeitConfig
-from beit_fast.configuration_rules import ACTIVATION_NAMES, RULES
+from beit_fast.configuration.fields import ACTIVATION_NAMES, RULES
+from beit_fast.layers.activations import ACTIVATIONS
 
 NOT_PARAMETER_FREE = {"prelu", "xielu"}
 

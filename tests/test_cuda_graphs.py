@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit_fast.cuda_graphs import CudaGraphs, GraphCache
-from beit_fast.outputs import BaseModelOutput
+from beit_fast.inference.cuda_graphs import CudaGraphs, GraphCache
+from beit_fast.models.outputs import BaseModelOutput
 
 from .support.graphs import StandIn
 from .support.models import MEAN, STD, build, byte_images

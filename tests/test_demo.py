@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast import BeitConfig, attention
+from beit_fast import BeitConfig
+from beit_fast.ops.dispatch import attention
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 

@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.attention import IMPLEMENTATIONS
+from beit_fast.ops.dispatch.attention import IMPLEMENTATIONS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DIGITS = EXAMPLES / "digits"

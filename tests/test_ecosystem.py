@@ -346,7 +346,7 @@ def test_device_map_fills_memory_without_splitting_a_block(tmp_path):
 
 
 def test_arguments_that_do_not_go_together(tmp_path, monkeypatch):
-    from beit_fast import device_map
+    from beit_fast.checkpoint import device_map
 
     checkpoint("BeitForImageClassification", tmp_path)
     load_ours = beit_fast.BeitForImageClassification.from_pretrained

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from beit_fast.module_checks import clone_if_hooked
+from beit_fast.layers.module_hooks import clone_if_hooked
 
 from .support.checkout import ROOT
 from .support.freed_parameters_run import CASES, ROUTES, table_owners

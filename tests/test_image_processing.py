@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast import configuration_files
-from beit_fast.image_processing import BatchFeature, BeitFeatureExtractor, BeitImageProcessor
-from beit_fast.image_processing_fast import BeitImageProcessorFast
-from beit_fast.image_resampling import center_crop
+from beit_fast.image_processing import BatchFeature, BeitFeatureExtractor, BeitImageProcessor, BeitImageProcessorFast
+from beit_fast.image_processing.resampling import center_crop
+from beit_fast.utils import files
 
 BOTH = pytest.mark.parametrize("class_", [BeitImageProcessor, BeitImageProcessorFast])
 
@@ -258,7 +257,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(configuration_files.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         BeitImageProcessor(size=64).save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["preprocessor_config.json"]
@@ -283,7 +282,7 @@ def test_processors_are_copied_by_pickle(class_):
 
 def test_importing_and_constructing_do_not_import_pillow():
     code = (
-        "import sys, beit_fast.image_processing_fast as f; f.BeitImageProcessorFast(); "
+        "import sys, beit_fast.image_processing as f; f.BeitImageProcessorFast(); "
         "sys.exit(sum(name.split('.')[0] in ('PIL', 'transformers') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

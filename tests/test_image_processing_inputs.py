@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast.image_processing import BeitImageProcessor
-from beit_fast.image_processing_fast import BeitImageProcessorFast
+from beit_fast.image_processing import BeitImageProcessor, BeitImageProcessorFast
 
 BOTH = pytest.mark.parametrize("class_", [BeitImageProcessor, BeitImageProcessorFast])
 AS_THEY_ARE = {"do_resize": False, "do_rescale": False, "do_normalize": False, "return_tensors": "np"}

@@ -7,9 +7,8 @@ import torch
 from PIL import Image
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 
-from beit_fast.image_processing import BeitImageProcessor
-from beit_fast.image_processing_fast import BeitImageProcessorFast
-from beit_fast.image_resampling import resize_by_matrices
+from beit_fast.image_processing import BeitImageProcessor, BeitImageProcessorFast
+from beit_fast.image_processing.resampling import resize_by_matrices
 
 LEVEL = 1 / 255
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import beit_fast
-from beit_fast import optimize_for_inference, parts_linear, private_operators
-from beit_fast.cuda_graphs import GraphCache
-from beit_fast.inference_linear import InferenceLinear, PackedLinear, PartsLinear
+from beit_fast import optimize_for_inference
+from beit_fast.inference.cuda_graphs import GraphCache
+from beit_fast.inference.linear import InferenceLinear, PackedLinear, PartsLinear
+from beit_fast.ops.cpu_linear import onednn, split_bf16
 
 from .support.graphs import StandIn
 from .support.models import MEAN, STD, build, byte_images, images
@@ -138,7 +139,7 @@ LIBRARIES = {"torch": InferenceLinear, "onednn": PackedLinear, "c++": PartsLinea
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_library_of_linear_layers(monkeypatch, library):
     """Each where it can serve, the others refusing: the kind, the outputs, and the sizes that are told."""
-    checks = {"onednn": (private_operators, "packing_refusal"), "c++": (parts_linear, "refusal")}
+    checks = {"onednn": (onednn, "packing_refusal"), "c++": (split_bf16, "refusal")}
     for name, (module, function) in checks.items():
         if name == library:
             refusal = getattr(module, function)(*(("cpu", torch.float32) if name == "onednn" else ()))
@@ -159,7 +160,7 @@ def test_every_library_of_linear_layers(monkeypatch, library):
     assert f"{library} linear layers" in str(report)
 
 
-@pytest.mark.skipif(parts_linear.refusal() is not None, reason=f"{parts_linear.refusal()}")
+@pytest.mark.skipif(split_bf16.refusal() is not None, reason=f"{split_bf16.refusal()}")
 def test_two_parts_where_high_precision_is_enough():
     model, pixels = build(), images()
     exact = copy.deepcopy(model).double()(pixels.double()).logits

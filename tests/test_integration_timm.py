@@ -20,6 +20,7 @@ from .support.timm_reference import timm
 
 # By name, after timm_reference: that imports timm where torchvision is not installed.
 integration = importlib.import_module("beit_fast.integrations.timm")
+timm_accelerate = importlib.import_module("beit_fast.integrations.timm.accelerate")
 accelerate, restore = integration.accelerate, integration.restore
 timm_beit = timm.models.beit
 
@@ -139,7 +140,7 @@ def test_the_operator_is_called_and_no_bias_is_made(name):
 def test_a_lost_bias_is_noticed(name, monkeypatch):
     reference, fast = pair(name)
     pixels = pixels_for(reference)
-    monkeypatch.setattr(integration.FusedAttention, "_table", lambda self, shared: (None, None))
+    monkeypatch.setattr(timm_accelerate.FusedAttention, "_table", lambda self, shared: (None, None))
     with torch.no_grad():
         assert relative_error(fast(pixels), reference(pixels)) > 1e-2
     with pytest.raises(AssertionError):
@@ -327,7 +328,7 @@ def test_restore_does_not_undo_what_came_later():
     fast.blocks[1].attn.forward = fast.blocks[1].attn.forward
     with pytest.raises(ValueError, match=r"a forward of its own of blocks\.1\.attn"):
         restore(fast)
-    assert type(fast.blocks[0].attn) is integration.FusedAttention
+    assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
 
 
 def test_without_timm_one_error_says_what_to_install(monkeypatch):
@@ -429,7 +430,7 @@ def test_copies_of_accelerated_models(how):
         assert_equal_results(copied, reference, pixels_for(reference))
     assert len(spy.calls) == 3
     restore(copied)
-    assert type(fast.blocks[0].attn) is integration.FusedAttention
+    assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
 
 
 def test_state_dicts_go_both_ways():

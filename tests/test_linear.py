@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit_fast import linear, parts_linear, private_operators
-from beit_fast.linear import CpuLinear, multiply_packed, multiply_parts
+from beit_fast.layers import linear
+from beit_fast.layers.linear import CpuLinear, multiply_packed, multiply_parts
+from beit_fast.ops.cpu_linear import onednn, split_bf16
 
 from .support.models import build, images
 from .support.oracle import assert_within_budget
@@ -24,7 +25,7 @@ SHAPES = [((1,), 768, 768), ((197,), 768, 96), ((4, 197), 64, 192), ((5,), 7, 3)
 @pytest.fixture(params=["onednn", "parts"])
 def products(monkeypatch, request):
     """What is named multiplies whatever the CPU and however few the rows; yields the list of its products' shapes."""
-    refusals = {"onednn": private_operators.packing_refusal("cpu", torch.float32), "parts": parts_linear.refusal()}
+    refusals = {"onednn": onednn.packing_refusal("cpu", torch.float32), "parts": split_bf16.refusal()}
     functions = {"onednn": multiply_packed, "parts": multiply_parts}
     if refusals[request.param] is not None:
         pytest.skip(refusals[request.param])
@@ -315,8 +316,8 @@ def test_a_failed_check_leaves_the_modules_at_work(products, monkeypatch):
     model = build("BeitForImageClassification").train()
     model.set_attn_implementation("triton")
     inputs = {"pixel_values": images(), "labels": torch.tensor([0, 1])}
-    monkeypatch.setattr(private_operators, "_check", lambda dtype: "the check failed")
-    monkeypatch.setattr(parts_linear, "refusal", lambda: "the check failed")
+    monkeypatch.setattr(onednn, "_check", lambda dtype: "the check failed")
+    monkeypatch.setattr(split_bf16, "refusal", lambda: "the check failed")
     expected = train(model, inputs)
     assert products == []
     assert linear.choose_product() == linear.ProductChoice("blas", "the check failed")
@@ -335,7 +336,7 @@ def test_a_failed_check_leaves_the_modules_at_work(products, monkeypatch):
     ],
 )
 def test_the_machine_decides_unless_somebody_asks(monkeypatch, identity, capability, mkl, name, reason):
-    monkeypatch.setattr(parts_linear, "refusal", lambda: "no tiles")
+    monkeypatch.setattr(split_bf16, "refusal", lambda: "no tiles")
     monkeypatch.setattr(linear, "_cpu_identity", lambda: identity)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
@@ -345,7 +346,7 @@ def test_the_machine_decides_unless_somebody_asks(monkeypatch, identity, capabil
         assert decide(asked).name == asked
         assert (decide(asked).multiply is None) is (asked == "blas")
         assert f"BEIT_FAST_CPU_LINEAR={asked}" in decide(asked).reason
-    monkeypatch.setattr(parts_linear, "refusal", lambda: None)
+    monkeypatch.setattr(split_bf16, "refusal", lambda: None)
     assert decide(None).name == "parts"
     assert "AMX" in decide(None).reason
     with pytest.raises(ValueError, match="BEIT_FAST_CPU_LINEAR is 'mkl'; accepted are 'blas', 'onednn', 'parts'"):

@@ -9,8 +9,8 @@ import torch
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit_fast import backends
-from beit_fast.functional import linear_gelu
+from beit_fast.ops.dispatch import availability
+from beit_fast.ops.functorch import linear_gelu
 
 from .support.linear_gelu import make_layer, plain
 
@@ -109,6 +109,6 @@ def test_flops_are_those_of_the_product() -> None:
 
 
 def test_reasons_of_the_kernel() -> None:
-    refusals = backends.linear_gelu_refusals(torch.device("cpu"), torch.float64, 2**24)
+    refusals = availability.linear_gelu_refusals(torch.device("cpu"), torch.float64, 2**24)
     assert len(refusals) == 3
     assert "serves cuda tensors, not cpu" in refusals

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_fast import measure
+from beit_fast.testing import timing as measure
 
 MIB = 1 << 20
 TOLERANCE = 2.5 * MIB  # one transparent huge page that the call happened to touch, and counters kept by CPU
@@ -111,7 +111,7 @@ def test_unreadable_counters_are_a_reason_and_no_number(monkeypatch: pytest.Monk
     def refuse() -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("beit_fast.resident_memory._reset_peak", refuse)
+    monkeypatch.setattr("beit_fast.testing.memory._reset_peak", refuse)
     monkeypatch.setattr("sys.platform", "linux")
     assert "Permission denied" in (measure.why_no_peak_memory("cpu") or "")
     assert measure.peak_memory(lambda: None) is None

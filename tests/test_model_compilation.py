@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from beit_fast.outputs import ModelOutput
+from beit_fast.models.outputs import ModelOutput
 
 from .support.models import MEAN, STD, build, byte_images, images
 from .support.transformers_reference import CLASSES, main_output, random_inputs, scalar_of

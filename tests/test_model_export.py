@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 import beit_fast
-from beit_fast.segmentation import BeitAdaptivePool
+from beit_fast.models.segmentation import BeitAdaptivePool
 
 from .support.models import build, images
 from .support.oracle import relative_error

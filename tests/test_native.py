@@ -12,13 +12,16 @@ import pytest
 import torch
 
 import beit_fast
-from beit_fast import backends, native, ops
+from beit_fast import native
+from beit_fast.ops import attention
+from beit_fast.ops.dispatch import availability
 
 PACKAGE = Path(beit_fast.__file__).parent
 CPU, META = torch.device("cpu"), torch.device("meta")
 REPORT = """
 import json, pathlib, torch, beit_fast
-from beit_fast import attention, backends, native
+from beit_fast import native
+from beit_fast.ops.dispatch import attention, availability
 q = torch.randn(1, 5, 2, 8)
 out = beit_fast.rel_pos_attention(q, q, q)
 tokens = beit_fast.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4))
@@ -27,7 +30,7 @@ assert torch.isfinite(out).all() and torch.isfinite(tokens).all()
 print(json.dumps({
     "attention": attention.kernel_name("triton", "cpu", torch.float32, 8),
     "default": attention.kernel_name(None, "cpu", torch.float32, 8),
-    "patches": backends.patch_embed_kernel(torch.device("cpu")),
+    "patches": availability.patch_embed_kernel(torch.device("cpu")),
     "refusals": {name: native.refusal(name) for name in native.LIBRARIES},
     "loaded": [name for name in native.LIBRARIES if native.is_loaded(name)],
     "mapped": [name for name in native.LIBRARIES if native.file_name(name) in maps],
@@ -118,23 +121,23 @@ def test_a_library_that_does_not_load_is_a_warning_and_a_reason(bare):
 
 def test_the_interface_is_counted_up_when_a_schema_changes():
     """Change both together: what was compiled for other arguments must have another name."""
-    digest = hashlib.sha256("\n".join(ops.SCHEMAS).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join(attention.SCHEMAS).encode()).hexdigest()[:16]
     assert (native.INTERFACE, digest) == (1, "c96186bb50227aa8")
 
 
 def test_one_kernel_embeds_patches_on_each_device_and_the_others_say_why_not():
-    assert backends.patch_embed_kernel(CPU) == ("fused/c++" if native.is_loaded("_C") else "fused/composite")
-    assert backends.patch_embed_kernel(META) == "fused/composite"
-    assert backends.patch_embed_refusals("fused/composite", META) == ()
-    assert backends.patch_embed_refusals("fused/c++", META)[0] == "serves cpu tensors, not meta"
-    refused = [kernel for kernel in backends.PATCH_EMBED_KERNELS if backends.patch_embed_refusals(kernel, CPU)]
-    assert [*refused, backends.patch_embed_kernel(CPU)] == sorted(
-        backends.PATCH_EMBED_KERNELS, key=lambda kernel: kernel == backends.patch_embed_kernel(CPU)
+    assert availability.patch_embed_kernel(CPU) == ("fused/c++" if native.is_loaded("_C") else "fused/composite")
+    assert availability.patch_embed_kernel(META) == "fused/composite"
+    assert availability.patch_embed_refusals("fused/composite", META) == ()
+    assert availability.patch_embed_refusals("fused/c++", META)[0] == "serves cpu tensors, not meta"
+    refused = [kernel for kernel in availability.PATCH_EMBED_KERNELS if availability.patch_embed_refusals(kernel, CPU)]
+    assert [*refused, availability.patch_embed_kernel(CPU)] == sorted(
+        availability.PATCH_EMBED_KERNELS, key=lambda kernel: kernel == availability.patch_embed_kernel(CPU)
     )
 
 
 def test_the_cuda_kernel_says_what_it_does_not_take():
-    reasons = backends.patch_embed_refusals("fused/cuda", CPU, [torch.float32, torch.float64], 129)
+    reasons = availability.patch_embed_refusals("fused/cuda", CPU, [torch.float32, torch.float64], 129)
     assert reasons[0] == "serves cuda tensors, not cpu"
     assert reasons[-2:] == (
         "dtype torch.float64 is none of float16, bfloat16, float32",
@@ -148,11 +151,11 @@ def test_cuda_runs_the_library_where_it_loads_and_the_composite_elsewhere(monkey
     calls = []
     library = torch.library.Library("beit_fast", "IMPL")
     library.impl("_patch_embed_cuda", lambda *arguments: calls.append(arguments) or arguments[0].sum(), "CPU")
-    monkeypatch.setattr(backends, "patch_embed_kernel", lambda *facts: "fused/cuda")
+    monkeypatch.setattr(availability, "patch_embed_kernel", lambda *facts: "fused/cuda")
     monkeypatch.setattr(native, "load", lambda name: built)
     pixels, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4)
     try:
-        tokens = ops._patch_embed_cuda(pixels, weight, *[None] * 7)
+        tokens = attention._patch_embed_cuda(pixels, weight, *[None] * 7)
     finally:
         library._destroy()
     if built:

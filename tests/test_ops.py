@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import beit_fast
-from beit_fast import composite_attention
+from beit_fast.ops.fallback import attention
 from beit_fast.position_bias import table_rows
 
 from .support.cases import attention_case, oracle_gradients
@@ -157,9 +157,9 @@ def test_gradcheck():
 
 def test_heads_in_several_groups(monkeypatch):
     """Many tokens split the heads into groups; the parts must fit together, dropout included."""
-    monkeypatch.setattr(composite_attention, "_GROUP_ELEMENTS", 2 * 13 * 13)
+    monkeypatch.setattr(attention, "_GROUP_ELEMENTS", 2 * 13 * 13)
     case = attention_case((3, 4), heads=5, masked=True)
-    assert len(composite_attention._head_groups(5, 13)) == 3
+    assert len(attention._head_groups(5, 13)) == 3
     check_against_oracle(case, torch.float32)
     check_against_oracle(case, torch.float64, dropout_p=0.3, seed=9)
 
@@ -169,7 +169,7 @@ def test_vector_math_is_resolved_by_one_thread_first():
     code = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from beit_fast.composite_attention import attention_forward
+from beit_fast.ops.fallback.attention import attention_forward
 
 first = {}
 

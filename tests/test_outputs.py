@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.utils import _apply_to_tensors
 from torch.utils import _pytree as pytree
 
-from beit_fast import outputs
-from beit_fast.outputs import (
+from beit_fast.models import outputs
+from beit_fast.models.outputs import (
     BackboneOutput,
     BaseModelOutput,
     BeitModelOutputWithPooling,
@@ -301,10 +301,10 @@ def test_an_exported_program_loads_in_a_fresh_process(strict, tmp_path):
     torch.export.save(program, tmp_path / "program.pt2")
     torch.save((values, target, dict(expected)), tmp_path / "tensors.pt")
     script = (
-        "import torch, beit_fast.outputs\n"
+        "import torch, beit_fast.models.outputs\n"
         "values, target, expected = torch.load('tensors.pt')\n"
         "result = torch.export.load('program.pt2').module()(values, target)\n"
-        "assert type(result) is beit_fast.outputs.ImageClassifierOutput, type(result)\n"
+        "assert type(result) is beit_fast.models.outputs.ImageClassifierOutput, type(result)\n"
         "assert result == type(result)(expected) and list(result) == ['loss', 'logits', 'hidden_states']\n"
     )
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -53,7 +53,7 @@ def test_importing_initialises_no_gpu_and_prints_nothing():
 def test_works_without_triton():
     code = "import sys; sys.modules['triton'] = None\n" + FORWARD
     code += "assert not any(name.startswith('triton.') for name in sys.modules)\n"
-    code += "from beit_fast import attention\n"
+    code += "from beit_fast.ops.dispatch import attention\n"
     code += "reasons = attention.describe_kernels('cuda')[0][2]\n"
     code += "assert 'the package triton is not installed' in reasons, reasons\n"
     assert python(code).strip() == CPU_ATTENTION

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from beit_fast import native, parts_linear
-from beit_fast.parts_linear import linear_parts, linear_parts_op, matmul_parts, pack_parts, pack_parts_op
+from beit_fast import native
+from beit_fast.ops.cpu_linear import split_bf16
+from beit_fast.ops.cpu_linear.split_bf16 import linear_parts, linear_parts_op, matmul_parts, pack_parts, pack_parts_op
 
 from .support.oracle import assert_within_budget, relative_error
 
-needs_tiles = pytest.mark.skipif(parts_linear.refusal() is not None, reason=f"{parts_linear.refusal()}")
+needs_tiles = pytest.mark.skipif(split_bf16.refusal() is not None, reason=f"{split_bf16.refusal()}")
 
 LAYOUTS = {
     "rows": lambda x: x,
@@ -337,15 +338,15 @@ def test_the_gradients_of_a_linear_layer():
 
 REFUSED = """
 import json, torch
-from beit_fast import parts_linear
+from beit_fast.ops.cpu_linear import split_bf16
 errors = []
-for call in (lambda: parts_linear.pack_parts(torch.zeros(3, 4), 3),
-             lambda: parts_linear.linear_parts(torch.zeros(2, 4), torch.zeros(1, 6144, dtype=torch.uint8), 3, 3)):
+for call in (lambda: split_bf16.pack_parts(torch.zeros(3, 4), 3),
+             lambda: split_bf16.linear_parts(torch.zeros(2, 4), torch.zeros(1, 6144, dtype=torch.uint8), 3, 3)):
     try:
         call()
     except ValueError as error:
         errors.append(str(error))
-print(json.dumps([parts_linear.refusal(), errors]))
+print(json.dumps([split_bf16.refusal(), errors]))
 """
 
 
@@ -382,7 +383,7 @@ def test_an_older_library_is_noticed(monkeypatch):
     monkeypatch.setattr(native, "refusal", lambda name: None)
     monkeypatch.setattr(native, "is_loaded", lambda name: True)
     monkeypatch.setattr(native, "ask", lambda function: None)
-    assert "was built before it had linear layers in parts" in parts_linear.refusal()
+    assert "was built before it had linear layers in parts" in split_bf16.refusal()
 
 
 @pytest.mark.skipif(not native.is_loaded("_C"), reason="the native library is not loaded")
@@ -409,7 +410,7 @@ def test_a_product_for_once_gives_the_bits_of_a_packed_one(parts, transposed):
         bias = torch.randn(columns)
         expected = linear_parts(x, pack_parts(matrix, parts), columns, parts, bias)
         assert torch.equal(matmul_parts(x, matrix, parts, bias), expected)
-        opcheck(parts_linear.matmul_parts_op, (x, matrix, parts, bias))
+        opcheck(split_bf16.matmul_parts_op, (x, matrix, parts, bias))
 
 
 @needs_tiles

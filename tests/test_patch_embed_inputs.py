@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import beit_fast
-from beit_fast import validation
-from beit_fast.composite_patch_embed import patch_embed as composite
+from beit_fast.ops import validation
+from beit_fast.ops.fallback.patch_embed import patch_embed as composite
 
 from .support.patch_embedding import convolution, make_inputs
 

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beit_fast import BeitImageProcessor, cli
-from beit_fast.predict_dataset import find_images
-from beit_fast.predict_ranks import Ranks
+from beit_fast import BeitImageProcessor
+from beit_fast.cli import main
+from beit_fast.cli.predict.dataset import find_images
+from beit_fast.cli.predict.ranks import Ranks
 
 from .support.devices import CPU_ATTENTION
 from .support.prediction import LABELS, predict, read_jsonl, save_checkpoint, save_image, save_images
@@ -370,7 +371,7 @@ def test_outputs_that_are_no_probabilities_of_classes(problem, images, tmp_path,
 )
 def test_wrong_arguments_exit_with_2(line):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["predict", *line.split(), "--model", "m"])
+        main.main(["predict", *line.split(), "--model", "m"])
     assert caught.value.code == 2
 
 

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from beit_fast import cli
-from beit_fast.predict import Predictor
-from beit_fast.predict_run import part_line, read_part
+from beit_fast.cli import main
+from beit_fast.cli.predict.command import Predictor
+from beit_fast.cli.predict.journal import part_line, read_part
 
 from .support.prediction import predict, read_jsonl, save_checkpoint, save_image, save_images
 
@@ -23,17 +23,18 @@ COUNT, SIZE = 20, 3
 STOPPER = """
 import os, sys, time
 from pathlib import Path
-from beit_fast import cli, predict_run
+from beit_fast.cli import main
+from beit_fast.cli.predict import journal
 stop, at, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 
 def here():
     print("here", flush=True)
     time.sleep(600)
 
-def append(self, number, records, write=predict_run.Part.append, count=[0]):
+def append(self, number, records, write=journal.Part.append, count=[0]):
     count[0] += 1
     if count[0] == at:
-        line = predict_run.part_line(number, records)
+        line = journal.part_line(number, records)
         self._stream.write(line[:len(line) // 2])
         self._stream.flush()
         here()
@@ -54,12 +55,12 @@ def unlink(self, missing_ok=False):
         here()
 
 if stop == "line":
-    predict_run.Part.append = append
+    journal.Part.append = append
 elif stop == "merge":
     os.replace = replace
 elif stop == "removal":
     Path.unlink = unlink
-sys.exit(cli.main(["predict", *arguments]))
+sys.exit(main.main(["predict", *arguments]))
 """
 
 
@@ -89,7 +90,7 @@ def whole(model, images, tmp_path_factory):
     """What one process writes that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole") / "out.jsonl"
     command = ["predict", images, out, "--model", model, "--batch-size", SIZE, "--device", "cpu"]
-    assert cli.main([str(part) for part in command]) == 1
+    assert main.main([str(part) for part in command]) == 1
     content = out.read_bytes()
     assert len(content.splitlines()) == COUNT
     return content
@@ -438,7 +439,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(arguments, whole, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("beit_fast.predict_results._write_jsonl", full)
+        patch.setattr("beit_fast.cli.predict.results._write_jsonl", full)
         code, out, err = predict(capsys, *arguments)
     assert (code, out) == (2, "")
     assert "No space left" in err

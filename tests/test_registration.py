@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from transformers.models.beit import modeling_beit
 
 import beit_fast
-from beit_fast.integrations import triton_attention
-from beit_fast.integrations.transformers import register, unregister, with_transformers_outputs
+from beit_fast.integrations.transformers import attention_interface, register, unregister, with_transformers_outputs
 
 from .support.attention_spy import AttentionSpy
 from .support.oracle import relative_error
@@ -208,9 +207,9 @@ def test_a_dropped_bias_is_seen(registered, monkeypatch):
     theirs = reference("BeitModel", "both")
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
-    attend = triton_attention.attention.attend
+    attend = attention_interface.attention.attend
     monkeypatch.setattr(
-        triton_attention.attention,
+        attention_interface.attention,
         "attend",
         lambda q, k, v, table, *others: attend(q, k, v, None, *others),
     )

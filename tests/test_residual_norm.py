@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from beit_fast import residual_norm
-from beit_fast.residual_norm import residual_add_op, residual_norm_backward_op, residual_norm_op
+from beit_fast.ops import residual_norm
+from beit_fast.ops.residual_norm import residual_add_op, residual_norm_backward_op, residual_norm_op
 
 from .support.residual_norm import EPS, ResidualCase, check_parity, eager_sum, fused, fused_sum, residual_case
 

@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 import beit_fast
-from beit_fast import parts_linear, private_operators
+from beit_fast.ops.cpu_linear import onednn, split_bf16
 
 from .support.checkout import ROOT
 from .support.models import build
@@ -340,7 +340,7 @@ def test_a_state_dict_of_another_model_is_not_saved(tmp_path: Path, problem: str
 )
 def test_the_linears_of_cpu_training_run_in_sharded_models(tmp_path: Path, product: str, operator: str) -> None:
     """What multiplies keeps weights for the backward pass, which FSDP2 frees and gathers again in between."""
-    refusals = {"onednn": private_operators.packing_refusal("cpu", torch.float32), "parts": parts_linear.refusal()}
+    refusals = {"onednn": onednn.packing_refusal("cpu", torch.float32), "parts": split_bf16.refusal()}
     if refusals[product] is not None:
         pytest.skip(str(refusals[product]))
     run = Run("sharded", "both", dtype=torch.float32, batch=40)  # enough rows to pack for

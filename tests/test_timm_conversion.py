@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import beit_fast
-from beit_fast.checkpoint_keys import to_timm_names
+from beit_fast.checkpoint.key_mapping import to_timm_names
 
 from .support import models, timm_reference
 from .support.oracle import relative_error
@@ -99,7 +99,7 @@ def test_dtypes_sizes_and_what_timm_says_of_images():
 
 @pytest.mark.parametrize(("size", "inner"), [(768, 3072), (1408, 6144), (176, 469), (49, 29)])
 def test_every_width_of_the_mlp_survives_timm_s_ratio(size, inner):
-    from beit_fast.integrations.timm_conversion import _mlp_ratio
+    from beit_fast.integrations.timm.conversion import _mlp_ratio
 
     assert int(size * _mlp_ratio(size, inner)) == inner
 

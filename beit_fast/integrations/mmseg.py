@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone import BeitBackbone
-from ..checkpoint_keys import TRUNK_PREFIX, to_hub_names
-from ..configuration import BeitConfig
-from ..position_resizing import INTERPOLATIONS
+from ..checkpoint.key_mapping import TRUNK_PREFIX, to_hub_names
+from ..checkpoint.resize_positions import INTERPOLATIONS
+from ..configuration.beit_config import BeitConfig
+from ..models.backbone import BeitBackbone
 
 _ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu"}
 _NORM_EPS = 1e-5

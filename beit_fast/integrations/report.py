@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .. import attention, backends
+from ..ops.dispatch import attention, availability
 
 REPLACED = "replaced"
 RESTORED = "restored"
@@ -106,6 +106,6 @@ def kernel_lines(places: Iterable[tuple[str | None, torch.device, torch.dtype, i
             continue
         report = attention.report(implementation, (), device, dtype, head_dim)
         refusals = (f"\n    {name}: {'; '.join(reasons)}" for name, reasons in report.refusals.items() if reasons)
-        reasons = "" if backends.is_fused(report.would_run) else "".join(refusals)
+        reasons = "" if availability.is_fused(report.would_run) else "".join(refusals)
         lines.append(f"attention on {device} in {dtype}, head dimension {head_dim}: {report.would_run}{reasons}")
     return tuple(lines)

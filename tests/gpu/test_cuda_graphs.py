@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit_fast.cuda_graphs import GraphCache
+from beit_fast.inference.cuda_graphs import GraphCache
 
 from ..kernels.cases import assert_same_bits, device
 from ..kernels.test_model import build, under

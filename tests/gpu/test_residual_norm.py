@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from beit_fast import residual_norm
+from beit_fast.ops import residual_norm
 
 from ..kernels.cases import assert_same_bits
 from ..support.oracle import relative_error

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from beit_fast import backends, residual_norm
 from beit_fast.kernels.common.device import processors_of
 from beit_fast.kernels.residual_norm import configs, launch
+from beit_fast.ops import residual_norm
+from beit_fast.ops.dispatch import availability
 
 from ..support.residual_norm import (
     EPS,
@@ -290,8 +291,8 @@ def test_programs_share_all_rows(processors: int) -> None:
 
 
 def test_the_limits_are_those_of_the_refusals() -> None:
-    assert backends.LARGEST_ROW_SIZE == configs.LARGEST_SIZE
-    assert backends.LARGEST_ROW_COUNT == configs.LARGEST_ROW_COUNT
+    assert availability.LARGEST_ROW_SIZE == configs.LARGEST_SIZE
+    assert availability.LARGEST_ROW_COUNT == configs.LARGEST_ROW_COUNT
 
 
 def test_what_the_kernels_do_not_take_is_refused_with_all_reasons() -> None:

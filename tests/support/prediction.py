@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 import beit_fast
-from beit_fast import cli
+from beit_fast.cli import main
 
 from .transformers_reference import TINY, randomize
 
@@ -45,7 +45,7 @@ def save_images(folder: Path, count: int) -> list[str]:
 
 def predict(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command on the CPU."""
-    code = cli.main(["predict", *(os.fspath(part) if isinstance(part, Path) else str(part) for part in arguments)])
+    code = main.main(["predict", *(os.fspath(part) if isinstance(part, Path) else str(part) for part in arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

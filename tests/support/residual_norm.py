@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.residual_norm import residual_add, residual_norm
+from beit_fast.ops.residual_norm import residual_add, residual_norm
 
 from .oracle import assert_within_budget
 

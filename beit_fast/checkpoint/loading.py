@@ -1,0 +1,386 @@
+"""Checkpoints in and out: what `from_pretrained` and `save_pretrained` do."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..configuration.beit_config import IMPLEMENTATION_FIELDS, BeitConfig
+from ..configuration.fields import RULES
+from ..configuration.labels_and_stages import ALIASES, LABEL_FIELDS, STAGE_FIELDS
+from ..position_bias import Window
+from ..utils.files import CONFIG_NAME, read_json_object
+from .files import INDEX_NAME, WEIGHTS_NAME, HubOptions, find_checkpoint, flush_to_disk, read_tensors, unfinished_folder
+from .infer_config import infer_config, read_config
+from .key_mapping import OTHER_TASKS, TRUNK_PREFIX, full_name, share_table_among_layers, to_hub_names
+from .resize_positions import INTERPOLATIONS, TABLE, fits_window, is_position, resize_positions, square_window
+
+if TYPE_CHECKING:
+    from ..models.base import BeitPreTrainedModel
+
+Model = TypeVar("Model", bound="BeitPreTrainedModel")
+_SHOWN = 20
+_SPREAD = (
+    "parameters are spread over processes; call get_model_state_dict of torch.distributed.checkpoint.state_dict in all "
+    "of them, with full_state_dict=True and cpu_offload=True, and save_pretrained in the first with what it gave there "
+    "as state_dict"
+)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What `from_pretrained` was asked for besides a name and a configuration."""
+
+    attn_implementation: str | None = None
+    patch_embed_implementation: str | None = None
+    dtype: torch.dtype | str | None = None
+    device: torch.device | str | None = None
+    hub: HubOptions = field(default_factory=HubOptions)
+    image_size: int | tuple[int, int] | None = None
+    position_interpolation: str = "bilinear"
+    ignore_mismatched_sizes: bool = False
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """How a file's parameters compare with a model's: names to shapes (file's, model's)."""
+
+    missing: dict[str, Sequence[int]]
+    unexpected: dict[str, Sequence[int]]
+    mismatched: dict[str, tuple[Sequence[int], Sequence[int]]]
+
+    def loading_info(self) -> dict[str, list[Any]]:
+        """Transformers' `output_loading_info`."""
+        return {
+            "missing_keys": list(self.missing),
+            "unexpected_keys": list(self.unexpected),
+            "mismatched_keys": [(key, *shapes) for key, shapes in self.mismatched.items()],
+            "error_msgs": [],
+        }
+
+
+def load_model(
+    model_class: type[Model],
+    name_or_path: str | os.PathLike[str],
+    config: Any,
+    options: LoadOptions,
+    overrides: Mapping[str, Any],
+) -> tuple[Model, dict[str, list[Any]]]:
+    """A model with a checkpoint's parameters, in evaluation mode, and what was missing or left over."""
+    if options.position_interpolation not in INTERPOLATIONS:
+        accepted = " or ".join(map(repr, INTERPOLATIONS))
+        raise ValueError(f"position_interpolation={options.position_interpolation!r}; accepted: {accepted}")
+    model_arguments, overrides = _split_overrides(model_class, overrides)
+    files = find_checkpoint(name_or_path, options.hub)
+    file_config = read_config(files.config)
+    device = torch.get_default_device() if options.device is None else torch.device(options.device)
+    state, _ = to_hub_names(read_tensors(files.weights, device))
+    native = file_config or _given_config(config, options)
+    if native is None:
+        native = infer_config(state, files.name, overrides)
+    target = _target_config(native if config is None else _given_config(config, options), overrides, options)
+    target.name_or_path = files.name
+    if options.image_size is not None:
+        old_window = _window_of_file(state, native, files.name)
+        if old_window is not None:
+            state = resize_positions(state, old_window, target.window, options.position_interpolation)
+    state = _with_tables_of_layers(state, target)
+
+    target.dtype = _dtype_to_load(options.dtype, target, state)
+    with torch.device("meta"):
+        model = model_class(
+            target,
+            attn_implementation=options.attn_implementation,
+            patch_embed_implementation=options.patch_embed_implementation,
+            **model_arguments,
+        )
+    report, fitting = _compare(model, state)
+    _refuse(report, files.name, model, options.ignore_mismatched_sizes)
+    fresh = [*report.missing, *report.mismatched]
+    _fill(model, fitting, fresh, target.dtype, device)
+    if fresh:
+        warnings.warn(
+            f"{model_class.__name__} was initialised anew where {files.name!r} has nothing that fits: "
+            f"{_listed(fresh)}. Train it before you use what it says.",
+            stacklevel=3,
+        )
+    return model.eval(), report.loading_info()
+
+
+def save_model(
+    model: BeitPreTrainedModel,
+    folder: str | os.PathLike[str],
+    max_shard_size: int | str,
+    safe_serialization: bool,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `config.json` and safetensors; see `BeitPreTrainedModel.save_pretrained`."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False would write a pickle; accepted: True, which writes safetensors")
+    config = _saved_config(model)
+    text = config.to_json_string()
+    state = _state_to_save(model, state_dict)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    names = _free_names(target, list(plan.filename_to_tensors)) if plan.is_sharded else {WEIGHTS_NAME: WEIGHTS_NAME}
+    with unfinished_folder(target) as unfinished:
+        _write(unfinished / CONFIG_NAME, text)
+        for planned, keys in plan.filename_to_tensors.items():
+            file = unfinished / names[planned]
+            save_file({key: state[key] for key in keys}, file, metadata={"format": "pt"})
+            # safetensors makes files that only their owner reads.
+            shutil.copymode(unfinished / CONFIG_NAME, file)
+            flush_to_disk(file)
+        if plan.is_sharded:
+            weight_map = {key: names[planned] for key, planned in plan.tensor_to_filename.items()}
+            index = {"metadata": plan.metadata, "weight_map": dict(sorted(weight_map.items()))}
+            _write(unfinished / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _swap_in(unfinished, target, list(names.values()), plan.is_sharded)
+
+
+def _state_to_save(model: BeitPreTrainedModel, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors given, or the model's own; ValueError unless they are whole and fit the model."""
+    own = model.state_dict()
+    state = {key: tensor.detach().contiguous() for key, tensor in (own if given is None else given).items()}
+    problems = {
+        "parameters on the meta device have no values to save": [key for key in state if state[key].is_meta],
+        _SPREAD: [key for key in state if hasattr(state[key], "device_mesh")],
+        "state_dict lacks parameters of the model": [key for key in own if key not in state],
+        "state_dict has parameters that the model has not": [key for key in state if key not in own],
+        "state_dict has parameters of another shape": [
+            f"{key} {list(state[key].shape)}, not {list(own[key].shape)}"
+            for key in state
+            if key in own and state[key].shape != own[key].shape
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError("\n".join(f"{problem}: {_listed(keys)}" for problem, keys in problems.items() if keys))
+    return state
+
+
+def _split_overrides(
+    model_class: type[BeitPreTrainedModel], overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes to the model's constructor and what to the configuration; TypeError for what goes nowhere."""
+    taken = set(inspect.signature(model_class).parameters) - {"config", *IMPLEMENTATION_FIELDS}
+    fields = {*RULES, *ALIASES, *LABEL_FIELDS, *STAGE_FIELDS}
+    unknown = sorted(set(overrides) - taken - fields)
+    if unknown:
+        raise TypeError(
+            f"{model_class.__name__}.from_pretrained does not know {', '.join(unknown)}; accepted besides its own "
+            f"arguments: fields of BeitConfig{''.join(f', {name}' for name in sorted(taken))}"
+        )
+    model_arguments = {name: value for name, value in overrides.items() if name in taken}
+    return model_arguments, {name: value for name, value in overrides.items() if name not in taken}
+
+
+def _given_config(config: Any, options: LoadOptions) -> BeitConfig | None:
+    """The `config` argument: a `BeitConfig`, one of Transformers, a dict of fields, or where to find one."""
+    if config is None:
+        return None
+    if isinstance(config, (str, os.PathLike)):
+        return BeitConfig.from_pretrained(config, **vars(options.hub))
+    if isinstance(config, Mapping):
+        return BeitConfig.from_dict(config)
+    return _copy(config) if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())
+
+
+def _copy(config: BeitConfig, **overrides: Any) -> BeitConfig:
+    return type(config).from_dict(config.to_dict(), **(config.implementations() | overrides))
+
+
+def _target_config(config: BeitConfig | None, overrides: Mapping[str, Any], options: LoadOptions) -> BeitConfig:
+    assert config is not None
+    size = {} if options.image_size is None else {"image_size": options.image_size}
+    return _copy(config, **overrides, **size)
+
+
+def _dtype_to_load(
+    asked: torch.dtype | str | None, config: BeitConfig, state: Mapping[str, Tensor]
+) -> torch.dtype | None:
+    """The dtype asked for, else the configuration's, else the file's own."""
+    if asked is not None and asked != "auto":
+        return BeitConfig(dtype=asked).dtype
+    stored = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
+    return stored if config.dtype is None else config.dtype
+
+
+def _window_of_file(state: Mapping[str, Tensor], native: BeitConfig, name: str) -> Window | None:
+    """The window that a file's positions are for; None where it has none."""
+    positions = {key: tensor for key, tensor in state.items() if is_position(key)}
+    if not positions:
+        return None
+    key, tensor = next(iter(positions.items()))
+    window = native.window if fits_window(key, tensor, native.window) else square_window(key, tensor)
+    wrong = [key for key, tensor in positions.items() if window is None or not fits_window(key, tensor, window)]
+    if window is None or wrong:
+        raise ValueError(
+            f"{name!r} cannot be resized: {', '.join(wrong or [key])} is of another window than the rest, or of one "
+            f"that is neither square nor that of image_size={native.image_size} in its configuration"
+        )
+    return window
+
+
+def _with_tables_of_layers(state: dict[str, Tensor], config: BeitConfig) -> dict[str, Tensor]:
+    has_shared = f"{TRUNK_PREFIX}encoder.relative_position_bias.{TABLE}" in state
+    has_own = any(key.startswith(f"{TRUNK_PREFIX}encoder.layer.") and key.endswith(TABLE) for key in state)
+    wants_own = config.use_relative_position_bias and not config.use_shared_relative_position_bias
+    copies = has_shared and not has_own and wants_own
+    return share_table_among_layers(state, config.num_hidden_layers) if copies else state
+
+
+def _compare(model: BeitPreTrainedModel, state: Mapping[str, Tensor]) -> tuple[KeyReport, dict[str, Tensor]]:
+    """The report, and the tensors that fit under the model's own names."""
+    head_is_modelling = hasattr(model, "lm_head")
+    wanted = model.state_dict()
+    stored = {key: state.get(full_name(key, head_is_modelling)) for key in wanted}
+    used = {full_name(key, head_is_modelling) for key in wanted}
+    found = {key: tensor for key, tensor in stored.items() if tensor is not None}
+    report = KeyReport(
+        missing={key: list(wanted[key].shape) for key, tensor in stored.items() if tensor is None},
+        unexpected={key: list(tensor.shape) for key, tensor in state.items() if key not in used},
+        mismatched={
+            key: (list(tensor.shape), list(wanted[key].shape))
+            for key, tensor in found.items()
+            if tensor.shape != wanted[key].shape
+        },
+    )
+    return report, {key: tensor for key, tensor in found.items() if key not in report.mismatched}
+
+
+def _head_of(name: str) -> str | None:
+    """The head, as in `OTHER_TASKS`, that a full name belongs to."""
+    return next((head for head in OTHER_TASKS if name.startswith(head)), None)
+
+
+def _refuse(report: KeyReport, name: str, model: BeitPreTrainedModel, ignore_mismatched_sizes: bool) -> None:
+    """Raise one error for what is missing from the trunk or half a head, left over, or of another shape."""
+    head_is_modelling = hasattr(model, "lm_head")
+    heads = {key: _head_of(full_name(key, head_is_modelling)) for key in model.state_dict()}
+    begun = {heads[key] for key in heads if key not in report.missing}
+    missing = {k: shape for k, shape in report.missing.items() if heads[k] is None or heads[k] in begun}
+    unexpected = {key: shape for key, shape in report.unexpected.items() if _head_of(key) is None}
+    mismatched = {} if ignore_mismatched_sizes else report.mismatched
+    lines = []
+    if missing:
+        lines.append(f"- missing: {_listed(f'{key} {shape}' for key, shape in missing.items())}")
+    if unexpected:
+        lines.append(f"- unexpected: {_listed(f'{key} {shape}' for key, shape in unexpected.items())}")
+    if mismatched:
+        shown = (f"{key} is {file} in the file and {own} in the model" for key, (file, own) in mismatched.items())
+        lines.append(f"- mismatched: {_listed(shown)}")
+        lines += _advice(mismatched, model.config)
+    if lines:
+        raise ValueError(f"{name!r} does not fit {type(model).__name__}:\n" + "\n".join(lines))
+
+
+def _advice(mismatched: Mapping[str, tuple[Sequence[int], Sequence[int]]], config: BeitConfig) -> list[str]:
+    lines = []
+    window = next((w for key, (shape, _) in mismatched.items() if (w := _window_of_shape(key, shape))), None)
+    if window is not None and window != config.window:
+        lines.append(
+            f"- the file's positions are for image_size={window[0] * config.patch_size} ({window[0]}x{window[1]} "
+            f"patches of {config.patch_size} pixels), the configuration says image_size={config.image_size}: pass "
+            f"image_size={config.image_size} to from_pretrained to have them resized"
+        )
+    if any(_head_of(key) is not None for key in mismatched):
+        lines.append("- ignore_mismatched_sizes=True initialises anew what is of another shape, such as a classifier")
+    return lines
+
+
+def _window_of_shape(key: str, shape: Sequence[int]) -> Window | None:
+    return square_window(key, torch.empty(*shape, device="meta")) if is_position(key) else None
+
+
+def _listed(items: Iterable[str]) -> str:
+    shown = list(items)
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return ", ".join(shown[:_SHOWN]) + more
+
+
+@torch.no_grad()
+def _fill(
+    model: BeitPreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    fresh: Sequence[str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Give a model on the meta device its tensors, and initialise those named in `fresh`."""
+    empty = {key: tensor for key, tensor in model.state_dict().items() if key in set(fresh)}
+    state = dict(tensors) | {key: torch.empty(t.shape, dtype=t.dtype, device=device) for key, t in empty.items()}
+    state = {key: t.to(dtype) if dtype is not None and t.is_floating_point() else t for key, t in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    for prefix, module in model.named_modules():
+        own = {f"{prefix}.{name}".lstrip("."): tensor for name, tensor in _own_tensors(module)}
+        if own.keys() & empty.keys():
+            kept = {key: tensor.clone() for key, tensor in own.items() if key not in empty}
+            model._init_weights(module)
+            for key, tensor in kept.items():
+                own[key].copy_(tensor)
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _saved_config(model: BeitPreTrainedModel) -> BeitConfig:
+    config = _copy(model.config, architectures=[type(model).__name__], dtype=model.dtype)
+    config.validate()
+    return config
+
+
+def _free_names(folder: Path, planned: list[str]) -> dict[str, str]:
+    """Names for shards: the planned ones, or others where those are those of a checkpoint that must stay whole."""
+    if not any((folder / name).exists() for name in planned):
+        return {name: name for name in planned}
+    tag = os.urandom(4).hex()
+    return {name: name.replace("model-", f"model-{tag}-", 1) for name in planned}
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+    flush_to_disk(file)
+
+
+def _swap_in(unfinished: Path, folder: Path, weights: Sequence[str], sharded: bool) -> None:
+    """Move finished files into `folder`, such that at every moment it holds one whole set of weights.
+
+    Shards have names that nothing reads before the index is replaced; a single file counts before any index.
+    """
+    replaced = _shards_in(folder) - set(weights)
+    if sharded:
+        for name in weights:
+            os.replace(unfinished / name, folder / name)
+    commit = INDEX_NAME if sharded else WEIGHTS_NAME
+    os.replace(unfinished / commit, folder / commit)
+    os.replace(unfinished / CONFIG_NAME, folder / CONFIG_NAME)
+    flush_to_disk(folder)
+    stale = replaced | ({WEIGHTS_NAME} if sharded else {INDEX_NAME})
+    for name in sorted(stale):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _shards_in(folder: Path) -> set[str]:
+    """Safetensors files that the folder's index names; none where it is damaged and nothing could read it."""
+    try:
+        weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
+    except (FileNotFoundError, ValueError):
+        return set()
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    plain_names = {name for name in names if isinstance(name, str) and Path(name).name == name}
+    return {name for name in plain_names if name.endswith(".safetensors")}

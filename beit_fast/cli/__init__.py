@@ -1,0 +1,1 @@
+"""The command `beit-fast`; `main.main` runs it."""

@@ -1,0 +1,233 @@
+"""What `beit-fast classify`, `segment` and `convert` do with their parsed arguments; each returns an exit code.
+
+0: all done; 1: done, but some images could not be read; 2: nothing done, with one line on stderr that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+DONE, SOME_FAILED, REFUSED = 0, 1, 2
+TASKS = {
+    "model": "BeitModel",
+    "masked-image-modeling": "BeitForMaskedImageModeling",
+    "image-classification": "BeitForImageClassification",
+    "semantic-segmentation": "BeitForSemanticSegmentation",
+    "backbone": "BeitBackbone",
+}
+"""Names of `--task` and the class behind each."""
+
+
+def refusing(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Turn the errors of bad input, which say all there is to say, into one message and exit code 2."""
+
+    def run(options: argparse.Namespace) -> int:
+        try:
+            return command(options)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            print(f"beit-fast {options.command}: {error}", file=sys.stderr)
+            return REFUSED
+
+    return run
+
+
+@refusing
+def classify(options: argparse.Namespace) -> int:
+    """Print the most probable classes of every image."""
+    model, processor = load(options, TASKS["image-classification"])
+    results, failures = [], []
+    with tqdm(total=len(options.images), unit="image", disable=None if len(options.images) > 1 else True) as bar:
+        for paths, images, unreadable in batches_of(options.images, options.batch_size):
+            failures += unreadable
+            if images:
+                pixels = processor(images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+                with torch.inference_mode():
+                    logits = model(pixels).logits
+                results += [
+                    {"image": path, "classes": top_classes(row, model.config.id2label, options.top)}
+                    for path, row in zip(paths, logits, strict=True)
+                ]
+            bar.update(len(images) + len(unreadable))
+    _report(options, model, {"results": results}, failures, _classification_lines(results))
+    return SOME_FAILED if failures else DONE
+
+
+@refusing
+def segment(options: argparse.Namespace) -> int:
+    """Write the photograph with its classes in colours over it, and print how much of it each class covers."""
+    from PIL import Image
+
+    model, processor = load(options, TASKS["semantic-segmentation"])
+    photograph = Image.fromarray(torch.as_tensor(read_image(options.image)).permute(1, 2, 0).contiguous().numpy())
+    pixels = processor([photograph], return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    with torch.inference_mode():
+        outputs = model(pixels)
+    classes = processor.post_process_semantic_segmentation(outputs, [photograph.size[::-1]])[0].cpu()  # [height, width]
+    _save_picture(overlay(photograph, classes, model.config.num_labels, options.opacity), options.out)
+    if options.labels is not None:
+        _save_picture(Image.fromarray(classes.to(torch.int32).numpy().astype("uint16")), options.labels)
+    shares = class_shares(classes, model.config.id2label)
+    lines = [f"{100 * share['share']:6.2f} %  {share['index']:4d}  {share['label']}" for share in shares]
+    _report(options, model, {"out": str(options.out), "classes": shares}, [], [*lines, f"picture: {options.out}"])
+    return DONE
+
+
+@refusing
+def convert(options: argparse.Namespace) -> int:
+    """Read a checkpoint of any known format and write it as the hub has it."""
+    import beit_fast
+
+    name = TASKS[options.task] if options.task else _architecture_of(options.source)
+    model, info = getattr(beit_fast, name).from_pretrained(
+        options.source,
+        image_size=options.image_size,
+        position_interpolation=options.position_interpolation,
+        dtype=options.dtype,
+        local_files_only=options.local_files_only,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{options.source} lacks {len(info['missing_keys'])} parameters of {name}, which would be random: "
+            f"{', '.join(sorted(info['missing_keys'])[:8])}; choose another --task ({', '.join(TASKS)})"
+        )
+    model.save_pretrained(options.target)
+    print(f"{options.target}: {name}, {model.num_parameters():,} parameters, {model.dtype}")
+    return DONE
+
+
+def load(options: argparse.Namespace, class_name: str) -> tuple[Any, Any]:
+    """The model and the image processor of `options.model`, on the device and in the dtype asked for."""
+    import beit_fast
+
+    model = getattr(beit_fast, class_name).from_pretrained(
+        options.model,
+        attn_implementation=options.attn,
+        dtype=options.dtype,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        local_files_only=options.local_files_only,
+    )
+    return model, processor_of(options.model, model.config, options.local_files_only)
+
+
+def processor_of(name_or_path: str, config: Any, local_files_only: bool = False) -> Any:
+    """The checkpoint's own image processor, or one for the model's image size where the checkpoint has none."""
+    from ..image_processing.processor import BeitImageProcessor
+
+    path = Path(name_or_path)
+    source = path.parent if path.is_file() else path
+    if not source.is_dir():
+        return BeitImageProcessor.from_pretrained(name_or_path, local_files_only=local_files_only)
+    if not (source / "preprocessor_config.json").exists():
+        height, width = config.image_height_width
+        return BeitImageProcessor(size={"height": height, "width": width})
+    return BeitImageProcessor.from_pretrained(source)
+
+
+def read_image(path: str) -> Any:
+    """An image file as RGB bytes `[3, height, width]`, upright."""
+    from ..image_processing.inputs import read_images
+
+    return next(iter(read_images([path], convert_rgb=True, input_data_format=None)))
+
+
+def batches_of(paths: Sequence[str], size: int) -> Iterator[tuple[list[str], list[Any], list[dict[str, str]]]]:
+    """Images in batches of `size` as (paths, images read, those that could not be read and why)."""
+    for start in range(0, len(paths), size):
+        names, images, unreadable = [], [], []
+        for path in paths[start : start + size]:
+            try:
+                images.append(read_image(path))
+                names.append(path)
+            except (OSError, ValueError) as error:
+                unreadable.append({"image": path, "reason": str(error)})
+        yield names, images, unreadable
+
+
+def top_classes(logits: Tensor, id2label: dict[int, str], count: int) -> list[dict[str, Any]]:
+    """The `count` most probable classes of logits `[num_labels]`, most probable first."""
+    probabilities = logits.float().softmax(-1)
+    values, indices = probabilities.topk(min(count, probabilities.numel()))
+    return [
+        {"index": index, "label": id2label.get(index, str(index)), "probability": value}
+        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def class_shares(classes: Tensor, id2label: dict[int, str]) -> list[dict[str, Any]]:
+    """What part of the pixels each class covers, largest first."""
+    indices, counts = classes.unique(return_counts=True)
+    shares = [
+        {"index": index, "label": id2label.get(index, str(index)), "share": count / classes.numel()}
+        for index, count in zip(indices.tolist(), counts.tolist(), strict=True)
+    ]
+    return sorted(shares, key=lambda share: -share["share"])
+
+
+def overlay(photograph: Any, classes: Tensor, count: int, opacity: float) -> Any:
+    """The photograph with every pixel tinted by the colour of its class."""
+    from PIL import Image
+
+    palette = torch.tensor([class_colour(index) for index in range(count)], dtype=torch.float32)
+    tint = Image.fromarray(palette[classes].mul(255).round().to(torch.uint8).numpy())
+    return Image.blend(photograph, tint, opacity)
+
+
+def class_colour(index: int) -> tuple[float, float, float]:
+    """A colour for a class: hues a golden angle apart, so that neighbours in number differ most."""
+    return colorsys.hsv_to_rgb((index * 0.6180339887) % 1.0, 0.85, 1.0 - 0.25 * (index // 8 % 3))
+
+
+def _save_picture(picture: Any, path: Path) -> None:
+    """Write beside and swap in, so that an interrupted run leaves no half of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        picture.save(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _architecture_of(source: str) -> str:
+    from ..configuration.beit_config import BeitConfig
+
+    config = Path(source, "config.json")
+    named = BeitConfig.from_pretrained(source).architectures if config.exists() else None
+    known = [name for name in named or [] if name in TASKS.values()]
+    if not known:
+        raise ValueError(f"{source} does not say which model it holds: give --task, one of {', '.join(TASKS)}")
+    return known[0]
+
+
+def _classification_lines(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for result in results:
+        lines.append(result["image"])
+        lines += [
+            f"{100 * entry['probability']:7.2f} %  {entry['index']:5d}  {entry['label']}" for entry in result["classes"]
+        ]
+    return lines
+
+
+def _report(
+    options: argparse.Namespace, model: Any, facts: dict[str, Any], failures: list[dict[str, str]], lines: list[str]
+) -> None:
+    kernel = model.attention_report().kernel
+    if options.json:
+        print(json.dumps({"model": options.model, "kernel": kernel, **facts, "failures": failures}, indent=1))
+    else:
+        print("\n".join([*lines, f"attention: {kernel}"]))
+    for failure in failures:
+        print(f"not read: {failure['image']}: {failure['reason']}", file=sys.stderr)

@@ -1,0 +1,407 @@
+"""BEiT's configuration: the fields, defaults and JSON of Transformers' `BeitConfig`, validated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ..utils.files import CONFIG_NAME, json_text, plain, read_json_object, replace_file
+from .fields import RULES, Problem, describe, raise_problems
+from .labels_and_stages import (
+    LABEL_FIELDS,
+    STAGE_FIELDS,
+    default_labels,
+    dependency_problems,
+    merge_overrides,
+    resolve_aliases,
+    resolve_labels,
+    resolve_stages,
+)
+
+IMPLEMENTATION_FIELDS = ("attn_implementation", "patch_embed_implementation")
+"""Fields that choose how a model computes, not what: never written, nor compared."""
+
+_PRIVATE_STATE = frozenset({"_id2label", "_label2id", "_out_indices"})
+# Transformers has no such fields: left out where they are None.
+_OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std")
+# Transformers leaves these out of the file where they have their default.
+_OMITTED_DEFAULTS = {
+    "architectures": None,
+    "chunk_size_feed_forward": 0,
+    "dtype": None,
+    "id2label": default_labels(2),
+    "is_encoder_decoder": False,
+    "label2id": {name: index for index, name in default_labels(2).items()},
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "problem_type": None,
+    "return_dict": True,
+    "transformers_version": None,
+}
+
+
+def _alias_of(name: str) -> property:
+    def read(config: BeitConfig) -> Any:
+        return getattr(config, name)
+
+    def write(config: BeitConfig, value: Any) -> None:
+        setattr(config, name, value)
+
+    return property(read, write, doc=f"`{name}`, under its other name.")
+
+
+class BeitConfig:
+    """What a BEiT model is made of, with the names, defaults and JSON of Transformers' `BeitConfig`.
+
+    All arguments are keywords. A name that is no field is kept: as an attribute, and in what is written.
+    Values are validated at construction, and by `validate()` after attributes were changed; the error lists
+    every problem at once.
+
+    Args:
+        vocab_size: number of visual tokens that the masked image modeling head tells apart.
+        hidden_size: E, channels of a token.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: H.
+        intermediate_size: channels inside a block's MLP.
+        hidden_act: activation of the MLP, a name in `beit_fast.layers.activations.ACTIVATIONS`.
+        hidden_dropout_prob, attention_probs_dropout_prob: dropout after projections, of attention weights.
+        initializer_range: standard deviation of the normal distribution that weights start from.
+        layer_norm_eps: epsilon of every LayerNorm.
+        image_size: native size in pixels, an int or (height, width); others are fine at run time.
+        patch_size: side of a square patch in pixels.
+        num_channels: channels of an image.
+        use_mask_token: learn an embedding for masked patches.
+        use_absolute_position_embeddings, use_relative_position_bias, use_shared_relative_position_bias:
+            position information, freely combined: added to the tokens, a bias table per block, one for all.
+        layer_scale_init_value: where layer scale starts (paper: 0.1 base, 1e-5 large); 0 leaves it out.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        use_mean_pooling: pool the mean of the patch tokens instead of CLS.
+        pool_scales: grids of UPerNet's pyramid pooling.
+        use_auxiliary_head, auxiliary_loss_weight, auxiliary_channels, auxiliary_num_convs,
+            auxiliary_concat_input: the second segmentation head that training adds.
+        semantic_loss_ignore_index: label value that the segmentation loss leaves out.
+        out_features, out_indices: stages that the backbone returns, by name out of `stage_names` or by index
+            (negative ones count from the last); unless given, the last. Old name: `segmentation_indices`.
+        add_fpn: give the backbone a feature pyramid, which takes four stages.
+        reshape_hidden_states: feature maps as `[B, E, h, w]` instead of `[B, N, E]`.
+        head_dim: channels of a head; `hidden_size / num_attention_heads` unless given.
+        pixel_mean, pixel_std: a number for each channel of pixels scaled to 0..1, which normalise uint8 images; both or
+            neither. See `BeitPreTrainedModel.set_pixel_normalization`.
+        num_labels, id2label, label2id: the classes; any one of them fixes the others (default: 2 classes).
+        problem_type: the classifier's loss: "regression", "single_label_classification",
+            "multi_label_classification", or None to choose by labels.
+        output_attentions, output_hidden_states, return_dict: defaults of the arguments of forward.
+        dtype: dtype of the weights, a torch.dtype or its name; `torch_dtype` is the old name.
+        architectures, transformers_version, _name_or_path, chunk_size_feed_forward, is_encoder_decoder:
+            carried for Transformers, without effect here.
+        attn_implementation: "eager", "sdpa", "triton" or None to choose at each call. Never written to JSON.
+        patch_embed_implementation: "conv", "fused" or None to follow attention. Never written to JSON.
+
+    Raises:
+        TypeError: every problem is a value of a wrong type.
+        ValueError: any other set of problems.
+
+    Source: arXiv 2106.08254 for the architecture; Transformers 4.57 and 5.23 for names, defaults and JSON.
+    """
+
+    model_type: ClassVar[str] = "beit"
+    _commit_hash = None  # pipelines of Transformers 4 read it
+
+    vocab_size: int = 8192
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    use_mask_token: bool = False
+    use_absolute_position_embeddings: bool = False
+    use_relative_position_bias: bool = False
+    use_shared_relative_position_bias: bool = False
+    layer_scale_init_value: float = 0.1
+    drop_path_rate: float = 0.1
+    use_mean_pooling: bool = True
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    use_auxiliary_head: bool = True
+    auxiliary_loss_weight: float = 0.4
+    auxiliary_channels: int = 256
+    auxiliary_num_convs: int = 1
+    auxiliary_concat_input: bool = False
+    semantic_loss_ignore_index: int = 255
+    add_fpn: bool = False
+    reshape_hidden_states: bool = True
+    head_dim: int | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    problem_type: str | None = None
+    output_attentions: bool | None = False
+    output_hidden_states: bool | None = False
+    return_dict: bool | None = True
+    dtype: torch.dtype | None = None
+    architectures: list[str] | None = None
+    transformers_version: str | None = None
+    _name_or_path: str = ""
+    chunk_size_feed_forward: int = 0
+    is_encoder_decoder: bool = False
+    attn_implementation: str | None = None
+    patch_embed_implementation: str | None = None
+
+    def __init__(self, /, **fields: Any) -> None:
+        given, problems = resolve_aliases(fields)
+        problems += self._model_type_problems(given.pop("model_type", self.model_type))
+        given.pop("stage_names", None)
+        labels = {name: given.pop(name, None) for name in LABEL_FIELDS}
+        stages = {name: given.pop(name, None) for name in STAGE_FIELDS}
+        for name in RULES:
+            setattr(self, name, given.pop(name, getattr(type(self), name)))
+        problems += self._keep_unknown(given)
+        self._id2label, self._label2id, label_problems = resolve_labels(**labels)
+        self._out_indices: list[int] | None = None
+        stage_problems: list[Problem] = []
+        if RULES["num_hidden_layers"].problem("num_hidden_layers", self.num_hidden_layers) is None:
+            self._out_indices, stage_problems = resolve_stages(self.stage_names, **stages)
+        problems += label_problems + stage_problems
+        problems += self._problems(skip={"add_fpn"} if stage_problems else set())
+        raise_problems(type(self).__name__, problems)
+
+    def _model_type_problems(self, model_type: Any) -> list[Problem]:
+        accepted = sorted({"beit", "data2vec-vision", self.model_type})
+        if model_type in accepted:
+            return []
+        return [Problem(f"{describe('model_type', model_type)}; accepted: {', '.join(accepted)}")]
+
+    def _keep_unknown(self, fields: Mapping[str, Any]) -> list[Problem]:
+        taken = {name for name in fields if name in _PRIVATE_STATE or callable(getattr(type(self), name, None))}
+        self.__dict__.update({name: value for name, value in fields.items() if name not in taken})
+        return [
+            Problem(f"{describe(name, fields[name])}: the name is taken by a {type(self).__name__} itself")
+            for name in sorted(taken)
+        ]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        rule = RULES.get(name)
+        super().__setattr__(name, value if rule is None else rule.coerce(value))
+
+    def validate(self) -> None:
+        """Check all fields, for use after attributes were changed.
+
+        Raises:
+            TypeError, ValueError: as at construction, listing every problem.
+        """
+        raise_problems(type(self).__name__, self._problems())
+
+    def _problems(self, skip: Set[str] = frozenset()) -> list[Problem]:
+        checked = {name: rule.problem(name, getattr(self, name)) for name, rule in RULES.items()}
+        problems = [problem for problem in checked.values() if problem is not None]
+        accepted = {name for name, problem in checked.items() if problem is None}
+        return problems + dependency_problems(self, accepted - skip)
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes. Setting another number renames the classes LABEL_0, LABEL_1, ..."""
+        return len(self._id2label)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        if count != self.num_labels:
+            self._set_labels({}, num_labels=count)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class index to name. Setting it rebuilds `label2id` unless that agrees."""
+        return self._id2label
+
+    @id2label.setter
+    def id2label(self, id2label: Mapping[int, str]) -> None:
+        self._set_labels({"label2id": self._label2id}, id2label=id2label)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Class name to index. Setting it rebuilds `id2label` unless that agrees."""
+        return self._label2id
+
+    @label2id.setter
+    def label2id(self, label2id: Mapping[str, int]) -> None:
+        self._set_labels({"id2label": self._id2label}, label2id=label2id)
+
+    def _set_labels(self, kept: dict[str, Any], **given: Any) -> None:
+        names, indices, problems = resolve_labels(**given, **kept)
+        if problems:
+            names, indices, problems = resolve_labels(**given)
+        raise_problems(type(self).__name__, problems)
+        self._id2label, self._label2id = names, indices
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The embeddings' output, "stem", and each block's, "stage1" and so on."""
+        return ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Indices of the stages that the backbone returns; setting them sets the names, None resets."""
+        return [self.num_hidden_layers] if self._out_indices is None else list(self._out_indices)
+
+    @out_indices.setter
+    def out_indices(self, out_indices: Any) -> None:
+        self._select_stages(out_features=None, out_indices=out_indices)
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages that the backbone returns; setting them sets the indices, None resets."""
+        return [self.stage_names[index] for index in self.out_indices]
+
+    @out_features.setter
+    def out_features(self, out_features: Any) -> None:
+        self._select_stages(out_features=out_features, out_indices=None)
+
+    def _select_stages(self, out_features: Any, out_indices: Any) -> None:
+        selected, problems = resolve_stages(self.stage_names, out_features, out_indices)
+        raise_problems(type(self).__name__, problems)
+        self._out_indices = selected
+
+    torch_dtype = _alias_of("dtype")
+    name_or_path = _alias_of("_name_or_path")
+    use_return_dict = _alias_of("return_dict")
+    _attn_implementation = _alias_of("attn_implementation")
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """The native image size as (height, width), in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(Wh, Ww): patches along height and width of an image of native size."""
+        height, width = self.image_height_width
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """P = Wh * Ww; tokens are N = P + 1."""
+        height, width = self.window
+        return height * width
+
+    @property
+    def attention_head_dim(self) -> int:
+        """D, channels of a head."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def has_relative_position_bias(self) -> bool:
+        """Whether blocks or the trunk own a relative position bias table."""
+        return self.use_relative_position_bias or self.use_shared_relative_position_bias
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], /, **overrides: Any) -> Self:
+        """A configuration from what `to_dict`, here or in Transformers, gave, with `overrides` on top.
+
+        An override also replaces what the old value implied: `num_labels=10` drops maps of other length,
+        `out_indices` the old `out_features`, `num_hidden_layers` a selection of just the last stage.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{cls.__name__}.from_dict takes a dict of fields, not a {type(values).__name__}")
+        merged, problems = merge_overrides(values, overrides, default_depth=cls.num_hidden_layers)
+        raise_problems(cls.__name__, problems)
+        return cls(**merged)
+
+    def update(self, values: Mapping[str, Any], /) -> None:
+        """Set several fields at once, like overrides of `from_dict`; all or, if refused, none change."""
+        own = {**self.to_dict(), **self.implementations()}
+        self.__dict__ = type(self).from_dict(own, **values).__dict__
+
+    def implementations(self) -> dict[str, str | None]:
+        """The fields that choose how a model computes, which `to_dict` leaves out."""
+        return {name: getattr(self, name) for name in IMPLEMENTATION_FIELDS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, in types that JSON knows but for the int keys of `id2label`; a deep copy."""
+        hidden = {*IMPLEMENTATION_FIELDS, *_PRIVATE_STATE}
+        hidden |= {name for name in _OPTIONAL_FIELDS if getattr(self, name) is None}
+        values = {name: value for name, value in vars(self).items() if name not in hidden}
+        values |= {name: getattr(self, name) for name in ("id2label", "label2id", "stage_names", *STAGE_FIELDS)}
+        return {**{name: plain(value) for name, value in values.items()}, "model_type": self.model_type}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What a file holds: every field of the architecture, general ones where not the default."""
+        omitted = {**_OMITTED_DEFAULTS, "_name_or_path": self._name_or_path}
+        missing = object()
+        return {name: value for name, value in self.to_dict().items() if omitted.get(name, missing) != value}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_diff_dict()` or `to_dict()` as JSON with sorted keys.
+
+        Raises:
+            TypeError: an attribute that is no field has a value that JSON cannot hold.
+        """
+        return json_text(self.to_diff_dict() if use_diff else self.to_dict(), owner=type(self).__name__)
+
+    def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write `to_json_string` to `path`, which holds either its old text or all of the new one."""
+        replace_file(Path(path), self.to_json_string(use_diff))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Validate, then write `config.json` into `folder`, which is made if need be."""
+        self.validate()
+        text = self.to_json_string()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        replace_file(Path(folder) / CONFIG_NAME, text)
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
+        """A configuration from a JSON file of Transformers 4 or 5 or of this package."""
+        return cls.from_dict(read_json_object(Path(path)), **overrides)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        /,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """A configuration from a folder with a `config.json`, a JSON file, or a hub repository such as "org/name".
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        from ..checkpoint.files import HubOptions, find_options
+
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        config = cls.from_json_file(find_options(name_or_path, CONFIG_NAME, "configuration", hub), **overrides)
+        config.name_or_path = os.fspath(name_or_path)
+        return config
+
+    def __eq__(self, other: object) -> bool:
+        """Same class and same fields; where they were read from and the implementations do not count."""
+        if not isinstance(other, BeitConfig):
+            return NotImplemented
+        return type(self) is type(other) and self._comparable() == other._comparable()
+
+    def _comparable(self) -> dict[str, Any]:
+        return {**self.to_dict(), "_name_or_path": ""}
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        defaults, missing = type(self)().to_dict(), object()
+        shown = {name: value for name, value in self.to_dict().items() if defaults.get(name, missing) != value}
+        derived = {"label2id", "stage_names", "out_indices"} | (
+            {"out_features"} if self._out_indices is None else set()
+        )
+        fields = [describe(name, value) for name, value in shown.items() if name not in derived]
+        fields += [describe(name, value) for name, value in self.implementations().items() if value is not None]
+        return f"{type(self).__name__}({', '.join(fields)})"

@@ -1,0 +1,375 @@
+"""Images to pixel values and label maps to labels by Pillow and numpy, with the options and files of Transformers."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..utils.files import json_text, plain, read_json_object, replace_file
+from .inputs import Array, as_array, as_levels, as_tensor, is_unit_range, read_images, read_label_maps
+from .options import CHANNELS_LAST, DEFAULTS, checked, with_current_names, without_contradiction
+from .resampling import center_crop, resize_array, resize_nearest, resized_size
+
+PREPROCESSOR_NAME = "preprocessor_config.json"
+IGNORED_LABEL = 255
+
+_WRITER_FIELDS = ("image_processor_type", "feature_extractor_type")
+_SAME_OPTIONS = ("Beit", "ViT")  # prefixes of the classes whose files hold these options and no others
+
+Options: TypeAlias = dict[str, Any]
+
+
+class BatchFeature(dict[str, Any]):
+    """A dict whose values are attributes too: `features.pixel_values`, `features["labels"]`, `model(**features)`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} holds {list(self)}, not {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move every tensor as `Tensor.to` does, in place; a dtype applies to floating-point ones alone."""
+        for name, value in self.items():
+            self[name] = [_moved(item, args, kwargs) for item in value] if type(value) is list else value
+            if isinstance(value, Tensor):
+                self[name] = _moved(value, args, kwargs)
+        return self
+
+
+def _moved(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if not value.dtype.is_floating_point:
+        args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))
+        kwargs = {name: argument for name, argument in kwargs.items() if name != "dtype"}
+    return value.to(*args, **kwargs) if args or kwargs else value
+
+
+class BeitImageProcessor:
+    """Images and label maps to what the models take, one by one, resized by Pillow.
+
+    Args:
+        do_resize, size, resample: resize to `size` (an int, a (height, width) pair, or a dict of height and width, of
+            shortest_edge and perhaps longest_edge, or of max_height and max_width) by a filter of Pillow.
+        default_to_square: whether an int `size` is both edges, not the shortest one.
+        do_center_crop, crop_size: cut out the middle; where the image is smaller, black is added around it.
+        do_rescale, rescale_factor: multiply by the factor.
+        do_normalize, image_mean, image_std: subtract and divide, by one number or by one for each channel.
+        do_reduce_labels: class ids less 1 in label maps: 0 becomes 255, 255 stays. Its old name is `reduce_labels`.
+        do_convert_rgb: None turns Pillow images and files into RGB, True arrays of 1 or 4 channels too, False nothing.
+        return_tensors: `"pt"` or `"np"` for one tensor or array, None for a list of them.
+        data_format, input_data_format: `"channels_first"` or `"channels_last"`, of the pixel values (first if None)
+            and of arrays handed over (found from their shape if None).
+        device: where tensors go; needs `return_tensors="pt"` here.
+        disable_grouping: for `BeitImageProcessorFast`; here images are always processed one by one.
+
+    Other fields, as files may have, are kept in `other_fields` and written back. Each option is an attribute and may
+    be set. Conversion to RGB lays what is transparent over white and scales 16 bits to 8; Pillow images and files are
+    first turned as their EXIF orientation says. Floating-point arrays may hold 0 to 1 or whole numbers to 255, and
+    are rounded to 8 bits where they are resized.
+
+    Label maps are resized by nearest neighbour, cropped like the images, with 255 (which the loss ignores) where
+    they do not reach; the caller's array stays as it is. Transformers 5 resizes them by `resample`, which invents
+    class ids, fills with 0 and overwrites the caller's array.
+
+    Raises:
+        TypeError, ValueError: options are not accepted, all of them listed.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+
+    def __init__(self, **options: Any) -> None:
+        owner = type(self).__name__
+        given = {name: value for name, value in with_current_names(owner, options).items() if value is not None}
+        self.other_fields = {
+            name: plain(value) for name, value in given.items() if name not in DEFAULTS and name not in _WRITER_FIELDS
+        }
+        known = {name: given.get(name, default) for name, default in plain(DEFAULTS).items()}
+        self.__dict__.update(checked(owner, known))
+
+    def __call__(self, images: Any, segmentation_maps: Any = None, **overrides: Any) -> BatchFeature:
+        """`preprocess`."""
+        return self.preprocess(images, segmentation_maps, **overrides)
+
+    def preprocess(self, images: Any, segmentation_maps: Any = None, **overrides: Any) -> BatchFeature:
+        """Pixel values, and labels if there are label maps.
+
+        Args:
+            images: Pillow images, paths, arrays or tensors `[H, W]`, `[H, W, C]` or `[C, H, W]`, batches or lists.
+            segmentation_maps: one map of class ids `[H, W]` for each image, in any of the same forms.
+            overrides: any option of the constructor, for this call; None leaves it as it is.
+
+        Returns:
+            `pixel_values` `[B, C, H, W]`, float32 if rescaled or normalised, and `labels` int64 `[B, H, W]`.
+
+        Raises:
+            FileNotFoundError, OSError: a file is not there or cannot be decoded.
+            TypeError, ValueError: images or options are not accepted, or results of several sizes are to be stacked.
+        """
+        options = self._options(overrides)
+        were_rescaled: list[bool] = []
+        pixel_values = self._pixel_values(_watched(images, options, were_rescaled), options)
+        if len(pixel_values) == 0:
+            raise ValueError(f"{type(self).__name__} was given no image")
+        if any(were_rescaled):
+            message = "images of floating-point values from 0 to 1 are rescaled once more; pass do_rescale=False"
+            warnings.warn(message, UserWarning, stacklevel=2)
+        count = len(pixel_values)
+        if options["data_format"] == CHANNELS_LAST:
+            pixel_values = [_channels_last(image) for image in pixel_values]
+        features = BatchFeature(pixel_values=_collect(pixel_values, "pixel_values", options))
+        if segmentation_maps is not None:
+            features.labels = _collect(self._labels(segmentation_maps, count, options), "labels", options)
+        return features
+
+    def _options(self, overrides: Mapping[str, Any]) -> Options:
+        owner = type(self).__name__
+        overrides = with_current_names(owner, overrides)
+        unknown = [name for name in overrides if name not in DEFAULTS]
+        if unknown:
+            raise TypeError(f"{owner} has no option {', '.join(unknown)}; accepted: {', '.join(DEFAULTS)}")
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return checked(owner, {name: getattr(self, name) for name in DEFAULTS} | given)
+
+    def _pixel_values(self, images: Iterable[Array], options: Options) -> Sequence[Any] | Tensor:
+        """Arrays or tensors `[C, H, W]` of any size and dtype to finished ones, or one batch of them."""
+        if options["device"] is not None and options["return_tensors"] != "pt":
+            raise ValueError(f"device={options['device']} needs return_tensors='pt': arrays are on no device")
+        return [self._process(as_array(image), options) for image in images]
+
+    def _process(self, pixels: np.ndarray, options: Options) -> np.ndarray:
+        was_unit_range = False
+        if options["do_resize"]:
+            if pixels.dtype != np.uint8:
+                levels, was_unit_range = as_levels(as_tensor(pixels, None))
+                pixels = levels.numpy()
+            size = resized_size(pixels.shape[1], pixels.shape[2], options["size"])
+            resized = resize_array(np.moveaxis(pixels, 0, -1), size, options["resample"])
+            pixels = np.moveaxis(resized, -1, 0)
+        if options["do_center_crop"]:
+            pixels = center_crop(pixels, size_pair(options["crop_size"]))
+        scale_and_shift = affine(options, len(pixels), was_unit_range)
+        if scale_and_shift is None:
+            return np.ascontiguousarray(pixels)
+        scale, shift = (np.array(numbers, dtype=np.float32)[:, None, None] for numbers in scale_and_shift)
+        values = np.multiply(pixels, scale, out=np.empty(pixels.shape, dtype=np.float32), casting="same_kind")
+        values += shift
+        return values
+
+    def _labels(self, segmentation_maps: Any, images: int, options: Options) -> Sequence[Any]:
+        label_maps = read_label_maps(segmentation_maps)
+        self._check_count(label_maps, images)
+        return [as_array(label_map) for label_map in self._process_labels(label_maps, options)]
+
+    @staticmethod
+    def _check_count(label_maps: Sequence[Tensor], images: int) -> None:
+        if len(label_maps) != images:
+            raise ValueError(f"{images} images need as many segmentation maps; {len(label_maps)} were given")
+
+    def _process_labels(self, label_maps: Sequence[Tensor], options: Options) -> list[Tensor]:
+        processed = []
+        for labels in label_maps:
+            if options["do_resize"]:
+                labels = resize_nearest(labels, resized_size(labels.shape[0], labels.shape[1], options["size"]))
+            if options["do_reduce_labels"]:
+                labels = reduce_labels(labels)
+            if options["do_center_crop"]:
+                labels = center_crop(labels, size_pair(options["crop_size"]), fill=IGNORED_LABEL)
+            processed.append(labels)
+        return processed
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
+    ) -> list[Any]:
+        """Class ids int64 `[h, w]` of each image.
+
+        Args:
+            outputs: of `BeitForSemanticSegmentation`, with logits `[B, num_labels, h, w]`; a mapping will do.
+            target_sizes: (height, width) of each result, pairs or a tensor `[B, 2]`, to which logits are resized
+                bilinearly; None for the logits' own size.
+            return_segmentation_scores: give for each image a `BatchFeature` of `segmentation` and the resized logits,
+                `segmentation_scores` `[num_labels, h, w]`.
+
+        Raises:
+            ValueError: there are not as many sizes as images.
+        """
+        scores = list(outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits)
+        if target_sizes is not None:
+            sizes = [(int(height), int(width)) for height, width in target_sizes]
+            if len(sizes) != len(scores):
+                raise ValueError(f"{len(scores)} images need as many target_sizes; {len(sizes)} were given")
+            scores = [
+                F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+                for logits, size in zip(scores, sizes, strict=True)
+            ]
+        maps = [logits.argmax(dim=0) for logits in scores]
+        if not return_segmentation_scores:
+            return maps
+        return [BatchFeature(segmentation=m, segmentation_scores=s) for m, s in zip(maps, scores, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option that is not None and the other fields, in JSON's types; a deep copy."""
+        values = {name: getattr(self, name) for name in DEFAULTS}
+        values = {name: value for name, value in values.items() if value is not None}
+        if values["default_to_square"]:
+            del values["default_to_square"]
+        if "device" in values:
+            values["device"] = str(values["device"])
+        return {**self.other_fields, **plain(values), "image_processor_type": self._written_type()}
+
+    def _written_type(self) -> str:
+        return type(self).__name__
+
+    def to_json_string(self) -> str:
+        """`to_dict()` as JSON with sorted keys."""
+        return json_text(self.to_dict(), owner=type(self).__name__)
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json_string` to `path`, which holds either its old text or all of the new one."""
+        replace_file(Path(path), self.to_json_string())
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Write `preprocessor_config.json` into `folder`, which is made if need be; its path is returned."""
+        text = self.to_json_string()
+        file = Path(folder) / PREPROCESSOR_NAME
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, text)
+        return [os.fspath(file)]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], /, **overrides: Any) -> Self:
+        """A processor from what `to_dict`, here or in Transformers 4 or 5, gave, with `overrides` on top.
+
+        Raises:
+            ValueError: the fields are those of another model's processor, which may mean other steps.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{cls.__name__}.from_dict takes a dict of options, not a {type(values).__name__}")
+        written_by = next((values[name] for name in _WRITER_FIELDS if values.get(name)), "Beit")
+        if not str(written_by).startswith(_SAME_OPTIONS):
+            raise ValueError(
+                f"these are the options of a {written_by}, whose steps may differ; {cls.__name__} reads those of "
+                "BeitImageProcessor, BeitFeatureExtractor, ViTImageProcessor and ViTFeatureExtractor"
+            )
+        overrides = with_current_names(cls.__name__, overrides)
+        return cls(**(with_current_names(cls.__name__, without_contradiction(values)) | overrides))
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
+        """A processor from a JSON file of Transformers 4 or 5 or of this package."""
+        return cls.from_dict(read_json_object(Path(path)), **overrides)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        /,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """A processor from a folder with a `preprocessor_config.json`, a JSON file, or a hub repository ("org/name").
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        from ..checkpoint.files import HubOptions, find_options
+
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        file = find_options(name_or_path, PREPROCESSOR_NAME, "image processor", hub)
+        return cls.from_json_file(file, **overrides)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+class BeitFeatureExtractor(BeitImageProcessor):
+    """Transformers' name for `BeitImageProcessor` before 4.26."""
+
+    def __init__(self, **options: Any) -> None:
+        message = "BeitFeatureExtractor is the old name of BeitImageProcessor; use that one"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        super().__init__(**options)
+
+    def _written_type(self) -> str:
+        return BeitImageProcessor.__name__
+
+
+def reduce_labels(labels: Tensor) -> Tensor:
+    """Class ids less 1 in a new tensor; 0, the background, and 255 become 255, which the loss ignores."""
+    return torch.where((labels == 0) | (labels == IGNORED_LABEL), IGNORED_LABEL, labels - 1)
+
+
+def affine(options: Options, channels: int, was_unit_range: bool) -> tuple[list[float], list[float]] | None:
+    """Factor and summand of each channel for rescaling and normalising at once; None if pixels stay as they are.
+
+    Raises:
+        ValueError: there are not as many means or standard deviations as channels.
+    """
+    if not (options["do_rescale"] or options["do_normalize"] or was_unit_range):
+        return None
+    factor = (options["rescale_factor"] if options["do_rescale"] else 1.0) * (1 / 255 if was_unit_range else 1.0)
+    if not options["do_normalize"]:
+        return [factor] * channels, [0.0] * channels
+    means, deviations = (_for_channels(name, options[name], channels) for name in ("image_mean", "image_std"))
+    scale = [factor / deviation for deviation in deviations]
+    return scale, [-mean / deviation for mean, deviation in zip(means, deviations, strict=True)]
+
+
+def _for_channels(name: str, numbers: Any, channels: int) -> list[float]:
+    if not isinstance(numbers, list):
+        return [float(numbers)] * channels
+    if len(numbers) != channels:
+        hint = "; do_convert_rgb=True makes RGB of it" if channels in (1, 4) and len(numbers) == 3 else ""
+        raise ValueError(f"{name} has {len(numbers)} numbers, and an image has {channels} channels{hint}")
+    return numbers
+
+
+def _watched(images: Any, options: Options, were_rescaled: list[bool]) -> Iterator[Array]:
+    """Read images one at a time, noting of each whether it is to be rescaled for a second time."""
+    for image in read_images(images, options["do_convert_rgb"], options["input_data_format"]):
+        were_rescaled.append(options["do_rescale"] and is_unit_range(image))
+        yield image
+
+
+def size_pair(size: Mapping[str, int]) -> tuple[int, int]:
+    return size["height"], size["width"]
+
+
+def _channels_last(image: Any) -> Any:
+    """`[C, H, W]` to a contiguous `[H, W, C]`."""
+    if isinstance(image, Tensor):
+        return image.permute(1, 2, 0).contiguous()
+    return np.ascontiguousarray(np.moveaxis(image, 0, -1))
+
+
+def _collect(items: Sequence[Any] | Tensor, name: str, options: Options) -> Any:
+    """A list of arrays or tensors, or a batch, as `return_tensors` says."""
+    kind = options["return_tensors"]
+    if kind is None:
+        return list(items)
+    if not isinstance(items, Tensor) and len({tuple(item.shape) for item in items}) > 1:
+        shapes = ", ".join(sorted({str(list(item.shape)) for item in items}))
+        raise ValueError(
+            f"{name} of the shapes {shapes} cannot be one batch; resize to one height and width, crop, or pass "
+            "return_tensors=None for a list"
+        )
+    if not isinstance(items, Tensor) and isinstance(items[0], np.ndarray):
+        stacked = np.stack(items)
+        return stacked if kind == "np" else as_tensor(stacked, options["device"])
+    batch = items if isinstance(items, Tensor) else torch.stack(list(items))
+    return batch if kind == "pt" else as_array(batch)

@@ -1,0 +1,243 @@
+"""The encoder of an optimised model: folded blocks, and the biases of the last few windows."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.block import BeitEncoder, BeitLayer
+from ..ops.dispatch import attention, availability
+from ..ops.residual_norm import residual_norm
+from ..position_bias import Window, resize_table, token_count
+from .folding import FoldedLayer, fold_layer
+from .linear import InferenceLinear, build_linear
+
+
+class LayerBias(NamedTuple):
+    """A layer's bias for one window: its table `[rows, H]`, None without one, and what Triton's kernels read."""
+
+    table: Tensor | None
+    records: dict[str, Any] | None
+
+
+Biases = tuple[LayerBias, ...]
+
+
+class BiasCache:
+    """The biases of the windows that were used last, at most `limit` of them."""
+
+    def __init__(self, make: Callable[[Window], Biases], limit: int = 8) -> None:
+        self.limit = limit
+        self._make = make
+        self._biases: OrderedDict[Window, Biases] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._biases)
+
+    def __call__(self, window: Window) -> Biases:
+        with self._lock:
+            biases = self._biases.pop(window, None)
+            if biases is None:
+                biases = self._make(window)
+                while len(self._biases) >= self.limit:
+                    self._biases.popitem(last=False)
+            self._biases[window] = biases
+            return biases
+
+    def held(self) -> list[Biases]:
+        """All that is kept now: whoever records its addresses, as a CUDA graph does, has to keep it too."""
+        return list(self._biases.values())
+
+    def clear(self) -> None:
+        """Forget everything, since it would be made differently now."""
+        with self._lock:
+            self._biases.clear()
+
+
+class AttentionCall(NamedTuple):
+    """What attention takes in a forward of the encoder, the same in every block."""
+
+    window: Window
+    key_mask: Tensor | None
+    implementation: str | None
+    output_attentions: bool
+
+
+class FoldedBlock(nn.Module):
+    """A block of four linear layers around attention, its norms without gain and shift."""
+
+    def __init__(self, folded: FoldedLayer, num_heads: int, rows: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.eps = folded.eps
+        self.kernel: str | None = None
+        self.qkv = build_linear(folded.qkv, rows)
+        self.out = build_linear(folded.out, rows)
+        self.up = build_linear(folded.up, rows, folded.activation)
+        self.down = build_linear(folded.down, rows)
+
+    def forward(self, hidden_states: Tensor, bias: LayerBias, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """`[B, N, E]` to `[B, N, E]`, and the attention weights `[B, H, N, N]` where asked for."""
+        mixed, weights = self.mix(self.norm(hidden_states, 0), bias, call)
+        hidden_states = self.out.add(mixed, hidden_states)
+        return self.down.add(self.up(self.norm(hidden_states, 1)), hidden_states), weights
+
+    def norm(self, hidden_states: Tensor, number: int) -> Tensor:
+        """The norm before attention (0) or before the MLP (1)."""
+        return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps[number])
+
+    def mix(self, normalized: Tensor, bias: LayerBias, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Attention without its output projection, `[B, N, E]` to `[B, N, H * D]`, and its weights."""
+        q, k, v = self.qkv(normalized).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, D]
+        asked = "eager" if call.output_attentions else call.implementation
+        self.kernel = attention.kernel_name(asked, q.device, q.dtype, q.shape[-1])
+        weights = None
+        if call.output_attentions:
+            dense = None if bias.table is None else attention.dense_bias(bias.table, call.window)
+            out, weights = attention.eager_attention(q, k, v, dense, call.key_mask, scale=1.0)
+        elif self.kernel in availability.TRITON_KERNELS:
+            from ..kernels.attention import launch
+
+            out, _ = launch.attention_forward(
+                q, k, v, bias.table, call.key_mask, call.window, 1.0, 0.0, 0, bias=bias.records
+            )
+        else:
+            out = attention.attend(
+                q, k, v, bias.table, call.window, call.key_mask, 1.0, implementation=call.implementation
+            )
+        return out.flatten(2), weights
+
+
+class FoldedEncoder(nn.Module):
+    """Takes the place of a `BeitEncoder` whose blocks it holds folded, in `dtype`; shares no memory with it.
+
+    rows: tokens in a batch, `B * N`, that weights are packed for; any other number works.
+    """
+
+    def __init__(self, encoder: BeitEncoder, dtype: torch.dtype, rows: int) -> None:
+        super().__init__()
+        blocks = [layer for layer in encoder.layer if isinstance(layer, BeitLayer)]
+        first = blocks[0].attention.attention
+        self.num_heads: int = first.num_heads
+        self.head_dim: int = first.head_dim
+        self.attn_implementation: str | None = first.attn_implementation
+        self.dtype, self.device = dtype, first.query.weight.device
+        self.layer = nn.ModuleList()
+        tables = []
+        for block in blocks:
+            folded = fold_layer(block, dtype)
+            self.layer.append(FoldedBlock(folded, first.num_heads, rows))
+            tables.append(folded.table)
+        self.biases = BiasCache(self._biases_for)
+        self._native_tables = _with_shared_table(encoder, tables)
+        biases = (encoder.relative_position_bias, first.relative_position_bias)
+        self._native_window = next((bias.native_window for bias in biases if bias is not None), None)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden_states: Tensor,
+        window: Window,
+        key_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """As `BeitEncoder.forward`."""
+        call = AttentionCall(window, key_mask, self.attn_implementation, output_attentions)
+        run = self._run_fused if self._fuses_norms(hidden_states) else self._run
+        states, attentions = [hidden_states], []
+        last = hidden_states
+        for last, weights in run(hidden_states, call):
+            if output_hidden_states:
+                states.append(last)
+            if weights is not None:
+                attentions.append(weights)
+        return (
+            last,
+            tuple(states) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
+
+    def _run(self, hidden_states: Tensor, call: AttentionCall) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The output of each block, and its attention weights."""
+        for block, bias in zip(self.blocks(), self.biases(call.window), strict=True):
+            hidden_states, weights = block(hidden_states, bias, call)
+            yield hidden_states, weights
+
+    def _run_fused(self, hidden_states: Tensor, call: AttentionCall) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The same, each residual added in one kernel with the norm that follows, if need be the next block's."""
+        blocks = list(self.blocks())
+        normalized = blocks[0].norm(hidden_states, 0)
+        for block, bias, following in zip(blocks, self.biases(call.window), [*blocks[1:], None], strict=True):
+            mixed, weights = block.mix(normalized, bias, call)
+            hidden_states, normalized = residual_norm(hidden_states, block.out(mixed), eps=block.eps[1])
+            branch = block.down(block.up(normalized))
+            if following is None:
+                hidden_states = hidden_states + branch
+            else:
+                hidden_states, normalized = residual_norm(hidden_states, branch, eps=following.eps[0])
+            yield hidden_states, weights
+
+    def _fuses_norms(self, hidden_states: Tensor) -> bool:
+        """Whether Triton's kernels take the residuals and norms."""
+        if hidden_states.device.type == "cpu" and not availability.INTERPRETED:
+            return False
+        size = hidden_states.shape[-1]
+        rows = hidden_states.numel() // size
+        return not availability.residual_norm_refusals(hidden_states.device, [hidden_states.dtype], size, rows)
+
+    def set_attn_implementation(self, attn_implementation: str | None) -> None:
+        """Choose attention for every block from now on."""
+        self.attn_implementation = attn_implementation
+        self.biases.clear()
+        for block in self.blocks():
+            block.kernel = None
+
+    def blocks(self) -> Iterator[FoldedBlock]:
+        """The blocks, first to last."""
+        return (block for block in self.layer if isinstance(block, FoldedBlock))
+
+    def linears(self) -> Iterator[InferenceLinear]:
+        """The linear layers of all blocks."""
+        for block in self.blocks():
+            yield from (block.qkv, block.out, block.up, block.down)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the folded blocks' weights and of the native tables."""
+        tables = {id(table): table for table in self._native_tables if table is not None}.values()
+        return sum(linear.weight_bytes() for linear in self.linears()) + sum(t.nbytes for t in tables)
+
+    def _biases_for(self, window: Window) -> Biases:
+        """What every layer's attention reads, made once where layers share it."""
+        made: dict[int, LayerBias] = {}
+        for table in self._native_tables:
+            if id(table) not in made:
+                made[id(table)] = self._bias_for(table, window)
+        return tuple(made[id(table)] for table in self._native_tables)
+
+    def _bias_for(self, table: Tensor | None, window: Window) -> LayerBias:
+        if table is not None and self._native_window is not None:
+            table = resize_table(table, self._native_window, window)
+        kernel = attention.kernel_name(self.attn_implementation, self.device, self.dtype, self.head_dim)
+        if kernel not in availability.TRITON_KERNELS:
+            return LayerBias(table, None)
+        from ..kernels.attention import launch
+
+        like = torch.empty(1, token_count(window), self.num_heads, self.head_dim, dtype=self.dtype, device=self.device)
+        return LayerBias(table, launch.forward_bias(table, window, 1.0, like))
+
+
+def _with_shared_table(encoder: BeitEncoder, tables: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Each layer's table plus the one that all share; resizing is linear, so their sum is resized once."""
+    if encoder.relative_position_bias is None:
+        return tuple(tables)
+    parameter = encoder.relative_position_bias.relative_position_bias_table.detach()
+    shared = parameter.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+    return tuple(shared if table is None else table + shared for table in tables)

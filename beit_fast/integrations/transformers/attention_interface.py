@@ -1,0 +1,153 @@
+"""`attn_implementation="triton"` for Transformers' own BEiT and Data2VecVision: what `register()` enters and patches.
+
+Their layers hand a bias to the attention function of that name as a dense mask, so the bias modules are patched as
+well: where the configuration says "triton" they give their table, which is what the function reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.models.beit import modeling_beit
+from transformers.models.data2vec import modeling_data2vec_vision
+
+from ...ops.dispatch import attention
+from ...position_bias import Window
+from .fused_layers import FUSED, INNER_BIASES, TableMixin
+from .monkey_patch import replace_attribute, set_item
+from .table_bias import TableBias, key_mask_of
+
+NAME = "triton"
+
+
+def enter_attention(undo: ExitStack) -> None:
+    """Make the name valid, until `undo` is closed."""
+    set_item(undo, AttentionInterface._global_mapping, NAME, triton_attention)
+    set_item(undo, AttentionMaskInterface._global_mapping, NAME, padding_mask)
+    _enter_family(undo, modeling_beit, "Beit", "BEIT")
+    _enter_family(undo, modeling_data2vec_vision, "Data2VecVision", "DATA2VEC_VISION")
+
+
+def _enter_family(undo: ExitStack, modeling: ModuleType, family: str, constant: str) -> None:
+    bias = getattr(modeling, f"{family}RelativePositionBias")
+    base = getattr(modeling, f"{family}PreTrainedModel")
+    replace_attribute(undo, bias, "__init__", _keeping_config(bias.__init__))
+    replace_attribute(undo, bias, "forward", _giving_table(bias.forward))
+    choose = base.get_correct_attn_implementation
+    replace_attribute(undo, base, "get_correct_attn_implementation", _telling_biases(choose, bias))
+    classes = getattr(modeling, f"{constant}_SELF_ATTENTION_CLASSES", None)
+    if classes is not None:  # layers that choose their class, not their function
+        set_item(undo, classes, NAME, SELF_ATTENTION[classes["eager"]])
+
+
+def triton_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: TableBias | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' attention function: q, k, v `[B, H, N, D]` to `[B, N, H, D]`, and the weights where asked for.
+
+    A call that asks for `output_attentions` takes the eager path, which has them.
+    """
+    if not isinstance(module, modeling_beit.BeitAttention):
+        raise ValueError(f"attn_implementation={NAME!r} is for BEiT, not for {type(module).__name__}")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    table, window, key_mask = _parts(attention_mask, query.shape[1])
+    if key_mask is not None:
+        key_mask = key_mask.expand(q.shape[0], -1)
+    if not kwargs.get("output_attentions"):
+        return attention.attend(q, k, v, table, window, key_mask, scaling, dropout, NAME), None
+    dense = None if table is None or window is None else attention.dense_bias(table, window)
+    return attention.eager_attention(q, k, v, dense, key_mask, scaling, dropout)
+
+
+def _parts(mask: TableBias | Tensor | None, heads: int) -> tuple[Tensor | None, Window | None, Tensor | None]:
+    """Table, window and key mask."""
+    if isinstance(mask, TableBias):
+        return mask.table, mask.window, mask.key_mask
+    if mask is None:
+        return None, None, None
+    if mask.ndim == 4 and mask.shape[1] == heads > 1:
+        raise ValueError(
+            f"attention got a dense bias {list(mask.shape)}: the model was built before register(), and its "
+            f"configuration was changed afterwards; use model.set_attn_implementation({NAME!r})"
+        )
+    return None, None, key_mask_of(mask)
+
+
+def padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Transformers' mask function: the keys that may be attended to, bool `[B, 1, 1, N]`; None where all may."""
+    return None if attention_mask is None else attention_mask[:, None, None, :]
+
+
+def _keeping_config(init: Callable[..., None]) -> Callable[..., None]:
+    def init_and_keep_config(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, config, *args, **kwargs)
+        self.config = config
+
+    return init_and_keep_config
+
+
+def _giving_table(forward: Callable[..., Tensor]) -> Callable[..., TableBias | Tensor]:
+    def forward_of_implementation(self: Any, window_size: Any, *args: Any, **kwargs: Any) -> TableBias | Tensor:
+        if getattr(getattr(self, "config", None), "_attn_implementation", None) != NAME:
+            return forward(self, window_size, *args, **kwargs)
+        return TableMixin.forward(self, window_size)
+
+    return forward_of_implementation
+
+
+def _telling_biases(choose: Callable[..., str], bias: type[nn.Module]) -> Callable[..., str]:
+    """What every way to set an implementation asks; bias modules that were built before get their configuration."""
+
+    def get_correct_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> str:
+        implementation = choose(self, *args, **kwargs)
+        if implementation == NAME:
+            for module in self.modules():
+                if isinstance(module, bias):
+                    module.config = self.config
+        return implementation
+
+    return get_correct_attn_implementation
+
+
+class TritonSelfAttentionMixin(nn.Module):
+    """Self-attention of split layers that is built to read its table, and a shared one."""
+
+    attn_implementation = NAME
+    has_relative_position_bias: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.has_relative_position_bias:
+            inner: Any = self.relative_position_bias
+            inner.__class__ = INNER_BIASES[type(inner)]
+
+
+def _subclass(eager: type[nn.Module]) -> type[nn.Module]:
+    name = f"Triton{eager.__name__}"
+    attributes = {"__module__": __name__, "__doc__": TritonSelfAttentionMixin.__doc__}
+    made = type(name, (TritonSelfAttentionMixin, FUSED[eager]), attributes)
+    globals()[name] = made  # where pickle looks for it
+    return made
+
+
+SELF_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(modeling, name): _subclass(getattr(modeling, name))
+    for modeling, name in (
+        (modeling_beit, "BeitSelfAttention"),
+        (modeling_data2vec_vision, "Data2VecVisionSelfAttention"),
+    )
+    if hasattr(modeling, name)
+}
+"""What split layers build for the name, by Transformers' eager class."""

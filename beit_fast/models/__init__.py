@@ -1,0 +1,1 @@
+"""BEiT models: trunk, heads and backbone."""

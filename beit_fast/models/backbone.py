@@ -1,0 +1,109 @@
+"""`BeitBackbone`: feature maps for dense prediction, to the contract that UperNet, DPT and ZoeDepth expect."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..configuration.beit_config import BeitConfig
+from ..layers.block import BeitEmbeddings, BeitEncoder, window_of
+from .base import BeitPreTrainedModel, key_mask_of
+from .outputs import BackboneOutput
+from .segmentation import FeaturePyramidMixin, feature_map
+
+
+class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
+    """The trunk without a final norm, giving the output of chosen stages.
+
+    Stage `"stem"` is the embeddings, `"stageK"` the output of K blocks; `config.out_features` or `config.out_indices`
+    chooses. `config.reshape_hidden_states` gives `[B, E, h, w]` maps, else `[B, N, E]` tokens with CLS first;
+    `config.add_fpn` brings four maps to 4, 2, 1 and 1/2 times the resolution.
+    """
+
+    base_model_prefix: ClassVar[str] = ""
+    backbone_type: ClassVar[str] = "transformers"
+    has_attentions: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        config: BeitConfig,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
+        super().__init__(config, attn_implementation, patch_embed_implementation)
+        config = self.config
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.embeddings = BeitEmbeddings(config)
+        self.encoder = BeitEncoder(config)
+        if config.add_fpn:
+            if not config.reshape_hidden_states:
+                raise ValueError("add_fpn=True works on feature maps: it needs reshape_hidden_states=True")
+            self._build_pyramid(config.hidden_size)
+        self._finish_construction()
+
+    @property
+    def stage_names(self) -> list[str]:
+        """`["stem", "stage1", ...]`."""
+        return self.config.stage_names
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages whose output is returned; settable."""
+        return self.config.out_features
+
+    @out_features.setter
+    def out_features(self, value: list[str]) -> None:
+        self.config.out_features = value
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Indices into `stage_names` of the stages whose output is returned; settable."""
+        return self.config.out_indices
+
+    @out_indices.setter
+    def out_indices(self, value: list[int]) -> None:
+        self.config.out_indices = value
+
+    @property
+    def out_feature_channels(self) -> dict[str, int]:
+        """Channels of every stage by name."""
+        return dict(zip(self.stage_names, self.num_features, strict=True))
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of every returned feature map."""
+        return [self.out_feature_channels[name] for name in self.out_features]
+
+    def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> BackboneOutput | tuple[Any, ...]:
+        """Call the backbone with those keyword arguments that its `forward` has."""
+        known = inspect.signature(self.forward).parameters
+        return self(*args, **{name: value for name, value in kwargs.items() if name in known})
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """Maps of the chosen stages, a tuple of `[B, E, h, w]` or `[B, N, E]`; arguments as in `BeitModel.forward`."""
+        keep_states = self._flag(output_hidden_states, "output_hidden_states")
+        window = window_of(pixel_values, self.config.patch_size)
+        tokens = self.embeddings(pixel_values, window)
+        _, states, attentions = self.encoder(
+            tokens,
+            window,
+            key_mask_of(attention_mask, tokens),
+            self._flag(output_attentions, "output_attentions"),
+            output_hidden_states=True,
+        )
+        features = tuple(states[index] for index in self.out_indices)
+        if self.config.reshape_hidden_states:
+            features = tuple(feature_map(state, window) for state in features)
+        if self.config.add_fpn:
+            features = self._pyramid(features)
+        output = BackboneOutput(features, states if keep_states else None, attentions)
+        return output if self._flag(return_dict, "return_dict") else output.to_tuple()

@@ -1,0 +1,220 @@
+"""BEiT's trunk and its two heads on tokens: masked image modelling and image classification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..configuration.beit_config import BeitConfig
+from ..layers.block import BeitEmbeddings, BeitEncoder, window_of
+from .base import BeitPreTrainedModel, key_mask_of
+from .outputs import BeitModelOutputWithPooling, ImageClassifierOutput, MaskedLMOutput
+
+
+class BeitPooler(nn.Module):
+    """Mean of the patch tokens and LayerNorm, or the CLS token: `[B, N, E]` to `[B, E]`."""
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__()
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_mean_pooling else None
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.layernorm is None:
+            return hidden_states[:, 0]
+        return self.layernorm(hidden_states[:, 1:].mean(1))
+
+
+class BeitModel(BeitPreTrainedModel):
+    """The BEiT vision transformer (arXiv 2106.08254) without a head.
+
+    Args:
+        config: sizes, biases and pooling.
+        add_pooling_layer: whether `pooler_output` is computed.
+        attn_implementation, patch_embed_implementation: see `BeitPreTrainedModel`.
+    """
+
+    def __init__(
+        self,
+        config: BeitConfig,
+        add_pooling_layer: bool = True,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
+        super().__init__(config, attn_implementation, patch_embed_implementation)
+        config = self.config
+        self.embeddings = BeitEmbeddings(config)
+        self.encoder = BeitEncoder(config)
+        self.layernorm = (
+            nn.Identity() if config.use_mean_pooling else nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        )
+        self.pooler = BeitPooler(config) if add_pooling_layer else None
+        self._finish_construction()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BeitModelOutputWithPooling | tuple[Any, ...]:
+        """Run the trunk.
+
+        Args:
+            pixel_values: `[B, C, H, W]` of any size; what does not fill a patch is cropped. Floating point, normalised
+                as an image processor does, or uint8 after `set_pixel_normalization`.
+            bool_masked_pos: `[B, P]`, True where a patch is replaced by the mask token.
+            interpolate_pos_encoding: accepted for compatibility; positions always fit the image.
+            attention_mask: `[B, N]` with CLS first, non-zero where a token may be attended to.
+            output_attentions: return the attention weights; that call takes the eager path, which has them.
+            output_hidden_states: return the embeddings and every layer's output.
+            return_dict: a `BeitModelOutputWithPooling` if True, a tuple without Nones if False.
+
+        Returns:
+            last_hidden_state `[B, N, E]`, pooler_output `[B, E]`, hidden_states (layers + 1 of `[B, N, E]`, before the
+            final LayerNorm), attentions (layers of `[B, H, N, N]`).
+        """
+        window = window_of(pixel_values, self.config.patch_size)
+        tokens = self.embeddings(pixel_values, window, bool_masked_pos)
+        hidden_states, states, attentions = self.encoder(
+            tokens,
+            window,
+            key_mask_of(attention_mask, tokens),
+            self._flag(output_attentions, "output_attentions"),
+            self._flag(output_hidden_states, "output_hidden_states"),
+        )
+        hidden_states = self.layernorm(hidden_states)
+        pooled = None if self.pooler is None else self.pooler(hidden_states)
+        output = BeitModelOutputWithPooling(hidden_states, pooled, states, attentions)
+        return output if self._flag(return_dict, "return_dict") else output.to_tuple()
+
+
+class BeitForMaskedImageModeling(BeitPreTrainedModel):
+    """BEiT with a linear layer that predicts the visual token of every patch (the paper's section 2.3)."""
+
+    def __init__(
+        self,
+        config: BeitConfig,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
+        super().__init__(config, attn_implementation, patch_embed_implementation)
+        config = self.config
+        self.num_labels = config.num_labels
+        self.beit = BeitModel(config, add_pooling_layer=False)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self._finish_construction()
+
+    def get_output_embeddings(self) -> None:
+        """None: the head is not tied to an embedding."""
+        return None
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple[Any, ...]:
+        """Predict visual tokens: logits `[B, P, vocab_size]`.
+
+        Args:
+            labels: int64, one visual token for every True of `bool_masked_pos`, in row-major order; gives the loss, the
+                cross-entropy over masked patches (-100 is ignored).
+
+        The other arguments are those of `BeitModel.forward`.
+        """
+        if labels is not None and bool_masked_pos is None:
+            raise ValueError("labels of masked patches need bool_masked_pos, which says what was masked")
+        outputs = self.beit(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            attention_mask=attention_mask,
+            output_attentions=self._flag(output_attentions, "output_attentions"),
+            output_hidden_states=self._flag(output_hidden_states, "output_hidden_states"),
+            return_dict=True,
+        )
+        logits = self.lm_head(self.layernorm(outputs.last_hidden_state)[:, 1:])  # [B, P, V]
+        loss = None
+        if labels is not None and bool_masked_pos is not None:
+            loss = F.cross_entropy(logits[bool_masked_pos.flatten(1).bool()], labels.to(logits.device))
+        output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return output if self._flag(return_dict, "return_dict") else output.to_tuple()
+
+
+class BeitForImageClassification(BeitPreTrainedModel):
+    """BEiT with a linear layer on the pooled tokens."""
+
+    def __init__(
+        self,
+        config: BeitConfig,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+    ) -> None:
+        super().__init__(config, attn_implementation, patch_embed_implementation)
+        config = self.config
+        self.num_labels = config.num_labels
+        self.beit = BeitModel(config, add_pooling_layer=True)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self._finish_construction()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
+        """Classify images: logits `[B, num_labels]`.
+
+        Args:
+            labels: class indices `[B]`, or floats `[B]` for regression (`num_labels == 1`), or floats
+                `[B, num_labels]` for several labels an image; `config.problem_type` decides where it is set.
+
+        The other arguments are those of `BeitModel.forward`.
+        """
+        outputs = self.beit(
+            pixel_values,
+            attention_mask=attention_mask,
+            output_attentions=self._flag(output_attentions, "output_attentions"),
+            output_hidden_states=self._flag(output_hidden_states, "output_hidden_states"),
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        output = ImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return output if self._flag(return_dict, "return_dict") else output.to_tuple()
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
+    """Mean squared error, cross-entropy or binary cross-entropy of `logits` `[B, L]`.
+
+    Where `problem_type` is None: regression for one label, cross-entropy for integer labels, else several labels.
+    """
+    labels = labels.to(logits.device)
+    if problem_type is None:
+        if logits.shape[-1] == 1:
+            problem_type = "regression"
+        else:
+            integer = labels.dtype in (torch.int64, torch.int32)
+            problem_type = "single_label_classification" if integer else "multi_label_classification"
+    if problem_type == "regression":
+        return F.mse_loss(logits.squeeze(-1) if labels.ndim < logits.ndim else logits, labels.to(logits.dtype))
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1).long())
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

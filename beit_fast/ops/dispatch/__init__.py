@@ -1,0 +1,1 @@
+"""Which kernel serves an operator on a device, and why another one does not."""

@@ -1,0 +1,1 @@
+"""The operators in plain PyTorch, for CPUs without the native library."""

@@ -1,0 +1,1 @@
+"""Files, hub downloads and messages; imports nothing else from this package."""
