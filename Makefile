@@ -40,10 +40,8 @@ SIDE_BY_SIDE := $(MAKE) --jobs=2 --output-sync=target --no-print-directory
 test: $(VENV)/.test $(NATIVE)
 	$(SIDE_BY_SIDE) test-interpreted test-compiled test-beyond test-composite
 
-BEYOND := $(wildcard $(addprefix tests/test_,accelerate_*.py backbone_routes.py *benchmark*.py ecosystem.py integration_*.py \
-  model_export.py predict*.py registration.py scale_out.py timm_*.py))
-
-EXAMPLES := $(wildcard tests/test_examples_*.py)
+BEYOND := tests/benchmarks tests/cli tests/examples tests/integrations tests/models/test_model_export.py \
+  tests/models/test_scale_out.py
 
 test-compiled:
 	$(BIN)/pytest -m "not slow" $(BEYOND:%=--ignore=%)
@@ -58,7 +56,7 @@ test-interpreted:
 # The operators again, as they are where nothing was compiled.
 test-composite:
 	BEIT_FAST_NATIVE=0 $(BIN)/pytest -m "not slow" \
-	  $(wildcard $(addprefix tests/test_,attention.py ops.py operator_inputs.py patch_embed*.py))
+	  $(addprefix tests/ops/test_,attention_dispatch.py ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py)
 
 # The long sweeps, and other versions of what we build on.
 test-full: $(OTHER_TRITONS:%=.venvs/triton-%/.done) $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
@@ -67,10 +65,10 @@ test-full: $(VENV)/.test $(NATIVE)
 	  $(OTHER_TRITONS:%=test-triton-%) $(OTHER_TRANSFORMERS:%=test-transformers-%)
 
 test-slow-compiled:
-	$(BIN)/pytest -m slow $(patsubst %,--ignore=%,$(BEYOND) $(EXAMPLES))
+	$(BIN)/pytest -m slow $(BEYOND:%=--ignore=%)
 
 test-slow-beyond:
-	$(BIN)/pytest -m slow $(BEYOND) $(EXAMPLES)
+	$(BIN)/pytest -m slow $(BEYOND)
 
 test-slow-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m slow tests/kernels
@@ -78,7 +76,7 @@ test-slow-interpreted:
 # Another Triton: everything that it compiles, and the files that take every route through its interpreter.
 test-triton-%: .venvs/triton-%/.done
 	PYTHONPATH=$(CURDIR)/.venvs/triton-$* $(BIN)/pytest -m "not slow" \
-	  $(addprefix tests/test_,kernels_aot.py linear_gelu_aot.py machine_code.py residual_norm_aot.py)
+	  tests/aot
 	PYTHONPATH=$(CURDIR)/.venvs/triton-$* TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" \
 	  $(addprefix tests/kernels/test_,bias.py contract.py layouts.py linear_gelu.py parity.py residual_norm.py routes.py)
 
@@ -98,7 +96,8 @@ sanitize: $(VENV)/.test
 	$(SANITIZED_RUN) $(BIN)/python -P -c \
 	  'from beit_fast import native; assert native.is_loaded("_C") and "$(SANITIZED)" in native.__file__'
 	$(SANITIZED_RUN) $(BIN)/pytest -p no:cacheprovider -m "not slow" \
-	  $(wildcard $(addprefix tests/test_,ops.py operator_inputs.py patch_embed*.py cpu_attention*.py parts_linear.py))
+	  $(addprefix tests/ops/test_,ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py patch_embed_isas.py \
+	  cpu_attention.py split_bf16.py)
 
 # What needs a CUDA device. Nothing is installed and nothing downloaded; the libraries are built in place.
 gpu: gpu-test gpu-bench gpu-bench-models

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from ..integrations.test_accelerate_transformers import *  # noqa: F403
+from ..integrations.test_accelerate_transformers_compiled import *  # noqa: F403
+from ..integrations.test_accelerate_transformers_masks import *  # noqa: F403
+from ..integrations.test_accelerate_transformers_modules import *  # noqa: F403
 from ..support.oracle import relative_error
 from ..support.transformers_models import Spy, assert_same, inputs_for, pair, run
-from ..test_accelerate_transformers import *  # noqa: F403
-from ..test_accelerate_transformers_compiled import *  # noqa: F403
-from ..test_accelerate_transformers_masks import *  # noqa: F403
-from ..test_accelerate_transformers_modules import *  # noqa: F403
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])

@@ -1,3 +1,3 @@
 """Every way into the dense-prediction models, as tested with Transformers 5."""
 
-from ..test_backbone_routes import *  # noqa: F403
+from ..integrations.test_backbone_routes import *  # noqa: F403

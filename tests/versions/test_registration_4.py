@@ -1,3 +1,3 @@
 """`register()` as tested with Transformers 5, where 4.x has what it takes."""
 
-from ..test_registration import *  # noqa: F403
+from ..integrations.test_registration import *  # noqa: F403

@@ -1,0 +1,109 @@
+"""The kernel of a linear layer with GELU becomes a cubin for every supported GPU: nothing spills, everything fits."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="there is nothing to compile without Triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
+
+from beit_fast.kernels.aot import compile as aot  # noqa: E402
+from beit_fast.kernels.aot import sass  # noqa: E402
+from beit_fast.kernels.aot.linear_gelu_variants import LinearVariant, shipped, work  # noqa: E402
+from beit_fast.kernels.common import gpu  # noqa: E402
+from beit_fast.kernels.linear_gelu import configs  # noqa: E402
+
+CACHE = aot.cache_folder(Path(__file__).resolve().parents[2] / "build" / "aot")
+COUNTED_WITH = "3.7.1"
+KINDS = {"bf16": ("bf16", "ieee"), "fp16": ("fp16", "ieee"), "tf32": ("fp32", "tf32"), "ieee": ("fp32", "ieee")}
+
+
+def complaints(variants: Iterable[LinearVariant], workers: int = 1) -> list[str]:
+    """Everything that is wrong with what the variants compile to."""
+    wrong = []
+    for variant, found in aot.inspect_all(variants, CACHE, workers):
+        if isinstance(found, str):
+            wrong.append(found)
+            continue
+        limit = gpu.SHARED_MEMORY_LIMIT[variant.architecture]
+        if found.shared > limit:
+            wrong.append(f"{variant}: {found.shared} bytes of shared memory, limit {limit}")
+        if found.spills:
+            wrong.append(f"{variant}: spills {found.stack} + {found.local} bytes")
+    return wrong
+
+
+def inspected(variant: LinearVariant) -> aot.Inspection:
+    ((_, found),) = aot.inspect_all([variant], CACHE)
+    assert not isinstance(found, str), found
+    return found
+
+
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int) -> None:
+    assert not (wrong := complaints(shipped(capability))), "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "kind"),
+    [*((capability, kind) for capability in aot.CAPABILITIES for kind in KINDS if kind != "fp16"), (90, "fp16")],
+)
+def test_the_whole_table_of_configs(capability: int, kind: str) -> None:
+    """Also with steps that are not whole; odd outputs never take the tile for many rows.
+
+    fp16 differs from bf16 in the products' type alone, and a kernel without a bias holds less than one with it: for
+    both a sample is enough.
+    """
+    dtype, precision = KINDS[kind]
+    usual = shipped(capability, dtype, precision)
+    variants = usual + [variant._replace(whole_steps=False) for variant in usual]
+    tiles = configs.TILES[
+        gpu.arithmetic(aot.DTYPES[dtype], precision),
+        gpu.architecture_class(*divmod(capability, 10)),
+    ]
+    variants += [variant._replace(even_outputs=False) for variant in variants if variant.tile in tiles[:2]]
+    variants += [variant._replace(bias=False) for variant in usual]
+    assert not (wrong := complaints(variants, workers=2)), "\n".join(wrong)
+
+
+@pytest.mark.skipif(triton.__version__ != COUNTED_WITH, reason=f"instructions are counted with Triton {COUNTED_WITH}")
+@pytest.mark.parametrize(("capability", "limits"), [(90, (106, 60, 40)), (80, (130, 96, 38))])
+def test_instructions_of_the_loop(capability: int, limits: tuple[int, ...]) -> None:
+    """Of a step, for 64 x 64 results, by number of rows: fewer than the cycles that the products take."""
+    for variant, limit in zip(shipped(capability), limits, strict=True):
+        found = inspected(variant)
+        issued = sum(sass.instructions_by_pipe(found.loop, work(variant)).values())
+        assert not [name for name in found.loop if not sass.is_known(name)]
+        assert issued <= limit, f"{variant}: {issued}"
+        assert issued < sass.cycles_by_pipe(found.loop, work(variant))["mma"]
+
+
+@pytest.mark.skipif(triton.__version__ != COUNTED_WITH, reason=f"instructions are counted with Triton {COUNTED_WITH}")
+@pytest.mark.parametrize("capability", [90, 80])
+def test_instructions_of_the_epilogue(capability: int) -> None:
+    """All that stands outside the loop, for each result: what GELU costs is in there. The error function has 43."""
+    *_, variant = shipped(capability)
+    compiled = aot.compile_variant(variant)
+    code = sass.disassemble(compiled.cubin)
+    outside = Counter(sass._instructions_and_loops(code)[0]) - sass.main_loop(code)
+    results = variant.tile.block_m * variant.tile.block_n / (32 * variant.tile.num_warps)
+    assert sum(outside.values()) / results <= 24
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_main_loop_is_one_tile(capability: int) -> None:
+    for variant in shipped(capability):
+        found = inspected(variant)
+        assert sass.multiply_adds(found.loop) == work(variant).multiply_adds / work(variant).warps
+
+
+def test_variants_say_what_they_are() -> None:
+    variant = LinearVariant(90, configs.LinearTile(64, 64, 32, 4, 2), "fp32", "tf32", False, False, False)
+    assert str(variant) == "linear_gelu sm_90 fp32 tf32 ragged steps no bias odd outputs 64x64x32 4w 2s"

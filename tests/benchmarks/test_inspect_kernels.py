@@ -1,0 +1,117 @@
+"""benchmarks/inspect_kernels.py: which variants it looks at, what it prints and writes, what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton", reason="there is nothing to compile without Triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
+
+from beit_fast.kernels.aot import attention_variants
+from beit_fast.kernels.aot.compile import CAPABILITIES
+from beit_fast.kernels.attention import configs
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "benchmarks" / "inspect_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("beit_fast_inspect_kernels", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_table_of_one_kernel(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "kernels.json"
+    options = ["--kernel", "forward", "--capability", "80", "--tile", "64,64,4,2", "--json", str(file)]
+    assert script.main(options) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["kernel", "sm", "tile", "bias"]
+    content = json.loads(file.read_text())
+    assert content["conditions"]["dtype"] == "bf16"
+    assert content["conditions"]["head_dim"] == 64
+    rows = content["rows"]
+    assert [row["bias"] for row in rows] == ["none", "paired", "plain", "extended"]
+    assert len(lines) == len(rows)
+    for row in rows:
+        assert row["tile"] == [64, 64, 4, 2]
+        assert row["instructions"] == sum(row["by_pipe"].values()) == row["cycles"]["issue"]
+        assert row["to_none"] == row["instructions"] / rows[0]["instructions"] >= 1
+        assert row["cycles"][row["bound"]] == max(row["cycles"].values())
+        assert row["unknown"] == []
+
+
+def test_markdown_has_a_column_for_every_cell(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--kernel", "forward", "--capability", "80", "--tile", "64,64,4,2", "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert set(lines[1]) <= set("|-: ")
+
+
+def test_without_a_tile_the_shipped_and_the_reference_are_compared(script: ModuleType) -> None:
+    options = script.parse(["--all"])
+    assert options.capability == list(CAPABILITIES)
+    for kernel in configs.KERNELS:
+        for capability in options.capability:
+            variants = script.variants_of(kernel, capability, options)
+            shipped = attention_variants.shipped(attention_variants.Variant(kernel, capability)).tile
+            assert {variant.tile for variant in variants} == {shipped, script.REFERENCE}
+            routes = {variant.route for variant in variants}
+            assert (configs.NO_BIAS in routes) is (kernel != "bias_gradient")
+            assert routes >= set(attention_variants.bias_routes(capability, "bf16"))
+            assert len(set(variants)) == len(variants)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tile", "64,64"], "M,N,WARPS,STAGES"),
+        (["--tile", "48,64,4,2"], "powers of two"),
+        (["--tile", "64,64,4,x"], "M,N,WARPS,STAGES"),
+        (["--head-dim", "60"], "multiple of 8"),
+        (["--head-dim", "136"], "8 to 128"),
+        (["--capability", "75"], "choose from 80"),
+        (["--kernel", "sideways"], "choose from"),
+        (["--precision", "tf32"], "--dtype fp32"),
+    ],
+)
+def test_bad_options_are_refused(
+    script: ModuleType, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script.main(options)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_kernel_that_does_not_compile_is_told(script: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    """A tile of a million scores has too many elements for Triton; the status is 1."""
+    options = ["--kernel", "forward", "--capability", "80", "--tile", "2048,1024,4,2"]
+    assert script.main(options) == 1
+    assert "forward sm_80 bf16 D=64 none 2048x1024 4w 2s does not compile" in capfd.readouterr().err
+
+
+def test_the_interpreter_is_named_as_what_is_in_the_way() -> None:
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("inspect_kernels.py: Triton's interpreter is on")
+    assert "Traceback" not in process.stderr

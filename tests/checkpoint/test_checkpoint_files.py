@@ -1,0 +1,318 @@
+"""Where checkpoints lie: shards, pickles, the hub's cache without a network, and saves that are killed."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import beit_fast
+from beit_fast.checkpoint import files
+from beit_fast.checkpoint.files import read_tensors
+
+from ..support.transformers_reference import TINY, randomize
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def make_model(seed=0, **options):
+    model = beit_fast.BeitForImageClassification(beit_fast.BeitConfig(**(TINY | options))).eval()
+    randomize(model, seed)
+    return model
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def load(path, **options):
+    return beit_fast.BeitForImageClassification.from_pretrained(path, **options)
+
+
+def test_shards_both_ways(tmp_path):
+    ours = make_model(use_relative_position_bias=True)
+    ours.save_pretrained(tmp_path / "ours", max_shard_size="30KB")
+    names = sorted(file.name for file in (tmp_path / "ours").iterdir())
+    assert not (tmp_path / "ours/model.safetensors").exists()
+    assert len(names) > 4
+    assert names[1].startswith("model-00001-of-0000")
+    again, info = transformers.BeitForImageClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    again.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    assert (tmp_path / "theirs/model.safetensors.index.json").exists()
+    for path in ("ours", "theirs", "theirs/model.safetensors.index.json"):
+        assert_same_state(load(tmp_path / path).state_dict(), ours.state_dict())
+
+
+def test_a_file_is_written_as_the_hub_has_it(tmp_path):
+    make_model().save_pretrained(tmp_path / "new" / "folder")
+    assert sorted(os.listdir(tmp_path / "new/folder")) == ["config.json", "model.safetensors"]
+    modes = {file.stat().st_mode for file in (tmp_path / "new/folder").iterdir()}
+    assert len(modes) == 1, "whoever may read config.json may read the weights"
+    header = (tmp_path / "new/folder/model.safetensors").read_bytes()[8:200]
+    assert b'"format":"pt"' in header
+
+
+def test_shards_show_progress_and_one_file_does_not(tmp_path, capsys):
+    make_model().save_pretrained(tmp_path / "one")
+    make_model().save_pretrained(tmp_path / "many", max_shard_size="30KB")
+    load(tmp_path / "one")
+    assert capsys.readouterr().err == ""
+    load(tmp_path / "many")
+    assert "Loading weights" in capsys.readouterr().err
+
+
+def test_saving_again_leaves_one_checkpoint_and_other_files(tmp_path):
+    """From shards to one file, to shards, to shards again: no file of the one before stays, all others do."""
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    for seed, size in enumerate(["30KB", "5GB", "30KB", "30KB", "60KB", "5GB"]):
+        model = make_model(seed)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert_same_state(load(tmp_path).state_dict(), model.state_dict())
+        weights = {file.name for file in tmp_path.glob("*.safetensors")}
+        index = tmp_path / "model.safetensors.index.json"
+        assert index.exists() == (size != "5GB")
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        assert weights == named
+        transformers.BeitForImageClassification.from_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": 3, "b": "../../keep.safetensors"}}'])
+def test_saving_over_a_damaged_index(index, tmp_path):
+    (tmp_path / "keep.safetensors").write_bytes(b"")
+    folder = tmp_path / "a/b"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors.index.json").write_text(index)
+    make_model().save_pretrained(folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "keep.safetensors").exists()
+
+
+def test_pickles_of_tensors_are_read_and_code_is_not_run(tmp_path):
+    model = make_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_same_state(load(tmp_path).state_dict(), model.state_dict())
+    assert_same_state(load(tmp_path / "pytorch_model.bin").state_dict(), model.state_dict())
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    torch.save({"model": model.state_dict(), "extra": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors and plain data, and is not run"):
+        load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
+        load(tmp_path)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_pickles_are_refused_where_torch_is_unsafe(tmp_path, monkeypatch):
+    torch.save(make_model().state_dict(), tmp_path / "model.pth")
+    monkeypatch.setattr(files.torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(ValueError, match=r"torch 2\.9\.1\+cpu cannot read without risk.*safetensors, or torch 2\.10"):
+        load(tmp_path / "model.pth")
+
+
+def test_damaged_and_foreign_files_are_one_clear_error(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or no safetensors file"):
+        load(tmp_path)
+    (tmp_path / "cut.pth").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=r"cut\.pth'"):
+        load(tmp_path / "cut.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match="holds no state dict, also not under 'model'"):
+        load(tmp_path / "empty.pth")
+    (tmp_path / "weights.h5").write_bytes(b"HDF")
+    with pytest.raises(ValueError, match=r"is no file of weights; accepted: \.safetensors"):
+        load(tmp_path / "weights.h5")
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no weights; looked for model\.safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", 3])
+def test_an_index_cannot_lead_out_of_its_folder(name, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="has no weight_map from parameters to file names beside it"):
+        load(tmp_path)
+
+
+def test_missing_and_overlapping_shards(tmp_path):
+    make_model().save_pretrained(tmp_path, max_shard_size="30KB")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    with pytest.raises(ValueError, match="which another shard held already"):
+        read_tensors([first, first])
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names shards that are not beside it: {second.name}"):
+        load(tmp_path)
+
+
+def hub_cache(folder, model, **save_options):
+    """A cache as `huggingface_hub` lays it out: blobs elsewhere, links in the snapshot, a ref to it."""
+    repository = folder / "models--someone--beit-tiny"
+    model.save_pretrained(folder / "saved", **save_options)
+    (repository / "snapshots" / REVISION).mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(REVISION)
+    for number, file in enumerate((folder / "saved").iterdir()):
+        file.rename(repository / "blobs" / str(number))
+        (repository / "snapshots" / REVISION / file.name).symlink_to(f"../../blobs/{number}")
+    return folder
+
+
+@pytest.mark.parametrize("size", ["5GB", "30KB"])
+@pytest.mark.parametrize("revision", [None, "main", REVISION])
+def test_the_hub_s_cache_without_a_network(revision, size, tmp_path):
+    model = make_model(use_shared_relative_position_bias=True)
+    cache = hub_cache(tmp_path, model, max_shard_size=size)
+    loaded = load("someone/beit-tiny", cache_dir=cache, local_files_only=True, revision=revision)
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    assert loaded.config.name_or_path == "someone/beit-tiny"
+    config = beit_fast.BeitConfig.from_pretrained("someone/beit-tiny", cache_dir=cache, local_files_only=True)
+    assert config == loaded.config
+
+
+def test_a_cached_repository_with_pickles_alone(tmp_path):
+    model = make_model()
+    cache = hub_cache(tmp_path, model)
+    snapshot = cache / "models--someone--beit-tiny/snapshots" / REVISION
+    (snapshot / "model.safetensors").unlink()
+    names = list(model.state_dict())
+    shards = {"pytorch_model-00001-of-00002.bin": names[:20], "pytorch_model-00002-of-00002.bin": names[20:]}
+    for file, keys in shards.items():
+        torch.save({key: model.state_dict()[key] for key in keys}, snapshot / file)
+    weight_map = {key: file for file, keys in shards.items() for key in keys}
+    (snapshot / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for options in ({"local_files_only": True}, {}):
+        assert_same_state(load("someone/beit-tiny", cache_dir=cache, **options).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("local_files_only", [True, False])
+def test_what_is_not_there_says_what_was_looked_for(local_files_only, tmp_path):
+    cache = hub_cache(tmp_path, make_model())
+    with pytest.raises(FileNotFoundError) as refusal:
+        load("someone/other", cache_dir=cache, local_files_only=local_files_only, revision="v2")
+    message = str(refusal.value)
+    for part in (
+        "'someone/other'",
+        "model.safetensors, model.safetensors.index.json, pytorch_model.bin",
+        "revision 'v2'",
+        repr(str(cache)),
+        "pass the path of a local folder with config.json and model.safetensors",
+    ):
+        assert part in message
+    assert ("local_files_only=True was asked for" in message) == local_files_only
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "a/b/c", "no such name", "weights.safetensors"])
+def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder, and it is no hub repository's name"):
+        load(name)
+
+
+SAVER = """
+import os, sys, time
+import torch, beit_fast
+folder, source, size, stop = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4]
+model = beit_fast.BeitForImageClassification.from_pretrained(source)
+kind, count = stop.split(":")
+seen, real = [0], getattr(os, kind)
+def stopping(*arguments):
+    if seen[0] == int(count):
+        print("here", flush=True)
+        time.sleep(600)
+    seen[0] += 1
+    return real(*arguments)
+setattr(os, kind, stopping)
+model.save_pretrained(folder, max_shard_size=size)
+print("finished", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old_size", "new_size", "stop", "survivor"),
+    [
+        ("5GB", "5GB", "fsync:1", "old"),
+        ("5GB", "5GB", "replace:0", "old"),
+        ("5GB", "5GB", "replace:1", "new"),
+        pytest.param("30KB", "30KB", "fsync:2", "old", marks=pytest.mark.slow),
+        pytest.param("30KB", "30KB", "replace:0", "old", marks=pytest.mark.slow),
+        pytest.param("30KB", "30KB", "replace:2", "old", marks=pytest.mark.slow),
+        ("5GB", "30KB", "replace:2", "old"),
+        pytest.param("30KB", "5GB", "replace:0", "old", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_save_leaves_one_whole_checkpoint(old_size, new_size, stop, survivor, tmp_path):
+    """Killed at a chosen step: what is loaded afterwards is one of the two models, bit for bit."""
+    models = {"old": make_model(0), "new": make_model(1)}
+    models["old"].save_pretrained(tmp_path / "folder", max_shard_size=old_size)
+    models["new"].save_pretrained(tmp_path / "source")
+    process = start_saver(tmp_path, new_size, stop)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert_same_state(load(tmp_path / "folder").state_dict(), models[survivor].state_dict())
+    theirs, info = transformers.BeitForImageClassification.from_pretrained(
+        tmp_path / "folder", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert torch.equal(theirs.classifier.weight, models[survivor].classifier.weight)
+
+
+def start_saver(tmp_path, size, stop):
+    arguments = [str(tmp_path / "folder"), str(tmp_path / "source"), size, stop]
+    return subprocess.Popen([sys.executable, "-c", SAVER, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_save_killed_in_the_middle_of_writing(tmp_path):
+    """Killed while a file of 60 MB is half on the disk; nothing is stopped or patched in the process."""
+    large = make_model(1, hidden_size=512, intermediate_size=8192)
+    small = make_model(0)
+    small.save_pretrained(tmp_path / "folder")
+    large.save_pretrained(tmp_path / "source")
+    whole = (tmp_path / "source/model.safetensors").stat().st_size
+    process = start_saver(tmp_path, "5GB", "replace:99")
+    deadline = time.monotonic() + 120
+    begun = 0
+    while not begun and process.poll() is None and time.monotonic() < deadline:
+        begun = sum(file.stat().st_size for file in (tmp_path / "folder").glob(".unfinished-*/*.safetensors"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = sum(file.stat().st_size for file in (tmp_path / "folder").glob(".unfinished-*/*.safetensors"))
+    assert 0 < left <= whole
+    assert_same_state(load(tmp_path / "folder").state_dict(), small.state_dict())
+    small.save_pretrained(tmp_path / "folder")
+    assert sorted(os.listdir(tmp_path / "folder")) == ["config.json", "model.safetensors"]
+
+
+def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_model(1).save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert_same_state(load_file(tmp_path / "model.safetensors"), before)

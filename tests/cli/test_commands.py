@@ -1,0 +1,186 @@
+"""`beit-fast classify`, `segment` and `convert`, as a user runs them, against the same steps in Python."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from beit_fast import BeitConfig, BeitForImageClassification, BeitForSemanticSegmentation
+from beit_fast.cli import main
+from beit_fast.cli.commands import class_colour
+from beit_fast.image_processing import BeitImageProcessor
+
+from ..support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
+from ..support.transformers_reference import TINY, randomize
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+SEGMENTATION = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "auxiliary_channels": 6, "pool_scales": (1, 2)}
+
+
+def save(cls, folder, **options):
+    model = cls(BeitConfig(**(TINY | {"use_relative_position_bias": True} | options))).eval()
+    randomize(model)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    generator = np.random.default_rng(0)
+    paths = []
+    for index, size in enumerate([(40, 30), (33, 50), (64, 64)]):
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+        paths.append(str(path))
+    return paths
+
+
+def run(capsys, *arguments):
+    code = main.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "triton"])
+def test_classify_gives_what_the_model_says(tmp_path, photographs, capsys, attention):
+    model = save(
+        BeitForImageClassification, tmp_path / "model", id2label={i: f"class {i}" for i in range(5)}, num_labels=5
+    )
+    code, out, _ = run(
+        capsys, "classify", *photographs, "--model", tmp_path / "model", "--attn", attention, "--json", "--top", 2,
+        "--batch-size", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0
+    answer = json.loads(out)
+    assert answer["kernel"] == {"triton": CPU_ATTENTION}.get(attention, attention)
+    assert [result["image"] for result in answer["results"]] == photographs
+    processor = BeitImageProcessor(size={"height": 32, "width": 32})
+    pixels = processor([Image.open(path) for path in photographs], return_tensors="pt")["pixel_values"]
+    probabilities = model(pixels).logits.softmax(-1)
+    for result, row in zip(answer["results"], probabilities, strict=True):
+        values, indices = row.topk(2)
+        assert [entry["index"] for entry in result["classes"]] == indices.tolist()
+        assert [entry["label"] for entry in result["classes"]] == [f"class {i}" for i in indices.tolist()]
+        assert [entry["probability"] for entry in result["classes"]] == pytest.approx(values.tolist(), rel=1e-4)
+
+
+def test_classify_prints_text_for_people(tmp_path, photographs, capsys):
+    save(BeitForImageClassification, tmp_path / "model")
+    code, out, _ = run(capsys, "classify", photographs[0], "--model", tmp_path / "model", "--top", 1, "--device", "cpu")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == photographs[0]
+    assert "%" in lines[1]
+    assert lines[-1] == f"attention: {DEFAULT_ATTENTION}"
+
+
+def test_images_that_cannot_be_read_are_named_and_the_rest_is_done(tmp_path, photographs, capsys):
+    save(BeitForImageClassification, tmp_path / "model")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(photographs[0]).read_bytes()[:100])
+    code, out, err = run(
+        capsys, "classify", broken, photographs[1], tmp_path / "none.png", "--model", tmp_path / "model", "--json",
+        "--device", "cpu",
+    )  # fmt: skip
+    answer = json.loads(out)
+    assert code == 1
+    assert [result["image"] for result in answer["results"]] == [photographs[1]]
+    assert [failure["image"] for failure in answer["failures"]] == [str(broken), str(tmp_path / "none.png")]
+    assert "broken.png" in err
+    assert "none.png" in err
+
+
+def test_segment_writes_the_overlay_and_the_classes(tmp_path, photographs, capsys):
+    model = save(BeitForSemanticSegmentation, tmp_path / "model", **SEGMENTATION)
+    code, out, _ = run(
+        capsys, "segment", photographs[0], "--model", tmp_path / "model", "--out", tmp_path / "new" / "overlay.png",
+        "--labels", tmp_path / "labels.png", "--opacity", 1, "--json", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0
+    answer = json.loads(out)
+    assert sum(entry["share"] for entry in answer["classes"]) == pytest.approx(1.0)
+    processor = BeitImageProcessor(size={"height": 32, "width": 32})
+    with torch.no_grad():
+        outputs = model(processor(Image.open(photographs[0]), return_tensors="pt")["pixel_values"])
+    expected = processor.post_process_semantic_segmentation(outputs, [(40, 30)])[0].numpy()
+    assert np.array_equal(np.array(Image.open(tmp_path / "labels.png")), expected)
+    overlay = np.array(Image.open(tmp_path / "new" / "overlay.png"))
+    assert overlay.shape == (40, 30, 3)
+    palette = np.array([class_colour(index) for index in range(5)])
+    assert np.abs(overlay / 255 - palette[expected]).max() < 1 / 255
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+
+
+def test_convert_rewrites_and_resizes(tmp_path, photographs, capsys):
+    model = save(BeitForImageClassification, tmp_path / "model")
+    code, out, _ = run(capsys, "convert", tmp_path / "model", tmp_path / "same")
+    assert code == 0
+    assert "BeitForImageClassification" in out
+    again = load_file(tmp_path / "same" / "model.safetensors")
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    code, _, _ = run(
+        capsys, "convert", tmp_path / "model", tmp_path / "wide", "--image-size", "48x64", "--dtype", "bfloat16"
+    )
+    resized = BeitForImageClassification.from_pretrained(tmp_path / "wide")
+    assert code == 0
+    assert resized.config.image_height_width == (48, 64)
+    assert resized.dtype == torch.bfloat16
+
+
+def test_convert_refuses_to_write_random_parameters(tmp_path, capsys):
+    save(BeitForImageClassification, tmp_path / "model")
+    with pytest.warns(UserWarning, match="initialised anew"):
+        code, _, err = run(capsys, "convert", tmp_path / "model", tmp_path / "out", "--task", "masked-image-modeling")
+    assert code == 2
+    assert "would be random" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("classify", "IMAGE", "--model", "nobody/nothing"),
+        ("segment", "IMAGE", "--model", "nobody/nothing", "--out", "o.png"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_had_is_one_message(arguments, photographs, capsys):
+    arguments = [photographs[0] if argument == "IMAGE" else argument for argument in arguments]
+    code, out, err = run(capsys, *arguments, "--local-files-only", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert "nobody/nothing" in err
+    assert "local folder" in err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "classify --model m",
+        "classify a.png --model m --top 0",
+        "segment a.png --model m",
+        "convert a b --image-size 1x2x3",
+        "classify a.png --model m --attn flash",
+    ],
+)
+def test_wrong_arguments_exit_with_2(line):
+    with pytest.raises(SystemExit) as caught:
+        main.main(line.split())
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "triton"])
+def test_from_image_files_to_labels(capsys, attention):
+    """The whole path with trained weights: digits that the shipped model has not seen are named."""
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    files = sorted((DIGITS / "images").glob("*.png"))
+    code, out, _ = run(
+        capsys, "classify", *files, "--model", DIGITS, "--attn", attention, "--json", "--top", 1, "--device", "cpu"
+    )
+    assert code == 0
+    answers = [result["classes"][0]["label"] for result in json.loads(out)["results"]]
+    assert len(files) == 20
+    assert answers == [names[int(file.name.split("_")[0])] for file in files]

@@ -1,0 +1,195 @@
+"""The CUDA sources through NVIDIA's compiler, without a GPU: for sm_80, 90 and 100, and what came out of it.
+
+No kernel keeps registers in local memory, each multiplies on tensor cores (or, in fp32, in the FMA pipes), and two
+blocks fit on a multiprocessor of any GPU from sm_80 on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ..support.cuda_emulation import REPOSITORY, SOURCES, content_key, torch_includes
+
+CAPABILITIES = (80, 90, 100)
+FILES = ("half", "single")
+FLAGS = ["-std=c++20", "-O3", f"-I{SOURCES}", *torch_includes(), "-DUSE_CUDA"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+SMALLEST_SHARED_MEMORY = 99 * 1024  # of a multiprocessor, on sm_86, 89 and 120
+REGISTERS = 64 * 1024
+THREADS = 128
+SECONDS = 300
+
+
+def find_nvcc() -> str | None:
+    """nvcc on the path, or in the CUDA toolkit."""
+    toolkits = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    folders = [f"{toolkit}/bin" for toolkit in toolkits if toolkit]
+    return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+
+
+NVCC = find_nvcc()
+
+
+def test_nvcc_is_there_where_it_is_required() -> None:
+    assert NVCC or os.environ.get("BEIT_FAST_REQUIRE_NVCC") != "1", (
+        "BEIT_FAST_REQUIRE_NVCC=1 is set, and nvcc is missing"
+    )
+
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc, a part of the CUDA toolkit, was not found")
+
+
+class Kernel(NamedTuple):
+    """What one kernel has become for one architecture. Sizes in bytes."""
+
+    name: str  # arithmetic, and the tile's rows
+    capability: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: Counter[str]
+    loop: Counter[str]  # instructions of the loop that multiplies
+
+
+def compiled(file: str, capability: int) -> Path:
+    """The cubin of a source file, from the last run if nothing has changed."""
+    assert NVCC is not None
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    key = content_key([SOURCES / "patch_embed"], version, *FLAGS)
+    cubin = REPOSITORY / "build" / "cuda" / f"{key}-{file}-{capability}.cubin"
+    if not cubin.exists():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cubin.with_suffix(f".{uuid.uuid4().hex}")
+        run_nvcc("-cubin", f"-arch=sm_{capability}", "-o", str(unfinished), str(SOURCES / "patch_embed" / f"{file}.cu"))
+        unfinished.replace(cubin)
+    return cubin
+
+
+def run_nvcc(*arguments: str) -> None:
+    command = [str(NVCC), *FLAGS, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "warning" not in done.stderr, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    """Every kernel for every architecture."""
+    jobs = [(file, capability) for capability in CAPABILITIES for file in FILES]
+    with ThreadPoolExecutor(2) as pool:
+        cubins = list(pool.map(lambda job: compiled(*job), jobs))
+    return [
+        kernel for (_, capability), cubin in zip(jobs, cubins, strict=True) for kernel in inspect(cubin, capability)
+    ]
+
+
+def inspect(cubin: Path, capability: int) -> list[Kernel]:
+    """The kernels of a cubin, by the tools that come with Triton."""
+    from triton import knobs
+
+    from beit_fast.kernels.aot import sass
+
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    codes = re.split(r"\.section\s+\.text\.(\w+)", sass.disassemble(cubin.read_bytes()))
+    code_of = dict(zip(codes[1::2], codes[2::2], strict=True))
+    found = []
+    for symbol, facts in re.findall(r"Function (\w*patch_embed_kernel\w*):\s*(.*)", usage):
+        sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", facts)}
+        numbers = re.search(r"ArithmeticE(\d)ENS0_4TileILi(\d+)E", symbol)
+        assert numbers is not None, symbol
+        name = f"{('float16', 'bfloat16', 'tf32', 'float32')[int(numbers[1])]} {numbers[2]}"
+        instructions = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code_of[symbol]))
+        loop = sass.main_loop(code_of[symbol])
+        resources = (sizes["REG"], sizes["STACK"], sizes["LOCAL"], sizes["SHARED"])
+        found.append(Kernel(name, capability, *resources, instructions, loop))
+    return found
+
+
+def names_of(kernel: Kernel) -> Counter[str]:
+    """Instructions without their modifiers."""
+    names: Counter[str] = Counter()
+    for instruction, count in kernel.instructions.items():
+        names[instruction.partition(".")[0]] += count
+    return names
+
+
+@needs_nvcc
+def test_all_kernels_are_there(kernels: list[Kernel]) -> None:
+    expected = {
+        f"{arithmetic} {rows}" for arithmetic in ("float16", "bfloat16", "tf32", "float32") for rows in (64, 128)
+    }
+    for capability in CAPABILITIES:
+        assert {kernel.name for kernel in kernels if kernel.capability == capability} == expected
+
+
+@needs_nvcc
+def test_no_register_goes_to_local_memory(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        assert (kernel.stack, kernel.local) == (0, 0), kernel
+        assert not {"LDL", "STL"} & names_of(kernel).keys(), kernel
+
+
+@needs_nvcc
+def test_two_blocks_fit_on_every_multiprocessor(kernels: list[Kernel]) -> None:
+    """Four of the small tile's, by their registers; CUDA keeps 1 KiB of shared memory a block for itself."""
+    for kernel in kernels:
+        blocks = 2 if kernel.name.endswith("128") else 4
+        assert blocks * THREADS * -(-kernel.registers // 8) * 8 <= REGISTERS, kernel
+        assert 2 * (kernel.shared + 1024) <= SMALLEST_SHARED_MEMORY, kernel
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [("float16", "HMMA.16816.F32"), ("bfloat16", "HMMA.16816.F32.BF16"), ("tf32", "HMMA.1688.F32.TF32")],
+)
+def test_products_are_formed_on_tensor_cores(kernels: list[Kernel], name: str, instruction: str) -> None:
+    """All of a step's: a warp's quarter of the tile, times 64 bytes of depth for each of the tile's slabs."""
+    for kernel in kernels:
+        arithmetic, rows = kernel.name.split()
+        if arithmetic != name:
+            continue
+        assert kernel.loop[instruction] == {"128": 64, "64": 32}[rows], kernel
+        loads = sum(count for load, count in kernel.loop.items() if load.startswith("LDSM"))
+        assert loads == 16, kernel
+
+
+@needs_nvcc
+def test_single_precision_is_not_rounded(kernels: list[Kernel]) -> None:
+    """The loop has four depths of a thread's sums, of both slabs in small tiles, and loads of four numbers."""
+    for kernel in kernels:
+        if not kernel.name.startswith("float32"):
+            continue
+        assert "HMMA" not in names_of(kernel)
+        rows, columns, slabs = {"128": (8, 16, 1), "64": (4, 8, 2)}[kernel.name.split()[1]]
+        fused = sum(count * (2 if name == "FFMA2" else 1) for name, count in kernel.loop.items() if "FFMA" in name)
+        assert fused >= slabs * 4 * rows * columns, kernel
+        assert kernel.loop["LDS.128"] >= slabs * (rows + columns), kernel
+
+
+@needs_nvcc
+def test_memory_is_read_by_vectors(kernels: list[Kernel]) -> None:
+    """16 bytes of weights and pixels at a time; the chunks of uint8 pixels are half or a quarter of that."""
+    for kernel in kernels:
+        assert kernel.instructions["LDG.E.128.CONSTANT"] > 0, kernel
+        assert any(name.startswith("LDGSTS") and "128" in name for name in kernel.loop | kernel.instructions), kernel
+        narrow = "LDG.E.CONSTANT" if "32" in kernel.name else "LDG.E.64.CONSTANT"
+        assert kernel.instructions[narrow] > 0, kernel
+
+
+@needs_nvcc
+def test_the_operator_compiles_against_the_stable_abi(tmp_path: Path) -> None:
+    source = str(SOURCES / "patch_embed" / "operator.cu")
+    run_nvcc("-c", "-arch=sm_90", "-Xcompiler", "-fPIC", "-o", str(tmp_path / "operator.o"), source)

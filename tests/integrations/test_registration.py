@@ -1,0 +1,425 @@
+"""`register()`: what Transformers' Auto classes build, and `attn_implementation="triton"` in its own BEiT."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers.models.beit import modeling_beit
+
+import beit_fast
+from beit_fast.integrations.transformers import attention_interface, register, unregister, with_transformers_outputs
+
+from ..support.attention_spy import AttentionSpy
+from ..support.oracle import relative_error
+from ..support.transformers_reference import (
+    CLASSES,
+    POSITIONS,
+    TINY,
+    main_output,
+    options_for,
+    random_inputs,
+    randomize,
+    scalar_of,
+)
+
+AUTO = {
+    "AutoModel": "BeitModel",
+    "AutoModelForImageClassification": "BeitForImageClassification",
+    "AutoModelForSemanticSegmentation": "BeitForSemanticSegmentation",
+    "AutoBackbone": "BeitBackbone",
+}
+NEEDS_5 = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="BEiT of 4.x takes no mask, and no other attention once built"
+)
+BIASED = [name for name in POSITIONS if name in ("per layer", "shared", "both")]
+
+
+@pytest.fixture
+def registered():
+    register()
+    yield
+    unregister()
+
+
+def config_for(name, position="per layer", **options):
+    return transformers.BeitConfig(**(TINY | options_for(name) | POSITIONS[position] | options))
+
+
+def reference(name, position="per layer", implementation="sdpa", **options):
+    """Transformers' model, fp64, every number drawn; its eager attention takes the softmax in fp32."""
+    config = config_for(name, position, **options)
+    model = getattr(transformers, name)._from_config(config, attn_implementation=implementation)
+    model = model.double().eval()
+    randomize(model)
+    return model
+
+
+def triton_copy(theirs, name):
+    """The same model of Transformers, built for `"triton"`."""
+    config = transformers.BeitConfig.from_dict(theirs.config.to_dict())
+    model = getattr(transformers, name)._from_config(config, attn_implementation="triton").double()
+    model.load_state_dict(theirs.state_dict())
+    return model.train(theirs.training)
+
+
+def rectangle_for(name):
+    """Another size than the native one, but for the segmentation of 4.57, which takes no other."""
+    native_only = name == "BeitForSemanticSegmentation" and transformers.__version__.startswith("4.")
+    return (32, 32) if native_only else (32, 40)
+
+
+def tokens_of(inputs, patch=8):
+    height, width = inputs["pixel_values"].shape[-2:]
+    return (height // patch) * (width // patch) + 1
+
+
+def assert_same_gradients(ours, theirs):
+    theirs = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        expected = theirs[name].grad
+        assert (parameter.grad is None) == (expected is None), name
+        if expected is not None:
+            assert relative_error(parameter.grad, expected) < 1e-9, name
+
+
+@pytest.mark.parametrize("auto", AUTO)
+def test_auto_classes_build_ours_from_a_configuration(auto, registered):
+    name = AUTO[auto]
+    model = getattr(transformers, auto).from_config(config_for(name), attn_implementation="triton", dtype=torch.float64)
+    assert isinstance(model, getattr(beit_fast, name))
+    assert type(model).__name__ == name
+    assert model.attn_implementation == "triton"
+    assert model.dtype == torch.float64
+    assert model.config == beit_fast.BeitConfig.from_dict(config_for(name).to_dict())
+
+
+@pytest.mark.parametrize("position", BIASED)
+@pytest.mark.parametrize("auto", [auto for auto in AUTO if auto != "AutoBackbone"])
+def test_auto_classes_load_ours_from_a_folder(auto, position, registered, tmp_path):
+    """Same outputs as Transformers' own class, in Transformers' output class, through the fused operator."""
+    name = AUTO[auto]
+    theirs = reference(name, position)
+    theirs.save_pretrained(tmp_path)
+    ours, info = getattr(transformers, auto).from_pretrained(
+        tmp_path, attn_implementation="triton", output_loading_info=True, trust_remote_code=False, use_safetensors=True
+    )
+    assert not any(info.values())
+    assert isinstance(ours, getattr(beit_fast, name))
+    assert ours.dtype == torch.float64
+    assert not ours.training
+    inputs = random_inputs(name, ours, rectangle_for(name))
+    inputs.pop("labels", None)
+    expected = theirs(**inputs, output_hidden_states=True)
+    with AttentionSpy(tokens_of(inputs)) as spy:
+        actual = ours(**inputs, output_hidden_states=True)
+    assert (spy.calls, spy.tables) == (ours.config.num_hidden_layers,) * 2
+    assert not spy.square
+    assert type(actual) is type(expected)
+    for mine, wanted in zip(main_output(actual), main_output(expected), strict=True):
+        assert relative_error(mine, wanted) < 1e-9
+    assert relative_error(actual.hidden_states[-1], expected.hidden_states[-1]) < 1e-9
+    assert type(ours(**inputs, return_dict=False)) is tuple
+
+
+def test_options_reach_the_model_that_an_auto_class_loads(registered, tmp_path):
+    reference("BeitForImageClassification").float().save_pretrained(tmp_path)
+    load = transformers.AutoModelForImageClassification.from_pretrained
+    model = load(tmp_path, dtype=torch.bfloat16, num_labels=7, ignore_mismatched_sizes=True)
+    assert (model.dtype, model.config.num_labels, model.attn_implementation) == (torch.bfloat16, 7, None)
+    assert load(tmp_path, attn_implementation="eager").attn_implementation == "eager"
+    with pytest.raises(TypeError, match="does not know variant"):
+        load(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'"):
+        load(tmp_path, attn_implementation="flash_attention_2")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a PEFT adapter.*PeftModel.from_pretrained"):
+        type(model).from_pretrained(tmp_path, adapter_kwargs={"_adapter_model_path": tmp_path})
+
+
+def test_what_an_auto_class_loaded_saves_bit_for_bit(registered, tmp_path):
+    reference("BeitForImageClassification").save_pretrained(tmp_path / "theirs")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    written, stored = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs"))
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[key], x) for key, x in stored.items())
+    again = transformers.BeitForImageClassification.from_pretrained(tmp_path / "ours")
+    assert type(again).__module__.startswith("transformers.")
+    assert copy.deepcopy(model).state_dict().keys() == pickle.loads(pickle.dumps(model)).state_dict().keys()
+
+
+def test_what_an_auto_class_built_can_be_optimised(registered):
+    model = transformers.AutoModelForImageClassification.from_config(config_for("BeitForImageClassification")).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    output = beit_fast.optimize_for_inference(model)(pixels)
+    assert type(output) is transformers.modeling_outputs.ImageClassifierOutput
+    torch.testing.assert_close(output.logits, model(pixels).logits)
+
+
+def test_a_model_type_of_its_own(registered):
+    config = transformers.AutoConfig.for_model("beit_fast", **(TINY | POSITIONS["per layer"]))
+    assert isinstance(config, transformers.BeitConfig)
+    assert isinstance(transformers.AutoModel.from_config(config), beit_fast.BeitModel)
+    assert isinstance(transformers.AutoBackbone.from_config(config), beit_fast.BeitBackbone)
+
+
+def test_outputs_of_transformers_for_a_model_built_here():
+    model = beit_fast.BeitForSemanticSegmentation(
+        beit_fast.BeitConfig(**(TINY | options_for("BeitForSemanticSegmentation")))
+    ).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    expected = model(pixels).logits
+    assert with_transformers_outputs(with_transformers_outputs(model)) is model
+    assert isinstance(model, beit_fast.BeitForSemanticSegmentation)
+    output = model(pixels)
+    assert type(output) is transformers.modeling_outputs.SemanticSegmenterOutput
+    assert torch.equal(output.logits, expected)
+    with pytest.raises(TypeError, match=r"Linear was given; accepted: BeitModel, .* of beit_fast"):
+        with_transformers_outputs(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_their_models_equal_sdpa(name, position, registered):
+    """Outputs, hidden states and every gradient, through one fused operator a layer and no dense bias."""
+    theirs = reference(name, position)
+    ours = triton_copy(theirs, name)
+    inputs = random_inputs(name, theirs, rectangle_for(name))
+    expected = theirs(**inputs, output_hidden_states=True)
+    with AttentionSpy(tokens_of(inputs)) as spy:
+        actual = ours(**inputs, output_hidden_states=True)
+    layers = ours.config.num_hidden_layers
+    assert (spy.calls, spy.tables) == (layers, layers if position in BIASED else 0)
+    assert not spy.square
+    for mine, wanted in zip(main_output(actual), main_output(expected), strict=True):
+        assert relative_error(mine, wanted) < 1e-9
+    for mine, wanted in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        assert relative_error(mine, wanted) < 1e-9
+    scalar_of(expected).backward()
+    scalar_of(actual).backward()
+    assert_same_gradients(ours, theirs)
+
+
+def test_a_dropped_bias_is_seen(registered, monkeypatch):
+    theirs = reference("BeitModel", "both")
+    ours = triton_copy(theirs, "BeitModel")
+    inputs = random_inputs("BeitModel", theirs)
+    attend = attention_interface.attention.attend
+    monkeypatch.setattr(
+        attention_interface.attention,
+        "attend",
+        lambda q, k, v, table, *others: attend(q, k, v, None, *others),
+    )
+    assert relative_error(ours(**inputs).last_hidden_state, theirs(**inputs).last_hidden_state) > 1e-2
+
+
+@NEEDS_5
+@pytest.mark.parametrize("position", ["per layer", "both", "none"])
+def test_models_built_before_take_it_too(position):
+    """By `set_attn_implementation`, back and forth, and they are theirs again afterwards."""
+    model = reference("BeitForImageClassification", position, "sdpa")
+    inputs = random_inputs("BeitForImageClassification", model)
+    expected = model(**inputs).logits
+    register()
+    try:
+        model.set_attn_implementation("triton")
+        with AttentionSpy(tokens_of(inputs)) as spy:
+            actual = model(**inputs).logits
+        assert (spy.calls, spy.square) == (3, [])
+        assert relative_error(actual, expected) < 1e-9
+        model.set_attn_implementation("sdpa")
+        with AttentionSpy(tokens_of(inputs)) as spy:
+            assert torch.equal(model(**inputs).logits, expected)
+        assert spy.calls == 0
+    finally:
+        unregister()
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@NEEDS_5
+@pytest.mark.parametrize("position", ["shared", "both", "none"])
+def test_padding_is_masked_as_eager_masks_it(position, registered):
+    """sdpa adds Transformers' bool mask to the bias as a number, so eager is the one that is right."""
+    theirs = reference("BeitModel", position, "eager")
+    ours = triton_copy(theirs, "BeitModel")
+    inputs = random_inputs("BeitModel", theirs)
+    mask = torch.ones(2, tokens_of(inputs), dtype=torch.long)
+    mask[0, -5:] = 0
+    expected = theirs(**inputs, attention_mask=mask).last_hidden_state
+    with AttentionSpy(tokens_of(inputs)) as spy:
+        actual = ours(**inputs, attention_mask=mask).last_hidden_state
+    assert (spy.calls, spy.square) == (3, [])
+    assert relative_error(actual, expected) < 1e-6
+    assert relative_error(actual, ours(**inputs).last_hidden_state) > 1e-3
+
+
+@pytest.mark.parametrize("position", ["both", "none"])
+def test_attention_weights_where_they_are_asked_for(position, registered):
+    theirs = reference("BeitModel", position, "eager")
+    ours = triton_copy(theirs, "BeitModel")
+    inputs = random_inputs("BeitModel", theirs)
+    expected, actual = (model(**inputs, output_attentions=True) for model in (theirs, ours))
+    assert len(actual.attentions) == 3
+    for mine, wanted in zip(actual.attentions, expected.attentions, strict=True):
+        assert relative_error(mine, wanted) < 1e-6
+    assert relative_error(actual.last_hidden_state, expected.last_hidden_state) < 1e-6
+
+
+@pytest.mark.parametrize("position", ["per layer", "shared"])
+def test_rectangular_native_windows_equal_theirs(position, registered):
+    """Transformers reads the table of a rectangle as (width, height); its own classes go on doing so."""
+    theirs = reference("BeitModel", position, image_size=(32, 48))
+    ours = triton_copy(theirs, "BeitModel")
+    inputs = random_inputs("BeitModel", theirs, size=(32, 48))
+    with AttentionSpy(tokens_of(inputs)) as spy:
+        actual = ours(**inputs).last_hidden_state
+    assert (spy.calls, spy.square) == (3, [])
+    assert relative_error(actual, theirs(**inputs).last_hidden_state) < 1e-9
+
+
+def test_training_with_gradient_checkpointing(registered):
+    theirs = reference("BeitForImageClassification", "both").train()
+    ours = triton_copy(theirs, "BeitForImageClassification")
+    ours.gradient_checkpointing_enable()
+    inputs = random_inputs("BeitForImageClassification", theirs)
+    theirs(**inputs).loss.backward()
+    with AttentionSpy(tokens_of(inputs)) as spy:
+        ours(**inputs).loss.backward()
+    assert spy.calls == 2 * 3
+    assert_same_gradients(ours, theirs)
+
+
+def test_attention_dropout_drops_in_training_alone(registered):
+    theirs = reference("BeitModel", attention_probs_dropout_prob=0.5)
+    ours = triton_copy(theirs, "BeitModel")
+    inputs = random_inputs("BeitModel", theirs)
+    still = ours(**inputs).last_hidden_state
+    ours.train()
+    first, second = (ours(**inputs).last_hidden_state for _ in range(2))
+    assert not torch.equal(first, second)
+    ours.eval()
+    assert torch.equal(ours(**inputs).last_hidden_state, still)
+
+
+def test_a_deep_copy_and_a_pickle_go_on(registered):
+    theirs = reference("BeitModel", "both")
+    ours = triton_copy(theirs, "BeitModel")
+    inputs = random_inputs("BeitModel", theirs)
+    expected = ours(**inputs).last_hidden_state
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        with AttentionSpy(tokens_of(inputs)) as spy:
+            assert torch.equal(again(**inputs).last_hidden_state, expected)
+        assert spy.calls == 3
+
+
+@pytest.mark.slow
+def test_it_compiles_whole(registered):
+    theirs = reference("BeitModel", "both")
+    ours = triton_copy(theirs, "BeitModel")
+    inputs = random_inputs("BeitModel", theirs)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(compiled(**inputs).last_hidden_state, ours(**inputs).last_hidden_state) < 1e-12
+
+
+@pytest.mark.parametrize("position", BIASED)
+def test_data2vec_vision_takes_it_at_construction(position, registered):
+    values = {key: value for key, value in TINY.items() if key != "vocab_size"} | POSITIONS[position]
+    build = transformers.Data2VecVisionForImageClassification._from_config
+    theirs = build(transformers.Data2VecVisionConfig(**values), attn_implementation="eager").double().eval()
+    randomize(theirs)
+    ours = build(transformers.Data2VecVisionConfig(**values), attn_implementation="triton").double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    ours = pickle.loads(pickle.dumps(ours))
+    inputs = random_inputs("BeitForImageClassification", theirs, size=(32, 40))
+    expected = theirs(**inputs)
+    with AttentionSpy(tokens_of(inputs)) as spy:
+        actual = ours(**inputs)
+    assert (spy.calls, spy.tables, spy.square) == (3, 3, [])
+    assert relative_error(actual.logits, expected.logits) < 1e-9
+    expected.loss.backward()
+    actual.loss.backward()
+    assert_same_gradients(ours, theirs)
+    weights = ours(**inputs, output_attentions=True).attentions
+    wanted = theirs(**inputs, output_attentions=True).attentions
+    assert all(relative_error(a, b) < 1e-9 for a, b in zip(weights, wanted, strict=True))
+
+
+@NEEDS_5
+def test_refusals(registered):
+    vit = transformers.ViTModel._from_config(
+        transformers.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=32,
+            image_size=32,
+            patch_size=8,
+        ),
+        attn_implementation="triton",
+    )
+    with pytest.raises(ValueError, match="'triton' is for BEiT, not for ViT"):
+        vit(torch.randn(1, 3, 32, 32))
+    unregister()
+    model = reference("BeitModel")
+    register()
+    model.config._attn_implementation = "triton"
+    with pytest.raises(ValueError, match=r"built before register\(\).*set_attn_implementation\('triton'\)"):
+        model(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+
+
+def test_without_register_transformers_refuses_the_name():
+    with pytest.raises(ValueError, match='="triton"` is not supported'):
+        transformers.BeitModel._from_config(config_for("BeitModel"), attn_implementation="triton")
+
+
+def entries():
+    """All that `register` touches, as it is now."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    bias, base = modeling_beit.BeitRelativePositionBias, modeling_beit.BeitPreTrainedModel
+    return {
+        "auto": [dict(getattr(transformers, auto)._model_mapping._extra_content) for auto in AUTO],
+        "configurations": dict(CONFIG_MAPPING._extra_content),
+        "attention": dict(transformers.AttentionInterface._global_mapping),
+        "masks": dict(transformers.AttentionMaskInterface._global_mapping),
+        "bias": dict(vars(bias)),
+        "base": dict(vars(base)),
+        "model": dict(vars(transformers.PreTrainedModel)),
+    }
+
+
+def test_unregister_leaves_nothing_behind():
+    class Own:
+        """What somebody registered before."""
+
+    mapping = transformers.AutoModel._model_mapping._extra_content
+    mapping[transformers.BeitConfig] = Own
+    try:
+        before = entries()
+        register(backbones=False, attention=False)
+        assert transformers.AutoBackbone._model_mapping[transformers.BeitConfig] is transformers.BeitBackbone
+        assert "triton" not in transformers.AttentionInterface._global_mapping
+        register()
+        after = entries()
+        register()
+        assert entries() == after != before
+        unregister()
+        assert entries() == before
+        unregister()
+        assert entries() == before
+    finally:
+        del mapping[transformers.BeitConfig]
+
+
+def test_a_registration_that_fails_half_way_is_undone(monkeypatch):
+    before = entries()
+    monkeypatch.delattr(transformers.PreTrainedModel, "get_correct_attn_implementation")
+    with pytest.raises(AttributeError, match="get_correct_attn_implementation"):
+        register(models=False, backbones=False)
+    monkeypatch.undo()
+    assert entries() == before

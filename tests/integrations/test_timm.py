@@ -1,0 +1,506 @@
+"""timm's BEiT accelerated in place: outputs and gradients, the operator called, and timm's own functions after it."""
+
+import copy
+import importlib
+import io
+import pickle
+import re
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..support import timm_reference
+from ..support.devices import DEFAULT_ATTENTION
+from ..support.oracle import assert_within_budget, relative_error
+from ..support.timm_reference import timm
+
+# By name, after timm_reference: that imports timm where torchvision is not installed.
+integration = importlib.import_module("beit_fast.integrations.timm")
+timm_accelerate = importlib.import_module("beit_fast.integrations.timm.accelerate")
+accelerate, restore = integration.accelerate, integration.restore
+timm_beit = timm.models.beit
+
+PER_LAYER, SHARED = {"use_rel_pos_bias": True}, {"use_shared_rel_pos_bias": True}
+NETWORKS = {
+    "per layer": PER_LAYER,
+    "shared": SHARED,
+    "both": PER_LAYER | SHARED,
+    "absolute": {"use_abs_pos_emb": True},
+    "rectangular": PER_LAYER | SHARED | {"img_size": (24, 40)},
+    "no biases of q and v": PER_LAYER | {"qkv_bias": False},
+    "heads of 88": PER_LAYER | {"embed_dim": 176, "num_heads": 2, "depth": 1},
+    "other parts": PER_LAYER | {"swiglu_mlp": True, "scale_mlp": True, "init_values": None, "global_pool": "token"},
+}
+
+
+def pair(name="per layer", **options):
+    """timm's model, and a copy of it that is accelerated to call the operator."""
+    reference = timm_reference.build(**(NETWORKS[name] | options))
+    fast = copy.deepcopy(reference)
+    accelerate(fast, attn_implementation="triton")
+    return reference, fast
+
+
+def pixels_for(model, batch=2):
+    return torch.randn(batch, 3, *model.patch_embed.img_size, dtype=model.cls_token.dtype)
+
+
+def gradients(model, pixels):
+    """Of every parameter and of the pixels, for a loss that reads every logit."""
+    pixels = pixels.clone().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    logits = model(pixels)
+    (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"logits": logits.detach(), "pixels": pixels.grad} | found
+
+
+def assert_equal_results(fast, reference, pixels, tolerance=1e-5):
+    mine, wanted = gradients(fast, pixels), gradients(reference, pixels)
+    assert mine.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert relative_error(mine[name], value) < tolerance, name
+
+
+class Spy(TorchDispatchMode):
+    """Counts calls of the operator and remembers tensors that end in `[N, N]`."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.calls, self.square = tokens, [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.beit_fast.rel_pos_attention.default:
+            self.calls.append(args)
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-2:] == (self.tokens, self.tokens):
+                self.square.append((function, tensor.shape))
+        return out
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_and_gradients_are_timm_s(name, mode):
+    reference, fast = (model.train(mode == "train") for model in pair(name))
+    assert_equal_results(fast, reference, pixels_for(reference))
+    assert_equal_results(fast.double(), reference.double(), pixels_for(reference), tolerance=1e-11)
+
+
+@pytest.mark.parametrize("attribute", ["fused_attn", "qkv_bias_separate"])
+def test_settings_of_timm_s_attention(attribute):
+    """Attention written out instead of SDPA, and projections whose bias is added afterwards."""
+    reference, fast = pair("both")
+    for module in [*reference.modules(), *fast.modules()]:
+        if isinstance(module, timm_beit.Attention):
+            setattr(module, attribute, not getattr(module, attribute))
+    assert_equal_results(fast, reference, pixels_for(reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_timm_s(dtype):
+    reference, fast = pair("both")
+    pixels = pixels_for(reference)
+    with torch.no_grad():
+        exact = copy.deepcopy(reference).to(dtype).double()(pixels.to(dtype).double())
+        plain, mine = reference.to(dtype)(pixels.to(dtype)), fast.to(dtype)(pixels.to(dtype))
+    assert mine.dtype == dtype
+    assert_within_budget("logits", mine, exact, plain, 2.0)
+
+
+def test_autocast():
+    reference, fast = pair("both")
+    pixels = pixels_for(reference)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain, mine = reference(pixels), fast(pixels)
+    assert_within_budget("logits", mine, reference(pixels).detach(), plain, 2.0, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["per layer", "shared", "both", "absolute"])
+def test_the_operator_is_called_and_no_bias_is_made(name):
+    reference, fast = pair(name)
+    tokens, depth = 17, len(fast.blocks)
+    with Spy(tokens) as spy:
+        gradients(fast, pixels_for(fast))
+    assert len(spy.calls) == depth
+    assert not spy.square
+    packed = spy.calls[0][0]
+    assert packed.stride() == (tokens * 3 * 32, 3 * 32, 8, 1), "q is a view of the packed projection"
+    with Spy(tokens) as spy:
+        gradients(reference, pixels_for(reference))
+    assert not spy.calls
+    assert bool(spy.square) == (name != "absolute"), "the spy sees the bias that timm makes"
+
+
+@pytest.mark.parametrize("name", ["per layer", "shared"])
+def test_a_lost_bias_is_noticed(name, monkeypatch):
+    reference, fast = pair(name)
+    pixels = pixels_for(reference)
+    monkeypatch.setattr(timm_accelerate.FusedAttention, "_table", lambda self, shared: (None, None))
+    with torch.no_grad():
+        assert relative_error(fast(pixels), reference(pixels)) > 1e-2
+    with pytest.raises(AssertionError):
+        assert_equal_results(fast, reference, pixels)
+
+
+def test_dropout_of_attention_in_training_only():
+    _, fast = pair(attn_drop_rate=0.25)
+    pixels = pixels_for(fast)
+    with torch.no_grad(), Spy(17) as spy:
+        first, again = fast(pixels), fast(pixels)
+    assert torch.equal(first, again)
+    assert {call[7] for call in spy.calls if len(call) > 7} <= {0.0}
+    fast.train()
+    with torch.no_grad(), Spy(17) as spy:
+        first, again = fast(pixels), fast(pixels)
+        torch.manual_seed(0)
+        seeded = fast(pixels)
+        torch.manual_seed(0)
+        assert torch.equal(fast(pixels), seeded)
+    assert not torch.allclose(first, again)
+    assert {call[7] for call in spy.calls} == {0.25}
+    assert len({call[8] for call in spy.calls}) == 3 * 3, "each layer and each call draws a seed"
+
+
+def test_random_paths_and_projections_stay_timm_s():
+    """Drop path and dropout of projections draw the same numbers as before."""
+    reference, fast = (m.train() for m in pair(drop_path_rate=0.5, proj_drop_rate=0.2, pos_drop_rate=0.1))
+    pixels = pixels_for(reference)
+    results = []
+    for model in (reference, fast):
+        torch.manual_seed(7)
+        results.append(model(pixels))
+    assert relative_error(results[1], results[0]) < 1e-5
+
+
+def test_the_report():
+    model = timm_reference.build(**NETWORKS["both"])
+    report = accelerate(model)
+    assert report.replaced == ["rel_pos_bias", *(f"blocks.{index}.attn" for index in range(3))]
+    assert not report.left_alone
+    text = str(report)
+    assert "3 Attention (blocks.*.attn)" in text
+    assert f"attention on cpu in torch.float32, head dimension 8: {DEFAULT_ATTENTION}" in text
+    with torch.no_grad(), Spy(17) as spy:
+        model(pixels_for(model))
+    assert len(spy.calls) == (3 if DEFAULT_ATTENTION == "triton/c++" else 0)
+    again = accelerate(model, attn_implementation="triton")
+    assert not again.replaced
+    assert len(again.already_fast) == 4
+    assert {block.attn.attn_implementation for block in model.blocks} == {"triton"}
+
+
+def test_restore_gives_back_timm_s_model_to_the_bit():
+    reference = timm_reference.build(**NETWORKS["both"])
+    model = copy.deepcopy(reference)
+    parameters = dict(model.named_parameters())
+    accelerate(model)
+    assert len(restore(model).restored) == 4
+    assert not restore(model).restored
+    for mine, theirs in zip(model.modules(), reference.modules(), strict=True):
+        assert type(mine) is type(theirs)
+        assert vars(mine).keys() == vars(theirs).keys()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    pixels = pixels_for(model)
+    wanted = gradients(reference, pixels)
+    assert all(torch.equal(value, wanted[name]) for name, value in gradients(model, pixels).items())
+
+
+def test_parameters_names_and_hooks_stay():
+    model = timm_reference.build(**NETWORKS["both"])
+    before, keys = {id(p) for p in model.parameters()}, list(model.state_dict())
+    seen = []
+    model.blocks[1].attn.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    accelerate(model)
+    assert {id(p) for p in model.parameters()} == before
+    assert list(model.state_dict()) == keys
+    assert model.no_weight_decay() == timm_reference.build(**NETWORKS["both"]).no_weight_decay()
+    model(pixels_for(model))
+    assert seen == [(2, 17, 32)]
+
+
+class OwnAttention(timm_beit.Attention):
+    pass
+
+
+class OwnBeit(timm_beit.Beit):
+    pass
+
+
+def _own_forward(model):
+    attn = model.blocks[1].attn
+    attn.forward = lambda x, shared_rel_pos_bias=None: x
+
+
+def _hooked_dropout(model):
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda *_: None)
+
+
+def _own_dropout(model):
+    model.blocks[1].attn.attn_drop = nn.Identity()
+
+
+def _own_class(model):
+    model.blocks[1].attn.__class__ = OwnAttention
+
+
+OBSTACLES = {
+    "has a forward of its own": _own_forward,
+    "hooks or a forward of its own on attn_drop": _hooked_dropout,
+    r"has Identity\(\) as attn_drop; accepted: Dropout": _own_dropout,
+    "OwnAttention, which may compute something else": _own_class,
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_what_is_unlike_timm_s_attention_is_left_alone(reason):
+    model = timm_reference.build(**PER_LAYER)
+    OBSTACLES[reason](model)
+    expected = model(pixels_for(model).fill_(0.5))
+    kind = type(model.blocks[1].attn)
+    report = accelerate(model)
+    assert report.replaced == ["blocks.0.attn", "blocks.2.attn"]
+    assert list(report.left_alone) == ["blocks.1.attn"]
+    assert re.search(reason, report.left_alone["blocks.1.attn"])
+    assert re.search(reason, str(report))
+    assert type(model.blocks[1].attn) is kind
+    assert relative_error(model(pixels_for(model).fill_(0.5)), expected) < 1e-5
+
+
+SHARED_OBSTACLES = {
+    "shares a bias with blocks.1.attn, which has a forward of its own": _own_forward,
+    "expect a dense bias": lambda model: model.rel_pos_bias.register_forward_hook(lambda *_: None),
+    "OwnBeit, which may read the dense bias": lambda model: setattr(model, "__class__", OwnBeit),
+}
+
+
+@pytest.mark.parametrize("reason", SHARED_OBSTACLES)
+def test_what_shares_a_bias_is_replaced_together_or_not_at_all(reason):
+    model = timm_reference.build(**NETWORKS["both"])
+    SHARED_OBSTACLES[reason](model)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=f"can replace none of the BEiT layers of .*Beit:(.|\\n)*{reason}"):
+        accelerate(model)
+    assert [type(module) for module in model.modules()] == classes
+    two = nn.ModuleList([model, timm_reference.build(**SHARED)])
+    report = accelerate(two)
+    assert list(report.left_alone) == ["0.rel_pos_bias", "0.blocks.0.attn", "0.blocks.1.attn", "0.blocks.2.attn"]
+    assert report.replaced[0] == "1.rel_pos_bias"
+    assert len(report.replaced) == 4
+
+
+def test_a_part_of_a_model_whose_bias_is_dense_is_refused_at_the_call():
+    model = timm_reference.build(**SHARED)
+    accelerate(model.blocks)
+    with pytest.raises(ValueError, match=r"dense shared_rel_pos_bias \[4, 17, 17\]: accelerate the whole Beit"):
+        model(pixels_for(model))
+    assert accelerate(model).replaced == ["rel_pos_bias"]
+    model(pixels_for(model))
+
+
+def test_models_without_timm_s_beit_are_refused():
+    vit = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4
+    )
+    for function in (accelerate, restore):
+        with pytest.raises(ValueError, match=r"(?s)no attention of timm's BEiT.*timm\.models\.beit\.Attention.*Block"):
+            function(vit)
+        with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not a dict"):
+            function({})
+    with pytest.raises(ValueError, match="attn_implementation is 'sdpa'; accepted are 'triton' and None"):
+        accelerate(timm_reference.build(**PER_LAYER), attn_implementation="sdpa")
+
+
+def test_another_version_of_timm_s_attention_is_refused(monkeypatch):
+    model = timm_reference.build(**PER_LAYER)
+    monkeypatch.setattr(timm_beit.Attention, "forward", lambda self, x, rope=None, attn_mask=None: x)
+    with pytest.raises(ValueError, match=r"takes \(x, rope, attn_mask\); accepted: \(x, shared_rel_pos_bias\)"):
+        accelerate(model)
+    assert type(model.blocks[0].attn) is timm_beit.Attention
+
+
+def test_restore_does_not_undo_what_came_later():
+    _, fast = pair()
+    fast.blocks[1].attn.forward = fast.blocks[1].attn.forward
+    with pytest.raises(ValueError, match=r"a forward of its own of blocks\.1\.attn"):
+        restore(fast)
+    assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
+
+
+def test_without_timm_one_error_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("beit_fast.integrations.timm")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("timm", "timm.models", "timm.layers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"needs timm .*pip install 'timm"):
+        importlib.import_module("beit_fast.integrations.timm")
+
+
+TINY_ARGUMENTS = {key: value for key, value in timm_reference.TINY.items() if key != "num_classes"}
+
+
+@pytest.mark.parametrize("name", ["per layer", "both"])
+def test_features_only(name):
+    options = {
+        **TINY_ARGUMENTS,
+        "use_rel_pos_bias": False,
+        **NETWORKS[name],
+        "features_only": True,
+        "out_indices": (0, 2),
+    }
+    reference = timm.create_model("beit_base_patch16_224", **options).eval()
+    reference.model.load_state_dict(timm_reference.build(**NETWORKS[name]).state_dict(), strict=False)
+    fast = copy.deepcopy(reference)
+    accelerate(fast, attn_implementation="triton")
+    pixels = torch.randn(2, 3, 32, 32)
+    with Spy(17) as spy:
+        maps = fast(pixels)
+    assert len(spy.calls) == 3
+    assert fast.feature_info.channels() == [32, 32]
+    for mine, theirs in zip(maps, reference(pixels), strict=True):
+        assert mine.shape == (2, 32, 4, 4)
+        assert relative_error(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("size", [48, (40, 24)])
+@pytest.mark.parametrize("name", ["per layer", "both"])
+def test_set_input_size(name, size):
+    reference, fast = pair(name)
+    for model in (reference, fast):
+        model.set_input_size(size)
+    assert_equal_results(fast, reference, pixels_for(reference))
+    patched = {"img_size": 32, "patch_size": 4}
+    for model in (reference, fast):
+        model.set_input_size(**patched)
+    assert fast.blocks[0].attn.window_size == (8, 8)
+    assert_equal_results(fast, reference, pixels_for(reference))
+
+
+def test_forward_intermediates():
+    reference, fast = pair("both", global_pool="token")
+    pixels = pixels_for(reference)
+    for options in (
+        {"indices": 2},
+        {"indices": [0, 1], "stop_early": True, "intermediates_only": True},
+        {"norm": True, "output_fmt": "NLC", "return_prefix_tokens": True},
+    ):
+        flat = [torch.utils._pytree.tree_leaves(m.forward_intermediates(pixels, **options)) for m in (fast, reference)]
+        for mine, theirs in zip(*flat, strict=True):
+            assert relative_error(mine, theirs) < 1e-5
+
+
+def test_pruning_and_a_new_classifier():
+    reference, fast = pair("shared")
+    for model in (reference, fast):
+        assert model.prune_intermediate_layers([0, 1], prune_head=False) == [0, 1]
+        torch.manual_seed(0)
+        model.reset_classifier(7, "token")
+    assert fast(pixels_for(fast)).shape == (2, 7)
+    assert_equal_results(fast, reference, pixels_for(reference))
+    assert len(restore(fast).restored) == 3
+
+
+@pytest.mark.parametrize("name", ["per layer", "shared", "both"])
+def test_gradient_checkpointing(name):
+    reference, fast = (model.train() for model in pair(name))
+    fast.set_grad_checkpointing()
+    with Spy(17) as spy:
+        gradients(fast, pixels_for(fast))
+    assert len(spy.calls) == 6, "three layers forward, and again backward"
+    assert_equal_results(fast, reference, pixels_for(reference))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_accelerated_models(how):
+    reference, fast = pair("both")
+    if how == "deepcopy":
+        copied = copy.deepcopy(fast)
+    elif how == "pickle":
+        copied = pickle.loads(pickle.dumps(fast))
+    else:
+        file = io.BytesIO()
+        torch.save(fast, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    with Spy(17) as spy:
+        assert_equal_results(copied, reference, pixels_for(reference))
+    assert len(spy.calls) == 3
+    restore(copied)
+    assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
+
+
+def test_state_dicts_go_both_ways():
+    reference, fast = (model.double() for model in pair("both"))
+    other = {name: torch.randn_like(tensor) for name, tensor in reference.state_dict().items()}
+    reference.load_state_dict(other)
+    fast.load_state_dict(reference.state_dict())
+    assert_equal_results(fast, reference, pixels_for(reference), tolerance=1e-10)
+
+
+def test_traced():
+    reference, fast = pair("both")
+    pixels = pixels_for(reference)
+    traced = torch.jit.trace(fast, pixels, check_trace=False)
+    assert "beit_fast::rel_pos_attention" in str(traced.inlined_graph)
+    batch = torch.randn(3, 3, 32, 32)
+    assert relative_error(traced(batch), reference(batch)) < 1e-5
+
+
+@pytest.fixture
+def _nothing_compiled_before():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.parametrize("name", ["per layer", pytest.param("both", marks=pytest.mark.slow)])
+def test_one_graph_for_every_batch(name):
+    reference, fast = pair(name, depth=2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fast, fullgraph=True, backend=counter)
+    for batch in (2, 3, 5):
+        pixels = pixels_for(reference, batch)
+        torch._dynamo.mark_dynamic(pixels, 0)
+        with torch.no_grad():
+            assert relative_error(compiled(pixels), reference(pixels)) < 1e-5
+    assert counter.frame_count == 1
+    assert any(node.target is torch.ops.beit_fast.rel_pos_attention.default for node in counter.graphs[0].graph.nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training(checkpointing):
+    reference, fast = (model.train() for model in pair("both", depth=2))
+    fast.set_grad_checkpointing(checkpointing)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    pixels = pixels_for(reference)
+    wanted = gradients(reference, pixels)
+    fast.zero_grad()
+    logits = compiled(pixels)
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    for name, parameter in fast.named_parameters():
+        assert relative_error(parameter.grad, wanted[name]) < 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_nothing_compiled_before")
+def test_a_compiled_model_notices_accelerate_and_restore():
+    model = timm_reference.build(**NETWORKS["both"], depth=1)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    pixels = pixels_for(model)
+    with torch.no_grad():
+        wanted = compiled(pixels)
+        accelerate(compiled)
+        assert relative_error(compiled(pixels), wanted) < 1e-5
+        restore(compiled)
+        assert torch.equal(compiled(pixels), wanted)
+    operator = torch.ops.beit_fast.rel_pos_attention.default
+    used = [any(node.target is operator for node in graph.graph.nodes) for graph in counter.graphs]
+    assert used[:2] == [False, True]

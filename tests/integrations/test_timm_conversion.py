@@ -1,0 +1,190 @@
+"""Image classifiers from timm to ours and back: parameters to the bit, the same outputs and gradients, refusals."""
+
+import importlib
+
+import pytest
+import torch
+
+import beit_fast
+from beit_fast.checkpoint.key_mapping import to_timm_names
+
+from ..support import models, timm_reference
+from ..support.oracle import relative_error
+from ..support.timm_reference import timm
+
+# By name, after timm_reference: that imports timm where torchvision is not installed.
+integration = importlib.import_module("beit_fast.integrations.timm")
+accelerate, from_timm, to_timm = integration.accelerate, integration.from_timm, integration.to_timm
+
+NETWORKS = {
+    **timm_reference.POSITIONS,
+    "rectangular": {"use_rel_pos_bias": True, "img_size": (24, 40)},
+    "pooled by CLS": {"use_rel_pos_bias": True, "global_pool": "token"},
+    "without layer scale": {"use_rel_pos_bias": True, "init_values": None},
+    "grey": {"use_rel_pos_bias": True, "in_chans": 1},
+    "without a head": {"use_rel_pos_bias": True, "num_classes": 0},
+    "one layer": {"use_rel_pos_bias": True, "depth": 1},
+    "other norms": {"use_rel_pos_bias": True, "norm_layer": lambda size, **_: torch.nn.LayerNorm(size, eps=1e-3)},
+}
+
+
+def pixels_for(model):
+    return torch.randn(2, model.in_chans, *model.patch_embed.img_size)
+
+
+def scalar(logits):
+    return (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
+
+
+def assert_equal_states(mine, wanted):
+    mine, wanted = mine.state_dict(), wanted.state_dict()
+    assert mine.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(mine[name], tensor), name
+        assert mine[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_timm_s_classifier_becomes_ours_and_timm_s_again(name):
+    theirs = timm_reference.build(**NETWORKS[name])
+    ours = from_timm(theirs, attn_implementation="triton")
+    pixels = pixels_for(theirs)
+    wanted, logits = theirs(pixels), ours(pixels).logits
+    assert relative_error(logits, wanted) < 1e-5
+    scalar(wanted).backward()
+    scalar(logits).backward()
+    # Gradients are renamed as parameters are: a gradient of the packed projection is that of its three parts.
+    gradients = to_timm_names({key: parameter.grad for key, parameter in ours.named_parameters()})
+    for key, parameter in theirs.named_parameters():
+        assert relative_error(gradients[key], parameter.grad) < 1e-5, key
+    back = to_timm(ours)
+    assert_equal_states(back, theirs)
+    assert relative_error(back(pixels), wanted) < 1e-6
+    assert not {p.data_ptr() for p in back.parameters()} & {p.data_ptr() for p in theirs.parameters()}
+
+
+@pytest.mark.parametrize("position", ["per layer", "shared", "both", "absolute"])
+def test_our_classifier_becomes_timm_s_and_ours_again(position):
+    options = {"use_mask_token": False, "drop_path_rate": 0.3, "attention_probs_dropout_prob": 0.1}
+    options |= {"vocab_size": beit_fast.BeitConfig.vocab_size}  # of no head here, and unknown to timm
+    ours = models.build(position=position, hidden_dropout_prob=0.2, **options).train()
+    theirs = to_timm(ours)
+    assert theirs.training
+    assert {block.mlp.drop1.p for block in theirs.blocks} == {0.0}
+    back = from_timm(theirs)
+    assert back.training
+    assert back.config == ours.config
+    assert_equal_states(back, ours)
+    pixels = models.images()
+    with torch.no_grad():
+        assert relative_error(theirs.eval()(pixels), ours.eval()(pixels).logits) < 1e-5
+    torch.manual_seed(0)
+    dropped = theirs.train()(pixels)
+    assert not torch.allclose(dropped, theirs.eval()(pixels))
+
+
+def test_dtypes_sizes_and_what_timm_says_of_images():
+    ours = models.build(use_mask_token=False, image_size=(24, 40), intermediate_size=37).bfloat16()
+    ours.set_pixel_normalization(models.MEAN, models.STD)
+    theirs = to_timm(ours)
+    assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
+    assert theirs.blocks[0].mlp.fc1.out_features == 37
+    options = theirs.pretrained_cfg
+    assert options["input_size"] == (3, 24, 40)
+    assert (list(options["mean"]), list(options["std"])) == (models.MEAN, models.STD)
+    assert options["num_classes"] == 5
+    assert not {"url", "hf_hub_id"} & set(options)
+    assert from_timm(theirs).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("size", "inner"), [(768, 3072), (1408, 6144), (176, 469), (49, 29)])
+def test_every_width_of_the_mlp_survives_timm_s_ratio(size, inner):
+    from beit_fast.integrations.timm.conversion import _mlp_ratio
+
+    assert int(size * _mlp_ratio(size, inner)) == inner
+
+
+def test_parameters_of_several_dtypes_keep_theirs():
+    theirs = timm_reference.build(use_rel_pos_bias=True)
+    for block in theirs.blocks:
+        block.attn.relative_position_bias_table.data = block.attn.relative_position_bias_table.data.double()
+    assert_equal_states(to_timm(from_timm(theirs)), theirs)
+
+
+def test_an_accelerated_model_is_converted():
+    theirs = timm_reference.build(use_rel_pos_bias=True, use_shared_rel_pos_bias=True)
+    pixels = pixels_for(theirs)
+    wanted = theirs(pixels)
+    accelerate(theirs)
+    assert relative_error(from_timm(theirs)(pixels).logits, wanted) < 1e-5
+
+
+def test_another_image_size_after_the_conversion():
+    """timm resizes tables once and geometrically, ours at every call and bilinearly: both are there to choose from."""
+    theirs = timm_reference.build(use_rel_pos_bias=True)
+    ours = from_timm(theirs)
+    theirs.set_input_size(48)
+    resized = from_timm(theirs)
+    assert resized.config.window == (6, 6)
+    pixels = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        assert relative_error(resized(pixels).logits, theirs(pixels)) < 1e-5
+        assert relative_error(ours(pixels).logits, theirs(pixels)) > 1e-4
+
+
+UNLIKE_OURS = {
+    "Mlp with GELU": {"swiglu_mlp": True},
+    r"has beyond it: .*mlp\.norm": {"scale_mlp": True},
+    r"lacks: .*query\.bias": {"qkv_bias": False},
+    r"patches of \(8, 4\)": {"patch_size": (8, 4)},
+    "global_pool='avg' with norm; accepted": {"use_fc_norm": False},
+    "global_pool='' with norm": {"global_pool": ""},
+    r"head_drop with p=0\.1; accepted here: 0\.0": {"drop_rate": 0.1},
+    r"mlp\.drop1 with p=0\.2": {"proj_drop_rate": 0.2, "pos_drop_rate": 0.2},
+    r"attn\.proj_drop with p=0\.2; accepted here: 0\.0": {"proj_drop_rate": 0.2},
+}
+
+
+@pytest.mark.parametrize("reason", UNLIKE_OURS)
+def test_networks_that_are_unlike_ours_are_refused(reason):
+    theirs = timm_reference.build(**({"use_rel_pos_bias": True} | UNLIKE_OURS[reason]))
+    with pytest.raises(ValueError, match=f"(?s)BeitForImageClassification cannot be this model:.*- .*{reason}"):
+        from_timm(theirs)
+
+
+def test_every_reason_is_listed():
+    theirs = timm_reference.build(use_rel_pos_bias=True, swiglu_mlp=True, global_pool="", drop_rate=0.1)
+    theirs.blocks[1].norm1.eps = 1e-3
+    theirs.blocks[2].attn.attn_drop.p = 0.5
+    theirs.blocks[0].drop_path1 = timm.layers.DropPath(0.3)
+    with pytest.raises(ValueError, match="cannot be this model") as refusal:
+        from_timm(theirs)
+    for part in (
+        "global_pool",
+        "SwiGLU",
+        "eps of 1e-06, 0.001",
+        "head_drop",
+        "attn.attn_drop",
+        "drop path with rates 0.3",
+    ):
+        assert part in str(refusal.value), part
+
+
+def test_networks_that_timm_has_not_are_refused(tmp_path):
+    ours = models.build(hidden_act="relu", head_dim=4)
+    with pytest.raises(ValueError, match=r"(?s)timm's Beit cannot be.*head_dim=4.*hidden_act='relu'.*mask token"):
+        to_timm(ours)
+    with_token = models.build()
+    with_token.save_pretrained(tmp_path)
+    to_timm(beit_fast.BeitForImageClassification.from_pretrained(tmp_path, use_mask_token=False))
+    with torch.device("meta"):
+        empty = beit_fast.BeitForImageClassification(beit_fast.BeitConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"meta device, which have no values: .* and"):
+        to_timm(empty)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match="to_timm takes a BeitForImageClassification, not a BeitModel"):
+        to_timm(models.build("BeitModel"))
+    with pytest.raises(TypeError, match=r"from_timm takes a Beit of timm\.models\.beit, not a Linear"):
+        from_timm(torch.nn.Linear(1, 1))

@@ -1,0 +1,119 @@
+"""The dispatcher: what a name resolves to, what is refused and why, and that every backend computes the same."""
+
+import pytest
+import torch
+
+from beit_fast.ops.dispatch import attention
+
+from ..support.cases import attention_case
+from ..support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
+from ..support.oracle import attention_oracle
+
+CPU = torch.device("cpu")
+
+
+def test_none_is_sdpa_where_no_fused_kernel_serves():
+    meta = torch.device("meta")
+    assert attention.resolve(None, meta, torch.float32, 64) == "sdpa"
+    assert attention.kernel_name(None, meta, torch.float32, 64) == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_none_is_the_native_kernel_where_it_is_loaded(dtype):
+    assert attention.kernel_name(None, CPU, dtype, 64) == DEFAULT_ATTENTION
+    assert attention.resolve(None, CPU, dtype, 64) == DEFAULT_ATTENTION.partition("/")[0]
+
+
+def test_triton_on_cpu_names_the_kernel_behind_it():
+    assert attention.resolve("triton", CPU, torch.float32, 64) == "triton"
+    assert attention.kernel_name("triton", "cpu", torch.float32, 64) == CPU_ATTENTION
+
+
+def test_an_unknown_name_lists_what_is_accepted():
+    with pytest.raises(ValueError, match=r"'flash'.*'eager', 'sdpa', 'triton', None"):
+        attention.resolve("flash", CPU, torch.float32, 64)
+
+
+def test_a_refusal_lists_every_kernel_with_every_reason():
+    with pytest.raises(ValueError, match="attn_implementation='triton' cannot serve") as error:
+        attention.resolve("triton", torch.device("xpu"), torch.int32, 65)
+    text = str(error.value)
+    for reason in (
+        "torch.int32 with head dimension 65 on xpu",
+        "triton/cuda: serves cuda tensors, not xpu; dtype torch.int32 is none of float16, bfloat16, float32; "
+        "head dimension 65 is not a multiple of 8 from 8 to 128",
+        "triton/interpreter: serves cpu tensors, not xpu; TRITON_INTERPRET=1 was not set",
+        "triton/c++: serves cpu tensors, not xpu",
+        "dtype torch.int32 is none of float16, bfloat16, float32, float64",
+        "triton/composite: serves cpu tensors, not xpu; dtype torch.int32 is not a floating-point type",
+        "Use 'sdpa' or 'eager'",
+    ):
+        assert reason in text
+
+
+def test_none_never_refuses_on_a_device_without_a_kernel():
+    assert attention.resolve(None, torch.device("xpu"), torch.float32, 65) == "sdpa"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_cuda_without_a_device_says_so():
+    with pytest.raises(ValueError, match="torch finds no CUDA device"):
+        attention.resolve("triton", torch.device("cuda", 0), torch.bfloat16, 64)
+
+
+def test_kernels_are_described_with_reasons():
+    rows = {name: (serves, reasons) for name, serves, reasons in attention.describe_kernels()}
+    assert rows[CPU_ATTENTION] == (True, ())
+    assert [name for name, (serves, _) in rows.items() if serves and name != "triton/cuda"] == [CPU_ATTENTION]
+    assert all(serves == (not reasons) for serves, reasons in rows.values())
+    on_cpu = {name: reasons for name, _, reasons in attention.describe_kernels("cpu")}
+    assert "serves cuda tensors, not cpu" in on_cpu["triton/cuda"]
+
+
+@pytest.mark.parametrize("backend", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_every_backend_computes_the_same(backend, biased, masked):
+    """The last sample of a masked case masks every key: zeros and finite gradients, never NaN."""
+    case = attention_case((3, 5), batch=3, dtype=torch.float64, biased=biased, masked=masked)
+    inputs = (case.q, case.k, case.v, case.table, case.window, case.key_mask)
+    out = attention.attend(*inputs, implementation=backend)
+    expected = attention_oracle(*inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-8)
+    grads = torch.autograd.grad(out, case.leaves(), case.grad_out)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, case.leaves(), case.grad_out), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-6, atol=1e-8)
+    if masked:
+        assert torch.equal(out[-1], torch.zeros_like(out[-1]))
+
+
+@pytest.mark.parametrize("backend", attention.IMPLEMENTATIONS)
+def test_dropout_follows_torchs_seed_and_keeps_the_mean(backend):
+    case = attention_case((4, 4), batch=4, heads=4)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return attention.attend(case.q, case.k, case.v, case.table, case.window, dropout_p=0.25, implementation=backend)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    plain = attention.attend(case.q, case.k, case.v, case.table, case.window, implementation=backend)
+    average = torch.stack([run(seed) for seed in range(400)]).mean(0)
+    assert (average - plain).norm() / plain.norm() < 3 * (0.25 / 0.75 / 400) ** 0.5 * 2
+
+
+def test_attention_weights_are_those_that_mix_the_values():
+    case = attention_case((3, 4))
+    out, weights = attention.eager_attention(case.q, case.k, case.v)
+    mixed = torch.einsum("bhij,bjhd->bihd", weights, case.v)
+    torch.testing.assert_close(out, mixed)
+
+
+def test_report_reads_well():
+    report = attention.report("triton", [CPU_ATTENTION, None], CPU, torch.float32, 64)
+    assert report.kernel == CPU_ATTENTION
+    assert "ran in 1 of 2 layers" in str(report)
+    assert "triton/cuda: serves cuda tensors, not cpu" in str(report)
+    idle = attention.report(None, [None], CPU, torch.float32, 64)
+    assert idle.kernel == DEFAULT_ATTENTION
+    assert "has not run yet, would run" in str(idle)

@@ -1,0 +1,200 @@
+"""The native CPU kernels: instruction sets, threads, sizes of real images, memory, and logits that outgrow a reference.
+
+tests/kernels holds what all kernels of the operator have to pass; here it runs under each instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import beit_fast
+from beit_fast import native
+from beit_fast.position_bias import table_rows, token_count
+from beit_fast.testing import timing
+
+from ..support.oracle import assert_within_budget, attention_oracle
+
+pytestmark = pytest.mark.skipif(not native.is_loaded("_C"), reason=f"no native library: {native.refusal('_C')}")
+
+ROOT = Path(__file__).parents[2]
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+QUICK = ("portable", native.instruction_sets()[0])  # and what serves here
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORWARD_FACTOR, BACKWARD_FACTOR = 2, 3
+
+
+def names_that_run_here() -> list[str]:
+    library = ctypes.CDLL(str(native.FOLDER / native.file_name("_C")))
+    library.beit_fast_cpu_isas.restype = ctypes.c_char_p
+    return library.beit_fast_cpu_isas().decode().split(",")
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif("BEIT_FAST_CPU_ISA" in os.environ, reason="this process is bound to one instruction set")
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in INSTRUCTION_SETS]
+)
+def test_every_instruction_set_passes_the_tests_of_the_kernels(name: str) -> None:
+    if name not in names_that_run_here():
+        pytest.skip(f"this machine and build run {', '.join(names_that_run_here())}, not {name}")
+    files = ("tests/kernels", "tests/ops/test_cpu_attention.py")
+    options = ("-q", "-m", "not slow", "-p", "no:cacheprovider")
+    done = run_python("-m", "pytest", *options, *files, BEIT_FAST_CPU_ISA=name, BEIT_FAST_TEST_NATIVE="1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_an_unknown_instruction_set_is_one_error_at_the_first_call() -> None:
+    code = "import torch, beit_fast; q = torch.ones(1, 2, 1, 8); beit_fast.rel_pos_attention(q, q, q)"
+    done = run_python("-c", code, BEIT_FAST_CPU_ISA="sse9")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        f"ValueError: BEIT_FAST_CPU_ISA is 'sse9'; this machine and build run {','.join(names_that_run_here())}"
+    )
+
+
+def draw(
+    window: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    head_dim: int = 64,
+    masked: bool = False,
+) -> dict[str, Tensor | None]:
+    """N(0, 1) inputs, drawn anew for the same arguments."""
+    generator = torch.Generator().manual_seed(17)
+    tokens = token_count(window)
+    shape = (batch, tokens, heads, head_dim)
+    rows = {name: torch.randn(shape, generator=generator).to(dtype) for name in ("q", "k", "v", "grad_out")}
+    table_dtype = torch.promote_types(dtype, torch.float32)
+    table = torch.randn(table_rows(window), heads, generator=generator).to(table_dtype)
+    key_mask = torch.rand(batch, tokens, generator=generator) > 0.3 if masked else None
+    return {**rows, "table": table, "key_mask": key_mask}
+
+
+def compute(inputs: dict, window: tuple[int, int], scale: float | None = None) -> list[Tensor]:
+    """out, dq, dk, dv and dtable."""
+    leaves = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "table")]
+    out = beit_fast.rel_pos_attention(*leaves, window, inputs["key_mask"], scale)
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs["grad_out"])]
+
+
+def oracle(inputs: dict, window: tuple[int, int], dtype: torch.dtype, scale: float | None = None) -> list[Tensor]:
+    """The same by textbook attention in `dtype`."""
+    leaves = [inputs[name].detach().to(dtype).requires_grad_() for name in ("q", "k", "v")]
+    table = inputs["table"].detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    out = attention_oracle(*leaves, table, window, inputs["key_mask"], scale)
+    return [out.detach(), *torch.autograd.grad(out, [*leaves, table], inputs["grad_out"].to(dtype))]
+
+
+def check(inputs: dict, window: tuple[int, int], scale: float | None = None) -> None:
+    """Within the budgets that attention in the same dtype sets."""
+    dtype = inputs["q"].dtype
+    actual = compute(inputs, window, scale)
+    expected, eager = (oracle(inputs, window, precision, scale) for precision in (torch.float64, dtype))
+    names = ("out", "dq", "dk", "dv", "dtable")
+    for name, ours, exact, same in zip(names, actual, expected, eager, strict=True):
+        factor = FORWARD_FACTOR if name == "out" else BACKWARD_FACTOR
+        assert_within_budget(name, ours, exact, same, factor, dtype)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [(14, 14), (24, 24), (10, 40)])
+def test_sizes_of_images(window: tuple[int, int], dtype: torch.dtype, masked: bool) -> None:
+    check(draw(window, dtype, batch=2 if window == (14, 14) else 1, masked=masked), window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [(32, 32), (40, 40), (48, 36)])
+def test_sizes_of_large_images(window: tuple[int, int], dtype: torch.dtype) -> None:
+    check(draw(window, dtype), window)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("head_dim", [1, 3, 20, 33, 100, 130, 200])
+def test_head_dimensions_that_no_vector_divides(head_dim: int, dtype: torch.dtype) -> None:
+    check(draw((5, 6), dtype, batch=2, head_dim=head_dim), (5, 6))
+
+
+@pytest.mark.parametrize("head_dim", [24, 72, 128])
+def test_many_tokens_of_other_head_dimensions(head_dim: int) -> None:
+    """From 257 tokens on the backward of fp32 runs on tiles where there are any."""
+    check(draw((12, 23), torch.float32, head_dim=head_dim, masked=True), (12, 23))
+
+
+@pytest.mark.parametrize("window", [(14, 14), (24, 24), (32, 18)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_thread_and_two_give_the_same_bits(window: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs = draw(window, dtype, heads=3, masked=window == (32, 18))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = compute(inputs, window)
+        torch.set_num_threads(2)
+        together = compute(inputs, window)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(left, right) for left, right in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("growth", [0.0, 300.0, -300.0])
+def test_logits_that_outgrow_the_reference(dtype: torch.dtype, growth: float) -> None:
+    """Sums are kept relative to the first keys' logits, and scaled anew where later ones are higher by 2^60."""
+    window = (9, 12)
+    inputs = draw(window, dtype)
+    ramp = torch.linspace(0, growth, table_rows(window) - 3)[:, None]
+    inputs["table"][:-3] += ramp
+    out = beit_fast.rel_pos_attention(inputs["q"], inputs["k"], inputs["v"], inputs["table"], window)
+    exact, eager = (
+        attention_oracle(*(inputs[x].to(precision) for x in ("q", "k", "v", "table")), window)
+        for precision in (torch.float64, dtype)
+    )
+    assert_within_budget("out", out, exact, eager, FORWARD_FACTOR, dtype)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_reference_is_found_behind_masked_keys(dtype: torch.dtype) -> None:
+    """The first 80 keys are masked, and the others' logits are far below 0."""
+    window = (11, 11)
+    inputs = draw(window, dtype)
+    inputs["key_mask"] = (torch.arange(122) == 0) | (torch.arange(122) > 80)
+    inputs["key_mask"] = inputs["key_mask"][None].clone()
+    inputs["table"] -= 900
+    check(inputs, window)
+
+
+@pytest.mark.parametrize("scale", [-0.25, 0.0, 0.7])
+def test_any_scale(scale: float) -> None:
+    check(draw((6, 7), torch.float32, batch=2), (6, 7), scale)
+
+
+@pytest.mark.skipif(timing.why_no_peak_memory() is not None, reason=str(timing.why_no_peak_memory()))
+def test_no_matrix_of_tokens_by_tokens_is_written() -> None:
+    window, heads = (40, 40), 12
+    inputs = draw(window, torch.float32, heads=heads)
+    one_matrix = token_count(window) ** 2 * 4
+    arguments = (inputs["q"], inputs["k"], inputs["v"], inputs["table"], window)
+    beit_fast.rel_pos_attention(*arguments)
+    results = inputs["q"].nbytes + heads * token_count(window) * 4
+    assert timing.peak_memory(lambda: beit_fast.rel_pos_attention(*arguments)) - results < one_matrix / 2
+    compute(inputs, window)
+    assert timing.peak_memory(lambda: compute(inputs, window)) < heads * one_matrix / 2

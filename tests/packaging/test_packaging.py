@@ -1,0 +1,93 @@
+"""The installed package: what wheel and sdist hold, where it imports from, and what importing it does not do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import beit_fast
+
+from ..support.checkout import FORWARD, ROOT
+from ..support.devices import CPU_ATTENTION
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs from a checkout")
+
+
+def python(code, cwd="/", executable=sys.executable, **environment):
+    """Run code in a fresh process, away from the checkout unless told otherwise; returns what it printed."""
+    run = subprocess.run(
+        [str(executable), "-W", "error::UserWarning", "-c", code],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("cwd", ["/", str(ROOT)])
+def test_imports_from_anywhere(cwd):
+    assert python(FORWARD, cwd=cwd).strip() == CPU_ATTENTION
+
+
+def test_importing_loads_nothing_but_the_package():
+    """No Triton, no Transformers, no image or hub library: nothing that `import torch` had not loaded."""
+    code = """
+import json, sys, torch
+before = set(sys.modules)
+import beit_fast
+print(json.dumps(sorted(name for name in set(sys.modules) - before if name.split(".")[0] != "beit_fast")))
+"""
+    assert json.loads(python(code)) == []
+
+
+def test_importing_initialises_no_gpu_and_prints_nothing():
+    code = "import torch, beit_fast; assert not torch.cuda.is_initialized(); torch.ops.beit_fast.patch_embed.default"
+    assert python(code) == ""
+
+
+def test_works_without_triton():
+    code = "import sys; sys.modules['triton'] = None\n" + FORWARD
+    code += "assert not any(name.startswith('triton.') for name in sys.modules)\n"
+    code += "from beit_fast.ops.dispatch import attention\n"
+    code += "reasons = attention.describe_kernels('cuda')[0][2]\n"
+    code += "assert 'the package triton is not installed' in reasons, reasons\n"
+    assert python(code).strip() == CPU_ATTENTION
+
+
+def test_the_folder_kernels_does_not_hide_the_package_kernels(tmp_path):
+    """Transformers imports the package `kernels`; a regular package of that name in the checkout would shadow it."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("genuine = True\n")
+    code = "import kernels, beit_fast.kernels.attention; assert kernels.genuine"
+    python(code, cwd=str(ROOT), PYTHONPATH=str(tmp_path))
+    python("from transformers import BeitModel; import beit_fast", cwd=str(ROOT))
+
+
+def test_an_exported_program_loads_with_the_import_alone(tmp_path):
+    config = beit_fast.BeitConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=32, patch_size=8,
+        use_relative_position_bias=True,
+    )  # fmt: skip
+    model = beit_fast.BeitForImageClassification(config, attn_implementation="triton").eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.export.save(torch.export.export(model, (pixels,)), tmp_path / "model.pt2")
+    torch.save((pixels, model(pixels).logits.detach()), tmp_path / "data.pt")
+    code = f"""
+import torch, beit_fast
+pixels, logits = torch.load({str(tmp_path / "data.pt")!r})
+output = torch.export.load({str(tmp_path / "model.pt2")!r}).module()(pixels)
+torch.testing.assert_close(output.logits, logits)
+"""
+    python(code, cwd=str(tmp_path))
+
+
+def test_the_version_is_that_of_the_distribution():
+    from importlib.metadata import version
+
+    assert version("beit-fast") == beit_fast.__version__
