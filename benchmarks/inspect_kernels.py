@@ -116,9 +116,9 @@ def tile(given: str) -> configs.TileConfig:
 
 def variants_of(kernel: str, capability: int, options: argparse.Namespace) -> list[Variant]:
     """Every tile with every way to read the bias; the bias gradient exists only with a bias."""
-    routes = list(dict.fromkeys([configs.NO_BIAS, *attention_variants.bias_routes(capability, options.dtype)]))
-    if kernel == "bias_gradient":
-        routes.remove(configs.NO_BIAS)
+    layouts = list(dict.fromkeys([configs.NO_BIAS, *attention_variants.bias_layouts(capability, options.dtype)]))
+    if kernel == "backward_dbias":
+        layouts.remove(configs.NO_BIAS)
     variant = Variant(
         kernel,
         capability,
@@ -131,7 +131,7 @@ def variants_of(kernel: str, capability: int, options: argparse.Namespace) -> li
     )
     shipped = attention_variants.shipped(variant).tile
     tiles = [options.tile] if options.tile else list(dict.fromkeys([shipped, REFERENCE]))
-    return [variant._replace(tile=tile, route=route) for tile in tiles for route in routes]
+    return [variant._replace(tile=tile, bias_layout=layout) for tile in tiles for layout in layouts]
 
 
 def row(variant: Variant, found: Inspection) -> Row:
@@ -144,7 +144,7 @@ def row(variant: Variant, found: Inspection) -> Row:
         "capability": variant.capability,
         "tile": variant.tile,
         "shipped": variant == attention_variants.shipped(variant),
-        "bias": attention_variants.route_name(variant.route),
+        "bias": attention_variants.layout_name(variant.bias_layout),
         "registers": found.registers,
         "spills": found.spills,
         "shared": found.shared,

@@ -14,26 +14,26 @@ from ..attention import (
 )
 from ..common import gpu
 from . import sass
-from .compile import DTYPES, Told
+from .compile import DTYPES, CompileSpec
 
 KERNELS = {
     "forward": forward.attention_forward_kernel,
-    "key_value_gradient": backward_dkv.key_value_gradient_kernel,
-    "query_gradient": backward_dq.query_gradient_kernel,
-    "bias_gradient": backward_dbias.bias_gradient_kernel,
-    "bias_records": pack_bias.bias_records_kernel,
-    "merge_splits": forward.merge_splits_kernel,
-    "row_statistics": backward_preprocess.row_statistics_kernel,
-    "cls_column_gradient": backward_dbias.cls_column_gradient_kernel,
-    "patch_rows_gradient": backward_dbias.patch_rows_gradient_kernel,
-    "cls_rows_gradient": backward_dbias.cls_rows_gradient_kernel,
+    "backward_dkv": backward_dkv.backward_dkv_kernel,
+    "backward_dq": backward_dq.backward_dq_kernel,
+    "backward_dbias": backward_dbias.backward_dbias_kernel,
+    "pack_bias": pack_bias.pack_bias_kernel,
+    "combine_splits": forward.combine_splits_kernel,
+    "backward_preprocess": backward_preprocess.backward_preprocess_kernel,
+    "dbias_cls_column": backward_dbias.dbias_cls_column_kernel,
+    "dtable_patches": backward_dbias.dtable_patches_kernel,
+    "dtable_cls": backward_dbias.dtable_cls_kernel,
 }
-PRODUCTS = {"forward": 2, "key_value_gradient": 4, "query_gradient": 3, "bias_gradient": 2}
+PRODUCTS = {"forward": 2, "backward_dkv": 4, "backward_dq": 3, "backward_dbias": 2}
 """Matrix products of a step, each of BLOCK_M x BLOCK_N x BLOCK_D multiply-adds."""
 
 ROWS = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
 POINTERS = {
-    "bias_records": "*fp32",
+    "packed_bias": "*fp32",
     "cls_column": "*fp32",
     "column_offsets": "*i32",
     "grad_table": "*fp32",
@@ -41,9 +41,8 @@ POINTERS = {
     "lse": "*fp32",
     "partial_lse": "*fp32",
     "partial_out": "*fp32",
-    "records": "*fp32",
-    "row_delta": "*fp32",
-    "row_lse": "*fp32",
+    "delta": "*fp32",
+    "lse_log2": "*fp32",
     "scratch": "*fp32",
     "table": "*fp32",
 }
@@ -61,7 +60,7 @@ class Variant(NamedTuple):
     dtype: str = "bf16"
     precision: str = "ieee"  # of fp32 products
     head_dim: int = 64
-    route: configs.BiasRoute = configs.NO_BIAS
+    bias_layout: configs.BiasLayout = configs.NO_BIAS
     key_mask: bool = False
     dropout: bool = False
     split: bool = False  # forward only
@@ -74,12 +73,12 @@ class Variant(NamedTuple):
     def architecture(self) -> str:
         return gpu.architecture_class(*divmod(self.capability, 10))
 
-    def told(self) -> Told:
+    def compile_spec(self) -> CompileSpec:
         constants = _constants(self)
-        return Told(KERNELS[self.kernel], constants, _specialisation(self, constants), _options(self))
+        return CompileSpec(KERNELS[self.kernel], constants, _specialisation(self, constants), _options(self))
 
     def __str__(self) -> str:
-        words = [self.kernel, f"sm_{self.capability}", self.dtype, f"D={self.head_dim}", route_name(self.route)]
+        words = [self.kernel, f"sm_{self.capability}", self.dtype, f"D={self.head_dim}", layout_name(self.bias_layout)]
         words += [self.precision] if self.dtype == "fp32" else []
         words += [name for name in ("key_mask", "dropout", "split") if getattr(self, name)]
         return " ".join(words + ([tile_name(self.tile)] if self.tile else []))
@@ -89,16 +88,16 @@ def tile_name(tile: configs.TileConfig) -> str:
     return f"{tile.block_m}x{tile.block_n} {tile.num_warps}w {tile.num_stages}s"
 
 
-def route_name(route: configs.BiasRoute) -> str:
-    """The layout; pairs of a plain table are told from single entries."""
-    return "plain pairs" if route == configs.BiasRoute("plain", 2) else route.layout
+def layout_name(layout: configs.BiasLayout) -> str:
+    """The name of a layout; pairs of a plain one have their own."""
+    return "plain pairs" if layout == configs.BiasLayout("plain", 2) else layout.name
 
 
-def bias_routes(capability: int, dtype: str) -> list[configs.BiasRoute]:
-    """How the bias is read on a GPU: windows of even and odd width, and one whose band is too large."""
+def bias_layouts(capability: int, dtype: str) -> list[configs.BiasLayout]:
+    """How the bias is read on a GPU: windows of even and odd width, and one that is too large for them."""
     architecture = gpu.architecture_class(*divmod(capability, 10))
     windows = ((14, 14), (15, 15), (96, 96))
-    return [configs.bias_route(architecture, DTYPES[dtype], window) for window in windows]
+    return [configs.bias_layout(architecture, DTYPES[dtype], window) for window in windows]
 
 
 def shipped(variant: Variant) -> Variant:
@@ -110,16 +109,16 @@ def shipped(variant: Variant) -> Variant:
 
 def small_kernels(capability: int, dtype: str = "bf16", head_dim: int = 64) -> list[Variant]:
     """The kernels that have no tiles to choose, in the forms in which they are launched."""
-    plain = Variant("bias_records", capability, dtype=dtype, head_dim=head_dim)
-    layouts = {route.layout: route for route in bias_routes(capability, dtype)}
-    variants = [plain._replace(route=route) for route in layouts.values()]
-    any_route = variants[0].route
-    variants += [plain._replace(kernel=name) for name in ("merge_splits", "row_statistics")]
+    plain = Variant("pack_bias", capability, dtype=dtype, head_dim=head_dim)
+    layouts = {layout.name: layout for layout in bias_layouts(capability, dtype)}
+    variants = [plain._replace(bias_layout=layout) for layout in layouts.values()]
+    any_layout = variants[0].bias_layout
+    variants += [plain._replace(kernel=name) for name in ("combine_splits", "backward_preprocess")]
     variants += [
-        plain._replace(kernel="cls_column_gradient", route=any_route, key_mask=masked, dropout=masked)
+        plain._replace(kernel="dbias_cls_column", bias_layout=any_layout, key_mask=masked, dropout=masked)
         for masked in (False, True)
     ]
-    return variants + [plain._replace(kernel=name) for name in ("patch_rows_gradient", "cls_rows_gradient")]
+    return variants + [plain._replace(kernel=name) for name in ("dtable_patches", "dtable_cls")]
 
 
 def _options(variant: Variant) -> dict[str, int]:
@@ -130,21 +129,21 @@ def _options(variant: Variant) -> dict[str, int]:
 def _constants(variant: Variant) -> dict[str, Any]:
     """Compile-time arguments, as the launcher passes them; tensors that are not there are None."""
     blocks = {
-        "bias_records": {"BLOCK": configs.RECORD_BLOCK},
-        "merge_splits": {"BLOCK_M": configs.MERGE_BLOCK},
-        "row_statistics": {"BLOCK_M": configs.STATISTICS_BLOCK},
-        "cls_column_gradient": {"BLOCK_M": configs.STATISTICS_BLOCK},
-        "patch_rows_gradient": {
+        "pack_bias": {"BLOCK": configs.PACK_BLOCK},
+        "combine_splits": {"BLOCK_M": configs.COMBINE_BLOCK},
+        "backward_preprocess": {"BLOCK_M": configs.PREPROCESS_BLOCK},
+        "dbias_cls_column": {"BLOCK_M": configs.PREPROCESS_BLOCK},
+        "dtable_patches": {
             "BLOCK_P": configs.DIAGONAL_BLOCK_PATCHES,
             "BLOCK_V": configs.DIAGONAL_BLOCK_DIFFERENCES,
         },
-        "cls_rows_gradient": {"BLOCK": configs.CLS_BLOCK},
+        "dtable_cls": {"BLOCK": configs.CLS_BLOCK},
     }
     constants: dict[str, Any] = {
         "HEAD_DIM": variant.head_dim,
         "BLOCK_D": configs.padded_head_dim(variant.head_dim),
-        "BIAS_LAYOUT": variant.route.layout,
-        "BIAS_VECTOR": variant.route.vector,
+        "BIAS_LAYOUT": variant.bias_layout.name,
+        "BIAS_VECTOR": variant.bias_layout.vector,
         "SPLIT": variant.split,
         "DROPOUT": variant.dropout,
         "PRECISION": variant.precision,
@@ -154,8 +153,8 @@ def _constants(variant: Variant) -> dict[str, Any]:
     if variant.tile:
         constants.update(BLOCK_M=variant.tile.block_m, BLOCK_N=variant.tile.block_n)
     absent = {
-        "bias_records": variant.route.layout == "none",
-        "column_offsets": variant.route.layout != "extended",
+        "packed_bias": variant.bias_layout.name == "none",
+        "column_offsets": variant.bias_layout.name != "extended",
         "key_mask": not variant.key_mask,
     }
     constants.update({name: None for name, is_absent in absent.items() if is_absent})

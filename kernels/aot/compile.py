@@ -3,7 +3,7 @@
 What can be compiled is in the other files of this folder, one for each folder of kernels: see `Compilable`.
 
 Needs Triton only. What was found is kept as JSON under the hash of the kernels' source, Triton's version and all that
-the compiler was told, so asking again compiles nothing.
+the compiler was given, so asking again compiles nothing.
 """
 
 import concurrent.futures
@@ -32,8 +32,8 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of an element."""
 
 
-class Told(NamedTuple):
-    """What the compiler is told."""
+class CompileSpec(NamedTuple):
+    """A kernel with all that the compiler needs: constants, signature and options."""
 
     function: Any  # triton.JITFunction
     constants: dict[str, Any]
@@ -51,7 +51,7 @@ class Compilable(Protocol):
     def tile(self) -> Any:
         """None for kernels that have no main loop to look at."""
 
-    def told(self) -> Told: ...
+    def compile_spec(self) -> CompileSpec: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +99,12 @@ def require_compiler() -> None:
 def compile_variant(variant: Compilable) -> Compiled:
     """Compile for a GPU that need not be there; CompilationError says which variant does not compile, and why."""
     require_compiler()
-    told = variant.told()
-    source = ASTSource(told.function, *told.specialisation)
+    spec = variant.compile_spec()
+    source = ASTSource(spec.function, *spec.specialisation)
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
         knobs.cache.dir = folder
         try:
-            compiled = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=told.options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=spec.options)
         except Exception as error:  # of every kind: from the front end, MLIR, LLVM and ptxas
             raise CompilationError(f"{variant} does not compile: {type(error).__name__}: {error}") from error
         return Compiled(compiled.asm["cubin"], compiled.asm["ptx"], compiled.asm["ttgir"], compiled.metadata.shared)
@@ -144,8 +144,9 @@ def _write(file: Path, inspection: Inspection) -> None:
 
 
 def _key(variant: Compilable) -> str:
-    told = [variant, sorted(variant.told().constants.items()), sorted(variant.told().options.items())]
-    return hashlib.sha256(f"{_sources()} {triton.__version__} {told}".encode()).hexdigest()
+    spec = variant.compile_spec()
+    text = [variant, sorted(spec.constants.items()), sorted(spec.options.items())]
+    return hashlib.sha256(f"{_sources()} {triton.__version__} {text}".encode()).hexdigest()
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from ..common import gpu
 from ..linear_gelu import configs
 from ..linear_gelu.kernel import linear_gelu_kernel
 from . import sass
-from .compile import DTYPES, Told
+from .compile import DTYPES, CompileSpec
 
 POINTERS = ("x", "weight", "bias", "out")
 SIZES = ("row_stride", "weight_stride", "input_count")
@@ -27,10 +27,10 @@ class LinearVariant(NamedTuple):
     def architecture(self) -> str:
         return gpu.architecture_class(*divmod(self.capability, 10))
 
-    def told(self) -> Told:
+    def compile_spec(self) -> CompileSpec:
         constants = self._constants()
         options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
-        return Told(linear_gelu_kernel, constants, self._specialisation(constants), options)
+        return CompileSpec(linear_gelu_kernel, constants, self._specialisation(constants), options)
 
     def _constants(self) -> dict[str, Any]:
         """Compile-time arguments, as the launcher passes them."""

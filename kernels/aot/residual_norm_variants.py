@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from ..common import gpu
 from ..residual_norm import backward, configs, forward
-from .compile import Told
+from .compile import CompileSpec
 
 KERNELS = {
     "forward": forward.residual_norm_kernel,
@@ -18,9 +18,9 @@ FLOATS = ("eps",)
 
 ABSENT = {
     "sum alone": ("weight", "bias", "normalized", "mean", "rstd"),
-    "norm alone": ("branch", "scale", "keep", "total"),
+    "norm alone": ("branch", "scale", "drop_path_scale", "total"),
     "no affine": ("weight", "bias"),
-    "plain": ("scale", "keep"),
+    "plain": ("scale", "drop_path_scale"),
     "gradient of the sum alone": (
         *("grad_normalized", "total", "weight", "mean", "rstd", "grad_residual"),
         *("partial_weight", "partial_bias", "grad_weight", "grad_bias"),
@@ -57,9 +57,11 @@ class NormVariant(NamedTuple):
     def architecture(self) -> str:
         return gpu.architecture_class(*divmod(self.capability, 10))
 
-    def told(self) -> Told:
+    def compile_spec(self) -> CompileSpec:
         constants = self._constants()
-        return Told(KERNELS[self.kernel], constants, self._specialisation(constants), {"num_warps": self._warps()})
+        return CompileSpec(
+            KERNELS[self.kernel], constants, self._specialisation(constants), {"num_warps": self._warps()}
+        )
 
     def _warps(self) -> int:
         if self.kernel == "sum_partials":
@@ -106,7 +108,9 @@ class NormVariant(NamedTuple):
             return self.row_dtype
         if name in VECTORS:
             return self.vector_dtype
-        assert name in ("keep", "mean", "rstd") or name.startswith("partial_"), f"{name}: nothing says its type"
+        assert name in ("drop_path_scale", "mean", "rstd") or name.startswith("partial_"), (
+            f"{name}: nothing says its type"
+        )
         return "fp32"
 
     def __str__(self) -> str:

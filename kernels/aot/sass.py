@@ -149,7 +149,7 @@ def pipe_of(instruction: str) -> str:
 
 
 def is_known(instruction: str) -> bool:
-    """Whether `pipe_of` was told about an instruction: one of a new architecture counts as "other"."""
+    """Whether `pipe_of` knows an instruction: one of a new architecture counts as "other"."""
     return pipe_of(instruction) != "other" or base_name(instruction) in PIPE_OF
 
 

@@ -1,4 +1,4 @@
-"""What the attention kernels are called with: addressable tensors, bias records, scalars, and the machine's limits."""
+"""What the attention kernels are called with: addressable tensors, packed bias, scalars, and the machine's limits."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Inputs(NamedTuple):
         return self.query.shape[1] - 1
 
     @property
-    def route(self) -> configs.BiasRoute:
-        return configs.bias_route(architecture_of(self.query), self.query.element_size(), self.window)
+    def bias_layout(self) -> configs.BiasLayout:
+        return configs.bias_layout(architecture_of(self.query), self.query.element_size(), self.window)
 
 
 def prepare(
@@ -107,37 +107,37 @@ def drop_scale(dropout_p: float) -> float:
 
 
 def bias_arguments(inputs: Inputs, *, flipped: bool) -> dict[str, Any]:
-    """The arguments, by name, through which a kernel reads the bias, and its records.
+    """The arguments, by name, through which a kernel reads the bias, and its packed bias.
 
     Args:
         flipped: whether tile rows are keys and columns queries.
     """
     height, width = inputs.window
-    layout, vector = inputs.route if inputs.table is not None else configs.NO_BIAS
+    layout, vector = inputs.bias_layout if inputs.table is not None else configs.NO_BIAS
     arguments: dict[str, Any] = {
-        "bias_records": None,
+        "packed_bias": None,
         "column_offsets": None,
-        "record_size": 0,
+        "packed_size": 0,
         "window_height": height,
         "window_width": width,
         "BIAS_LAYOUT": layout,
         "BIAS_VECTOR": vector,
     }
     if inputs.table is not None:
-        arguments["record_size"] = configs.record_size(layout, inputs.window)
-        arguments["bias_records"] = _records(inputs, arguments["record_size"], layout, flipped)
+        arguments["packed_size"] = configs.packed_size(layout, inputs.window)
+        arguments["packed_bias"] = _pack_bias(inputs, arguments["packed_size"], layout, flipped)
     if layout == "extended":
         arguments["column_offsets"] = _column_offsets(inputs.patch_count, width, inputs.query.device)
     return arguments
 
 
-def _records(inputs: Inputs, size: int, layout: str, flipped: bool) -> Tensor:
+def _pack_bias(inputs: Inputs, size: int, layout: str, flipped: bool) -> Tensor:
     """`[H, size]` fp32, with room behind the last for the columns that the last tile reads beyond its patches."""
     table = inputs.table
     assert table is not None
     heads = table.shape[1]
-    storage = torch.empty(heads * size + configs.RECORD_MARGIN, dtype=torch.float32, device=table.device)
-    pack_bias.bias_records_kernel[(heads * triton.cdiv(size, configs.RECORD_BLOCK),)](
+    storage = torch.empty(heads * size + configs.PACKED_MARGIN, dtype=torch.float32, device=table.device)
+    pack_bias.pack_bias_kernel[(heads * triton.cdiv(size, configs.PACK_BLOCK),)](
         table,
         storage,
         table.stride(),
@@ -146,14 +146,14 @@ def _records(inputs: Inputs, size: int, layout: str, flipped: bool) -> Tensor:
         size,
         *inputs.window,
         BIAS_LAYOUT=layout,
-        BLOCK=configs.RECORD_BLOCK,
+        BLOCK=configs.PACK_BLOCK,
     )
     return storage
 
 
 def _column_offsets(patch_count: int, width: int, device: torch.device) -> Tensor:
-    """int32: what each column takes from an address in an extended record; the last one repeated as a margin."""
-    patches = torch.arange(patch_count + configs.RECORD_MARGIN, dtype=torch.int32, device=device)
+    """int32: what each column takes from an address in the extended table; the last one repeated as a margin."""
+    patches = torch.arange(patch_count + configs.PACKED_MARGIN, dtype=torch.int32, device=device)
     patches = patches.clamp_(max=patch_count - 1)
     return patches + patches // width * (width - 1)
 

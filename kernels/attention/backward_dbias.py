@@ -8,33 +8,33 @@ from .backward_preprocess import score_gradient
 from .bias import bias_rows, load_cls_bias
 from .primitives import (
     RUNTIME_INTEGERS,
-    biased_products,
+    biased_scores,
     cls_validity,
     dropout_keep,
     head_base,
     load_cls,
-    load_owned,
     load_patches,
-    owned_rows,
+    load_row_values,
+    load_rows,
     patch_base,
     patch_validity,
-    row_statistic,
+    row_indices,
     row_tokens,
 )
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def bias_gradient_kernel(
+def backward_dbias_kernel(
     grad_out,  # [batch_size, patch_count + 1, head_count, HEAD_DIM]
     query,  # as grad_out
     key,  # as grad_out
     value,  # as grad_out
-    bias_records,  # [head_count, record_size] fp32
+    packed_bias,  # [head_count, packed_size] fp32
     column_offsets,  # [patch_count] int32 for the layout "extended", else None
     key_mask,  # [batch_size, patch_count + 1] bool, or None
-    row_lse,  # [batch_size, head_count, statistic_pitch] fp32
-    row_delta,  # as row_lse
-    scratch,  # [splits, chunk_heads, row_end - row_start, scratch_pitch] fp32, written
+    lse_log2,  # [batch_size, head_count, lse_stride] fp32
+    delta,  # as lse_log2
+    scratch,  # [splits, chunk_heads, row_end - row_start, scratch_stride] fp32, written
     grad_strides,  # (batch, token, head), elements
     query_strides,
     key_strides,
@@ -45,12 +45,12 @@ def bias_gradient_kernel(
     row_start,  # rows of this launch, a multiple of BLOCK_M
     row_end,
     batches_per_split,
-    scratch_pitch,  # patch_count rounded up to a multiple of 4
+    scratch_stride,  # patch_count rounded up to a multiple of 4
     batch_size,
     patch_count,
     head_count,
-    statistic_pitch,
-    record_size,
+    lse_stride,
+    packed_size,
     window_height,
     window_width,
     scale_log2,  # |scale| * log2(e)
@@ -79,10 +79,10 @@ def bias_gradient_kernel(
     split = outer // chunk_heads
     head = head_start + chunk_head
     start = key_block.to(tl.int32) * BLOCK_N
-    rows = owned_rows(row_start // BLOCK_M + query_block, BLOCK_M, BIAS_LAYOUT)
+    rows = row_indices(row_start // BLOCK_M + query_block, BLOCK_M, BIAS_LAYOUT)
     queries = row_tokens(rows, patch_count)
     row_pointers = bias_rows(
-        bias_records, head, rows, patch_count, record_size, window_height, window_width, BIAS_LAYOUT, BIAS_VECTOR
+        packed_bias, head, rows, patch_count, packed_size, window_height, window_width, BIAS_LAYOUT, BIAS_VECTOR
     )
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -90,18 +90,18 @@ def bias_gradient_kernel(
     for step in range(first, tl.minimum(first + batches_per_split, batch_size)):
         batch = tl.cast(step, tl.int64)
         row_pointers += drop_threshold >> 31  # 0, unknown to the compiler, which would keep the bias in registers
-        q = load_owned(head_base(query, batch, head, query_strides), queries, query_strides, HEAD_DIM, BLOCK_D)
-        gradient = load_owned(head_base(grad_out, batch, head, grad_strides), queries, grad_strides, HEAD_DIM, BLOCK_D)
+        q = load_rows(head_base(query, batch, head, query_strides), queries, query_strides, HEAD_DIM, BLOCK_D)
+        gradient = load_rows(head_base(grad_out, batch, head, grad_strides), queries, grad_strides, HEAD_DIM, BLOCK_D)
         keys = patch_base(head_base(key, batch, head, key_strides), start, key_strides)
         values = patch_base(head_base(value, batch, head, value_strides), start, value_strides)
         k = load_patches(keys, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, True)  # [N, D]
         v = load_patches(values, start, patch_count, value_strides, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-        lse = row_statistic(row_lse, batch, head, rows, patch_count, head_count, statistic_pitch)
-        delta = row_statistic(row_delta, batch, head, rows, patch_count, head_count, statistic_pitch)
-        scores = biased_products(
+        row_lse = load_row_values(lse_log2, batch, head, rows, patch_count, head_count, lse_stride)
+        row_delta = load_row_values(delta, batch, head, rows, patch_count, head_count, lse_stride)
+        scores = biased_scores(
             q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
         )  # [M, N]
-        p = tl.exp2(scores * scale_log2 - lse[:, None])
+        p = tl.exp2(scores * scale_log2 - row_lse[:, None])
         if key_mask is not None:
             p = tl.where(patch_validity(key_mask, batch, start, patch_count, mask_strides, BLOCK_N)[None, :], p, 0.0)
         keep = None
@@ -110,25 +110,25 @@ def bias_gradient_kernel(
             keep = dropout_keep(
                 queries[:, None], tokens[None, :], batch, head, head_count, seed_low, seed_high, drop_threshold
             )
-        weight_gradient = matmul(gradient, tl.trans(v), PRECISION, UPCAST)  # [M, N]
-        acc += score_gradient(p, weight_gradient, delta[:, None], keep, drop_scale, DROPOUT)
+        dp = matmul(gradient, tl.trans(v), PRECISION, UPCAST)  # [M, N]
+        acc += score_gradient(p, dp, row_delta[:, None], keep, drop_scale, DROPOUT)
 
     patches = start + tl.arange(0, BLOCK_N)
     lines = outer * (row_end - row_start) + (rows - row_start).to(tl.int64)
     inside = (rows < row_end)[:, None] & (patches < patch_count)[None, :]
-    tl.store(scratch + lines[:, None] * scratch_pitch + patches[None, :], acc, mask=inside)
+    tl.store(scratch + lines[:, None] * scratch_stride + patches[None, :], acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def cls_column_gradient_kernel(
+def dbias_cls_column_kernel(
     grad_out,  # [batch_size, patch_count + 1, head_count, HEAD_DIM]
     query,  # as grad_out
     key,  # as grad_out
     value,  # as grad_out
-    bias_records,  # [head_count, record_size] fp32
+    packed_bias,  # [head_count, packed_size] fp32
     key_mask,  # [batch_size, patch_count + 1] bool, or None
-    row_lse,  # [batch_size, head_count, statistic_pitch] fp32
-    row_delta,  # as row_lse
+    lse_log2,  # [batch_size, head_count, lse_stride] fp32
+    delta,  # as lse_log2
     cls_column,  # [batch_size, head_count, patch_count + 1] fp32, written: patches first, CLS last
     grad_strides,  # (batch, token, head), elements
     query_strides,
@@ -138,8 +138,8 @@ def cls_column_gradient_kernel(
     batch_size,
     patch_count,
     head_count,
-    statistic_pitch,
-    record_size,
+    lse_stride,
+    packed_size,
     scale_log2,  # |scale| * log2(e)
     drop_threshold,  # int(dropout_p * 2**31)
     drop_scale,  # 1 / (1 - dropout_p)
@@ -154,35 +154,35 @@ def cls_column_gradient_kernel(
     batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_M))
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     queries = row_tokens(rows, patch_count)
-    q = load_owned(head_base(query, batch, head, query_strides), queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
-    gradient = load_owned(head_base(grad_out, batch, head, grad_strides), queries, grad_strides, HEAD_DIM, BLOCK_D)
+    q = load_rows(head_base(query, batch, head, query_strides), queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
+    gradient = load_rows(head_base(grad_out, batch, head, grad_strides), queries, grad_strides, HEAD_DIM, BLOCK_D)
     cls_key = load_cls(head_base(key, batch, head, key_strides), HEAD_DIM, BLOCK_D)[None, :]
     cls_value = load_cls(head_base(value, batch, head, value_strides), HEAD_DIM, BLOCK_D)[None, :]
     scores = tl.sum(q.to(tl.float32) * cls_key, 1)
-    scores += load_cls_bias(bias_records, head, rows, patch_count, record_size)
-    lse = row_statistic(row_lse, batch, head, rows, patch_count, head_count, statistic_pitch)
-    delta = row_statistic(row_delta, batch, head, rows, patch_count, head_count, statistic_pitch)
-    p = tl.exp2(scores * scale_log2 - lse)
+    scores += load_cls_bias(packed_bias, head, rows, patch_count, packed_size)
+    row_lse = load_row_values(lse_log2, batch, head, rows, patch_count, head_count, lse_stride)
+    row_delta = load_row_values(delta, batch, head, rows, patch_count, head_count, lse_stride)
+    p = tl.exp2(scores * scale_log2 - row_lse)
     if key_mask is not None:
         p = tl.where(cls_validity(key_mask, batch, mask_strides), p, 0.0)
     keep = None
     if DROPOUT:
         keep = dropout_keep(queries, 0, batch, head, head_count, seed_low, seed_high, drop_threshold)
-    weight_gradient = tl.sum(gradient.to(tl.float32) * cls_value, 1)
-    ds = score_gradient(p, weight_gradient, delta, keep, drop_scale, DROPOUT)
+    dp = tl.sum(gradient.to(tl.float32) * cls_value, 1)
+    ds = score_gradient(p, dp, row_delta, keep, drop_scale, DROPOUT)
     tl.store(cls_column + (batch * head_count + head) * (patch_count + 1) + rows, ds, mask=rows <= patch_count)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def patch_rows_gradient_kernel(
-    scratch,  # [split_count, heads of this launch, row_end - row_start, scratch_pitch] fp32
+def dtable_patches_kernel(
+    scratch,  # [num_splits, heads of this launch, row_end - row_start, scratch_stride] fp32
     grad_table,  # contiguous [(2 * window_height - 1) * (2 * window_width - 1) + 3, head_count] fp32, written
     accumulate,  # 0: store the sums; 1: add them to what an earlier launch stored
-    split_count,
+    num_splits,
     chunk_heads,
     row_start,
     row_end,
-    scratch_pitch,
+    scratch_stride,
     head_start,
     head_count,
     window_height,
@@ -204,7 +204,7 @@ def patch_rows_gradient_kernel(
     last_patch = tl.minimum(tl.minimum(window_height, window_height + rows_apart) * window_width, row_end)
 
     acc = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
-    for split in range(0, split_count):
+    for split in range(0, num_splits):
         lines = (split * chunk_heads + chunk_head) * (row_end - row_start) - row_start
         for start in range(first_patch, last_patch, BLOCK_P):
             patches = start + tl.arange(0, BLOCK_P)
@@ -212,7 +212,7 @@ def patch_rows_gradient_kernel(
             keys = (patches // window_width - rows_apart)[:, None] * window_width + key_columns
             inside = (patches < last_patch)[:, None] & (columns_apart < differences)[None, :]
             inside = inside & (key_columns >= 0) & (key_columns < window_width)
-            offsets = (lines + patches.to(tl.int64)[:, None]) * scratch_pitch + keys
+            offsets = (lines + patches.to(tl.int64)[:, None]) * scratch_stride + keys
             acc += tl.load(scratch + offsets, mask=inside, other=0.0)
 
     table_rows = row_difference * differences + columns_apart
@@ -225,16 +225,16 @@ def patch_rows_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def cls_rows_gradient_kernel(
-    scratch,  # as for patch_rows_gradient_kernel; its last row is the CLS query's
+def dtable_cls_kernel(
+    scratch,  # as for dtable_patches_kernel; its last row is the CLS query's
     cls_column,  # [batch_size, head_count, patch_count + 1] fp32
     grad_table,  # contiguous [.., head_count] fp32; its last three rows are written
     table_row,  # first of the last three rows
-    split_count,
+    num_splits,
     chunk_heads,
     row_start,
     row_end,
-    scratch_pitch,
+    scratch_stride,
     head_start,
     batch_size,
     patch_count,
@@ -245,11 +245,11 @@ def cls_rows_gradient_kernel(
     chunk_head = tl.program_id(0).to(tl.int64)
     head = head_start + chunk_head
     as_query = tl.zeros([BLOCK], tl.float32)
-    for split in range(0, split_count):
+    for split in range(0, num_splits):
         lines = (split * chunk_heads + chunk_head + 1) * (row_end - row_start) - 1
         for start in range(0, patch_count, BLOCK):
             patches = start + tl.arange(0, BLOCK)
-            as_query += tl.load(scratch + lines * scratch_pitch + patches, mask=patches < patch_count, other=0.0)
+            as_query += tl.load(scratch + lines * scratch_stride + patches, mask=patches < patch_count, other=0.0)
     as_key = tl.zeros([BLOCK], tl.float32)
     both = tl.zeros([BLOCK], tl.float32)
     for batch in range(0, batch_size):

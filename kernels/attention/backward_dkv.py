@@ -8,16 +8,16 @@ from .backward_preprocess import score_gradient
 from .bias import bias_rows, load_cls_bias
 from .primitives import (
     RUNTIME_INTEGERS,
-    biased_products,
+    biased_scores,
     dropout_keep,
     head_base,
     load_cls,
     load_key_validity,
-    load_owned,
     load_patches,
-    owned_again,
-    owned_rows,
+    load_rows,
     patch_base,
+    reload_rows,
+    row_indices,
     row_tokens,
     store_rows,
     token_stride,
@@ -25,7 +25,7 @@ from .primitives import (
 
 
 @triton.jit
-def key_value_step(
+def backward_dkv_step(
     key_acc,  # [N, D] fp32, or None
     value_acc,
     start,  # first query patch of this step
@@ -36,8 +36,8 @@ def key_value_step(
     value,
     query,  # pointers to patch `start` of the head
     grad_out,
-    lse_row,  # pointers to the head's statistics
-    delta_row,
+    lse_base,  # pointers to the head's statistics
+    delta_base,
     row_pointers,
     column_offsets,
     key_strides,
@@ -64,15 +64,15 @@ def key_value_step(
     TAIL: tl.constexpr,
 ):
     """Add what BLOCK_M more queries give: (key_acc, value_acc). Tiles are transposed: [keys, queries]."""
-    k = owned_again(k, key, keys, key_strides, HEAD_DIM, BLOCK_D)
-    v = owned_again(v, value, keys, value_strides, HEAD_DIM, BLOCK_D)
+    k = reload_rows(k, key, keys, key_strides, HEAD_DIM, BLOCK_D)
+    v = reload_rows(v, value, keys, value_strides, HEAD_DIM, BLOCK_D)
     q = load_patches(query, start, patch_count, query_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)  # [M, D]
     gradient = load_patches(grad_out, start, patch_count, grad_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)
-    scores = biased_products(
+    scores = biased_scores(
         k, q, row_pointers, column_offsets, start, BLOCK_M, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
     )  # [N, M]
     patches = start + tl.arange(0, BLOCK_M)
-    p = tl.exp2(scores * scale_log2 - tl.load(lse_row + patches)[None, :])
+    p = tl.exp2(scores * scale_log2 - tl.load(lse_base + patches)[None, :])
     if TAIL:
         p = tl.where((patches < patch_count)[None, :], p, 0.0)
     keep = None
@@ -86,23 +86,23 @@ def key_value_step(
             dropped = tl.where(keep, p * drop_scale, 0.0)
         value_acc += matmul(dropped.to(gradient.dtype), gradient, PRECISION, UPCAST)
     if key_acc is not None:
-        weight_gradient = matmul(v, tl.trans(gradient), PRECISION, UPCAST)  # [N, M]
-        ds = score_gradient(p, weight_gradient, tl.load(delta_row + patches)[None, :], keep, drop_scale, DROPOUT)
+        dp = matmul(v, tl.trans(gradient), PRECISION, UPCAST)  # [N, M]
+        ds = score_gradient(p, dp, tl.load(delta_base + patches)[None, :], keep, drop_scale, DROPOUT)
         key_acc += matmul(ds.to(q.dtype), q, PRECISION, UPCAST)
     return key_acc, value_acc
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def key_value_gradient_kernel(
+def backward_dkv_kernel(
     grad_out,  # [batch_size, patch_count + 1, head_count, HEAD_DIM]
     query,  # as grad_out
     key,  # as grad_out
     value,  # as grad_out
-    bias_records,  # [head_count, record_size] fp32, flipped, or None
+    packed_bias,  # [head_count, packed_size] fp32, flipped, or None
     column_offsets,  # [patch_count] int32 for the layout "extended", else None
     key_mask,  # [batch_size, patch_count + 1] bool, or None
-    row_lse,  # [batch_size, head_count, statistic_pitch] fp32
-    row_delta,  # as row_lse
+    lse_log2,  # [batch_size, head_count, lse_stride] fp32
+    delta,  # as lse_log2
     grad_key,  # contiguous, as key, written; None if it is not wanted
     grad_value,  # contiguous, as value, written; None if it is not wanted
     grad_strides,  # (batch, token, head), elements
@@ -113,8 +113,8 @@ def key_value_gradient_kernel(
     batch_size,
     patch_count,
     head_count,
-    statistic_pitch,
-    record_size,
+    lse_stride,
+    packed_size,
     window_height,
     window_width,
     scale,
@@ -135,16 +135,16 @@ def key_value_gradient_kernel(
 ):
     """dK and dV of BLOCK_N keys of one head: one pass over the queries. Grid: (batch, key blocks, heads) flattened."""
     batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_N))
-    rows = owned_rows(block, BLOCK_N, BIAS_LAYOUT)
+    rows = row_indices(block, BLOCK_N, BIAS_LAYOUT)
     keys = row_tokens(rows, patch_count)
     key = head_base(key, batch, head, key_strides)
     value = head_base(value, batch, head, value_strides)
-    k = load_owned(key, keys, key_strides, HEAD_DIM, BLOCK_D)  # [N, D]
-    v = load_owned(value, keys, value_strides, HEAD_DIM, BLOCK_D)
+    k = load_rows(key, keys, key_strides, HEAD_DIM, BLOCK_D)  # [N, D]
+    v = load_rows(value, keys, value_strides, HEAD_DIM, BLOCK_D)
     query = head_base(query, batch, head, query_strides)
     grad_out = head_base(grad_out, batch, head, grad_strides)
-    lse_row = row_lse + (batch * head_count + head) * statistic_pitch
-    delta_row = row_delta + (batch * head_count + head) * statistic_pitch
+    lse_base = lse_log2 + (batch * head_count + head) * lse_stride
+    delta_base = delta + (batch * head_count + head) * lse_stride
 
     cls_query = load_cls(query, HEAD_DIM, BLOCK_D)[None, :]
     cls_gradient = load_cls(grad_out, HEAD_DIM, BLOCK_D)[None, :]
@@ -152,18 +152,18 @@ def key_value_gradient_kernel(
     row_pointers = None
     if BIAS_LAYOUT != "none":
         row_pointers = bias_rows(
-            bias_records,
+            packed_bias,
             head,
             rows,
             patch_count,
-            record_size,
+            packed_size,
             window_height,
             window_width,
             BIAS_LAYOUT,
             BIAS_VECTOR,
         )
-        scores += load_cls_bias(bias_records, head, rows, patch_count, record_size)
-    p = tl.exp2(scores * scale_log2 - tl.load(lse_row + statistic_pitch - 4))
+        scores += load_cls_bias(packed_bias, head, rows, patch_count, packed_size)
+    p = tl.exp2(scores * scale_log2 - tl.load(lse_base + lse_stride - 4))
     keep = None
     dropped = p
     if DROPOUT:
@@ -174,16 +174,16 @@ def key_value_gradient_kernel(
         value_acc = dropped[:, None] * cls_gradient  # [N, D]
     key_acc = None
     if grad_key is not None:
-        weight_gradient = tl.sum(v.to(tl.float32) * cls_gradient, 1)
-        cls_delta = tl.load(delta_row + statistic_pitch - 4)
-        key_acc = score_gradient(p, weight_gradient, cls_delta, keep, drop_scale, DROPOUT)[:, None] * cls_query
+        dp = tl.sum(v.to(tl.float32) * cls_gradient, 1)
+        cls_delta = tl.load(delta_base + lse_stride - 4)
+        key_acc = score_gradient(p, dp, cls_delta, keep, drop_scale, DROPOUT)[:, None] * cls_query
 
     query = patch_base(query, 0, query_strides)
     grad_out = patch_base(grad_out, 0, grad_strides)
     whole = patch_count - (patch_count % BLOCK_M)
     for start in range(0, whole, BLOCK_M):
-        key_acc, value_acc = key_value_step(
-            key_acc, value_acc, start, k, v, keys, key, value, query, grad_out, lse_row, delta_row, row_pointers,
+        key_acc, value_acc = backward_dkv_step(
+            key_acc, value_acc, start, k, v, keys, key, value, query, grad_out, lse_base, delta_base, row_pointers,
             column_offsets, key_strides, value_strides, query_strides, grad_strides, batch, head, head_count,
             patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_M,
             BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST,
@@ -192,8 +192,8 @@ def key_value_gradient_kernel(
         query += BLOCK_M * token_stride(query_strides, tl.int64)
         grad_out += BLOCK_M * token_stride(grad_strides, tl.int64)
     if whole < patch_count:
-        key_acc, value_acc = key_value_step(
-            key_acc, value_acc, whole, k, v, keys, key, value, query, grad_out, lse_row, delta_row, row_pointers,
+        key_acc, value_acc = backward_dkv_step(
+            key_acc, value_acc, whole, k, v, keys, key, value, query, grad_out, lse_base, delta_base, row_pointers,
             column_offsets, key_strides, value_strides, query_strides, grad_strides, batch, head, head_count,
             patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_M,
             BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST,

@@ -8,18 +8,18 @@ from .backward_preprocess import score_gradient
 from .bias import bias_rows, load_cls_bias
 from .primitives import (
     RUNTIME_INTEGERS,
-    biased_products,
+    biased_scores,
     cls_validity,
     dropout_keep,
     head_base,
     load_cls,
-    load_owned,
     load_patches,
-    owned_again,
-    owned_rows,
+    load_row_values,
+    load_rows,
     patch_base,
     patch_validity,
-    row_statistic,
+    reload_rows,
+    row_indices,
     row_tokens,
     store_rows,
     token_stride,
@@ -27,7 +27,7 @@ from .primitives import (
 
 
 @triton.jit
-def query_step(
+def backward_dq_step(
     acc,  # [M, D] fp32
     start,  # first key patch of this step
     q,  # [M, D]
@@ -67,11 +67,11 @@ def query_step(
     TAIL: tl.constexpr,
 ):
     """Add what BLOCK_N more keys give."""
-    q = owned_again(q, query, queries, query_strides, HEAD_DIM, BLOCK_D)
-    gradient = owned_again(gradient, grad_out, queries, grad_strides, HEAD_DIM, BLOCK_D)
+    q = reload_rows(q, query, queries, query_strides, HEAD_DIM, BLOCK_D)
+    gradient = reload_rows(gradient, grad_out, queries, grad_strides, HEAD_DIM, BLOCK_D)
     k = load_patches(key, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
     v = load_patches(value, start, patch_count, value_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)
-    scores = biased_products(
+    scores = biased_scores(
         q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
     )  # [M, N]
     p = tl.exp2(scores * scale_log2 - lse[:, None])
@@ -83,22 +83,22 @@ def query_step(
         keep = dropout_keep(
             queries[:, None], keys[None, :], batch, head, head_count, seed_low, seed_high, drop_threshold
         )
-    weight_gradient = matmul(gradient, tl.trans(v), PRECISION, UPCAST)  # [M, N]
-    ds = score_gradient(p, weight_gradient, delta[:, None], keep, drop_scale, DROPOUT)
+    dp = matmul(gradient, tl.trans(v), PRECISION, UPCAST)  # [M, N]
+    ds = score_gradient(p, dp, delta[:, None], keep, drop_scale, DROPOUT)
     return acc + matmul(ds.to(k.dtype), k, PRECISION, UPCAST)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def query_gradient_kernel(
+def backward_dq_kernel(
     grad_out,  # [batch_size, patch_count + 1, head_count, HEAD_DIM]
     query,  # as grad_out
     key,  # as grad_out
     value,  # as grad_out
-    bias_records,  # [head_count, record_size] fp32, or None
+    packed_bias,  # [head_count, packed_size] fp32, or None
     column_offsets,  # [patch_count] int32 for the layout "extended", else None
     key_mask,  # [batch_size, patch_count + 1] bool, or None
-    row_lse,  # [batch_size, head_count, statistic_pitch] fp32
-    row_delta,  # as row_lse
+    lse_log2,  # [batch_size, head_count, lse_stride] fp32
+    delta,  # as lse_log2
     grad_query,  # contiguous, as query, written
     grad_strides,  # (batch, token, head), elements
     query_strides,
@@ -108,8 +108,8 @@ def query_gradient_kernel(
     batch_size,
     patch_count,
     head_count,
-    statistic_pitch,
-    record_size,
+    lse_stride,
+    packed_size,
     window_height,
     window_width,
     scale,  # of the result, signed
@@ -130,14 +130,14 @@ def query_gradient_kernel(
 ):
     """dQ of BLOCK_M queries of one head: one pass over the keys. Grid: (batch, query blocks, heads) flattened."""
     batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_M))
-    rows = owned_rows(block, BLOCK_M, BIAS_LAYOUT)
+    rows = row_indices(block, BLOCK_M, BIAS_LAYOUT)
     queries = row_tokens(rows, patch_count)
     query = head_base(query, batch, head, query_strides)
     grad_out = head_base(grad_out, batch, head, grad_strides)
-    q = load_owned(query, queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
-    gradient = load_owned(grad_out, queries, grad_strides, HEAD_DIM, BLOCK_D)
-    lse = row_statistic(row_lse, batch, head, rows, patch_count, head_count, statistic_pitch)
-    delta = row_statistic(row_delta, batch, head, rows, patch_count, head_count, statistic_pitch)
+    q = load_rows(query, queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
+    gradient = load_rows(grad_out, queries, grad_strides, HEAD_DIM, BLOCK_D)
+    row_lse = load_row_values(lse_log2, batch, head, rows, patch_count, head_count, lse_stride)
+    row_delta = load_row_values(delta, batch, head, rows, patch_count, head_count, lse_stride)
     key = head_base(key, batch, head, key_strides)
     value = head_base(value, batch, head, value_strides)
 
@@ -146,43 +146,43 @@ def query_gradient_kernel(
     row_pointers = None
     if BIAS_LAYOUT != "none":
         row_pointers = bias_rows(
-            bias_records,
+            packed_bias,
             head,
             rows,
             patch_count,
-            record_size,
+            packed_size,
             window_height,
             window_width,
             BIAS_LAYOUT,
             BIAS_VECTOR,
         )
-        scores += load_cls_bias(bias_records, head, rows, patch_count, record_size)
-    p = tl.exp2(scores * scale_log2 - lse)
+        scores += load_cls_bias(packed_bias, head, rows, patch_count, packed_size)
+    p = tl.exp2(scores * scale_log2 - row_lse)
     if key_mask is not None:
         p = tl.where(cls_validity(key_mask, batch, mask_strides), p, 0.0)
     keep = None
     if DROPOUT:
         keep = dropout_keep(queries, 0, batch, head, head_count, seed_low, seed_high, drop_threshold)
-    weight_gradient = tl.sum(gradient.to(tl.float32) * load_cls(value, HEAD_DIM, BLOCK_D)[None, :], 1)
-    acc = score_gradient(p, weight_gradient, delta, keep, drop_scale, DROPOUT)[:, None] * cls_key  # [M, D]
+    dp = tl.sum(gradient.to(tl.float32) * load_cls(value, HEAD_DIM, BLOCK_D)[None, :], 1)
+    acc = score_gradient(p, dp, row_delta, keep, drop_scale, DROPOUT)[:, None] * cls_key  # [M, D]
 
     key = patch_base(key, 0, key_strides)
     value = patch_base(value, 0, value_strides)
     whole = patch_count - (patch_count % BLOCK_N)
     for start in range(0, whole, BLOCK_N):
-        acc = query_step(
-            acc, start, q, gradient, queries, lse, delta, query, grad_out, key, value, row_pointers, column_offsets,
-            key_mask, query_strides, grad_strides, key_strides, value_strides, mask_strides, batch, head, head_count,
-            patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_N,
-            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, False,
+        acc = backward_dq_step(
+            acc, start, q, gradient, queries, row_lse, row_delta, query, grad_out, key, value, row_pointers,
+            column_offsets, key_mask, query_strides, grad_strides, key_strides, value_strides, mask_strides,
+            batch, head, head_count, patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, False,
         )  # fmt: skip
         key += BLOCK_N * token_stride(key_strides, tl.int64)
         value += BLOCK_N * token_stride(value_strides, tl.int64)
     if whole < patch_count:
-        acc = query_step(
-            acc, whole, q, gradient, queries, lse, delta, query, grad_out, key, value, row_pointers, column_offsets,
-            key_mask, query_strides, grad_strides, key_strides, value_strides, mask_strides, batch, head, head_count,
-            patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_N,
-            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, True,
+        acc = backward_dq_step(
+            acc, whole, q, gradient, queries, row_lse, row_delta, query, grad_out, key, value, row_pointers,
+            column_offsets, key_mask, query_strides, grad_strides, key_strides, value_strides, mask_strides,
+            batch, head, head_count, patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, True,
         )  # fmt: skip
     store_rows(grad_query, acc * scale, batch, head, rows, patch_count, head_count, HEAD_DIM, BLOCK_D)

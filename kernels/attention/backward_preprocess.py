@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 
 from ..common.primitives import LOG2_E, split_program_id
-from .primitives import RUNTIME_INTEGERS, head_base, load_owned
+from .primitives import RUNTIME_INTEGERS, head_base, load_rows
 
 
 @triton.jit
 def score_gradient(
     p,  # [...] fp32 attention weights
-    weight_gradient,  # [...] fp32 gradient of the weights after dropout
+    dp,  # [...] fp32 gradient of the weights after dropout
     delta,  # fp32, broadcasts
     keep,  # bool, broadcasts; unused unless DROPOUT
     drop_scale,
@@ -21,39 +21,39 @@ def score_gradient(
 ):
     """[...] fp32 gradient of the scores, bias included."""
     if DROPOUT:
-        weight_gradient = tl.where(keep, weight_gradient * drop_scale, 0.0)
-    return p * (weight_gradient - delta)
+        dp = tl.where(keep, dp * drop_scale, 0.0)
+    return p * (dp - delta)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def row_statistics_kernel(
+def backward_preprocess_kernel(
     grad_out,  # [batch_size, patch_count + 1, head_count, HEAD_DIM]
     out,  # as grad_out
     lse,  # contiguous [batch_size, head_count, patch_count + 1] fp32
-    row_lse,  # [batch_size, head_count, statistic_pitch] fp32, written: base 2, +inf where there is no weight
-    row_delta,  # as row_lse, written: rowsum(grad_out * out)
+    lse_log2,  # [batch_size, head_count, lse_stride] fp32, written: base 2, +inf where there is no weight
+    delta,  # as lse_log2, written: rowsum(grad_out * out)
     grad_strides,  # (batch, token, head), elements
     out_strides,
     batch_size,
     patch_count,
     head_count,
-    statistic_pitch,
+    lse_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """What every row needs in the backward: patches first, padding that weighs nothing, CLS fourth from the end."""
-    batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(statistic_pitch, BLOCK_M))
+    batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(lse_stride, BLOCK_M))
     places = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_cls = places == statistic_pitch - 4
+    is_cls = places == lse_stride - 4
     tokens = tl.where(is_cls, 0, tl.minimum(places, patch_count - 1) + 1)
     exists = is_cls | (places < patch_count)
-    gradient = load_owned(head_base(grad_out, batch, head, grad_strides), tokens, grad_strides, HEAD_DIM, BLOCK_D)
-    output = load_owned(head_base(out, batch, head, out_strides), tokens, out_strides, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
+    gradient = load_rows(head_base(grad_out, batch, head, grad_strides), tokens, grad_strides, HEAD_DIM, BLOCK_D)
+    output = load_rows(head_base(out, batch, head, out_strides), tokens, out_strides, HEAD_DIM, BLOCK_D)
+    row_delta = tl.sum(gradient.to(tl.float32) * output.to(tl.float32), 1)
     plane = batch * head_count + head
-    log_sum = tl.load(lse + plane * (patch_count + 1) + tokens)
-    log_sum = tl.where(exists & (log_sum != float("-inf")), log_sum * LOG2_E, float("inf"))
-    inside = places < statistic_pitch
-    tl.store(row_lse + plane * statistic_pitch + places, log_sum, mask=inside)
-    tl.store(row_delta + plane * statistic_pitch + places, tl.where(exists, delta, 0.0), mask=inside)
+    row_lse = tl.load(lse + plane * (patch_count + 1) + tokens)
+    row_lse = tl.where(exists & (row_lse != float("-inf")), row_lse * LOG2_E, float("inf"))
+    inside = places < lse_stride
+    tl.store(lse_log2 + plane * lse_stride + places, row_lse, mask=inside)
+    tl.store(delta + plane * lse_stride + places, tl.where(exists, row_delta, 0.0), mask=inside)

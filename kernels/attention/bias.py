@@ -6,11 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def bias_rows(
-    records,  # pointer to [head_count, record_size] fp32
+    packed_bias,  # pointer to [head_count, packed_size] fp32
     head,
     rows,  # [BLOCK] int32
     patch_count,
-    record_size,
+    packed_size,
     window_height,
     window_width,
     BIAS_LAYOUT: tl.constexpr,
@@ -20,7 +20,7 @@ def bias_rows(
 
     A paired table is read in units of two columns of one row (8 bytes), the others in single entries.
     """
-    record = records + head * record_size
+    head_bias = packed_bias + head * packed_size
     patches = tl.minimum(rows, patch_count - 1)
     is_patch = rows < patch_count
     line = patches // window_width
@@ -33,14 +33,14 @@ def bias_rows(
         units = (column // 2) * line_size + (window_height - 1 - line) * window_width
         units = tl.where(is_patch, units, (window_width // 2) * line_size)
         if BIAS_VECTOR == 4:
-            record = record.to(tl.pointer_type(tl.int64), bitcast=True)
+            head_bias = head_bias.to(tl.pointer_type(tl.int64), bitcast=True)
             offsets = units
         else:
             offsets = 2 * units + tl.where(is_patch, 2 * (column & 1), 0)
     else:
         offsets = column * line_size + (window_height - 1 - line) * window_width
         offsets = tl.where(is_patch, offsets, window_width * line_size)
-    return record + offsets
+    return head_bias + offsets
 
 
 @triton.jit
@@ -99,6 +99,6 @@ def load_column_offsets(addresses, BIAS_VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_cls_bias(records, head, rows, patch_count, record_size):
-    """[BLOCK] fp32 bias of each row with the CLS column, divided by the scale: the last two entries of a record."""
-    return tl.load(records + head * record_size + record_size - 2 + tl.where(rows < patch_count, 0, 1))
+def load_cls_bias(packed_bias, head, rows, patch_count, packed_size):
+    """[BLOCK] fp32 bias of each row with the CLS column, divided by the scale: the last two entries of a head_bias."""
+    return tl.load(packed_bias + head * packed_size + packed_size - 2 + tl.where(rows < patch_count, 0, 1))

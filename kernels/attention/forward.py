@@ -7,17 +7,17 @@ from ..common.primitives import LN_2, matmul, split_program_id
 from .bias import bias_rows, load_cls_bias
 from .primitives import (
     RUNTIME_INTEGERS,
-    biased_products,
+    biased_scores,
     cls_validity,
     dropout_keep,
     head_base,
     load_cls,
-    load_owned,
     load_patches,
-    owned_again,
-    owned_rows,
+    load_rows,
     patch_base,
     patch_validity,
+    reload_rows,
+    row_indices,
     row_tokens,
     store_rows,
     token_stride,
@@ -84,9 +84,9 @@ def forward_step(
     TAIL: tl.constexpr,
 ):
     """Take BLOCK_N more keys in: (m_i, l_i, acc)."""
-    q = owned_again(q, query, queries, query_strides, HEAD_DIM, BLOCK_D)
+    q = reload_rows(q, query, queries, query_strides, HEAD_DIM, BLOCK_D)
     k = load_patches(key, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
-    scores = biased_products(
+    scores = biased_scores(
         q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
     )  # [M, N]
     MASKED: tl.constexpr = TAIL or key_mask is not None
@@ -110,7 +110,7 @@ def attention_forward_kernel(
     query,  # [batch_size, patch_count + 1, head_count, HEAD_DIM] fp16, bf16 or fp32
     key,  # as query
     value,  # as query
-    bias_records,  # [head_count, record_size] fp32, or None
+    packed_bias,  # [head_count, packed_size] fp32, or None
     column_offsets,  # [patch_count] int32 for the layout "extended", else None
     key_mask,  # [batch_size, patch_count + 1] bool, or None
     out,  # contiguous, as query; for SPLIT [splits, ...] fp32; written
@@ -122,7 +122,7 @@ def attention_forward_kernel(
     batch_size,
     patch_count,
     head_count,
-    record_size,
+    packed_size,
     window_height,
     window_width,
     keys_per_split,  # patches, a multiple of BLOCK_N; all of them without SPLIT
@@ -150,10 +150,10 @@ def attention_forward_kernel(
     batch, block, outer = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_M))
     head = outer % head_count
     split = outer // head_count
-    rows = owned_rows(block, BLOCK_M, BIAS_LAYOUT)
+    rows = row_indices(block, BLOCK_M, BIAS_LAYOUT)
     queries = row_tokens(rows, patch_count)
     query = head_base(query, batch, head, query_strides)
-    q = load_owned(query, queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
+    q = load_rows(query, queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
     key = head_base(key, batch, head, key_strides)
     value = head_base(value, batch, head, value_strides)
 
@@ -161,17 +161,17 @@ def attention_forward_kernel(
     row_pointers = None
     if BIAS_LAYOUT != "none":
         row_pointers = bias_rows(
-            bias_records,
+            packed_bias,
             head,
             rows,
             patch_count,
-            record_size,
+            packed_size,
             window_height,
             window_width,
             BIAS_LAYOUT,
             BIAS_VECTOR,
         )
-        m_i += load_cls_bias(bias_records, head, rows, patch_count, record_size)
+        m_i += load_cls_bias(packed_bias, head, rows, patch_count, packed_size)
     m_i *= scale_log2
     l_i = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + load_cls(value, HEAD_DIM, BLOCK_D)[None, :]
@@ -212,29 +212,29 @@ def attention_forward_kernel(
             DROPOUT, PRECISION, UPCAST, GUARD, True,
         )  # fmt: skip
 
-    row_lse = (m_i + tl.log2(l_i)) * LN_2
+    lse_log2 = (m_i + tl.log2(l_i)) * LN_2
     if GUARD:
         no_key = l_i == 0.0
-        row_lse = tl.where(no_key, float("-inf"), row_lse)
+        lse_log2 = tl.where(no_key, float("-inf"), lse_log2)
         l_i = tl.where(no_key, 1.0, l_i)
     acc = acc / l_i[:, None]
     if DROPOUT:
         acc *= drop_scale
     store_rows(out, acc, split * batch_size + batch, head, rows, patch_count, head_count, HEAD_DIM, BLOCK_D)
     row = ((split * batch_size + batch) * head_count + head) * (patch_count + 1) + queries
-    tl.store(lse + row, row_lse, mask=rows <= patch_count)
+    tl.store(lse + row, lse_log2, mask=rows <= patch_count)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
-def merge_splits_kernel(
-    partial_out,  # [split_count, batch_size, token_count, head_count, HEAD_DIM] fp32
-    partial_lse,  # [split_count, batch_size, head_count, token_count] fp32
+def combine_splits_kernel(
+    partial_out,  # [num_splits, batch_size, token_count, head_count, HEAD_DIM] fp32
+    partial_lse,  # [num_splits, batch_size, head_count, token_count] fp32
     out,  # [batch_size, token_count, head_count, HEAD_DIM], written
     lse,  # [batch_size, head_count, token_count] fp32, written
     batch_size,
     token_count,
     head_count,
-    split_count,
+    num_splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -251,13 +251,13 @@ def merge_splits_kernel(
     statistics_size = batch_size.to(tl.int64) * head_count * token_count
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for split in range(0, split_count):
+    for split in range(0, num_splits):
         part = tl.load(partial_lse + split * statistics_size + statistics, mask=inside, other=float("-inf"))
         largest = tl.maximum(largest, part)
     safe = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in range(0, split_count):
+    for split in range(0, num_splits):
         part = tl.load(partial_lse + split * statistics_size + statistics, mask=inside, other=float("-inf"))
         share = tl.exp(part - safe)
         total += share

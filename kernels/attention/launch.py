@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.device import device_of, processors_of
+from ..common.device import device_of, num_sms_of
 from . import backward_dbias, backward_dkv, backward_dq, backward_preprocess, configs, forward
 from .arguments import (
     Inputs,
@@ -62,7 +62,7 @@ def attention_forward(
         arguments = score_arguments(inputs) | (bias_arguments(inputs, flipped=False) if bias is None else bias)
         config = tile_config("forward", arguments)
         programs = batch * triton.cdiv(tokens, config.block_m) * heads
-        splits = configs.key_splits(programs, tokens - 1, config.block_n, processors_of(q))
+        splits = configs.num_splits(programs, tokens - 1, config.block_n, num_sms_of(q))
         if splits == 1:
             _launch_forward(arguments, config, programs, dropout_p, out, lse)
         else:
@@ -123,13 +123,13 @@ def attention_backward(
         arguments = _backward_arguments(inputs, addressable(grad_out), addressable(out), lse.contiguous())
         if want_k or want_v:
             arguments.update(bias_arguments(inputs, flipped=True))
-            _launch_key_value_gradient(arguments, inputs.scale, dk if want_k else None, dv if want_v else None)
+            _launch_backward_dkv(arguments, inputs.scale, dk if want_k else None, dv if want_v else None)
         if want_q or want_table:
             arguments.update(bias_arguments(inputs, flipped=False))
         if want_q:
-            _launch_query_gradient(arguments, inputs.scale * inputs.sign, dq)
+            _launch_backward_dq(arguments, inputs.scale * inputs.sign, dq)
         if want_table:
-            _launch_table_gradient(arguments, dtable)
+            _launch_backward_dbias(arguments, dtable)
     return dq, dk, dv, dtable
 
 
@@ -169,7 +169,7 @@ def _launch_split_forward(
         lse=partial_lse,
         SPLIT=True,
     )
-    forward.merge_splits_kernel[(batch * triton.cdiv(tokens, configs.MERGE_BLOCK) * heads,)](
+    forward.combine_splits_kernel[(batch * triton.cdiv(tokens, configs.COMBINE_BLOCK) * heads,)](
         partial_out,
         partial_lse,
         out,
@@ -180,7 +180,7 @@ def _launch_split_forward(
         splits,
         HEAD_DIM=head_dim,
         BLOCK_D=arguments["BLOCK_D"],
-        BLOCK_M=configs.MERGE_BLOCK,
+        BLOCK_M=configs.COMBINE_BLOCK,
     )
 
 
@@ -188,60 +188,60 @@ def _backward_arguments(inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tens
     """The score arguments, the gradient, and the row statistics that are computed here."""
     batch, tokens, heads, head_dim = out.shape
     arguments = score_arguments(inputs)
-    pitch = configs.statistic_pitch(tokens - 1)
-    row_lse = torch.empty((batch, heads, pitch), dtype=torch.float32, device=out.device)
-    row_delta = torch.empty_like(row_lse)
-    grid = (batch * triton.cdiv(pitch, configs.STATISTICS_BLOCK) * heads,)
-    backward_preprocess.row_statistics_kernel[grid](
+    stride = configs.lse_stride(tokens - 1)
+    lse_log2 = torch.empty((batch, heads, stride), dtype=torch.float32, device=out.device)
+    delta = torch.empty_like(lse_log2)
+    grid = (batch * triton.cdiv(stride, configs.PREPROCESS_BLOCK) * heads,)
+    backward_preprocess.backward_preprocess_kernel[grid](
         grad_out,
         out,
         lse,
-        row_lse,
-        row_delta,
+        lse_log2,
+        delta,
         grad_out.stride()[:3],
         out.stride()[:3],
         batch,
         tokens - 1,
         heads,
-        pitch,
+        stride,
         HEAD_DIM=head_dim,
         BLOCK_D=arguments["BLOCK_D"],
-        BLOCK_M=configs.STATISTICS_BLOCK,
+        BLOCK_M=configs.PREPROCESS_BLOCK,
     )
     arguments.update(
         grad_out=grad_out,
         grad_strides=grad_out.stride()[:3],
-        row_lse=row_lse,
-        row_delta=row_delta,
-        statistic_pitch=pitch,
+        lse_log2=lse_log2,
+        delta=delta,
+        lse_stride=stride,
         drop_scale=drop_scale(inputs.dropout_p),
     )
     return arguments
 
 
-def _launch_key_value_gradient(arguments: dict[str, Any], scale: float, dk: Tensor | None, dv: Tensor | None) -> None:
-    config = tile_config("key_value_gradient", arguments)
+def _launch_backward_dkv(arguments: dict[str, Any], scale: float, dk: Tensor | None, dv: Tensor | None) -> None:
+    config = tile_config("backward_dkv", arguments)
     key_blocks = triton.cdiv(arguments["patch_count"] + 1, config.block_n)
     grid = (arguments["batch_size"] * key_blocks * arguments["head_count"],)
-    backward_dkv.key_value_gradient_kernel[grid](**arguments, **_tile(config), grad_key=dk, grad_value=dv, scale=scale)
+    backward_dkv.backward_dkv_kernel[grid](**arguments, **_tile(config), grad_key=dk, grad_value=dv, scale=scale)
 
 
-def _launch_query_gradient(arguments: dict[str, Any], scale: float, dq: Tensor) -> None:
-    config = tile_config("query_gradient", arguments)
+def _launch_backward_dq(arguments: dict[str, Any], scale: float, dq: Tensor) -> None:
+    config = tile_config("backward_dq", arguments)
     query_blocks = triton.cdiv(arguments["patch_count"] + 1, config.block_m)
     grid = (arguments["batch_size"] * query_blocks * arguments["head_count"],)
-    backward_dq.query_gradient_kernel[grid](**arguments, **_tile(config), grad_query=dq, scale=scale)
+    backward_dq.backward_dq_kernel[grid](**arguments, **_tile(config), grad_query=dq, scale=scale)
 
 
-def _launch_table_gradient(arguments: dict[str, Any], dtable: Tensor) -> None:
+def _launch_backward_dbias(arguments: dict[str, Any], dtable: Tensor) -> None:
     """Score gradients summed over the batch, some heads or rows at a time, each then summed along diagonals."""
-    config = tile_config("bias_gradient", arguments)
+    config = tile_config("backward_dbias", arguments)
     batch, patches, heads = arguments["batch_size"], arguments["patch_count"], arguments["head_count"]
-    plan = configs.plan_table_gradient(batch, patches, heads, config, processors_of(dtable))
-    pitch = configs.scratch_pitch(patches)
-    scratch = torch.empty((plan.batch_splits, plan.heads, plan.rows, pitch), dtype=torch.float32, device=dtable.device)
+    plan = configs.plan_backward_dbias(batch, patches, heads, config, num_sms_of(dtable))
+    stride = configs.scratch_stride(patches)
+    scratch = torch.empty((plan.num_splits, plan.heads, plan.rows, stride), dtype=torch.float32, device=dtable.device)
     total = dtable if dtable.dtype == torch.float32 else torch.empty_like(dtable, dtype=torch.float32)
-    cls_column = _cls_column_gradient(arguments)
+    cls_column = _launch_dbias_cls_column(arguments)
     for head_start in range(0, heads, plan.heads):
         chunk_heads = min(plan.heads, heads - head_start)
         for row_start in range(0, patches + 1, plan.rows):
@@ -250,17 +250,17 @@ def _launch_table_gradient(arguments: dict[str, Any], dtable: Tensor) -> None:
                 "head_start": head_start,
                 "row_start": row_start,
                 "row_end": min(row_start + plan.rows, patches + 1),
-                "scratch_pitch": pitch,
+                "scratch_stride": stride,
                 "scratch": scratch,
             }
-            _launch_bias_gradient(arguments, config, part, triton.cdiv(batch, plan.batch_splits), plan.batch_splits)
-            _launch_patch_rows_gradient(arguments, part, plan.batch_splits, total)
-        backward_dbias.cls_rows_gradient_kernel[(chunk_heads,)](
+            _launch_dbias(arguments, config, part, triton.cdiv(batch, plan.num_splits), plan.num_splits)
+            _launch_dtable_patches(arguments, part, plan.num_splits, total)
+        backward_dbias.dtable_cls_kernel[(chunk_heads,)](
             **part,
             cls_column=cls_column,
             grad_table=total,
             table_row=dtable.shape[0] - 3,
-            split_count=plan.batch_splits,
+            num_splits=plan.num_splits,
             batch_size=batch,
             patch_count=patches,
             head_count=heads,
@@ -270,26 +270,26 @@ def _launch_table_gradient(arguments: dict[str, Any], dtable: Tensor) -> None:
         dtable.copy_(total)
 
 
-def _launch_bias_gradient(
+def _launch_dbias(
     arguments: dict[str, Any], config: configs.TileConfig, part: dict[str, Any], batches: int, splits: int
 ) -> None:
     """Fill the scratch with one part's score gradients."""
     key_blocks = triton.cdiv(arguments["patch_count"], config.block_n)
     query_blocks = triton.cdiv(part["row_end"] - part["row_start"], config.block_m)
-    backward_dbias.bias_gradient_kernel[(key_blocks * query_blocks * part["chunk_heads"] * splits,)](
+    backward_dbias.backward_dbias_kernel[(key_blocks * query_blocks * part["chunk_heads"] * splits,)](
         **arguments, **part, **_tile(config), batches_per_split=batches
     )
 
 
-def _launch_patch_rows_gradient(arguments: dict[str, Any], part: dict[str, Any], splits: int, total: Tensor) -> None:
+def _launch_dtable_patches(arguments: dict[str, Any], part: dict[str, Any], splits: int, total: Tensor) -> None:
     """Sum one part's scratch along diagonals into the patch rows of the table."""
     height, width = arguments["window_height"], arguments["window_width"]
     programs = triton.cdiv(2 * width - 1, configs.DIAGONAL_BLOCK_DIFFERENCES) * (2 * height - 1) * part["chunk_heads"]
-    backward_dbias.patch_rows_gradient_kernel[(programs,)](
+    backward_dbias.dtable_patches_kernel[(programs,)](
         **part,
         grad_table=total,
         accumulate=int(part["row_start"] > 0),
-        split_count=splits,
+        num_splits=splits,
         head_count=arguments["head_count"],
         window_height=height,
         window_width=width,
@@ -298,14 +298,14 @@ def _launch_patch_rows_gradient(arguments: dict[str, Any], part: dict[str, Any],
     )
 
 
-def _cls_column_gradient(arguments: dict[str, Any]) -> Tensor:
+def _launch_dbias_cls_column(arguments: dict[str, Any]) -> Tensor:
     """`[B, H, N]` fp32: the gradient of every query's score with the CLS key, CLS as query last."""
     batch, tokens, heads = arguments["batch_size"], arguments["patch_count"] + 1, arguments["head_count"]
     column = torch.empty((batch, heads, tokens), dtype=torch.float32, device=arguments["query"].device)
-    kernel = backward_dbias.cls_column_gradient_kernel
+    kernel = backward_dbias.dbias_cls_column_kernel
     taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
-    grid = (batch * triton.cdiv(tokens, configs.STATISTICS_BLOCK) * heads,)
-    kernel[grid](**taken, cls_column=column, BLOCK_M=configs.STATISTICS_BLOCK)
+    grid = (batch * triton.cdiv(tokens, configs.PREPROCESS_BLOCK) * heads,)
+    kernel[grid](**taken, cls_column=column, BLOCK_M=configs.PREPROCESS_BLOCK)
     return column
 
 

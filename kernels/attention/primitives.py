@@ -22,14 +22,14 @@ RUNTIME_INTEGERS = [
     "head_start",
     "keys_per_split",
     "patch_count",
-    "record_size",
+    "packed_size",
     "row_end",
     "row_start",
-    "scratch_pitch",
+    "scratch_stride",
     "seed_high",
     "seed_low",
-    "split_count",
-    "statistic_pitch",
+    "num_splits",
+    "lse_stride",
     "table_row",
     "token_count",
     "window_height",
@@ -38,7 +38,7 @@ RUNTIME_INTEGERS = [
 
 
 @triton.jit
-def owned_rows(block, BLOCK: tl.constexpr, BIAS_LAYOUT: tl.constexpr):
+def row_indices(block, BLOCK: tl.constexpr, BIAS_LAYOUT: tl.constexpr):
     """[BLOCK] int32 row numbers; paired rows 2t and 2t+1 sit where one thread holds both, at t and t + 8 of 16."""
     lanes = tl.arange(0, BLOCK)
     if BIAS_LAYOUT == "paired":
@@ -71,7 +71,7 @@ def patch_base(base, start, strides):
 
 
 @triton.jit
-def load_owned(base, tokens, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(base, tokens, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BLOCK, BLOCK_D] rows of existing tokens; columns beyond HEAD_DIM read as 0."""
     columns = tl.arange(0, BLOCK_D)
     addresses = base + tokens.to(tl.int64)[:, None] * token_stride(strides, tl.int64) + columns[None, :]
@@ -83,8 +83,8 @@ def load_owned(base, tokens, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def owned_again(
-    values,  # [BLOCK, BLOCK_D], what load_owned gave
+def reload_rows(
+    values,  # [BLOCK, BLOCK_D], what load_rows gave
     base,  # pointer to token 0 of a head
     tokens,
     strides,
@@ -175,7 +175,7 @@ def patch_validity(key_mask, batch, start, patch_count, mask_strides, BLOCK: tl.
 
 
 @triton.jit
-def biased_products(
+def biased_scores(
     rows,  # [A, D]
     columns,  # [B, D]
     row_pointers,  # [A] from bias_rows; unused without a bias
@@ -213,7 +213,7 @@ def dropout_keep(queries, keys, batch, head, head_count, seed_low, seed_high, th
 
 
 @triton.jit
-def row_statistic(pointer, batch, head, rows, patch_count, head_count, statistic_pitch):
-    """[BLOCK] fp32 of a [batch, head, statistic_pitch] tensor: patches first, CLS fourth from the end."""
-    places = tl.where(rows < patch_count, rows, statistic_pitch - 4)
-    return tl.load(pointer + (batch * head_count + head) * statistic_pitch + places)
+def load_row_values(pointer, batch, head, rows, patch_count, head_count, lse_stride):
+    """[BLOCK] fp32 of a [batch, head, lse_stride] tensor: patches first, CLS fourth from the end."""
+    places = tl.where(rows < patch_count, rows, lse_stride - 4)
+    return tl.load(pointer + (batch * head_count + head) * lse_stride + places)

@@ -29,9 +29,9 @@ def architecture_of(tensor: Tensor) -> str:
     return _architecture(tensor.device.index) if tensor.is_cuda else gpu.INTERPRETER
 
 
-def processors_of(tensor: Tensor) -> int:
+def num_sms_of(tensor: Tensor) -> int:
     """Multiprocessors of the tensor's device; 0 on a CPU, where nothing is gained by more programs."""
-    return _processors(tensor.device.index) if tensor.is_cuda else 0
+    return _num_sms(tensor.device.index) if tensor.is_cuda else 0
 
 
 @functools.cache
@@ -42,5 +42,5 @@ def _architecture(device_index: int) -> str:
 
 
 @functools.cache
-def _processors(device_index: int) -> int:
+def _num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -30,7 +30,7 @@ def residual_norm_backward_kernel(
     total,  # as grad_total: what was normalised; None without grad_normalized
     branch,  # as grad_total; None without partial_scale
     scale,  # [SIZE], or None for 1
-    keep,  # [batch_size] fp32, or None for 1
+    drop_path_scale,  # [batch_size] fp32, or None for 1
     weight,  # [SIZE], or None for 1
     mean,  # [batch_size * token_count] fp32; None without grad_normalized
     rstd,  # as mean
@@ -79,8 +79,8 @@ def residual_norm_backward_kernel(
             gradient += load_rows(grad_total, rows, token_count, grad_total_strides, columns, inside)
         if grad_residual is not None:
             tl.store(grad_residual + starts, gradient, mask=inside)
-        if keep is not None:
-            gradient *= tl.load(keep + rows // token_count, mask=rows < row_count, other=0.0)[:, None]
+        if drop_path_scale is not None:
+            gradient *= tl.load(drop_path_scale + rows // token_count, mask=rows < row_count, other=0.0)[:, None]
         if partial_scale is not None:
             added = load_rows(branch, rows, token_count, branch_strides, columns, inside)
             scale_sum += tl.sum(gradient * added, 0)

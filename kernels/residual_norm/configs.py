@@ -19,7 +19,7 @@ BACKWARD_WIDE_WARP_COLUMNS = 256
 BACKWARD_ROWS = 2
 """Rows of a step: their loads and sums hide each other's latency."""
 
-PROGRAMS_PER_PROCESSOR = 4
+PROGRAMS_PER_SM = 4
 INTERPRETED_PROGRAMS = 3
 
 PARTIALS_BLOCK = 128
@@ -49,9 +49,9 @@ def backward_warps(size: int) -> int:
     return max(1, columns // (BACKWARD_WARP_COLUMNS if columns <= 1024 else BACKWARD_WIDE_WARP_COLUMNS))
 
 
-def share_rows(row_count: int, processors: int) -> RowShare:
-    """Equal parts of whole steps; `processors` is 0 where more programs gain nothing."""
+def share_rows(row_count: int, num_sms: int) -> RowShare:
+    """Equal parts of whole steps; `num_sms` is 0 where more programs gain nothing."""
     steps = -(-row_count // BACKWARD_ROWS)
-    wanted = PROGRAMS_PER_PROCESSOR * processors or INTERPRETED_PROGRAMS
+    wanted = PROGRAMS_PER_SM * num_sms or INTERPRETED_PROGRAMS
     rows_per_program = -(-steps // min(steps, wanted)) * BACKWARD_ROWS
     return RowShare(-(-row_count // rows_per_program), rows_per_program)

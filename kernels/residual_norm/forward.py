@@ -20,10 +20,10 @@ def residual_norm_kernel(
     residual,  # [batch_size, token_count, SIZE]
     branch,  # as residual, or None: nothing is added
     scale,  # [SIZE] layer scale, or None for 1
-    keep,  # [batch_size] fp32, 0 or 1 / keep_prob, or None for 1
+    drop_path_scale,  # [batch_size] fp32, 0 or 1 / keep_prob, or None for 1
     weight,  # [SIZE], or None for 1
     bias,  # [SIZE], or None for 0
-    total,  # contiguous, as residual, written: residual + keep * scale * branch; None without a branch
+    total,  # contiguous, as residual, written: residual + drop_path_scale * scale * branch; None without a branch
     normalized,  # contiguous, as residual, written; or None for the sum alone
     mean,  # [batch_size * token_count] fp32, written; None without normalized
     rstd,  # as mean
@@ -47,8 +47,8 @@ def residual_norm_kernel(
         added = added.to(tl.float32)
         if scale is not None:
             added *= tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
-        if keep is not None:
-            added *= tl.load(keep + row // token_count)
+        if drop_path_scale is not None:
+            added *= tl.load(drop_path_scale + row // token_count)
         rounded = (x + added).to(total.dtype.element_ty)
         tl.store(total + start + columns, rounded, mask=inside)
         x = rounded.to(tl.float32)  # what is normalised is what the backward reads again

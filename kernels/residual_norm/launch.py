@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.device import device_of, processors_of
+from ..common.device import device_of, num_sms_of
 from . import backward, configs, forward
 
 
@@ -19,7 +19,7 @@ def fill_forward(
     residual: Tensor,
     branch: Tensor | None,
     scale: Tensor | None,
-    keep: Tensor | None,
+    drop_path_scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -28,12 +28,12 @@ def fill_forward(
     mean: Tensor | None,
     rstd: Tensor | None,
 ) -> None:
-    """Fill `total` with `residual + keep * scale * branch`, and `normalized` with the LayerNorm of that.
+    """Fill `total` with `residual + drop_path_scale * scale * branch`, and `normalized` with the LayerNorm of that.
 
     Args:
         residual, branch: `[B, N, E]`, fp16, bf16 or fp32, any strides (a copy is made unless the last one is 1).
         scale, weight, bias: `[E]` in any of these types, or None.
-        keep: `[B]` fp32, what the branch of each sample is multiplied by, or None.
+        drop_path_scale: `[B]` fp32, what the branch of each sample is multiplied by, or None.
         eps: added to the variance.
         total: `[B, N, E]` contiguous, in any of these types; None where branch is: residual is normalised as it is.
         normalized: as total; None for the sum alone.
@@ -47,7 +47,7 @@ def fill_forward(
         forward.residual_norm_kernel[(batch * tokens,)](
             residual,
             branch,
-            *map(_contiguous, (scale, keep, weight, bias)),
+            *map(_contiguous, (scale, drop_path_scale, weight, bias)),
             total,
             normalized,
             mean,
@@ -68,7 +68,7 @@ def fill_backward(
     total: Tensor | None,
     branch: Tensor | None,
     scale: Tensor | None,
-    keep: Tensor | None,
+    drop_path_scale: Tensor | None,
     weight: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
@@ -80,7 +80,7 @@ def fill_backward(
         grad_total, grad_normalized: `[B, N, E]`, fp16, bf16 or fp32, any strides, 0 included; one may be None.
         total: what was normalised, `[B, N, E]`; like weight, mean and rstd not looked at without grad_normalized.
         branch: as it went into the forward; needed for the gradient of scale.
-        scale, keep, weight: as they went into the forward.
+        scale, drop_path_scale, weight: as they went into the forward.
         mean, rstd: as the forward filled them.
         gradients: contiguous, in any of these types; the last two are None without grad_normalized.
     """
@@ -100,11 +100,11 @@ def fill_backward(
     row_count = incoming.numel() // size
     with device_of(incoming):
         rows = [None if tensor is None else _rows(tensor) for tensor in (grad_total, grad_normalized, total, branch)]
-        share = configs.share_rows(row_count, processors_of(incoming))
+        share = configs.share_rows(row_count, num_sms_of(incoming))
         partials = [None if tensor is None else _partials(share.programs, size, tensor.device) for tensor in shared]
         backward.residual_norm_backward_kernel[(share.programs,)](
             *rows,
-            *map(_contiguous, (scale, keep, weight, mean, rstd)),
+            *map(_contiguous, (scale, drop_path_scale, weight, mean, rstd)),
             grad_residual,
             grad_branch,
             *partials,

@@ -39,9 +39,9 @@ CAPABILITIES_OF = {
 }
 
 
-def even_route(capability: int, dtype: str = "bf16") -> configs.BiasRoute:
-    """How the bias of a usual window is read: its width is even, its band fits."""
-    return attention_variants.bias_routes(capability, dtype)[0]
+def even_layout(capability: int, dtype: str = "bf16") -> configs.BiasLayout:
+    """How the bias of a usual window is read: its width is even, it fits the paired layout."""
+    return attention_variants.bias_layouts(capability, dtype)[0]
 
 
 def inspected(*variants: Variant) -> list[Inspection]:
@@ -72,8 +72,8 @@ def layout_complaints(variant: Variant, found: Inspection) -> list[str]:
     """What is wrong with the places that the bias loads fill, or with which loads there are."""
     if variant.tile is None:
         return []
-    expected = {variant.route.vector} - {0}
-    if variant.route.layout == "extended" and variant.route.vector:
+    expected = {variant.bias_layout.vector} - {0}
+    if variant.bias_layout.name == "extended" and variant.bias_layout.vector:
         expected.add(2)  # of the column offsets
     vectors = {load.vector for load in found.bias_loads}
     wrong = [] if vectors == expected else [f"loads vectors of {sorted(vectors)} and not of {sorted(expected)}"]
@@ -83,10 +83,10 @@ def layout_complaints(variant: Variant, found: Inspection) -> list[str]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int) -> None:
     """Small GPUs have 99 KiB: triton-lang/triton#8182, state-spaces/mamba#387."""
-    route = even_route(capability)
-    variants = [shipped(Variant(kernel, capability, route=route)) for kernel in configs.KERNELS]
+    layout = even_layout(capability)
+    variants = [shipped(Variant(kernel, capability, bias_layout=layout)) for kernel in configs.KERNELS]
     variants += [shipped(Variant("forward", capability))]
-    variants += [shipped(Variant("forward", capability, route=route, split=True))]
+    variants += [shipped(Variant("forward", capability, bias_layout=layout, split=True))]
     variants += attention_variants.small_kernels(capability)
     assert not (wrong := complaints(variants)), "\n".join(wrong)
 
@@ -95,15 +95,15 @@ def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int)
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_vector_loads_fill_registers_in_the_layout_of_the_tensor_cores(kernel: str, capability: int) -> None:
     """The pair of columns, and the rows m and m + 8, that primitives.load_bias_tile takes a thread to hold."""
-    variant = shipped(Variant(kernel, capability, route=even_route(capability)))
+    variant = shipped(Variant(kernel, capability, bias_layout=even_layout(capability)))
     (found,) = inspected(variant)
-    assert {load.vector for load in found.bias_loads} == {variant.route.vector} != {1}
+    assert {load.vector for load in found.bias_loads} == {variant.bias_layout.vector} != {1}
     assert [ttgir_layouts.misplaced(load) for load in found.bias_loads] == [None] * len(found.bias_loads)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_column_offsets_of_an_extended_table_are_loaded_in_pairs(capability: int) -> None:
-    variant = shipped(Variant("forward", capability, route=configs.BiasRoute("extended", 1)))
+    variant = shipped(Variant("forward", capability, bias_layout=configs.BiasLayout("extended", 1)))
     (found,) = inspected(variant)
     assert {load.vector for load in found.bias_loads} == {1, 2}
     assert not layout_complaints(variant, found)
@@ -125,16 +125,16 @@ counted = pytest.mark.skipif(
 @counted
 @pytest.mark.parametrize(("capability", "limit"), [(90, 386), (80, 463)])
 def test_instructions_of_the_forward_loop(capability: int, limit: int) -> None:
-    assert issued(Variant("forward", capability, REFERENCE_TILE, route=even_route(capability))) <= limit
+    assert issued(Variant("forward", capability, REFERENCE_TILE, bias_layout=even_layout(capability))) <= limit
 
 
 @counted
 @pytest.mark.parametrize(("layout", "ratio"), [("paired", 1.05), ("plain", 1.25), ("extended", 1.4)])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_bias_costs_next_to_no_instructions(capability: int, layout: str, ratio: float) -> None:
-    """Of the shipped tiles; windows of even width read paired bands, those of odd width plain ones."""
-    (route,) = [route for route in attention_variants.bias_routes(capability, "bf16") if route.layout == layout]
-    with_bias = issued(shipped(Variant("forward", capability, route=route)))
+    """Of the shipped tiles; windows of even width read the paired layout, those of odd width the plain one."""
+    (found,) = [one for one in attention_variants.bias_layouts(capability, "bf16") if one.name == layout]
+    with_bias = issued(shipped(Variant("forward", capability, bias_layout=found)))
     assert with_bias <= ratio * issued(shipped(Variant("forward", capability)))
 
 
@@ -142,7 +142,7 @@ def test_the_bias_costs_next_to_no_instructions(capability: int, layout: str, ra
 def test_the_main_loop_is_one_tile(capability: int) -> None:
     """What is divided by the tiles of an iteration holds that many: the compiler has unrolled nothing."""
     for kernel in configs.KERNELS:
-        variant = Variant(kernel, capability, REFERENCE_TILE, route=even_route(capability))
+        variant = Variant(kernel, capability, REFERENCE_TILE, bias_layout=even_layout(capability))
         (found,) = inspected(variant)
         work = attention_variants.work(variant)
         assert sass.multiply_adds(found.loop) == work.multiply_adds / work.warps, kernel
@@ -174,8 +174,9 @@ def table_variants(architecture: str) -> list[Variant]:
     """Each entry of the table of configs for the GPUs of one class.
 
     At its most demanding: the extended table, a key mask, and a head dimension that is not the padded one. Without
-    dropout, half precision also from the band, whose vector loads depend on the tile; the other routes at head
-    dimension 64. Of the small GPUs sm_86 stands for sm_89, and sm_120 is taken where registers are scarce.
+    dropout, half precision also in the layout of even windows, whose vector loads depend on the tile; the other
+    layouts at head dimension 64. Of the small GPUs sm_86 stands for sm_89, and sm_120 is taken where registers are
+    scarce.
     """
     variants = []
     for kernel, arithmetic, block_d, dropout, capability in itertools.product(
@@ -185,16 +186,16 @@ def table_variants(architecture: str) -> list[Variant]:
         if capability == 89 or (capability == 120 and not (is_half and block_d >= 64)):
             continue
         dtype, precision = PRECISIONS[arithmetic]
-        even, odd, large = attention_variants.bias_routes(capability, dtype)
+        even, odd, large = attention_variants.bias_layouts(capability, dtype)
         variant = shipped(
             Variant(kernel, capability, None, dtype, precision, block_d - 8, large, key_mask=True, dropout=dropout)
         )
         variants.append(variant)
         if is_half and not dropout:
-            variants.append(variant._replace(route=even, head_dim=block_d, key_mask=False))
+            variants.append(variant._replace(bias_layout=even, head_dim=block_d, key_mask=False))
         if block_d == 64 and not dropout:
-            others = [odd if is_half else even] + ([] if kernel == "bias_gradient" else [configs.NO_BIAS])
-            variants += [variant._replace(route=route, head_dim=64) for route in others]
+            others = [odd if is_half else even] + ([] if kernel == "backward_dbias" else [configs.NO_BIAS])
+            variants += [variant._replace(bias_layout=layout, head_dim=64) for layout in others]
     return variants
 
 
@@ -217,7 +218,7 @@ def test_small_kernels_of_every_head_dimension_and_dtype(capability: int) -> Non
 
 
 def test_a_second_look_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variant = Variant("cls_rows_gradient", 80)
+    variant = Variant("dtable_cls", 80)
     first = aot.inspect(variant, tmp_path)
     monkeypatch.setattr(triton, "compile", None)
     assert aot.inspect(variant, tmp_path) == first
@@ -229,7 +230,7 @@ def test_a_second_look_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_does_not_compile_is_told_and_not_kept(tmp_path: Path) -> None:
     """A tile of 48 rows is no power of two; the other variant is served all the same."""
     bad = Variant("forward", 80, configs.TileConfig(48, 64, 4, 2))
-    good = Variant("cls_rows_gradient", 80)
+    good = Variant("dtable_cls", 80)
     (_, failure), (_, found) = aot.inspect_all([bad, good], tmp_path)
     assert isinstance(failure, str)
     assert failure.startswith(f"{bad} does not compile")

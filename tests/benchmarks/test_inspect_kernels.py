@@ -69,9 +69,9 @@ def test_without_a_tile_the_shipped_and_the_reference_are_compared(script: Modul
             variants = script.variants_of(kernel, capability, options)
             shipped = attention_variants.shipped(attention_variants.Variant(kernel, capability)).tile
             assert {variant.tile for variant in variants} == {shipped, script.REFERENCE}
-            routes = {variant.route for variant in variants}
-            assert (configs.NO_BIAS in routes) is (kernel != "bias_gradient")
-            assert routes >= set(attention_variants.bias_routes(capability, "bf16"))
+            layouts = {variant.bias_layout for variant in variants}
+            assert (configs.NO_BIAS in layouts) is (kernel != "backward_dbias")
+            assert layouts >= set(attention_variants.bias_layouts(capability, "bf16"))
             assert len(set(variants)) == len(variants)
 
 

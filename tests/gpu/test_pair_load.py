@@ -22,21 +22,23 @@ def test_vector_loads_read_what_plain_loads_read(
 ) -> None:
     """Both compile to the same products and sums, so the results agree to the bit."""
     case = make_case(window, torch.bfloat16, batch=2, heads=3, head_dim=head_dim)
-    route = configs.bias_route(architecture_of(case.query), 2, window)
+    layout_of_window = configs.bias_layout(architecture_of(case.query), 2, window)
     if layout == "extended":
-        route = configs.BiasRoute("extended", 1)
-    assert route.vector > 0
+        layout_of_window = configs.BiasLayout("extended", 1)
+    assert layout_of_window.vector > 0
     results = []
-    for vector in (route.vector, 0):
+    for vector in (layout_of_window.vector, 0):
         with monkeypatch.context() as patch:
-            patch.setattr(configs, "bias_route", lambda *_, vector=vector: configs.BiasRoute(route.layout, vector))
+            patch.setattr(
+                configs, "bias_layout", lambda *_, vector=vector: configs.BiasLayout(layout_of_window.name, vector)
+            )
             out, lse = run_forward(case)
             results.append((out, lse, *run_backward(case, out, lse)))
     for name, vectors, plain in zip(("out", "lse", *GRADIENT_NAMES), *results, strict=True):
         assert bitwise_equal(vectors, plain), f"{name}: {(vectors.double() - plain.double()).abs().max():.3e} apart"
 
 
-def test_the_routes_tested_are_those_that_are_shipped() -> None:
+def test_the_layouts_tested_are_those_that_are_shipped() -> None:
     architecture = architecture_of(make_case((2, 2)).query)
-    vectors = {configs.bias_route(architecture, 2, window).vector for window in WINDOWS}
+    vectors = {configs.bias_layout(architecture, 2, window).vector for window in WINDOWS}
     assert vectors == ({2, 1} if architecture == gpu.SM100 else {4, 1})

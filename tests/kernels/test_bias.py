@@ -1,4 +1,4 @@
-"""The bias alone: records against the paper's gather in every layout."""
+"""The bias alone: the packed bias against the paper's gather in every layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from beit_fast.kernels.attention import arguments, configs
 from beit_fast.kernels.attention.bias import bias_rows, load_bias_tile, load_cls_bias
-from beit_fast.kernels.attention.primitives import owned_rows, row_tokens
+from beit_fast.kernels.attention.primitives import row_indices, row_tokens
 
 from ..support.oracle import dense_bias
 from .cases import device, make_case
@@ -21,24 +21,24 @@ WINDOWS = [(height, width) for height in range(1, 5) for width in range(1, 5)] +
 
 @triton.jit
 def bias_matrix_kernel(
-    records,
+    packed_bias,
     column_offsets,
     result,  # [tokens, tokens], rows by columns
     patch_count,
-    record_size,
+    packed_size,
     window_height,
     window_width,
     BLOCK: tl.constexpr,
     BIAS_LAYOUT: tl.constexpr,
 ):
-    rows = owned_rows(0, BLOCK, BIAS_LAYOUT)
+    rows = row_indices(0, BLOCK, BIAS_LAYOUT)
     tokens = row_tokens(rows, patch_count)
-    pointers = bias_rows(records, 0, rows, patch_count, record_size, window_height, window_width, BIAS_LAYOUT, 0)
+    pointers = bias_rows(packed_bias, 0, rows, patch_count, packed_size, window_height, window_width, BIAS_LAYOUT, 0)
     tile = load_bias_tile(pointers, column_offsets, 0, BLOCK, BIAS_LAYOUT, 0)
     patches = tl.arange(0, BLOCK)
     inside = (rows <= patch_count)[:, None] & (patches < patch_count)[None, :]
     tl.store(result + tokens[:, None] * (patch_count + 1) + patches[None, :] + 1, tile, mask=inside)
-    cls_bias = load_cls_bias(records, 0, rows, patch_count, record_size)
+    cls_bias = load_cls_bias(packed_bias, 0, rows, patch_count, packed_size)
     tl.store(result + tokens * (patch_count + 1), cls_bias, mask=rows <= patch_count)
 
 
@@ -48,23 +48,23 @@ def layouts_of(window: tuple[int, int]) -> list[str]:
 
 @pytest.mark.parametrize("flipped", [False, True], ids=["queries-by-keys", "keys-by-queries"])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_records_are_the_gather(window: tuple[int, int], flipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_packed_bias_is_the_gather(window: tuple[int, int], flipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are queries and columns keys, or the other way round; values are divided by the scale."""
     tokens = window[0] * window[1] + 1
     case = make_case(window, heads=1, batch=1, head_dim=16)
     inputs = arguments.prepare(case.query, case.key, case.value, case.table, None, window, 0.5, 0.0, 0)
     expected = dense_bias(case.table, window)[0] * 2
     for layout in layouts_of(window):
-        monkeypatch.setattr(configs, "bias_route", lambda *_, layout=layout: configs.BiasRoute(layout, 0))
+        monkeypatch.setattr(configs, "bias_layout", lambda *_, layout=layout: configs.BiasLayout(layout, 0))
         taken = arguments.bias_arguments(inputs, flipped=flipped)
-        assert taken["record_size"] % 4 == 0, "vector loads need 16-byte alignment"
+        assert taken["packed_size"] % 4 == 0, "vector loads need 16-byte alignment"
         result = torch.full((tokens, tokens), math.nan, device=device())
         bias_matrix_kernel[(1,)](
-            taken["bias_records"],
+            taken["packed_bias"],
             taken["column_offsets"],
             result,
             tokens - 1,
-            taken["record_size"],
+            taken["packed_size"],
             *window,
             BLOCK=max(16, triton.next_power_of_2(tokens)),
             BIAS_LAYOUT=layout,
@@ -73,7 +73,7 @@ def test_records_are_the_gather(window: tuple[int, int], flipped: bool, monkeypa
 
 
 @pytest.mark.parametrize("layout", ["plain", "paired"])
-def test_vector_loads_are_aligned_and_stay_inside_the_records(layout: str) -> None:
+def test_vector_loads_are_aligned_and_stay_inside_the_packed_bias(layout: str) -> None:
     """Every tile of 64 or 128 columns of every row, the ragged one included."""
     for window in [(height, width) for height in range(1, 9) for width in range(2, 9, 2)] + [
         (14, 14),
@@ -82,7 +82,7 @@ def test_vector_loads_are_aligned_and_stay_inside_the_records(layout: str) -> No
     ]:
         height, width = window
         patches, line = height * width, (2 * height - 1) * width
-        size = configs.record_size(layout, window)
+        size = configs.packed_size(layout, window)
         rows = [
             ((column // 2 if layout == "paired" else column) * line + (height - 1 - row) * width)
             for row in range(height)
@@ -92,4 +92,4 @@ def test_vector_loads_are_aligned_and_stay_inside_the_records(layout: str) -> No
         assert all(row * entries * 4 % (16 if layout == "paired" else 8) == 0 for row in rows)
         for block in (64, 128):
             last_column = -(-patches // block) * block - 1
-            assert max(rows) * entries + (last_column + 1) * entries <= size + configs.RECORD_MARGIN
+            assert max(rows) * entries + (last_column + 1) * entries <= size + configs.PACKED_MARGIN

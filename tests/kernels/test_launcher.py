@@ -41,18 +41,18 @@ class _Launch:
         return lambda *positional, **named: None
 
 
-ALWAYS = ["row_statistics"]
-TABLE = ["cls_column_gradient", "bias_gradient", "patch_rows_gradient", "cls_rows_gradient"]
+ALWAYS = ["backward_preprocess"]
+TABLE = ["dbias_cls_column", "backward_dbias", "dtable_patches", "dtable_cls"]
 
 
 @pytest.mark.parametrize(
     ("output_mask", "expected"),
     [
-        ((True, False, False, False), [*ALWAYS, "bias_records", "query_gradient"]),
-        ((False, True, False, False), [*ALWAYS, "bias_records", "key_value_gradient"]),
-        ((False, False, True, False), [*ALWAYS, "bias_records", "key_value_gradient"]),
-        ((False, False, False, True), [*ALWAYS, "bias_records", *TABLE]),
-        ((True, False, False, True), [*ALWAYS, "bias_records", "query_gradient", *TABLE]),
+        ((True, False, False, False), [*ALWAYS, "pack_bias", "backward_dq"]),
+        ((False, True, False, False), [*ALWAYS, "pack_bias", "backward_dkv"]),
+        ((False, False, True, False), [*ALWAYS, "pack_bias", "backward_dkv"]),
+        ((False, False, False, True), [*ALWAYS, "pack_bias", *TABLE]),
+        ((True, False, False, True), [*ALWAYS, "pack_bias", "backward_dq", *TABLE]),
         ((False, False, False, False), []),
     ],
 )
@@ -75,7 +75,7 @@ def test_more_than_65535_planes_stay_in_the_first_grid_dimension(monkeypatch: py
     run_backward(case, out, lse)
     assert all(len(grid) == 1 for _, grid in recorder.launched)
     whole = {name for name, grid in recorder.launched if grid[0] == planes}
-    assert whole == {"attention_forward", "key_value_gradient", "query_gradient", "cls_column_gradient"}
+    assert whole == {"attention_forward", "backward_dkv", "backward_dq", "dbias_cls_column"}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_there_is_a_tile_for_every_kernel_and_head_dimension(capability: tuple[i
         assert block_d >= max(16, head_dim)
         config = configs.select(kernel, architecture, block_d, multiplies, dropout)
         assert min(config.block_m, config.block_n) >= 16
-        assert max(config.block_m, config.block_n) <= 128, "columns may pass a record's end by no more"
+        assert max(config.block_m, config.block_n) <= 128, "columns may pass the packed bias by no more"
 
 
 @pytest.mark.parametrize("architecture", list(gpu.SHARED_MEMORY_LIMIT))

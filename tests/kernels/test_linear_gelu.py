@@ -216,11 +216,11 @@ def test_more_than_65535_tiles_of_rows_stay_in_the_first_grid_dimension(monkeypa
 
 @pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32")])
 def test_fp32_products_follow_torch(setting: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {}
+    launched = {}
 
     class Recorder:
         def __getitem__(self, grid: tuple[int, ...]):
-            return lambda *positional, **named: told.update(named)
+            return lambda *positional, **named: launched.update(named)
 
     monkeypatch.setattr(launch, "linear_gelu_kernel", Recorder())
     before = torch.get_float32_matmul_precision()
@@ -229,7 +229,7 @@ def test_fp32_products_follow_torch(setting: str, precision: str, monkeypatch: p
         linear_gelu(*make_layer((3,), 16, 16, torch.float32, device()))
     finally:
         torch.set_float32_matmul_precision(before)
-    assert told["PRECISION"] == precision
+    assert launched["PRECISION"] == precision
 
 
 def test_opcheck() -> None:

@@ -47,8 +47,8 @@ def check_against_one_key(case: Case, position: int) -> None:
     dv_expected = torch.zeros_like(dv, dtype=torch.float64)
     dv_expected[:, alone] = case.grad_out.double().sum(1, keepdim=True)
     assert_within_budget("dv", dv, dv_expected, dv_expected.to(dv.dtype), BACKWARD_FACTOR)
-    weight_gradient = case.grad_out.double().norm() * case.value[:, alone].double().norm()
-    rounding = 4 * torch.finfo(torch.float32).eps * weight_gradient * case.scale
+    grad_weight = case.grad_out.double().norm() * case.value[:, alone].double().norm()
+    rounding = 4 * torch.finfo(torch.float32).eps * grad_weight * case.scale
     assert dq.double().norm() <= rounding * case.key[:, alone].double().norm()
     assert dk.double().norm() <= rounding * case.query.double().norm()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from beit_fast.kernels.common.device import processors_of
+from beit_fast.kernels.common.device import num_sms_of
 from beit_fast.kernels.residual_norm import configs, launch
 from beit_fast.ops import residual_norm
 from beit_fast.ops.dispatch import availability
@@ -277,17 +277,17 @@ def test_many_rows_stay_in_the_first_grid_dimension(monkeypatch: pytest.MonkeyPa
     """CUDA limits y and z to 65535: fla-org/flash-linear-attention#172."""
     grids = Grids(monkeypatch)
     _gradients(make_case(700, 100, 1, dtype=torch.float16), [True] * 5)
-    share = configs.share_rows(70_000, processors_of(torch.empty(0, device=DEVICE)))
+    share = configs.share_rows(70_000, num_sms_of(torch.empty(0, device=DEVICE)))
     assert grids.launched == [(70_000,), (share.programs,), (1,)]
 
 
-@pytest.mark.parametrize("processors", [0, 1, 132])
-def test_programs_share_all_rows(processors: int) -> None:
+@pytest.mark.parametrize("num_sms", [0, 1, 132])
+def test_programs_share_all_rows(num_sms: int) -> None:
     for row_count in (*range(1, 40), 197, 12608, 2**30):
-        programs, rows = configs.share_rows(row_count, processors)
+        programs, rows = configs.share_rows(row_count, num_sms)
         assert rows % configs.BACKWARD_ROWS == 0
         assert (programs - 1) * rows < row_count <= programs * rows < 2**31
-        assert programs <= max(configs.PROGRAMS_PER_PROCESSOR * processors, configs.INTERPRETED_PROGRAMS)
+        assert programs <= max(configs.PROGRAMS_PER_SM * num_sms, configs.INTERPRETED_PROGRAMS)
 
 
 def test_the_limits_are_those_of_the_refusals() -> None:

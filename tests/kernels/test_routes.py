@@ -23,15 +23,15 @@ from .cases import (
 
 def force_layout(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """Read the bias from `layout` wherever it can hold the window; as many entries at once as the default does."""
-    default = configs.bias_route
+    default = configs.bias_layout
 
-    def route(architecture: str, element_size: int, window: tuple[int, int]) -> configs.BiasRoute:
+    def forced(architecture: str, element_size: int, window: tuple[int, int]) -> configs.BiasLayout:
         vector = default(architecture, element_size, window).vector
-        return configs.BiasRoute(
+        return configs.BiasLayout(
             layout, {"paired": vector, "plain": min(vector, 1), "extended": min(vector, 1)}[layout]
         )
 
-    monkeypatch.setattr(configs, "bias_route", route)
+    monkeypatch.setattr(configs, "bias_layout", forced)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -53,22 +53,22 @@ def test_every_layout(
 
 
 @pytest.mark.parametrize("window", [(14, 14), (24, 24), (32, 32), (40, 40), (45, 46)], ids=str)
-def test_even_windows_with_a_band_of_up_to_a_megabyte_are_read_in_pairs(window: tuple[int, int]) -> None:
+def test_even_windows_of_up_to_a_megabyte_are_read_in_pairs(window: tuple[int, int]) -> None:
     for architecture in (gpu.SMALL, gpu.SM80, gpu.SM90):
-        assert configs.bias_route(architecture, 2, window) == ("paired", 4)
-    assert configs.bias_route(gpu.SM100, 2, window) == ("plain", 2)
-    assert configs.bias_route(gpu.SM90, 4, window).vector == 0
+        assert configs.bias_layout(architecture, 2, window) == ("paired", 4)
+    assert configs.bias_layout(gpu.SM100, 2, window) == ("plain", 2)
+    assert configs.bias_layout(gpu.SM90, 4, window).vector == 0
 
 
-def test_odd_and_large_windows_have_their_routes() -> None:
-    assert configs.bias_route(gpu.SM90, 2, (15, 15)) == ("plain", 1)
-    assert configs.bias_route(gpu.SM90, 2, (128, 128)) == ("extended", 1)
-    assert 4 * configs.record_size("extended", (128, 128)) < configs.BAND_BYTES
+def test_odd_and_large_windows_have_their_layouts() -> None:
+    assert configs.bias_layout(gpu.SM90, 2, (15, 15)) == ("plain", 1)
+    assert configs.bias_layout(gpu.SM90, 2, (128, 128)) == ("extended", 1)
+    assert 4 * configs.packed_size("extended", (128, 128)) < configs.LARGEST_PATCH_BYTES
 
 
 @pytest.fixture
 def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(configs, "key_splits", lambda *_: request.param)
+    monkeypatch.setattr(configs, "num_splits", lambda *_: request.param)
     return request.param
 
 
@@ -94,7 +94,7 @@ def test_keys_in_parts_with_a_mask(split: int) -> None:
 def test_keys_in_parts_drop_the_same_weights(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((7, 10), heads=1, head_dim=16, dropout_p=0.4, seed=5)
     in_parts, _ = run_forward(case)
-    monkeypatch.setattr(configs, "key_splits", lambda *_: 1)
+    monkeypatch.setattr(configs, "num_splits", lambda *_: 1)
     whole, _ = run_forward(case)
     torch.testing.assert_close(in_parts, whole)
 
@@ -105,23 +105,23 @@ def test_keys_in_parts_drop_the_same_weights(split: int, monkeypatch: pytest.Mon
 )
 def test_small_grids_are_split(programs: int, patches: int, expected: int) -> None:
     """On 132 multiprocessors; each part keeps four steps of 64 keys."""
-    assert configs.key_splits(programs, patches, 64, 132) == expected
-    assert configs.key_splits(programs, patches, 64, 0) == 1
+    assert configs.num_splits(programs, patches, 64, 132) == expected
+    assert configs.num_splits(programs, patches, 64, 0) == 1
 
 
 @pytest.mark.parametrize(
     "plan",
     [
-        configs.TableGradientPlan(1, 2, 71),
-        configs.TableGradientPlan(1, 1, 64),
-        configs.TableGradientPlan(2, 3, 71),
-        configs.TableGradientPlan(3, 2, 71),
+        configs.DbiasPlan(1, 2, 71),
+        configs.DbiasPlan(1, 1, 64),
+        configs.DbiasPlan(2, 3, 71),
+        configs.DbiasPlan(3, 2, 71),
     ],
     ids=lambda plan: "-".join(map(str, plan)),
 )
-def test_the_tables_gradient_in_parts(plan: configs.TableGradientPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_gradient_in_parts(plan: configs.DbiasPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """By heads, by rows and by samples; the last part of each is a short one."""
-    monkeypatch.setattr(configs, "plan_table_gradient", lambda *_: plan)
+    monkeypatch.setattr(configs, "plan_backward_dbias", lambda *_: plan)
     check_parity(make_case((7, 10), batch=3, heads=3, head_dim=16))
 
 
@@ -129,19 +129,19 @@ def test_the_tables_gradient_in_parts(plan: configs.TableGradientPlan, monkeypat
 def test_parts_are_summed_in_fp32_whatever_the_table_is(
     table_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = configs.TableGradientPlan(3, 1, 64)
-    monkeypatch.setattr(configs, "plan_table_gradient", lambda *_: plan)
+    plan = configs.DbiasPlan(3, 1, 64)
+    monkeypatch.setattr(configs, "plan_backward_dbias", lambda *_: plan)
     check_parity(make_case((5, 14), batch=3, heads=2, head_dim=16, table_dtype=table_dtype))
 
 
 @pytest.mark.parametrize("patches", [196, 576, 1024, 1600, 4096, 16384])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_the_scratch_of_the_tables_gradient_is_bounded(patches: int, batch: int) -> None:
-    config = configs.select("bias_gradient", gpu.SM90, 64, "half", False)
-    plan = configs.plan_table_gradient(batch, patches, 12, config, 132)
-    size = 4 * plan.batch_splits * plan.heads * plan.rows * configs.scratch_pitch(patches)
+    config = configs.select("backward_dbias", gpu.SM90, 64, "half", False)
+    plan = configs.plan_backward_dbias(batch, patches, 12, config, 132)
+    size = 4 * plan.num_splits * plan.heads * plan.rows * configs.scratch_stride(patches)
     assert size <= configs.SCRATCH_BYTES <= 2**28
-    assert 1 <= plan.batch_splits <= batch
+    assert 1 <= plan.num_splits <= batch
     assert plan.rows == patches + 1 or (plan.heads == 1 and plan.rows % config.block_m == 0)
 
 
