@@ -59,6 +59,20 @@ def test_works_without_triton():
     assert python(code).strip() == CPU_ATTENTION
 
 
+def test_dir_of_the_package_is_its_public_names():
+    assert dir(beit_fast) == sorted(beit_fast.__all__)
+    assert {"BeitImageProcessor", "BeitImageProcessorFast", "BeitFeatureExtractor"} <= set(dir(beit_fast))
+
+
+def test_type_checkers_editable_install_is_found(tmp_path):
+    """mypy and pyright read the entries of .pth files; the import hook of an editable install is invisible to them."""
+    script = tmp_path / "script.py"
+    script.write_text("from beit_fast import BeitConfig\nreveal_type(BeitConfig())\n")
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(script)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert 'Revealed type is "beit_fast.configuration.beit_config.BeitConfig"' in done.stdout, done.stdout + done.stderr
+
+
 def test_the_folder_kernels_does_not_hide_the_package_kernels(tmp_path):
     """Transformers imports the package `kernels`; a regular package of that name in the checkout would shadow it."""
     package = tmp_path / "kernels"
