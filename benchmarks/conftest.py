@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from beit_fast.testing.timing import environment, gpu_readings, peak_memory, why_no_peak_memory
+from beit_fast.cli.collect_env import environment, gpu_readings
+from beit_fast.testing.memory import memory_unsupported_reason, peak_memory
 
 from .cases import DTYPE_NAMES, Case, chosen_device, draw, errors_within, reference, results_of, step_of
 from .clocks import DeviceClock, HostClock, clock_of, single_call
@@ -80,7 +81,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines.append("with: " + ", ".join(f"{name} {conditions[name] or 'none'}" for name in names))
     if conditions["gpu"]:
         lines.append("gpu: " + ", ".join(f"{name} {value or 'unknown'}" for name, value in conditions["gpu"].items()))
-    reason = why_no_peak_memory(chosen_device(config.option.device))
+    reason = memory_unsupported_reason(chosen_device(config.option.device))
     return lines + ([f"peak memory is not measured: {reason}"] if reason else [])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import beit_fast
 from beit_fast.checkpoint.key_mapping import to_hub_names
 from beit_fast.ops.dispatch import attention
-from beit_fast.testing.timing import loaded_memory
+from beit_fast.testing.memory import loaded_memory
 
 from .cases import Reference, errors_within
 from .model_cases import DTYPES, by_kind, our_model

@@ -15,7 +15,7 @@ import torch
 from transformers import BeitConfig, BeitForImageClassification
 
 from beit_fast.integrations.transformers import accelerate, restore
-from beit_fast.testing.timing import latency
+from beit_fast.testing import latency
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from beit_fast import BeitConfig, BeitForImageClassification
 from beit_fast.cli.commands import processor_of, top_classes
 from beit_fast.position_bias import Window, gather_bias
-from beit_fast.testing.timing import environment, latency, peak_memory, why_no_peak_memory
+from beit_fast.testing import environment, latency, memory_unsupported_reason, peak_memory
 
 BACKENDS = ("eager", "sdpa", "triton")
 COLOURS = ("#8d99ae", "#457b9d", "#d1495b")
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -
     if options.model is not None:
         print("\n".join(format_classes(results[-1].logits[0], model.config.id2label)))
     print(f"with every bias table at zero the logits move by {effect_of_bias(model, pixels):.1e} (relative)")
-    if (reason := why_no_peak_memory(device)) is not None:
+    if (reason := memory_unsupported_reason(device)) is not None:
         print(f"peak memory is not measured: {reason}")
     draw(photograph, model, results, conditions, options.out)
     print(f"picture: {options.out}")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.ops.dispatch.attention import IMPLEMENTATIONS
-from beit_fast.testing.timing import environment, installed_version
+from beit_fast.testing import environment, installed_version
 from beit_fast.utils.files import json_text, replace_file
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

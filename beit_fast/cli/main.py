@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     info = commands.add_parser("info", help="versions, devices, and which attention kernel serves each of them")
     info.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    info.set_defaults(run=_info)
+    info.set_defaults(run=_command("info", module="info"))
     _add_classify(commands)
     _add_segment(commands)
     _add_predict(commands)
@@ -127,120 +126,3 @@ def _size(text: str) -> int | tuple[int, int]:
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text} is neither a number nor HEIGHTxWIDTH")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _info(options: argparse.Namespace) -> int:
-    facts = gather_facts()
-    print(json.dumps(facts, indent=1) if options.json else format_facts(facts))
-    return 0
-
-
-def gather_facts() -> dict[str, Any]:
-    """What `beit-fast info` says, for JSON: environment, devices, kernels, libraries, instruction sets, linears."""
-    from .. import native
-    from ..ops.dispatch import attention
-    from ..testing.timing import environment
-
-    used, usable = native.instruction_sets()
-    return {
-        "environment": environment("cpu"),
-        "devices": _devices(),
-        "kernels": [
-            {"kernel": kernel, "available": available, "reasons": list(reasons)}
-            for kernel, available, reasons in attention.describe_kernels()
-        ],
-        "patch_embed_kernels": _patch_embed_kernels(),
-        "native_libraries": {library: native.describe(library) for library in native.LIBRARIES},
-        "instruction_sets": {"used": used, "usable": list(usable)},
-        "linears": _linears(),
-    }
-
-
-def _linears() -> dict[str, Any]:
-    import torch
-
-    from ..layers import linear
-    from ..ops.cpu_linear import onednn
-
-    try:
-        choice = linear.choose_product()
-        training: dict[str, str | None] = {"product": choice.name, "reason": choice.reason}
-    except ValueError as error:  # what training would raise
-        training = {"product": None, "reason": str(error)}
-    return {"packed": {"reason": onednn.packing_refusal("cpu", torch.float32)}, "training": training}
-
-
-def _patch_embed_kernels() -> list[dict[str, Any]]:
-    import torch
-
-    from ..ops.dispatch import availability
-
-    rows = []
-    for kernel in availability.PATCH_EMBED_KERNELS:
-        device = torch.device("cuda" if kernel == "fused/cuda" else "cpu")
-        reasons = availability.patch_embed_refusals(kernel, device)
-        rows.append({"kernel": kernel, "available": not reasons, "reasons": list(reasons)})
-    return rows
-
-
-def _devices() -> list[dict[str, str]]:
-    import torch
-
-    from ..testing.timing import cpu_name
-
-    devices = [{"name": "cpu", "what": f"{cpu_name()}, {torch.get_num_threads()} threads"}]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        what = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
-        devices.append({"name": f"cuda:{index}", "what": f"{what}, {properties.total_memory / 2**30:.0f} GiB"})
-    return devices
-
-
-def format_facts(facts: dict[str, Any]) -> str:
-    """`gather_facts` as aligned text."""
-    environment = facts["environment"]
-    versions = {name: environment[name] for name in ("python", "torch", "cuda", "triton", "transformers")}
-    commit = f" (commit {environment['commit']})" if environment["commit"] else ""
-    lines = [f"beit_fast {environment['beit_fast']}{commit}", "", "versions"]
-    lines += _aligned([(name, version or "none") for name, version in versions.items()])
-    lines += ["", "devices"]
-    lines += _aligned([(device["name"], device["what"]) for device in facts["devices"]])
-    lines += ["", 'kernels behind attn_implementation="triton" (float32, head dimension 64)']
-    lines += _aligned([_kernel_line(kernel) for kernel in facts["kernels"]])
-    lines += ["", "kernels behind patch embedding"]
-    lines += _aligned([_kernel_line(kernel) for kernel in facts["patch_embed_kernels"]])
-    lines += ["", "native libraries"]
-    lines += _aligned([(name, _library_line(library)) for name, library in facts["native_libraries"].items()])
-    sets = facts["instruction_sets"]
-    if sets["used"] is not None:
-        lines += ["", f"instruction set of the CPU kernels: {sets['used']} (usable here: {', '.join(sets['usable'])})"]
-    return "\n".join([*lines, "", *_linear_lines(facts["linears"])])
-
-
-def _linear_lines(linears: dict[str, Any]) -> list[str]:
-    refusal, training = linears["packed"]["reason"], linears["training"]
-    product = {"blas": "F.linear", "onednn": "oneDNN", "parts": "AMX tiles", None: "none"}[training["product"]]
-    return [
-        f"packed linears: {'oneDNN' if refusal is None else f'no: {refusal}'}",
-        f"linears of training on cpu in float32: {product} ({training['reason']})",
-    ]
-
-
-def _kernel_line(kernel: dict[str, Any]) -> tuple[str, ...]:
-    verdict = "available" if kernel["available"] else "no: " + "; ".join(kernel["reasons"])
-    return kernel["kernel"], verdict
-
-
-def _library_line(library: dict[str, Any]) -> str:
-    if library["reason"] is not None:
-        return f"{library['serves']}: {library['reason']}"
-    built_for = f", built for {library['built_for']}" if library["built_for"] else ""
-    state = "loaded" if library["loaded"] else "loaded at the first call"
-    return f"{library['serves']}: {library['file']}{built_for} ({state})"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

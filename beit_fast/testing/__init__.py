@@ -1,1 +1,16 @@
-"""Timing and memory measurement for benchmarks, examples and tests; not imported by the package."""
+"""Timing, memory and conditions of measurements, for benchmarks, examples and tests."""
+
+from ..cli.collect_env import environment, installed_version
+from .memory import loaded_memory, memory_unsupported_reason, peak_memory
+from .timing import Timing, latency, synchronize
+
+__all__ = [
+    "Timing",
+    "environment",
+    "installed_version",
+    "latency",
+    "loaded_memory",
+    "memory_unsupported_reason",
+    "peak_memory",
+    "synchronize",
+]

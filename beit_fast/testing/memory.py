@@ -1,9 +1,8 @@
-"""Peak resident memory of one call on Linux, from the system's own counters: a leaf, standard library only.
+"""Peak memory of a call: torch's allocator on CUDA, the resident set of the process on Linux.
 
-glibc keeps freed blocks of up to 32 MiB in its heap, where a later call reuses them or has to go around
-them: what ran earlier would change the answer by half. So while a call is measured, every block of a MiB or
-more comes from the system and goes back to it: free pages are returned, holes in the heap are occupied, and
-the size from which glibc maps a block is lowered.
+glibc keeps freed blocks of up to 32 MiB in its heap, and a later call may reuse them. Its peak would then depend on
+what ran before. While a call is measured, glibc maps every block of a MiB or more from the system: free pages are
+returned, holes in the heap are filled, and the threshold for mapping is lowered.
 """
 
 from __future__ import annotations
@@ -15,16 +14,81 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
+from .timing import synchronize
+
 _PEAK_SLACK = 32 << 20  # bytes by which a peak just reset may exceed the resident size
 _MAPPED_FROM = 1 << 20  # bytes from which blocks are mapped while a call is measured
 _LARGEST_THRESHOLD = 32 << 20  # bytes at which glibc stops raising that threshold by itself
 _TRIM_THRESHOLD_OPTION, _MAP_THRESHOLD_OPTION = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
 
 
-def peak_resident(function: Callable[[], Any]) -> int:
-    """Bytes by which the process grows at its peak during one call of `function`.
+def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
+    """Peak memory of one call of `function`, in bytes.
 
-    Call `why_unmeasurable` first. Afterwards glibc's thresholds stand where a long run brings them.
+    Call `function` once before, so that libraries, compiled code and caches are not counted. On CUDA this is the peak
+    of torch's allocator, without memory that the driver holds. On Linux it is the growth of the resident set. That
+    counts every page that any thread touches during the call, to within one huge page (2 MiB).
+
+    Args:
+        function: The call to measure.
+        device: The device that `function` runs on.
+
+    Returns:
+        Bytes above the level before the call, or None if `memory_unsupported_reason` returns a reason.
+    """
+    device = torch.device(device)
+    if memory_unsupported_reason(device) is not None:
+        return None
+    return _peak_on_cuda(function, device) if device.type == "cuda" else _peak_resident(function)
+
+
+def loaded_memory(device: torch.device | str = "cpu") -> int | None:
+    """Memory that this process holds between calls, in bytes, libraries included.
+
+    On CUDA this is the memory that torch's allocator has reserved, CUDA graphs included, after it has released its
+    free blocks. On Linux it is the resident set after glibc has returned its free pages.
+
+    Returns:
+        Bytes, or None if `memory_unsupported_reason` returns a reason.
+    """
+    device = torch.device(device)
+    if memory_unsupported_reason(device) is not None:
+        return None
+    gc.collect()
+    if device.type == "cpu":
+        return _idle_resident()
+    synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+def memory_unsupported_reason(device: torch.device | str = "cpu") -> str | None:
+    """The reason why `peak_memory` cannot measure on `device`, or None if it can."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu":
+        return _resident_unsupported_reason()
+    return f"peak memory is not supported on device type {device.type!r} (expected cuda, or cpu on Linux)"
+
+
+def _peak_on_cuda(function: Callable[[], Any], device: torch.device) -> int:
+    gc.collect()
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_resident(function: Callable[[], Any]) -> int:
+    """Growth of the resident set at its peak during one call of `function`, in bytes.
+
+    Requires that `_resident_unsupported_reason` returns None. It leaves glibc's thresholds at their maximum, as a long
+    run does.
     """
     gc.collect()
     with _large_blocks_from_system():
@@ -34,25 +98,25 @@ def peak_resident(function: Callable[[], Any]) -> int:
         return max(0, _status_bytes("VmHWM") - before)
 
 
-def idle_resident() -> int:
-    """Bytes of the resident set once glibc, where there is one, has returned its free pages."""
+def _idle_resident() -> int:
+    """Resident set in bytes, after glibc (if this is glibc) has returned its free pages."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
     return _status_bytes("VmRSS")
 
 
-def why_unmeasurable() -> str | None:
-    """The reason why this system cannot reset and read a peak, or None where it can."""
+def _resident_unsupported_reason() -> str | None:
+    """The reason why this system cannot reset and read a peak, or None if it can."""
     if not sys.platform.startswith("linux"):
         return f"peak resident memory can be reset on Linux only, this is {sys.platform}"
     try:
         _reset_peak()
         peak, resident = _status_bytes("VmHWM"), _status_bytes("VmRSS")
     except (OSError, LookupError) as error:
-        return f"the system does not let a process reset and read its peak resident memory: {error}"
+        return f"this system does not allow a process to reset and read its peak resident memory: {error}"
     if peak > resident + _PEAK_SLACK:
-        return f"the system ignores the reset of peak memory ({peak} bytes at {resident} resident)"
+        return f"this system ignores the reset of peak memory ({peak} bytes at {resident} resident)"
     return None
 
 
@@ -83,7 +147,7 @@ class _HeapState(ctypes.Structure):
 
 @contextlib.contextmanager
 def _large_blocks_from_system() -> Iterator[None]:
-    """Map every block of a MiB or more while inside; does nothing without a recent glibc."""
+    """Map every block of a MiB or more inside the context; a no-op without a recent glibc."""
     library = ctypes.CDLL(None)
     if not all(hasattr(library, name) for name in ("mallinfo2", "mallopt", "malloc_trim")):
         yield
@@ -105,7 +169,10 @@ def _large_blocks_from_system() -> Iterator[None]:
 
 
 def _occupy_holes(library: ctypes.CDLL) -> list[int]:
-    """Addresses of blocks that fill the heap's holes of a MiB or more; untouched, they cost no pages."""
+    """Allocate blocks that fill the heap's holes of a MiB or more, and return their addresses.
+
+    The blocks are not touched, so they use no pages.
+    """
     occupied = []
     for size in (_LARGEST_THRESHOLD >> step for step in range(6)):  # 32 MiB down to 1 MiB
         for _ in range(library.mallinfo2().fordblks // size + 1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from beit_fast.position_bias import relative_position_index, token_count
-from beit_fast.testing import timing
 
 from ..support.benchmarks import BENCHMARKS, benchmark_house, run_in_a_copy
 
@@ -353,26 +351,3 @@ def test_gpu_bench_uses_the_python_at_hand(target: str, bench: str) -> None:
     assert f"some-python -m pytest benchmarks/bench_{bench}.py --device=cuda" in done.stdout
     assert f'--rows="elsewhere/{target}.jsonl"' in done.stdout
     assert "some-python -m benchmarks.targets" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("script", "expected"),
-    [
-        ("echo 580.1, [N/A]", {"driver_version": "580.1", "power.limit": None}),
-        ("echo No devices were found; exit 6", {"driver_version": None, "power.limit": None}),
-        ("echo 580.1", {"driver_version": None, "power.limit": None}),
-    ],
-)
-def test_nvidia_smi_is_read_and_its_silence_too(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, expected: dict[str, str | None]
-) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert timing._ask_nvidia_smi("GPU-0", ("driver_version", "power.limit")) == expected
-
-
-def test_a_machine_without_nvidia_smi_tells_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert timing._ask_nvidia_smi("GPU-0", ("driver_version",)) == {"driver_version": None}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from beit_fast import __version__, native
-from beit_fast.cli import main
+from beit_fast.cli import info, main
 from beit_fast.ops.dispatch import attention, availability
 
 
@@ -85,6 +85,6 @@ def test_info_json_describes_the_native_libraries() -> None:
     ],
 )
 def test_a_library_is_one_line_for_people(library: dict[str, Any], expected: str) -> None:
-    facts = main.gather_facts()
+    facts = info.gather_facts()
     facts["native_libraries"] = {"_C": {"serves": "operators on the CPU"} | library}
-    assert f"  _C  {expected}" in main.format_facts(facts).splitlines()
+    assert f"  _C  {expected}" in info.format_facts(facts).splitlines()

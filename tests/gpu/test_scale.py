@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit_fast.testing.timing import peak_memory
+from beit_fast.testing.memory import peak_memory
 
 from ..kernels.cases import Case, check_parity, make_case, run_backward, run_forward
 from .calls import attend_and_differentiate, leaves_of, need_free_memory

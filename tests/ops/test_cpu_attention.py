@@ -18,7 +18,7 @@ from torch import Tensor
 import beit_fast
 from beit_fast import native
 from beit_fast.position_bias import table_rows, token_count
-from beit_fast.testing import timing
+from beit_fast.testing import memory
 
 from ..support.oracle import assert_within_budget, attention_oracle
 
@@ -187,7 +187,7 @@ def test_any_scale(scale: float) -> None:
     check(draw((6, 7), torch.float32, batch=2), (6, 7), scale)
 
 
-@pytest.mark.skipif(timing.why_no_peak_memory() is not None, reason=str(timing.why_no_peak_memory()))
+@pytest.mark.skipif(memory.memory_unsupported_reason() is not None, reason=str(memory.memory_unsupported_reason()))
 def test_no_matrix_of_tokens_by_tokens_is_written() -> None:
     window, heads = (40, 40), 12
     inputs = draw(window, torch.float32, heads=heads)
@@ -195,6 +195,6 @@ def test_no_matrix_of_tokens_by_tokens_is_written() -> None:
     arguments = (inputs["q"], inputs["k"], inputs["v"], inputs["table"], window)
     beit_fast.rel_pos_attention(*arguments)
     results = inputs["q"].nbytes + heads * token_count(window) * 4
-    assert timing.peak_memory(lambda: beit_fast.rel_pos_attention(*arguments)) - results < one_matrix / 2
+    assert memory.peak_memory(lambda: beit_fast.rel_pos_attention(*arguments)) - results < one_matrix / 2
     compute(inputs, window)
-    assert timing.peak_memory(lambda: compute(inputs, window)) < heads * one_matrix / 2
+    assert memory.peak_memory(lambda: compute(inputs, window)) < heads * one_matrix / 2

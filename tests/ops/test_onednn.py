@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit_fast.cli import main
+from beit_fast.cli import info
 from beit_fast.ops.cpu_linear import onednn
 
 from ..support.oracle import assert_within_budget, relative_error
@@ -139,10 +139,10 @@ def test_a_failed_check_is_a_reason_and_info_says_it(fresh_check, monkeypatch, b
         "tanh": "wrong in torch.float32: a linear with GELU",
     }
     assert reason.endswith(expected.get(broken, "wrong in torch.float32: a linear, a linear with GELU"))
-    assert f"packed linears: no: {reason}" in main.format_facts(main.gather_facts()).splitlines()
+    assert f"packed linears: no: {reason}" in info.format_facts(info.gather_facts()).splitlines()
     monkeypatch.undo()
 
 
 def test_info_says_that_linears_are_packed():
     require()
-    assert "packed linears: oneDNN" in main.format_facts(main.gather_facts()).splitlines()
+    assert "packed linears: oneDNN" in info.format_facts(info.gather_facts()).splitlines()

@@ -1,0 +1,97 @@
+"""Peak memory of a call and memory held between calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beit_fast.testing import memory
+
+MIB = 1 << 20
+TOLERANCE = 2.5 * MIB  # one transparent huge page that the call happens to touch, and counters kept by CPU
+needs_counter = pytest.mark.skipif(
+    memory.memory_unsupported_reason("cpu") is not None, reason=str(memory.memory_unsupported_reason("cpu"))
+)
+
+
+@needs_counter
+@pytest.mark.parametrize("size", [8, 32, 128])
+def test_peak_memory_of_a_known_allocation(size: int) -> None:
+    def allocate() -> None:
+        torch.ones(size * MIB // 4)
+
+    allocate()
+    peak = memory.peak_memory(allocate)
+    assert peak is not None
+    assert abs(peak - size * MIB) < TOLERANCE
+
+
+@needs_counter
+def test_peak_memory_is_of_what_lives_at_the_same_time() -> None:
+    def one_after_another() -> None:
+        for _ in range(4):
+            torch.ones(16 * MIB // 4)
+
+    def together() -> list[torch.Tensor]:
+        return [torch.ones(16 * MIB // 4) for _ in range(4)]
+
+    one_after_another()
+    assert abs((memory.peak_memory(one_after_another) or 0) - 16 * MIB) < TOLERANCE
+    assert abs((memory.peak_memory(together) or 0) - 64 * MIB) < TOLERANCE
+
+
+@needs_counter
+def test_peak_memory_does_not_depend_on_what_was_freed_before() -> None:
+    """Blocks freed into the heap would be reused without touching new pages, and hide what a call needs."""
+    blocks = [torch.ones(size * MIB // 4) for size in (6, 3, 20, 2, 9, 20, 1, 12) * 4]
+    keep = blocks[1::2]
+    del blocks
+    peak = memory.peak_memory(lambda: torch.ones(8 * MIB // 4) + 1)
+    assert peak is not None
+    assert abs(peak - 16 * MIB) < TOLERANCE
+    assert len(keep) == 16
+
+
+@needs_counter
+def test_peak_memory_calls_once_and_lets_errors_through() -> None:
+    calls: list[int] = []
+    memory.peak_memory(lambda: calls.append(1))
+    assert calls == [1]
+    with pytest.raises(ZeroDivisionError):
+        memory.peak_memory(lambda: 1 // 0)
+
+
+@needs_counter
+def test_loaded_memory_counts_what_is_held_and_not_what_was_freed() -> None:
+    before = memory.loaded_memory()
+    held = torch.ones(64 * MIB // 4)
+    torch.ones(32 * MIB // 4)
+    during = memory.loaded_memory()
+    assert before is not None
+    assert during is not None
+    assert abs(during - before - 64 * MIB) < 2 * TOLERANCE
+    del held
+    assert abs((memory.loaded_memory() or 0) - before) < 2 * TOLERANCE
+    assert memory.loaded_memory("meta") is None
+
+
+def test_peak_memory_is_none_with_a_reason_where_there_is_no_counter() -> None:
+    calls: list[int] = []
+    assert memory.peak_memory(lambda: calls.append(1), "meta") is None
+    assert calls == []
+    assert "'meta'" in (memory.memory_unsupported_reason("meta") or "")
+
+
+def test_unreadable_counters_are_a_reason_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("beit_fast.testing.memory._reset_peak", refuse)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert "Permission denied" in (memory.memory_unsupported_reason("cpu") or "")
+    assert memory.peak_memory(lambda: None) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_peak_memory_on_cuda_is_exact() -> None:
+    assert memory.peak_memory(lambda: torch.ones(64 * MIB // 4, device="cuda"), "cuda") == 64 * MIB
