@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleOutput, RowwiseParallel
 
-from .layers.block import BeitLayer, BeitRelativePositionBias, BeitSelfAttention
+from .layers.attention import BeitRelativePositionBias, BeitSelfAttention
+from .layers.block import BeitLayer
 
 _BY_COLUMNS = (
     "attention.attention.query",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from beit_fast.layers.attention_backends import attend
 from beit_fast.ops.dispatch import attention
 from beit_fast.position_bias import gather_bias, relative_position_index, table_rows
 
@@ -69,7 +70,7 @@ def _ours(implementation: str, biased: bool = True) -> Peer:
 
     def build(case: Case, inputs: Inputs) -> Attention:
         return functools.partial(
-            attention.attend,
+            attend,
             inputs.q,
             inputs.k,
             inputs.v,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.attention_backends import attend, dense_bias, eager_attention
 from ..layers.block import BeitEncoder, BeitLayer
 from ..ops.dispatch import attention, availability
 from ..ops.residual_norm import residual_norm
@@ -100,8 +101,8 @@ class FoldedBlock(nn.Module):
         self.kernel = attention.kernel_name(asked, q.device, q.dtype, q.shape[-1])
         weights = None
         if call.output_attentions:
-            dense = None if bias.table is None else attention.dense_bias(bias.table, call.window)
-            out, weights = attention.eager_attention(q, k, v, dense, call.key_mask, scale=1.0)
+            dense = None if bias.table is None else dense_bias(bias.table, call.window)
+            out, weights = eager_attention(q, k, v, dense, call.key_mask, scale=1.0)
         elif self.kernel in availability.TRITON_KERNELS:
             from ..kernels.attention import launch
 
@@ -109,9 +110,7 @@ class FoldedBlock(nn.Module):
                 q, k, v, bias.table, call.key_mask, call.window, 1.0, 0.0, 0, bias=bias.records
             )
         else:
-            out = attention.attend(
-                q, k, v, bias.table, call.window, call.key_mask, 1.0, implementation=call.implementation
-            )
+            out = attend(q, k, v, bias.table, call.window, call.key_mask, 1.0, implementation=call.implementation)
         return out.flatten(2), weights
 
 

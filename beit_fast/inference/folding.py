@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers import block
+from ..layers.attention import BeitAttention, BeitSelfAttention, BeitSelfOutput
 from ..layers.block import BeitEncoder, BeitLayer
+from ..layers.mlp import BeitIntermediate, BeitOutput
 from ..layers.module_hooks import hook_obstacles
 
 
@@ -104,16 +105,16 @@ def obstacles_to_folding(encoder: nn.Module) -> list[str]:
 def _expected_modules(encoder: BeitEncoder) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
     """Every module whose parameters are read or whose call is left out, by name, with the type it must have."""
     paths: dict[str, type[nn.Module]] = {
-        "attention": block.BeitAttention,
-        "attention.attention": block.BeitSelfAttention,
+        "attention": BeitAttention,
+        "attention.attention": BeitSelfAttention,
         "attention.attention.query": nn.Linear,
         "attention.attention.key": nn.Linear,
         "attention.attention.value": nn.Linear,
-        "attention.output": block.BeitSelfOutput,
+        "attention.output": BeitSelfOutput,
         "attention.output.dense": nn.Linear,
-        "intermediate": block.BeitIntermediate,
+        "intermediate": BeitIntermediate,
         "intermediate.dense": nn.Linear,
-        "output": block.BeitOutput,
+        "output": BeitOutput,
         "output.dense": nn.Linear,
         "layernorm_before": nn.LayerNorm,
         "layernorm_after": nn.LayerNorm,

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from ..layers.block import window_of
+from ..layers.embeddings import window_of
 from ..models.base import BeitPreTrainedModel
 from ..ops.dispatch import attention
 from ..position_bias import token_count

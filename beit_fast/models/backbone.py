@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..configuration.beit_config import BeitConfig
-from ..layers.block import BeitEmbeddings, BeitEncoder, window_of
+from ..layers.block import BeitEncoder
+from ..layers.embeddings import BeitEmbeddings, window_of
 from .base import BeitPreTrainedModel, key_mask_of
 from .outputs import BackboneOutput
 from .segmentation import FeaturePyramidMixin, feature_map

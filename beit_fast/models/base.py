@@ -10,16 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
-from ..layers.block import (
-    BeitEmbeddings,
-    BeitEncoder,
-    BeitIntermediate,
-    BeitLayer,
-    BeitOutput,
-    BeitRelativePositionBias,
-    BeitSelfAttention,
-    BeitSelfOutput,
-)
+from ..layers.attention import BeitRelativePositionBias, BeitSelfAttention, BeitSelfOutput
+from ..layers.block import BeitEncoder, BeitLayer
+from ..layers.embeddings import BeitEmbeddings
+from ..layers.mlp import BeitIntermediate, BeitOutput
 from ..ops.dispatch import attention, patch_embed
 
 if TYPE_CHECKING:

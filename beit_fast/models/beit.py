@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
-from ..layers.block import BeitEmbeddings, BeitEncoder, window_of
+from ..layers.block import BeitEncoder
+from ..layers.embeddings import BeitEmbeddings, window_of
 from .base import BeitPreTrainedModel, key_mask_of
 from .outputs import BeitModelOutputWithPooling, ImageClassifierOutput, MaskedLMOutput
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
-from ..layers.block import window_of
+from ..layers.embeddings import window_of
 from ..position_bias import Window
 from .base import BeitPreTrainedModel
 from .beit import BeitModel

@@ -207,9 +207,9 @@ def test_a_dropped_bias_is_seen(registered, monkeypatch):
     theirs = reference("BeitModel", "both")
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
-    attend = attention_interface.attention.attend
+    attend = attention_interface.attention_backends.attend
     monkeypatch.setattr(
-        attention_interface.attention,
+        attention_interface.attention_backends,
         "attend",
         lambda q, k, v, table, *others: attend(q, k, v, None, *others),
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import beit_fast
-from beit_fast.layers import block
+from beit_fast.layers import BeitDropPath
 from beit_fast.ops.dispatch import availability
 
 from ..support.oracle import assert_within_budget
@@ -40,13 +40,13 @@ def images() -> Tensor:
 @pytest.fixture
 def same_paths_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drop path draws fp32 numbers on the CPU, so that every dtype and device drops the same paths."""
-    draw = block.BeitDropPath._draw
+    draw = BeitDropPath._draw
 
-    def on_the_cpu(self: block.BeitDropPath, branch: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    def on_the_cpu(self: BeitDropPath, branch: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
         factors = draw(self, torch.empty(branch.shape[0]), dtype)
         return None if factors is None else factors.to(branch.device, dtype or branch.dtype)
 
-    monkeypatch.setattr(block.BeitDropPath, "_draw", on_the_cpu)
+    monkeypatch.setattr(BeitDropPath, "_draw", on_the_cpu)
 
 
 def train_step(
@@ -116,7 +116,7 @@ def test_autocast() -> None:
 
 def test_the_same_seed_drops_the_same_paths() -> None:
     """Without `same_paths_everywhere`: the numbers are those that calling the module draws."""
-    drop_path = block.BeitDropPath(0.5).train()
+    drop_path = BeitDropPath(0.5).train()
     branch = torch.ones(64, 2, 3, device=device())
     torch.manual_seed(5)
     called = drop_path(branch)
@@ -131,7 +131,7 @@ def test_the_same_seed_drops_the_same_paths() -> None:
 def test_dropping_every_path_leaves_the_residual() -> None:
     model = build()
     for layer in model.beit.encoder.layer:
-        layer.drop_path = block.BeitDropPath(1.0).train()
+        layer.drop_path = BeitDropPath(1.0).train()
     hidden_states = model(images(), output_hidden_states=True).hidden_states
     assert runs_fused(model)
     assert all(torch.equal(state, hidden_states[0]) for state in hidden_states)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...layers.attention_backends import attend
 from ...layers.module_hooks import clone_if_hooked, runs_as_written
-from ...ops.dispatch import attention
 from ...position_bias import Window
 from ..report import (
     ALREADY,
@@ -61,7 +61,7 @@ class FusedAttention(timm_beit.Attention):
         q, k, v = packed.unbind(2)  # [B, N, H, D]
         table, window = self._table(shared_rel_pos_bias)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out = attention.attend(q, k, v, table, window, None, self.scale, dropout_p, self.attn_implementation)
+        out = attend(q, k, v, table, window, None, self.scale, dropout_p, self.attn_implementation)
         return self.proj_drop(self.proj(out.flatten(2)))
 
     def _project(self, x: Tensor) -> Tensor:

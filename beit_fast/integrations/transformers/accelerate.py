@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import nn
 
-from ...layers import block
+from ...layers.attention import BeitRelativePositionBias, BeitSelfAttention
 from ..report import (
     ALREADY,
     LEFT_ALONE,
@@ -34,7 +34,7 @@ from ..report import (
 )
 from .fused_layers import CARRIERS, FUSED, INNER_BIASES, ORIGINALS, TRUNKS
 
-_OWN = (block.BeitSelfAttention, block.BeitRelativePositionBias)
+_OWN = (BeitSelfAttention, BeitRelativePositionBias)
 
 
 def accelerate(model: nn.Module, attn_implementation: str | None = None) -> AccelerationReport:

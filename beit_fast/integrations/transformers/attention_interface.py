@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.beit import modeling_beit
 from transformers.models.data2vec import modeling_data2vec_vision
 
-from ...ops.dispatch import attention
+from ...layers import attention_backends
 from ...position_bias import Window
 from .fused_layers import FUSED, INNER_BIASES, TableMixin
 from .monkey_patch import replace_attribute, set_item
@@ -66,9 +66,9 @@ def triton_attention(
     if key_mask is not None:
         key_mask = key_mask.expand(q.shape[0], -1)
     if not kwargs.get("output_attentions"):
-        return attention.attend(q, k, v, table, window, key_mask, scaling, dropout, NAME), None
-    dense = None if table is None or window is None else attention.dense_bias(table, window)
-    return attention.eager_attention(q, k, v, dense, key_mask, scaling, dropout)
+        return attention_backends.attend(q, k, v, table, window, key_mask, scaling, dropout, NAME), None
+    dense = None if table is None or window is None else attention_backends.dense_bias(table, window)
+    return attention_backends.eager_attention(q, k, v, dense, key_mask, scaling, dropout)
 
 
 def _parts(mask: TableBias | Tensor | None, heads: int) -> tuple[Tensor | None, Window | None, Tensor | None]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers.models.beit import modeling_beit
 from transformers.models.data2vec import modeling_data2vec_vision
 
+from ...layers import attention_backends
 from ...layers.linear import apply_linear
 from ...layers.module_hooks import clone_if_hooked
-from ...ops.dispatch import attention
 from ...position_bias import Window, resize_table
 from .table_bias import TableBias, key_mask_of
 
@@ -50,7 +50,7 @@ def attend(
         key_mask = key_mask_of(bias)
     if key_mask is not None:
         key_mask = key_mask.expand(q.shape[0], -1)
-    return attention.attend(q, k, v, table, window, key_mask, scale, dropout_p, implementation).flatten(2)
+    return attention_backends.attend(q, k, v, table, window, key_mask, scale, dropout_p, implementation).flatten(2)
 
 
 def dense(bias: TableBias | Tensor | None) -> Tensor | None:

@@ -15,7 +15,9 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ...layers.block import BeitEmbeddings, BeitLayer, BeitRelativePositionBias
+from ...layers.attention import BeitRelativePositionBias
+from ...layers.block import BeitLayer
+from ...layers.embeddings import BeitEmbeddings
 from ...models.base import BeitPreTrainedModel
 from . import auto_classes
 from .attention_interface import enter_attention

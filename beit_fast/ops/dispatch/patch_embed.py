@@ -10,18 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...layers.module_hooks import hook_obstacles
-from ..fallback.patch_embed import normalize_pixels
 from . import attention, availability
 
 IMPLEMENTATIONS = ("conv", "fused")
-
-Normalization = tuple[list[float], list[float]]
-"""Mean and standard deviation of each channel, in the units of uint8 pixels."""
-
-_LARGEST_PIXEL = 255
 
 
 def check_implementation(name: str | None) -> str | None:
@@ -59,55 +52,6 @@ def kernel_name(resolved: str, pixels: Tensor, weight: Tensor) -> str:
     if pixels.dtype == torch.uint8:
         return availability.patch_embed_kernel(pixels.device, [weight.dtype], pixels.shape[1])
     return availability.patch_embed_kernel(pixels.device, [weight.dtype, pixels.dtype])
-
-
-def obstacles_to_fusing(patch_embeddings: nn.Module, expected: type[nn.Module]) -> list[str]:
-    """Why one operator cannot do what calling `patch_embeddings` does: it reads a plain convolution's parameters."""
-    if type(patch_embeddings) is not expected:
-        return [f"patch_embeddings is a {type(patch_embeddings).__name__}, not a {expected.__name__}"]
-    projection = patch_embeddings.projection
-    if type(projection) is not nn.Conv2d:
-        return [f"patch_embeddings.projection is a {type(projection).__name__}, not an nn.Conv2d"]
-    obstacles = []
-    if (
-        projection.stride != projection.kernel_size
-        or projection.padding != (0, 0)
-        or projection.dilation != (1, 1)
-        or projection.groups != 1
-    ):
-        obstacles.append("patch_embeddings.projection is no convolution whose stride is its kernel")
-    modules = {"patch_embeddings": patch_embeddings, "patch_embeddings.projection": projection}
-    return obstacles + hook_obstacles(modules)
-
-
-def float_pixels(pixels: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:
-    """Pixels for the convolution, in `dtype`; those that come with a normalization, uint8 ones, are normalised."""
-    if normalization is None:
-        return pixels.to(dtype)
-    return normalize_pixels(pixels, *normalization, dtype)
-
-
-def normalization_of(
-    pixels: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> Normalization | None:
-    """Mean and deviation for uint8 pixels, from those of pixels scaled to 0..1; None for float pixels.
-
-    Raises:
-        ValueError: uint8 pixels without mean and std, or pixels of another integer type.
-    """
-    if pixels.dtype.is_floating_point:
-        return None
-    if pixels.dtype != torch.uint8:
-        raise ValueError(
-            f"pixel_values must be floating point, normalised, or uint8, not {str(pixels.dtype).removeprefix('torch.')}"
-        )
-    if mean is None or std is None:
-        raise ValueError(
-            "uint8 pixel_values need the mean and deviation that normalise them: call "
-            "model.set_pixel_normalization(mean, std), such as an image processor's image_mean and image_std, or give "
-            "floating-point pixels that are normalised already"
-        )
-    return [_LARGEST_PIXEL * number for number in mean], [_LARGEST_PIXEL * number for number in std]
 
 
 @dataclass(frozen=True)

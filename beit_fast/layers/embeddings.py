@@ -1,0 +1,177 @@
+"""Embeddings: pixels to tokens, by a convolution or by one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..configuration.beit_config import BeitConfig
+from ..ops.dispatch import patch_embed as patch_embed_dispatch
+from ..ops.fallback.patch_embed import normalize_pixels
+from ..ops.functorch import patch_embed
+from ..position_bias import Window, resize_position_embeddings
+from .module_hooks import hook_obstacles
+
+Normalization = tuple[list[float], list[float]]
+"""Mean and standard deviation of each channel, in the units of uint8 pixels."""
+
+_LARGEST_PIXEL = 255
+
+
+def window_of(pixel_values: Tensor, patch_size: int) -> Window:
+    """Patches that fit into an image `[B, C, H, W]`, `(height, width)`; what does not fill a patch is cropped."""
+    height, width = pixel_values.shape[-2:]
+    if height < patch_size or width < patch_size:
+        raise ValueError(f"images of {height}x{width} pixels are smaller than one patch of {patch_size}x{patch_size}")
+    return height // patch_size, width // patch_size
+
+
+class BeitPatchEmbeddings(nn.Module):
+    """Patches as tokens: `[B, C, H, W]` to `[B, P, E]` by a convolution whose stride is its kernel."""
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_size
+        self.num_patches = config.num_patches
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class BeitEmbeddings(nn.Module):
+    """CLS, patches (some replaced by the mask token) and, where configured, absolute positions: `[B, 1 + P, E]`.
+
+    `patch_embed_implementation` is a name of `ops.dispatch.patch_embed` or None, which follows `attn_implementation`;
+    `kernel` names what ran last. `"fused"` is one operator for all steps: it reads the parameters of
+    `patch_embeddings.projection` and calls neither module. Where one of them was replaced or has hooks, None therefore
+    takes `"conv"`, which calls them, and `"fused"` is an error.
+    """
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.native_window = config.window
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size)) if config.use_mask_token else None
+        self.patch_embeddings = BeitPatchEmbeddings(config)
+        self.position_embeddings = (
+            nn.Parameter(torch.zeros(1, config.num_patches + 1, size))
+            if config.use_absolute_position_embeddings
+            else None
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attn_implementation: str | None = None
+        self.patch_embed_implementation: str | None = None
+        self.kernel: str | None = None
+
+    def forward(self, pixel_values: Tensor, window: Window, bool_masked_pos: Tensor | None = None) -> Tensor:
+        channels = self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(f"pixel_values must be [batch, {channels}, height, width], not {list(pixel_values.shape)}")
+        normalization = normalization_of(pixel_values, self.config.pixel_mean, self.config.pixel_std)
+        mask = self._mask(bool_masked_pos, (pixel_values.shape[0], window[0] * window[1]))
+        positions: Tensor | None = self.position_embeddings
+        if positions is not None:
+            positions = resize_position_embeddings(positions, self.native_window, window)
+        resolved = patch_embed_dispatch.resolve(
+            self.patch_embed_implementation,
+            self.attn_implementation,
+            self.cls_token,
+            self.config.attention_head_dim,
+            self.obstacles_to_fusing(),
+        )
+        embed = self._fuse if resolved == "fused" else self._convolve
+        tokens = embed(pixel_values, normalization, mask, positions)
+        if not torch.compiler.is_compiling():
+            self.kernel = patch_embed_dispatch.kernel_name(resolved, pixel_values, self.cls_token)
+        return self.dropout(tokens)
+
+    def obstacles_to_fusing(self) -> list[str]:
+        """Why the operator cannot take the place of the modules here; empty where it can."""
+        return obstacles_to_fusing(self.patch_embeddings, BeitPatchEmbeddings)
+
+    def _fuse(
+        self, pixels: Tensor, normalization: Normalization | None, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        projection = self.patch_embeddings.projection
+        mask_token = None if mask is None else self.mask_token
+        mean, std = (None, None) if normalization is None else normalization
+        return patch_embed(
+            pixels, projection.weight, projection.bias, self.cls_token, mask, mask_token, positions, mean, std
+        )
+
+    def _convolve(
+        self, pixels: Tensor, normalization: Normalization | None, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        dtypes = (p.dtype for p in self.patch_embeddings.parameters() if p.is_floating_point())
+        dtype = next(dtypes, self.cls_token.dtype)
+        tokens = self.patch_embeddings(float_pixels(pixels, normalization, dtype))
+        if mask is not None and self.mask_token is not None:
+            tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return tokens if positions is None else tokens + positions
+
+    def _mask(self, bool_masked_pos: Tensor | None, accepted: tuple[int, int]) -> Tensor | None:
+        """`bool_masked_pos`, `[B, P]` or `[B, h, w]` of any type, as bool of the accepted shape `[B, P]`."""
+        if bool_masked_pos is None:
+            return None
+        if self.mask_token is None:
+            raise ValueError("bool_masked_pos needs a mask token: build the model with use_mask_token=True")
+        masked = bool_masked_pos.flatten(1).bool()
+        if masked.shape != accepted:
+            raise ValueError(
+                f"bool_masked_pos must be [batch, patches] = {list(accepted)}, not {list(bool_masked_pos.shape)}"
+            )
+        return masked
+
+
+def obstacles_to_fusing(patch_embeddings: nn.Module, expected: type[nn.Module]) -> list[str]:
+    """Why one operator cannot do what calling `patch_embeddings` does: it reads a plain convolution's parameters."""
+    if type(patch_embeddings) is not expected:
+        return [f"patch_embeddings is a {type(patch_embeddings).__name__}, not a {expected.__name__}"]
+    projection = patch_embeddings.projection
+    if type(projection) is not nn.Conv2d:
+        return [f"patch_embeddings.projection is a {type(projection).__name__}, not an nn.Conv2d"]
+    obstacles = []
+    if (
+        projection.stride != projection.kernel_size
+        or projection.padding != (0, 0)
+        or projection.dilation != (1, 1)
+        or projection.groups != 1
+    ):
+        obstacles.append("patch_embeddings.projection is no convolution whose stride is its kernel")
+    modules = {"patch_embeddings": patch_embeddings, "patch_embeddings.projection": projection}
+    return obstacles + hook_obstacles(modules)
+
+
+def float_pixels(pixels: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:
+    """Pixels for the convolution, in `dtype`; those that come with a normalization, uint8 ones, are normalised."""
+    if normalization is None:
+        return pixels.to(dtype)
+    return normalize_pixels(pixels, *normalization, dtype)
+
+
+def normalization_of(
+    pixels: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> Normalization | None:
+    """Mean and deviation for uint8 pixels, from those of pixels scaled to 0..1; None for float pixels.
+
+    Raises:
+        ValueError: uint8 pixels without mean and std, or pixels of another integer type.
+    """
+    if pixels.dtype.is_floating_point:
+        return None
+    if pixels.dtype != torch.uint8:
+        raise ValueError(
+            f"pixel_values must be floating point, normalised, or uint8, not {str(pixels.dtype).removeprefix('torch.')}"
+        )
+    if mean is None or std is None:
+        raise ValueError(
+            "uint8 pixel_values need the mean and deviation that normalise them: call "
+            "model.set_pixel_normalization(mean, std), such as an image processor's image_mean and image_std, or give "
+            "floating-point pixels that are normalised already"
+        )
+    return [_LARGEST_PIXEL * number for number in mean], [_LARGEST_PIXEL * number for number in std]
