@@ -81,6 +81,8 @@ def test_saved_models_are_the_same_files(name, tmp_path):
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes(), file
     loaded = getattr(transformers, name).from_pretrained(tmp_path / "ours").eval()
+    for parameter in loaded.parameters():  # read from a file they are not aligned, and a GEMM may then round otherwise
+        parameter.data = parameter.data.clone()
     inputs = inputs_for(name, theirs)
     assert_same(run(loaded, inputs), run(theirs, inputs), 0.0)
     accelerate(loaded, "triton")
