@@ -1,7 +1,7 @@
 """Adds the libraries of csrc/ to what pyproject.toml declares: those that can be built here, for any Python.
 
 `BEIT_FAST_NATIVE=0` builds none; `BEIT_FAST_NATIVE=1` makes it an error when one is missing for which there is a
-compiler, or when there is no C++ compiler. csrc/native_build.py has the commands, and what else can be set.
+compiler, or when there is no C++ compiler. csrc/build.py has the commands, and what else can be set.
 """
 
 import filecmp
@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 sys.path.insert(0, "csrc")
-import native_build
+import build as native_build
 
 PACKAGE = "beit_fast"
 native = runpy.run_path(f"{PACKAGE}/native.py")  # what the package looks for; needs no torch

@@ -136,7 +136,7 @@ def check_patch_embed(
 ) -> None:
     """Raise ValueError unless the arguments of `patch_embed` fit together (see there for shapes).
 
-    Sizes may be symbolic: those are left to run time. `csrc/patch_embed/arguments.cpp` says the same in the same words.
+    Sizes may be symbolic: those are left to run time. `csrc/cpu/patch_embed/arguments.cpp` says the same.
     """
     tensors = {"pixels": pixels, "weight": weight, "bias": bias, "cls": cls, "mask": mask}
     tensors |= {"mask_token": mask_token, "pos": pos}

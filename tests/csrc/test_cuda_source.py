@@ -22,6 +22,7 @@ from ..support.cuda_emulation import REPOSITORY, SOURCES, content_key, torch_inc
 
 CAPABILITIES = (80, 90, 100)
 FILES = ("half", "single")
+PATCH_EMBED = SOURCES / "cuda" / "patch_embed"
 FLAGS = ["-std=c++20", "-O3", f"-I{SOURCES}", *torch_includes(), "-DUSE_CUDA"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler", "-Wall,-Wextra,-Werror"]
 SMALLEST_SHARED_MEMORY = 99 * 1024  # of a multiprocessor, on sm_86, 89 and 120
@@ -66,12 +67,12 @@ def compiled(file: str, capability: int) -> Path:
     """The cubin of a source file, from the last run if nothing has changed."""
     assert NVCC is not None
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-    key = content_key([SOURCES / "patch_embed"], version, *FLAGS)
+    key = content_key([SOURCES / "cuda"], version, *FLAGS)
     cubin = REPOSITORY / "build" / "cuda" / f"{key}-{file}-{capability}.cubin"
     if not cubin.exists():
         cubin.parent.mkdir(parents=True, exist_ok=True)
         unfinished = cubin.with_suffix(f".{uuid.uuid4().hex}")
-        run_nvcc("-cubin", f"-arch=sm_{capability}", "-o", str(unfinished), str(SOURCES / "patch_embed" / f"{file}.cu"))
+        run_nvcc("-cubin", f"-arch=sm_{capability}", "-o", str(unfinished), str(PATCH_EMBED / f"{file}.cu"))
         unfinished.replace(cubin)
     return cubin
 
@@ -191,5 +192,5 @@ def test_memory_is_read_by_vectors(kernels: list[Kernel]) -> None:
 
 @needs_nvcc
 def test_the_operator_compiles_against_the_stable_abi(tmp_path: Path) -> None:
-    source = str(SOURCES / "patch_embed" / "operator.cu")
+    source = str(PATCH_EMBED / "operator.cu")
     run_nvcc("-c", "-arch=sm_90", "-Xcompiler", "-fPIC", "-o", str(tmp_path / "operator.o"), source)

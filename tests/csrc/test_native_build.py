@@ -1,4 +1,4 @@
-"""csrc/native_build.py on a few lines of C++: instruction sets and their order, what is compiled again, what fails."""
+"""csrc/build.py on a few lines of C++: instruction sets and their order, what is compiled again, what fails."""
 
 import ctypes
 import importlib.util

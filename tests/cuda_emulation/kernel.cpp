@@ -1,6 +1,6 @@
-#include "patch_embed/kernel.cuh"
-#include "patch_embed/launch.cuh"
-#include "patch_embed/plan.cuh"
+#include "cuda/patch_embed/kernel.cuh"
+#include "cuda/patch_embed/launch.cuh"
+#include "cuda/patch_embed/plan.cuh"
 
 // What half.cu and single.cu have, on the emulator; and index arithmetic for tests to look at.
 namespace beit_fast::cuda {

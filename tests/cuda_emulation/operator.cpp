@@ -3,4 +3,4 @@
 
 // The operator as it is, registered for CPU tensors.
 #define CUDA CPU
-#include "../../csrc/patch_embed/operator.cu"
+#include "../../csrc/cuda/patch_embed/operator.cu"

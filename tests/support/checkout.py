@@ -24,8 +24,8 @@ print(model.attention_report().kernel)
 
 
 def load_native_build(root: Path = ROOT) -> ModuleType:
-    """A fresh `csrc/native_build.py` of a checkout, as setup.py has it."""
-    spec = importlib.util.spec_from_file_location("native_build", root / "csrc" / "native_build.py")
+    """A fresh `csrc/build.py` of a checkout, as setup.py has it."""
+    spec = importlib.util.spec_from_file_location("native_build", root / "csrc" / "build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -57,12 +57,12 @@ def build() -> tuple[Path, str]:
     assert cxx is not None
     flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden"]
     flags += [f"-I{EMULATOR}", f"-I{SOURCES}", *torch_includes(), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    key = content_key([SOURCES / "patch_embed", EMULATOR], cxx, torch.__version__, *flags)
+    key = content_key([SOURCES / "cuda", EMULATOR], cxx, torch.__version__, *flags)
     library = REPOSITORY / "build" / "cuda-emulation" / f"{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{uuid.uuid4().hex}")  # test processes may build at the same time
-        files = [*sorted(EMULATOR.glob("*.cpp")), SOURCES / "problems.cpp"]
+        files = [*sorted(EMULATOR.glob("*.cpp")), SOURCES / "errors.cpp"]
         command = [cxx, "-shared", *flags, *map(str, files), "-o", str(unfinished), f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -90,7 +90,7 @@ def matmul_parts(x: Tensor, matrix: Tensor, parts: int, bias: Tensor | None = No
 
 
 def _matrix_problems(matrix: Tensor, parts: int) -> list[str]:
-    """What is wrong with the arguments of `_pack_parts`; csrc/linear/operators.cpp says the same in the same words."""
+    """What is wrong with the arguments of `_pack_parts`; csrc/cpu/linear/operator.cpp says the same."""
     problems = [] if matrix.ndim == 2 else ["matrix must be [N, K], or [K, N] where it is transposed"]
     if matrix.dtype != torch.float32:
         problems.append("matrix must be float32")

@@ -1,0 +1,18 @@
+// The kernels of one instruction set, and how calls of them are divided.
+#pragma once
+
+#include "cpu/attention/params.h"
+
+namespace beit_fast {
+
+// Work is divided into items that are the same for any number of threads; a range of items runs on one thread.
+struct AttentionKernels {
+    int64_t (*forward_items)(const ForwardProblem&);
+    void (*forward)(const ForwardProblem&, int64_t begin, int64_t end);
+    int64_t (*backward_items)(const BackwardProblem&);
+    void (*backward)(const BackwardProblem&, int64_t begin, int64_t end);
+    // Sums what the items of the backward left in its partial results, for heads `begin` to `end`.
+    void (*reduce)(const BackwardProblem&, int64_t begin, int64_t end);
+};
+
+}  // namespace beit_fast

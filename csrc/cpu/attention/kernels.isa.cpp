@@ -1,0 +1,84 @@
+// The attention kernels of fp32, bf16 and fp16, compiled once for each instruction set: BEIT_FAST_ISA is its name.
+#include "cpu/attention/kernels.h"
+#include "cpu/attention/ranges.h"
+
+#if defined(__AMX_BF16__)
+#include "cpu/attention/backward_amx.h"
+#include "cpu/attention/forward_amx.h"
+#endif
+
+namespace beit_fast {
+namespace {
+
+// Calls `use` with the kernel that serves a type, as a null pointer.
+template <class Use>
+auto choose_forward([[maybe_unused]] Scalar type, Use use) {
+#if defined(__AMX_BF16__)
+    if (type == Scalar::f32) return use(static_cast<AmxForward<3>*>(nullptr));
+    if (type == Scalar::f16) return use(static_cast<AmxForward<2>*>(nullptr));
+    return use(static_cast<AmxForward<1>*>(nullptr));
+#else
+#if defined(__AVX512BF16__)
+    if (type == Scalar::bf16) return use(static_cast<VectorForward<PairOperands, 4>*>(nullptr));
+#endif
+    return use(static_cast<VectorForward<PlainOperands<float>, 6>*>(nullptr));
+#endif
+}
+
+#if defined(__AMX_BF16__)
+template <int kParts>
+void run_forward(AmxForward<kParts>*, const ForwardProblem& problem, int64_t begin, int64_t end) {
+    using Kernel = AmxForward<kParts>;
+    constexpr int kDegree = kParts == 1 ? 4 : 5;
+    const TileSession session;
+    const auto run = [&](Kernel& kernel, const HeadBias<float>& bias, int64_t batch, int64_t head, int64_t query) {
+        Softmax<float, 1, kDegree> softmax(problem, bias);
+        softmax.begin(batch, head, query);
+        kernel.run(softmax, batch, head, query);
+    };
+    forward_range<Kernel, float>(problem, begin, end, run);
+}
+#endif
+
+template <class Operands, int kDegree>
+void run_forward(VectorForward<Operands, kDegree>*, const ForwardProblem& problem, int64_t begin, int64_t end) {
+    forward_on_vectors<VectorForward<Operands, kDegree>, typename Operands::Sum>(problem, begin, end);
+}
+
+void forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
+    choose_forward(problem.type, [&](auto* kernel) { run_forward(kernel, problem, begin, end); });
+}
+
+int64_t forward_items(const ForwardProblem& problem) {
+    return choose_forward(problem.type, [&](auto* kernel) {
+        return problem.heads * problem.batch * query_blocks<std::remove_pointer_t<decltype(kernel)>>(problem);
+    });
+}
+
+void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+    // The six products that fp32 takes pay for the packing of their operands where there are many tokens.
+    constexpr int64_t kMany = 256;
+    const TileSession session;
+    const bool many = problem.tokens > kMany;
+    if (problem.type == Scalar::f32 && many) return backward_range<AmxProducts<3>>(problem, begin, end);
+    if (problem.type == Scalar::f16) return backward_range<AmxProducts<2>>(problem, begin, end);
+    if (problem.type == Scalar::bf16) return backward_range<AmxProducts<1>>(problem, begin, end);
+#endif
+    backward_range<VectorProducts<float>>(problem, begin, end);
+}
+
+void reduce(const BackwardProblem& problem, int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) reduce_head<float>(problem, head);
+}
+
+}  // namespace
+
+#define BEIT_FAST_JOIN(a, b) a##b
+#define BEIT_FAST_NAME(a, b) BEIT_FAST_JOIN(a, b)
+
+extern const AttentionKernels BEIT_FAST_NAME(attention_kernels_, BEIT_FAST_ISA);
+const AttentionKernels BEIT_FAST_NAME(attention_kernels_, BEIT_FAST_ISA) = {forward_items, forward, backward_items,
+                                                                          backward, reduce};
+
+}  // namespace beit_fast

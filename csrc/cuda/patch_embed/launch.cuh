@@ -1,0 +1,12 @@
+#pragma once
+
+#include "cuda/patch_embed/arguments.cuh"
+
+namespace beit_fast::cuda {
+
+// Starts the kernel on the current stream of `device`, which is the current one. half.cu and single.cu have it for
+// their arithmetics, so that kernels compile side by side.
+template <Arithmetic arithmetic>
+void launch(Arguments& arguments, bool large, int32_t device);
+
+}  // namespace beit_fast::cuda

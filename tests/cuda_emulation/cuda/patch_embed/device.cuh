@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cstdint>
+
+#include "emulator.h"
+
+// Stands in for csrc/cuda/patch_embed/device.cuh.
+namespace beit_fast::cuda {
+
+struct OnDevice {
+    explicit OnDevice(int32_t) {}
+};
+
+inline int count_multiprocessors(int32_t) { return emulation::multiprocessors; }
+
+}  // namespace beit_fast::cuda
