@@ -120,8 +120,8 @@ gpu-test-kernels gpu-test-device:
 # size.
 bench: $(VENV)/.bench $(NATIVE)
 	$(BIN)/pytest benchmarks/ --require-peers $(BENCH_OPTIONS) --rows=build/benchmarks.jsonl
-	$(BIN)/python -m benchmarks.plot build/benchmarks.jsonl --results benchmarks/results
-	$(BIN)/python -m benchmarks.targets build/benchmarks.jsonl
+	$(BIN)/python -m benchmarks.report.plot build/benchmarks.jsonl --results benchmarks/results
+	$(BIN)/python -m benchmarks.report.targets build/benchmarks.jsonl
 
 # Attention, or whole models, on a GPU against their peers, in the Python at hand (torch for CUDA, Triton,
 # pytest-benchmark, transformers, matplotlib; timm takes part where it is there): no .venv, nothing is downloaded.
@@ -136,9 +136,9 @@ gpu-bench gpu-bench-models: gpu-library
 	rm -f "$(GPU_ROWS)"
 	$(GPU_PYTHON) -m pytest benchmarks/bench_$(GPU_BENCH).py --device=cuda --rows="$(GPU_ROWS)" --budget=$(GPU_BUDGET) \
 	  $(if $(COMMIT),--commit="$(COMMIT)") $(BENCH_OPTIONS); status=$$?; \
-	$(GPU_PYTHON) -m benchmarks.plot "$(GPU_ROWS)" --results benchmarks/results && \
-	$(if $(RESULTS),$(GPU_PYTHON) -m benchmarks.plot "$(GPU_ROWS)" --results "$(RESULTS)" &&) \
-	$(GPU_PYTHON) -m benchmarks.targets "$(GPU_ROWS)" && exit $$status
+	$(GPU_PYTHON) -m benchmarks.report.plot "$(GPU_ROWS)" --results benchmarks/results && \
+	$(if $(RESULTS),$(GPU_PYTHON) -m benchmarks.report.plot "$(GPU_ROWS)" --results "$(RESULTS)" &&) \
+	$(GPU_PYTHON) -m benchmarks.report.targets "$(GPU_ROWS)" && exit $$status
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

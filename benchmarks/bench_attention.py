@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from .cases import Case, cases, chosen_device
-from .peers import PEERS, Peer
+from .baselines.attention import PEERS, Peer
+from .harness.cases import Case, cases, chosen_device
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import (
+from .baselines.attention import PEERS
+from .harness.cases import (
     DTYPE_NAMES,
     FORWARD,
     TRAINING,
@@ -23,8 +24,7 @@ from .cases import (
     results_of,
     step_of,
 )
-from .peers import PEERS
-from .processes import Entrant, Prepared
+from .harness.processes import Entrant, Prepared
 
 BENCH = "cpu attention"
 OURS, READY, LIMIT = "beit_fast triton", "sdpa prebuilt bias", "sdpa without bias"

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import Reference, chosen_device, errors_within
-from .exported_peers import export
-from .model_cases import ModelCase, model_cases, model_reference, why_too_long
-from .model_peers import MODEL_PEERS, ModelPeer, call_of, logits_and_gradients
-from .processes import Entrant, Prepared, apart
+from .baselines.exported import export
+from .baselines.models import MODEL_PEERS, ModelPeer, call_of, logits_and_gradients
+from .harness.cases import Reference, chosen_device, errors_within
+from .harness.model_cases import ModelCase, model_cases, model_reference, why_too_long
+from .harness.processes import Entrant, Prepared, apart
 
 BENCHES = {"cpu": "cpu models", "cuda": "models"}
 ROUNDS, ROUND_SECONDS = 7, 0.25

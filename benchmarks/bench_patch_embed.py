@@ -21,8 +21,8 @@ from torch import Tensor
 import beit_fast
 from beit_fast.ops.dispatch import availability
 
-from .cases import DTYPE_NAMES, Reference, chosen_device, errors_within, relative_error
-from .processes import Entrant, Prepared
+from .harness.cases import DTYPE_NAMES, Reference, chosen_device, errors_within, relative_error
+from .harness.processes import Entrant, Prepared
 
 BENCH = "cpu patch embedding"
 FLOAT, BYTES = "float pixels", "uint8 pixels"

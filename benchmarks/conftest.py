@@ -16,12 +16,12 @@ import torch
 from beit_fast.cli.collect_env import environment, gpu_readings
 from beit_fast.testing.memory import memory_unsupported_reason, peak_memory
 
-from .cases import DTYPE_NAMES, Case, chosen_device, draw, errors_within, reference, results_of, step_of
-from .clocks import DeviceClock, HostClock, clock_of, single_call
-from .peers import PACKAGES, Peer, not_installed
-from .processes import Entrant, free_memory, heats
-from .processes import race as race_processes
-from .rows import Row, RowLog, rounded, row_of, row_of_result
+from .baselines.attention import PACKAGES, Peer, not_installed
+from .harness.cases import DTYPE_NAMES, Case, chosen_device, draw, errors_within, reference, results_of, step_of
+from .harness.clocks import DeviceClock, HostClock, clock_of, single_call
+from .harness.processes import Entrant, free_memory, heats
+from .harness.processes import race as race_processes
+from .harness.results import Row, RowLog, rounded, row_of, row_of_result
 
 _conditions = pytest.StashKey[dict[str, Any]]()
 _rows = pytest.StashKey[list[Row]]()

@@ -17,7 +17,7 @@ import signal
 import time
 from pathlib import Path
 
-from .processes import Absent, Entrant, Prepared, apart, race
+from .harness.processes import Absent, Entrant, Prepared, apart, race
 
 LOG = Path(__file__).parent / "log.txt"
 
@@ -76,9 +76,9 @@ def main():
 @pytest.fixture
 def ran(tmp_path: Path) -> Path:
     folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    for name in ("__init__.py", "processes.py"):
-        shutil.copy(BENCHMARKS / name, folder)
+    for name in ("__init__.py", "harness/__init__.py", "harness/processes.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(BENCHMARKS / name, folder / name)
     (folder / "race.py").write_text(RACE)
     command = [sys.executable, "-c", "from benchmarks.race import main; main()"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

@@ -22,19 +22,19 @@ def house() -> Iterator[ModuleType]:
 
 
 def test_a_log_of_rows_survives_a_killed_run(house: ModuleType, tmp_path: Path) -> None:
-    log = house.rows.RowLog(tmp_path / "run" / "rows.jsonl", {"device": "cpu"})
+    log = house.harness.results.RowLog(tmp_path / "run" / "rows.jsonl", {"device": "cpu"})
     row = {"mode": "forward", "dtype": "fp32", "tokens": 197, "batch": 1, "peer": "one", "median": 0.5}
     log.measured(row)
     log.left_out("training-1x197-fp32", "one", "no gradient")
     log.left_out("training-8x197-fp32", "one", "no gradient")
     with log.path.open("a") as file:
         file.write('{"row": {"mode": "forw')
-    results = house.rows.read_results(log.path)
+    results = house.harness.results.read_results(log.path)
     assert results["rows"] == [row]
     cases = ["training-1x197-fp32", "training-8x197-fp32"]
     assert results["left_out"] == [{"peer": "one", "reason": "no gradient", "cases": cases}]
-    kept = house.rows.write_results(results, tmp_path / "kept.json")
-    assert house.rows.read_results(kept) == results
+    kept = house.harness.results.write_results(results, tmp_path / "kept.json")
+    assert house.harness.results.read_results(kept) == results
 
 
 def measured(mode: str, batch: int, tokens: int, dtype: str, peer: str, memory: int | None) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def write_run(path: Path, memory: int | None = 5 << 20) -> Path:
 
 def test_plot_condenses_a_run_and_draws_it(house: ModuleType, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run.json")
-    assert house.plot.main([str(run), "--results", str(tmp_path / "results")]) == 0
+    assert house.report.plot.main([str(run), "--results", str(tmp_path / "results")]) == 0
     text = (tmp_path / "results" / "amd-epyc-9b14-cpu-2-threads.json").read_text()
     results = json.loads(text)
     assert "a-private-host-name" not in text
@@ -80,7 +80,7 @@ def test_plot_condenses_a_run_and_draws_it(house: ModuleType, tmp_path: Path) ->
     assert results["date"] == "2026-02-03"
     assert len(results["rows"]) == 24
     row = results["rows"][0]
-    assert tuple(row) == house.rows.ROW_FIELDS
+    assert tuple(row) == house.harness.results.ROW_FIELDS
     assert (row["median"], row["iqr"], row["rounds"], row["errors"]) == (0.01235, 1e-4, 9, {"out": 1.235e-7})
     with Image.open(tmp_path / "results" / "amd-epyc-9b14-cpu-2-threads.png") as picture:
         assert picture.width > 1000
@@ -89,26 +89,26 @@ def test_plot_condenses_a_run_and_draws_it(house: ModuleType, tmp_path: Path) ->
 
 def test_plot_reads_its_own_results_again(house: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "run.json")
-    house.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path)])
+    house.report.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path)])
     first = (tmp_path / "amd-epyc-9b14-cpu-2-threads.json").read_bytes()
     again = tmp_path / "again"
-    assert house.plot.main([str(tmp_path / "amd-epyc-9b14-cpu-2-threads.json"), "--results", str(again)]) == 0
+    assert house.report.plot.main([str(tmp_path / "amd-epyc-9b14-cpu-2-threads.json"), "--results", str(again)]) == 0
     assert (again / "amd-epyc-9b14-cpu-2-threads.json").read_bytes() == first
 
 
 def test_plot_draws_where_memory_was_not_measured(house: ModuleType, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run.json", memory=None)
-    assert house.plot.main([str(run), "--out", str(tmp_path / "out")]) == 0
+    assert house.report.plot.main([str(run), "--out", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["amd-epyc-9b14-cpu-2-threads.png"]
 
 
 def test_picture_keeps_single_images_apart_and_says_its_conditions(house: ModuleType, tmp_path: Path) -> None:
-    results = house.rows.read_results(write_run(tmp_path / "run.json"))
-    lines = house.plot.panels_of(results["rows"])
+    results = house.harness.results.read_results(write_run(tmp_path / "run.json"))
+    lines = house.report.plot.panels_of(results["rows"])
     assert [[rows[0]["mode"] for rows in panels] for panels in lines] == [["forward"], ["training"]]
     ((single,), _) = lines  # B=8 has one size only
     assert {(row["tokens"], row["batch"]) for row in single} == {(197, 1), (577, 1), (1025, 1)}
-    caption = " ".join(house.plot.caption(results, [rows for panels in lines for rows in panels]).split())
+    caption = " ".join(house.report.plot.caption(results, [rows for panels in lines for rows in panels]).split())
     for condition in ("AMD EPYC 9B14", "2 CPU threads", "torch 2.13.0+cpu", "0123abc", "2026-02-03", "H=12, D=64"):
         assert condition in caption
     assert "Time is the device's" not in caption
@@ -161,18 +161,18 @@ def gpu_results() -> dict[str, Any]:
 
 def test_picture_of_a_gpu_has_a_line_for_each_mode(house: ModuleType, tmp_path: Path) -> None:
     results = gpu_results()
-    lines = house.plot.panels_of(results["rows"])
+    lines = house.report.plot.panels_of(results["rows"])
     modes = [panels[0][0]["mode"] for panels in lines]
     assert modes == ["forward", "backward", "training", "training, frozen table"]
     for batches, single in lines:
         assert {(row["batch"], row["tokens"]) for row in batches} == set(GPU_SIZES[:4])
         assert {(row["batch"], row["tokens"]) for row in single} == set(GPU_SIZES[4:])
         assert {row["dtype"] for row in batches + single} == {"bf16"}
-    caption = " ".join(house.plot.caption(results, [rows for panels in lines for rows in panels]).split())
+    caption = " ".join(house.report.plot.caption(results, [rows for panels in lines for rows in panels]).split())
     assert "driver 580.1" in caption
     assert "Time is the device's" in caption
-    house.rows.write_results(results, tmp_path / "run.json")
-    assert house.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path / "results")]) == 0
+    house.harness.results.write_results(results, tmp_path / "run.json")
+    assert house.report.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path / "results")]) == 0
     with Image.open(tmp_path / "results" / "nvidia-h200.png") as picture:
         assert len(picture.getcolors(1 << 24) or []) > 50
 
@@ -180,12 +180,14 @@ def test_picture_of_a_gpu_has_a_line_for_each_mode(house: ModuleType, tmp_path: 
 def targets_on_gpu(house: ModuleType) -> list[Any]:
     """Those of attention: a bench that did not run is not judged."""
     return [
-        target for target in house.targets.TARGETS if (target.device, target.bench) == ("cuda", house.rows.ATTENTION)
+        target
+        for target in house.report.targets.TARGETS
+        if (target.device, target.bench) == ("cuda", house.harness.results.ATTENTION)
     ]
 
 
 def test_targets_are_judged_at_every_size(house: ModuleType) -> None:
-    verdicts = house.targets.judge(gpu_results())
+    verdicts = house.report.targets.judge(gpu_results())
     by_target: dict[str, list[Any]] = {target.text: [] for target in targets_on_gpu(house)}
     for verdict in verdicts:
         by_target[verdict.target.text].append(verdict)
@@ -205,8 +207,8 @@ def test_targets_are_judged_at_every_size(house: ModuleType) -> None:
 def test_targets_are_printed_with_reasons_and_distances(
     house: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    house.rows.write_results(gpu_results(), tmp_path / "run.json")
-    assert house.targets.main([str(tmp_path / "run.json")]) == 0
+    house.harness.results.write_results(gpu_results(), tmp_path / "run.json")
+    assert house.report.targets.main([str(tmp_path / "run.json")]) == 0
     text = capsys.readouterr().out
     assert "NVIDIA H200, torch 2.11.0+cu130, commit 0123abc" in text
     assert "forward no slower than SDPA flash without bias: met at 7 of 7 (ratio needed 1.00)" in text
@@ -220,7 +222,7 @@ def test_a_ratio_with_time_of_the_host_in_it_says_so(house: ModuleType) -> None:
     results = gpu_results()
     for row in results["rows"]:
         row["queued_ahead"] = row["peer"] != "sdpa without bias flash"
-    flash, learned, *_ = house.targets.table(house.targets.judge(results)).split("\n\n")
+    flash, learned, *_ = house.report.targets.table(house.report.targets.judge(results)).split("\n\n")
     assert flash.count("(sdpa without bias flash, the device waited for the host)") == 7
     assert "waited" not in learned
 
@@ -228,18 +230,18 @@ def test_a_ratio_with_time_of_the_host_in_it_says_so(house: ModuleType) -> None:
 def test_a_target_without_our_measurement_says_so(house: ModuleType) -> None:
     results = gpu_results()
     results["rows"] = [row for row in results["rows"] if row["peer"] != "beit_fast triton"]
-    verdicts = house.targets.judge(results)
+    verdicts = house.report.targets.judge(results)
     assert len(verdicts) == len(targets_on_gpu(house))
     assert all(verdict.met is None and "was not measured" in verdict.missing for verdict in verdicts)
 
 
 def test_targets_name_peers_that_exist(house: ModuleType) -> None:
-    names = {peer.name for peer in house.peers.PEERS}
+    names = {peer.name for peer in house.baselines.attention.PEERS}
     names |= {name for of_mode in house.bench_patch_embed.PEERS.values() for name in of_mode}
-    names |= {peer.name for peer in house.model_peers.MODEL_PEERS}
-    named = {name for target in house.targets.TARGETS for name in (target.ours, target.peer) if name is not None}
+    names |= {peer.name for peer in house.baselines.models.MODEL_PEERS}
+    named = {name for target in house.report.targets.TARGETS for name in (target.ours, target.peer) if name is not None}
     assert named <= names
-    learnable = {peer.name for peer in house.peers.PEERS if peer.learnable}
+    learnable = {peer.name for peer in house.baselines.attention.PEERS if peer.learnable}
     assert {"flex_attention", "sdpa gathered bias efficient", "transformers sdpa"} <= learnable
     assert not any("prebuilt" in name or "without" in name or "cudnn" in name for name in learnable)
 
@@ -249,7 +251,7 @@ def test_targets_refuse_what_holds_no_measurement(
     house: ModuleType, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.json").write_text(content)
-    assert house.targets.main([str(tmp_path / "run.json")]) == 2
+    assert house.report.targets.main([str(tmp_path / "run.json")]) == 2
     assert "run.json" in capsys.readouterr().err
 
 
@@ -262,7 +264,7 @@ def test_targets_refuse_what_holds_no_measurement(
     ],
 )
 def test_file_name_of_a_device(house: ModuleType, device: str, name: str, slug: str) -> None:
-    assert house.rows.device_slug({"device": device, "device_name": name, "threads": 2}) == slug
+    assert house.harness.results.device_slug({"device": device, "device_name": name, "threads": 2}) == slug
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"machine_info": {"beit_fast": {}}, "benchmarks": []}'])
@@ -270,7 +272,7 @@ def test_plot_refuses_what_holds_no_measurement(
     house: ModuleType, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.json").write_text(content)
-    assert house.plot.main([str(tmp_path / "run.json"), "--out", str(tmp_path)]) == 2
+    assert house.report.plot.main([str(tmp_path / "run.json"), "--out", str(tmp_path)]) == 2
     assert "run.json" in capsys.readouterr().err
-    assert house.plot.main([str(tmp_path / "missing.json")]) == 2
+    assert house.report.plot.main([str(tmp_path / "missing.json")]) == 2
     assert list(tmp_path.glob("*.png")) == []

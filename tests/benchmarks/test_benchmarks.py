@@ -24,27 +24,27 @@ def house() -> Iterator[ModuleType]:
 
 
 def small_case(house: ModuleType, mode: str, dtype: torch.dtype = torch.float32) -> Any:
-    return house.cases.Case(mode, 2, (3, 3), dtype, "cpu", heads=2, head_dim=8)
+    return house.harness.cases.Case(mode, 2, (3, 3), dtype, "cpu", heads=2, head_dim=8)
 
 
 def test_peers_are_declared_once_and_drawn_alike(house: ModuleType) -> None:
-    names = [peer.name for peer in house.peers.PEERS]
+    names = [peer.name for peer in house.baselines.attention.PEERS]
     assert len(set(names)) == len(names)
-    assert set(names) == set(house.plot.STYLES)
-    looks = list(house.plot.STYLES.values())
+    assert set(names) == set(house.report.plot.STYLES)
+    looks = list(house.report.plot.STYLES.values())
     assert len(set(looks)) == len(looks)
 
 
 def test_every_case_names_itself_once(house: ModuleType) -> None:
     for device in ("cpu", "cuda"):
         for full in (False, True):
-            names = [str(case) for case in house.cases.cases(device, full)]
+            names = [str(case) for case in house.harness.cases.cases(device, full)]
             assert len(set(names)) == len(names) > 0
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "training", "training, frozen table"])
 def test_a_gpu_run_has_every_mode_at_every_size(house: ModuleType, mode: str) -> None:
-    cases = house.cases.cases("cuda", full=False)
+    cases = house.harness.cases.cases("cuda", full=False)
     sizes = {(case.batch, case.tokens) for case in cases if case.mode == mode and case.dtype == torch.bfloat16}
     assert {(64, 197), (32, 577), (8, 1025), (8, 1601), (1, 577), (1, 1025), (1, 1601)} == sizes
     assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16, torch.float32}
@@ -55,29 +55,29 @@ def test_a_gpu_run_has_every_mode_at_every_size(house: ModuleType, mode: str) ->
 def test_every_peer_that_can_run_is_right(house: ModuleType, mode: str, dtype: torch.dtype) -> None:
     case = small_case(house, mode, dtype)
     checked = []
-    for peer in house.peers.PEERS:
+    for peer in house.baselines.attention.PEERS:
         if peer.compiles or peer.why_missing(case) is not None:
             continue
-        inputs = house.cases.draw(case)
-        results = house.cases.results_of(case, inputs, peer.build(case, inputs), peer.biased)
-        expected = house.cases.reference(case, peer.biased)
+        inputs = house.harness.cases.draw(case)
+        results = house.harness.cases.results_of(case, inputs, peer.build(case, inputs), peer.biased)
+        expected = house.harness.cases.reference(case, peer.biased)
         assert results.keys() == expected.results.keys()
         for name, exact in expected.results.items():
-            error = house.cases.relative_error(results[name], exact)
+            error = house.harness.cases.relative_error(results[name], exact)
             assert error <= expected.budgets[name], f"{peer.name}: {name}"
         assert results["out"].is_contiguous()
-        assert house.cases.step_of(case, inputs, peer.build(case, inputs), peer.biased)() is not None
+        assert house.harness.cases.step_of(case, inputs, peer.build(case, inputs), peer.biased)() is not None
         checked.append(peer.name)
     assert {"beit_fast triton", "beit_fast eager", "transformers sdpa"} <= set(checked)
 
 
 def test_a_peer_that_cannot_take_part_says_why(house: ModuleType) -> None:
     training = small_case(house, "training")
-    peers = {peer.name: peer for peer in house.peers.PEERS}
+    peers = {peer.name: peer for peer in house.baselines.attention.PEERS}
     assert "inference only" in peers["flex_attention"].why_missing(training)
     assert "gradient" in peers["sdpa prebuilt bias"].why_missing(training)
     assert "CUDA backend" in peers["sdpa prebuilt bias cudnn"].why_missing(training)
-    on_cuda = house.cases.Case("training", 2, (3, 3), torch.float32, "cuda")
+    on_cuda = house.harness.cases.Case("training", 2, (3, 3), torch.float32, "cuda")
     assert "by name" in peers["sdpa without bias"].why_missing(on_cuda)
     assert "by name" in peers["sdpa prebuilt bias"].why_missing(on_cuda)
     assert "gradient" in peers["sdpa prebuilt bias cudnn"].why_missing(on_cuda)
@@ -94,7 +94,7 @@ def test_a_backend_that_is_forced_and_refuses_is_quoted(house: ModuleType) -> No
 
         return run
 
-    refusal = house.peers._refusal(small_case(house, "forward"), build, False)
+    refusal = house.baselines.attention._refusal(small_case(house, "forward"), build, False)
     assert "No viable backend" in refusal or "No available kernel" in refusal
 
 
@@ -111,14 +111,18 @@ def test_a_backend_that_refuses_only_its_backward_is_quoted(house: ModuleType) -
     def build(case: Any, inputs: Any) -> Any:
         return lambda: Forward.apply(inputs.q + inputs.k + inputs.v)
 
-    assert house.peers._refusal(small_case(house, "forward"), build, False) is None
-    assert house.peers._refusal(small_case(house, "backward"), build, False) == "no plan for this backward"
+    assert house.baselines.attention._refusal(small_case(house, "forward"), build, False) is None
+    assert (
+        house.baselines.attention._refusal(small_case(house, "backward"), build, False) == "no plan for this backward"
+    )
 
 
 @pytest.mark.parametrize("window", [(3, 3), (2, 5), (5, 2)])
 @pytest.mark.parametrize("name", ["row_by_index", "row_by_coordinates"])
 def test_flex_attention_reads_the_rows_of_the_paper(house: ModuleType, name: str, window: tuple[int, int]) -> None:
-    row_of = getattr(house.peers, name)(house.cases.Case("forward", 1, window, torch.float32, "cpu"))
+    row_of = getattr(house.baselines.attention, name)(
+        house.harness.cases.Case("forward", 1, window, torch.float32, "cpu")
+    )
     tokens = torch.arange(token_count(window), dtype=torch.int32)
     rows = torch.vmap(torch.vmap(row_of, (None, 0)), (0, None))(tokens, tokens)
     assert torch.equal(rows.long(), relative_position_index(window))
@@ -126,17 +130,17 @@ def test_flex_attention_reads_the_rows_of_the_paper(house: ModuleType, name: str
 
 def test_a_ready_bias_is_the_gathered_one_with_padded_rows(house: ModuleType) -> None:
     case = small_case(house, "forward")
-    inputs = house.cases.draw(case)
-    ready = house.peers._prebuilt_bias(case, inputs)()
-    assert torch.equal(ready, house.peers._gathered_bias(case, inputs)())
+    inputs = house.harness.cases.draw(case)
+    ready = house.baselines.attention._prebuilt_bias(case, inputs)()
+    assert torch.equal(ready, house.baselines.attention._gathered_bias(case, inputs)())
     assert ready.stride(-1) == 1
     assert ready.stride(-2) == 16  # 10 tokens
 
 
 def test_backward_alone_runs_no_forward(house: ModuleType) -> None:
     case = small_case(house, "backward")
-    inputs = house.cases.draw(case)
-    peer = next(peer for peer in house.peers.PEERS if peer.name == "beit_fast triton")
+    inputs = house.harness.cases.draw(case)
+    peer = next(peer for peer in house.baselines.attention.PEERS if peer.name == "beit_fast triton")
     forwards: list[int] = []
     attention = peer.build(case, inputs)
 
@@ -144,13 +148,13 @@ def test_backward_alone_runs_no_forward(house: ModuleType) -> None:
         forwards.append(1)
         return attention()
 
-    step = house.cases.step_of(case, inputs, counted, True)
+    step = house.harness.cases.step_of(case, inputs, counted, True)
     gradients = [step(), step()]
     assert len(forwards) == 1
-    exact = house.cases.reference(case, True)
+    exact = house.harness.cases.reference(case, True)
     for once in gradients:
         for name, gradient in zip(("q", "k", "v", "table"), once, strict=True):
-            assert house.cases.relative_error(gradient, exact.results[name]) <= exact.budgets[name]
+            assert house.harness.cases.relative_error(gradient, exact.results[name]) <= exact.budgets[name]
 
 
 class SimulatedDevice:
@@ -194,8 +198,8 @@ class SimulatedDevice:
 def test_device_clock_leaves_out_what_the_host_needs(
     house: ModuleType, monkeypatch: pytest.MonkeyPatch, cost: float, work: float
 ) -> None:
-    simulated = SimulatedDevice(monkeypatch, house.clocks)
-    clock = house.clocks.clock_of("cuda")
+    simulated = SimulatedDevice(monkeypatch, house.harness.clocks)
+    clock = house.harness.clocks.clock_of("cuda")
     iterations, rounds = clock.plan(lambda: simulated.launch(cost, work))
     assert 10 <= rounds <= 30
     for _ in range(rounds):
@@ -209,8 +213,8 @@ def test_device_clock_leaves_out_what_the_host_needs(
 def test_device_clock_tells_when_the_device_waited_for_the_host(
     house: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulated = SimulatedDevice(monkeypatch, house.clocks)
-    clock = house.clocks.clock_of("cuda")
+    simulated = SimulatedDevice(monkeypatch, house.harness.clocks)
+    clock = house.harness.clocks.clock_of("cuda")
 
     def waiting_step() -> None:
         simulated.launch(1e-4, 2e-5)
@@ -227,8 +231,8 @@ def test_device_clock_tells_when_the_device_waited_for_the_host(
 def test_device_clock_forgives_a_host_that_is_late_now_and_then(
     house: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulated = SimulatedDevice(monkeypatch, house.clocks)
-    clock = house.clocks.clock_of("cuda")
+    simulated = SimulatedDevice(monkeypatch, house.harness.clocks)
+    clock = house.harness.clocks.clock_of("cuda")
     clock.plan(lambda: simulated.launch(1e-4, 2e-5))
     for late in (False, False, True, False):
         clock()
@@ -242,18 +246,18 @@ def test_device_clock_forgives_a_host_that_is_late_now_and_then(
 
 
 def test_single_call_holds_the_host_part(house: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    simulated = SimulatedDevice(monkeypatch, house.clocks)
-    assert house.clocks.single_call(lambda: simulated.launch(1e-4, 2e-5), "cuda") == pytest.approx(1.2e-4)
+    simulated = SimulatedDevice(monkeypatch, house.harness.clocks)
+    assert house.harness.clocks.single_call(lambda: simulated.launch(1e-4, 2e-5), "cuda") == pytest.approx(1.2e-4)
 
 
 def test_counts_of_work_and_bytes(house: ModuleType) -> None:
-    case = house.cases.Case("forward", 8, (14, 14), torch.bfloat16, "cpu")
+    case = house.harness.cases.Case("forward", 8, (14, 14), torch.bfloat16, "cpu")
     assert case.flops == 4 * 8 * 12 * 197 * 197 * 64
     assert case.least_bytes(biased=False) == 4 * 8 * 197 * 768 * 2
     assert case.least_bytes(biased=True) - case.least_bytes(biased=False) == 732 * 12 * 2
-    training = house.cases.Case("training", 8, (14, 14), torch.bfloat16, "cpu")
+    training = house.harness.cases.Case("training", 8, (14, 14), torch.bfloat16, "cpu")
     assert training.flops * 2 == case.flops * 7
-    backward = house.cases.Case("backward", 8, (14, 14), torch.bfloat16, "cpu")
+    backward = house.harness.cases.Case("backward", 8, (14, 14), torch.bfloat16, "cpu")
     assert backward.flops + case.flops == training.flops
     lse = 8 * 12 * 197 * 4  # written by the forward of a training step
     assert backward.least_bytes(True) + case.least_bytes(True) + lse == training.least_bytes(True)
@@ -266,8 +270,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .cases import Case, textbook_attention
-from .peers import Peer
+from .harness.cases import Case, textbook_attention
+from .baselines.attention import Peer
 from beit_fast.position_bias import gather_bias
 
 CALLS = Path(__file__).parent / "calls.txt"
@@ -322,8 +326,8 @@ def test_wrong_is_refused_before_it_is_timed(house: ModuleType, tmp_path: Path) 
     assert set(facts["errors"]) == {"out", "q", "k", "v", "table"}
     assert facts["least_bytes"] > 0
 
-    logged = house.rows.read_results(tmp_path / "rows.jsonl")
-    from_pytest = house.rows.read_results(tmp_path / "run.json")
+    logged = house.harness.results.read_results(tmp_path / "rows.jsonl")
+    from_pytest = house.harness.results.read_results(tmp_path / "run.json")
     assert logged["rows"] == from_pytest["rows"]
     assert logged["conditions"] == from_pytest["conditions"]
     assert logged["conditions"]["commit"] == "0123abc"
@@ -350,4 +354,4 @@ def test_gpu_bench_uses_the_python_at_hand(target: str, bench: str) -> None:
     assert ".venv" not in done.stdout
     assert f"some-python -m pytest benchmarks/bench_{bench}.py --device=cuda" in done.stdout
     assert f'--rows="elsewhere/{target}.jsonl"' in done.stdout
-    assert "some-python -m benchmarks.targets" in done.stdout
+    assert "some-python -m benchmarks.report.targets" in done.stdout

@@ -31,7 +31,7 @@ def test_every_race_names_itself_once(house: ModuleType, full: bool) -> None:
 
 def test_a_full_run_has_all_that_the_targets_ask_for(house: ModuleType) -> None:
     races = {
-        (case.mode, house.cases.DTYPE_NAMES[case.dtype], case.batch, case.tokens, threads)
+        (case.mode, house.harness.cases.DTYPE_NAMES[case.dtype], case.batch, case.tokens, threads)
         for case, threads in house.bench_cpu_attention.races(full=True)
     }
     for threads in (1, 2):
@@ -40,16 +40,16 @@ def test_a_full_run_has_all_that_the_targets_ask_for(house: ModuleType) -> None:
             assert ("forward", dtype, 8, 197, threads) in races
         assert {("training", "fp32", 1, tokens, threads) for tokens in (577, 1025)} < races
     assert ("training", "fp32", 1, 1601, 1) in races
-    names = {peer.name for peer in house.peers.PEERS}
+    names = {peer.name for peer in house.baselines.attention.PEERS}
     assert set().union(*house.bench_cpu_attention.RACING.values()) <= names
 
 
 def prepare(house: ModuleType, folder: Path, mode: str, peer: str, dtype: str = "fp32", shift: float = 0.0) -> Any:
     """A peer's step on a small case, against a reference whose output is moved by `shift`."""
     bench = house.bench_cpu_attention
-    case = house.cases.Case(mode, 2, (3, 3), bench.DTYPES[dtype], "cpu", heads=2, head_dim=8)
+    case = house.harness.cases.Case(mode, 2, (3, 3), bench.DTYPES[dtype], "cpu", heads=2, head_dim=8)
     biased = peer != bench.LIMIT
-    reference = house.cases.reference(case, biased)
+    reference = house.harness.cases.reference(case, biased)
     moved = {**reference.results, "out": reference.results["out"] + shift}
     torch.save({"results": moved, "budgets": reference.budgets}, folder / "reference.pt")
     return bench.prepare(peer=peer, expected=str(folder / "reference.pt"), **json.loads(json.dumps(bench._plain(case))))
@@ -72,7 +72,7 @@ def test_a_peer_that_is_wrong_is_refused(house: ModuleType, tmp_path: Path) -> N
 
 
 PROBE = """
-from .processes import Entrant, Prepared
+from .harness.processes import Entrant, Prepared
 
 def prepare(name, error):
     if error > 1:
@@ -98,7 +98,7 @@ def test_rows_of_a_race_and_who_has_none(house: ModuleType, tmp_path: Path) -> N
     assert "1 failed, 1 skipped" in done.stdout
     assert "peer 2.0: ValueError: wrong and not timed. out: relative error 2.00e+00" in done.stdout
     assert "peer 9: stayed at home" in done.stdout
-    results = house.rows.read_results(tmp_path / "rows.jsonl")
+    results = house.harness.results.read_results(tmp_path / "rows.jsonl")
     rows = {row["peer"]: row for row in results["rows"]}
     assert set(rows) == {"peer 0.25", "peer 0.5"}
     for row in rows.values():
@@ -148,7 +148,7 @@ def cpu_results() -> dict[str, Any]:
 def test_targets_of_a_cpu(house: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = cpu_results()
     by_target: dict[str, list[Any]] = {}
-    for verdict in house.targets.judge(results):
+    for verdict in house.report.targets.judge(results):
         if verdict.target.bench != house.bench_cpu_attention.BENCH:
             continue
         by_target.setdefault(verdict.target.text, []).append(verdict)
@@ -158,8 +158,8 @@ def test_targets_of_a_cpu(house: ModuleType, tmp_path: Path, capsys: pytest.Capt
         assert [verdict.ratio for verdict in verdicts] == pytest.approx([ratio] * 8)
     assert [(verdict.ratio, verdict.against) for verdict in training] == [(4.0, "beit_fast sdpa")] * 4
     assert [(verdict.case, verdict.met) for verdict in memory] == [("1x1601 fp32, threads 1", False)]
-    house.rows.write_results(results, tmp_path / "run.json")
-    assert house.targets.main([str(tmp_path / "run.json")]) == 0
+    house.harness.results.write_results(results, tmp_path / "run.json")
+    assert house.report.targets.main([str(tmp_path / "run.json")]) == 0
     text = capsys.readouterr().out
     assert "fp32 forward 2.2x SDPA with a ready mask: met at 8 of 8 (ratio needed 2.20)" in text
     assert "forward + backward memory under a tenth of SDPA's: met at 0 of 1 (ratio needed 10.00)" in text
@@ -174,21 +174,21 @@ def test_each_bench_has_its_own_results_and_picture(house: ModuleType, tmp_path:
     for row in attention:
         del row["bench"], row["threads"]
     results["rows"] = attention + results["rows"]
-    house.rows.write_results(results, tmp_path / "run.json")
-    assert house.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path / "results")]) == 0
+    house.harness.results.write_results(results, tmp_path / "run.json")
+    assert house.report.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path / "results")]) == 0
     names = ("amd-epyc-9b14-cpu-2-threads", "amd-epyc-9b14-cpu-attention")
-    kept = {name: house.rows.read_results(tmp_path / "results" / f"{name}.json") for name in names}
+    kept = {name: house.harness.results.read_results(tmp_path / "results" / f"{name}.json") for name in names}
     assert [len(one["rows"]) for one in kept.values()] == [len(attention), len(results["rows"]) - len(attention)]
     assert [len(one["left_out"]) for one in kept.values()] == [0, 1]
     for name in names:
         with Image.open(tmp_path / "results" / f"{name}.png") as picture:
             assert len(picture.getcolors(1 << 24) or []) > 50
-    lines = house.plot.panels_of(kept[names[1]]["rows"])
-    subjects = [[house.plot._subject(panel) for panel in panels] for panels in lines]
+    lines = house.report.plot.panels_of(kept[names[1]]["rows"])
+    subjects = [[house.report.plot._subject(panel) for panel in panels] for panels in lines]
     assert subjects == [
         [f"{kind}, threads {threads}" for threads in (1, 2)]
         for kind in ("forward, one image, bf16", "forward, one image, fp32", "training, one image, fp32")
     ]
-    caption = " ".join(house.plot.caption(kept[names[1]], lines[0]).split())
+    caption = " ".join(house.report.plot.caption(kept[names[1]], lines[0]).split())
     assert "Each peer in a process of its own" in caption
     assert "CPU threads" not in caption

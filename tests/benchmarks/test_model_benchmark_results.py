@@ -48,10 +48,10 @@ def results_of(house: ModuleType, device: str) -> dict[str, Any]:
         **{"device": device, "device_name": "AMD EPYC 9B14 96-Core Processor", "threads": 2, "commit": "0123abc"},
         **{"torch": "2.13.0+cpu", "triton": None, "transformers": "5.23.0", "beit_fast": "0.1.0"},
     }
-    peers = house.model_peers.MODEL_PEERS
+    peers = house.baselines.models.MODEL_PEERS
     rows = [
         row(case, peer, case.flops * 1e-11 / speed)
-        for case in house.model_cases.model_cases(device, every_peer=True)
+        for case in house.harness.model_cases.model_cases(device, every_peer=True)
         for peer, speed in SPEEDS.items()
         if any(one.name == peer and case.mode in one.modes and case.dtype in one.dtypes for one in peers)
     ]
@@ -61,7 +61,7 @@ def results_of(house: ModuleType, device: str) -> dict[str, Any]:
 
 def verdicts_of(house: ModuleType, results: dict[str, Any]) -> dict[str, list[Any]]:
     by_target: dict[str, list[Any]] = {}
-    for verdict in house.targets.judge(results):
+    for verdict in house.report.targets.judge(results):
         if verdict.target.bench in ("cpu models", "models"):
             by_target.setdefault(verdict.target.text, []).append(verdict)
     return by_target
@@ -106,7 +106,7 @@ def test_targets_of_a_gpu(house: ModuleType) -> None:
 
 
 def test_ratios_are_taken_within_one_heat(house: ModuleType) -> None:
-    case = house.model_cases.ModelCase("inference", "base", 224, 1, "fp32")
+    case = house.harness.model_cases.ModelCase("inference", "base", 224, 1, "fp32")
     results = results_of(house, "cpu")
     ours, theirs, runtime = "beit_fast optimized", "transformers sdpa", "openvino"
     timed = ((1, ours, 1.0), (1, theirs, 4.0), (2, ours, 2.0), (2, runtime, 2.2))
@@ -116,7 +116,7 @@ def test_ratios_are_taken_within_one_heat(house: ModuleType) -> None:
     (against_runtime,) = verdicts["base 224 B=1 fp32 level with OpenVINO"]
     assert (against_theirs.ratio, against_runtime.ratio) == pytest.approx((4.0, 1.1))
     assert against_runtime.case == "base 1x197 fp32, threads 2, heat 2"
-    (panel,) = house.plot_models.model_panels(results["rows"])
+    (panel,) = house.report.plot_models.model_panels(results["rows"])
     assert [(one["peer"], one["median"]) for one in panel] == [(ours, 1.5), (runtime, 2.2), (theirs, 4.0)]
     assert panel[0]["range"] == pytest.approx([0.9, 2.2])
     results["rows"] = [one for one in results["rows"] if one["peer"] == ours]
@@ -126,14 +126,14 @@ def test_ratios_are_taken_within_one_heat(house: ModuleType) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_picture(house: ModuleType, tmp_path: Path, device: str) -> None:
     results = results_of(house, device)
-    house.rows.write_results(results, tmp_path / "run.json")
-    assert house.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path / "results")]) == 0
+    house.harness.results.write_results(results, tmp_path / "run.json")
+    assert house.report.plot.main([str(tmp_path / "run.json"), "--results", str(tmp_path / "results")]) == 0
     name = "amd-epyc-9b14-cpu-models" if device == "cpu" else "amd-epyc-9b14-models"
-    kept = house.rows.read_results(tmp_path / "results" / f"{name}.json")
+    kept = house.harness.results.read_results(tmp_path / "results" / f"{name}.json")
     assert kept["rows"] == results["rows"]
     with Image.open(tmp_path / "results" / f"{name}.png") as picture:
         assert len(picture.getcolors(1 << 24) or []) > 50
-    caption = " ".join(house.plot_models.model_caption(kept, 200).split())
+    caption = " ".join(house.report.plot_models.model_caption(kept, 200).split())
     for condition in ("AMD EPYC 9B14", "threads 2", "torch 2.13.0+cpu", "0123abc", "2026-02-03", "7 rounds"):
         assert condition in caption
     assert ("timm: stayed at home (a, b)" in caption) == (device == "cpu")
@@ -142,11 +142,11 @@ def test_picture(house: ModuleType, tmp_path: Path, device: str) -> None:
 def test_picture_without_memory(house: ModuleType, tmp_path: Path) -> None:
     results = results_of(house, "cpu")
     results["rows"] = [{**one, "peak_memory": None, "loaded_memory": None} for one in results["rows"]]
-    assert house.plot_models.draw_models(results, tmp_path / "picture.png").exists()
+    assert house.report.plot_models.draw_models(results, tmp_path / "picture.png").exists()
 
 
 def test_every_peer_has_a_colour(house: ModuleType) -> None:
-    names = [peer.name for peer in house.model_peers.MODEL_PEERS]
+    names = [peer.name for peer in house.baselines.models.MODEL_PEERS]
     assert len(set(names)) == len(names)
-    assert set(names) == set(house.plot_models.COLOURS)
-    assert len(set(house.plot_models.COLOURS.values())) == len(names)
+    assert set(names) == set(house.report.plot_models.COLOURS)
+    assert len(set(house.report.plot_models.COLOURS.values())) == len(names)

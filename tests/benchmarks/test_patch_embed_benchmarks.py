@@ -92,7 +92,7 @@ def patch_results(house: ModuleType) -> dict[str, Any]:
 
 def test_targets(house: ModuleType) -> None:
     by_target: dict[str, list[Any]] = {}
-    for verdict in house.targets.judge(patch_results(house)):
+    for verdict in house.report.targets.judge(patch_results(house)):
         if verdict.target.bench == "cpu patch embedding":
             by_target.setdefault(verdict.target.text, []).append(verdict)
     close, faster, from_bytes = by_target.values()
@@ -103,16 +103,16 @@ def test_targets(house: ModuleType) -> None:
 
 def test_picture(house: ModuleType, tmp_path: Path) -> None:
     results = patch_results(house)
-    house.rows.write_results(results, tmp_path / "run.json")
-    assert house.plot.main([str(tmp_path / "run.json"), "--out", str(tmp_path)]) == 0
+    house.harness.results.write_results(results, tmp_path / "run.json")
+    assert house.report.plot.main([str(tmp_path / "run.json"), "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "amd-epyc-9b14-cpu-patch-embedding.png") as picture:
         assert len(picture.getcolors(1 << 24) or []) > 50
-    panels = house.plot_patches.patch_panels(results["rows"])
+    panels = house.report.plot_patches.patch_panels(results["rows"])
     assert [[(rows[0]["mode"], rows[0]["dtype"]) for rows in line] for line in panels] == [
         [(mode, dtype) for dtype in ("bf16", "fp16", "fp32")] for mode in ("float pixels", "uint8 pixels")
     ]
     peers = {peer for of_mode in house.bench_patch_embed.PEERS.values() for peer in of_mode}
-    assert peers == set(house.plot_patches.COLOURS)
-    caption = " ".join(house.plot_patches.patch_caption(results, 200).split())
+    assert peers == set(house.report.plot_patches.COLOURS)
+    caption = " ".join(house.report.plot_patches.patch_caption(results, 200).split())
     for condition in ("AMD EPYC 9B14", "torch 2.13.0+cpu", "0123abc", "3x224x224 pixels", "patches of 16", "E=768"):
         assert condition in caption

@@ -16,9 +16,10 @@ from types import ModuleType
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PACKAGE = "beit_fast_benchmarks"
 _MODULES = (
-    *("bench_cpu_attention", "bench_model", "bench_patch_embed", "cases", "clocks", "exported_peers", "model_cases"),
-    *("model_peers", "page_cases", "page_peers", "page_tables", "peers", "plot", "plot_models", "plot_patches"),
-    *("processes", "rows", "targets"),
+    *("bench_cpu_attention", "bench_model", "bench_patch_embed"),
+    *(f"harness.{name}" for name in ("cases", "clocks", "hf_docs_cases", "model_cases", "processes", "results")),
+    *(f"baselines.{name}" for name in ("attention", "exported", "hf_docs", "models")),
+    *(f"report.{name}" for name in ("hf_docs_tables", "plot", "plot_models", "plot_patches", "targets")),
 )
 
 
@@ -51,10 +52,7 @@ def benchmark_module(name: str) -> ModuleType:
 def run_in_a_copy(tmp_path: Path, bench: str, *options: str) -> subprocess.CompletedProcess[str]:
     """A run of one file of benchmarks, `bench`, with the house around it, in `tmp_path`."""
     folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    for file in BENCHMARKS.glob("*.py"):
-        if not file.name.startswith("bench_"):
-            shutil.copy(file, folder)
+    shutil.copytree(BENCHMARKS, folder, ignore=shutil.ignore_patterns("bench_*.py", "results", "__pycache__"))
     (folder / "bench_probe.py").write_text(bench)
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = --import-mode=importlib -ra\n")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--device=cpu", *options]

@@ -13,8 +13,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from ..harness.results import Row, read_results
 from .plot_models import COLOURS, model_panels
-from .rows import Row, read_results
 
 LABELS = {
     "beit_fast optimized": "beit_fast optimized",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from ..harness.results import Row
 
 BENCHES = {"cpu": "cpu page", "cuda": "page"}
 EAGER, SDPA, TRITON, OPTIMIZED = "transformers eager", "transformers sdpa", "beit_fast triton", "beit_fast optimized"

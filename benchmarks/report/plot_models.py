@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from ..harness.results import Row
 
 COLOURS = {  # peer: the same in every picture, fastest kind of ours on top
     "beit_fast optimized": "#b02a37",

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from ..harness.results import Row
 
 COLOURS = {  # peer: the same in every picture
     "beit_fast fused": "#d1495b",

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .cases import chosen_device
-from .page_cases import PageCase, page_cases
-from .page_peers import race_page
+from .baselines.hf_docs import race_page
+from .harness.cases import chosen_device
+from .harness.hf_docs_cases import PageCase, page_cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

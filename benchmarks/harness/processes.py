@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parents[1]
 ANSWER_SECONDS = 600.0  # a process that is silent for longer is ended
 LONG_CALL = 1.0  # seconds; a call that takes so long is not repeated to see how long it takes
 
@@ -149,7 +149,7 @@ def apart(function: Callable[..., Prepared], arguments: dict[str, Any], threads:
 
 @contextlib.contextmanager
 def _started(entrant: Entrant, threads: int, round_seconds: float) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", f"{FOLDER.name}.{Path(__file__).stem}"]
+    command = [sys.executable, "-m", f"{FOLDER.name}.harness.{Path(__file__).stem}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **entrant.environment}
     process = subprocess.Popen(
         command, cwd=FOLDER.parent, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -173,7 +173,7 @@ class _Worker:
         self.result = Result(entrant.name)
 
     def prepare(self, threads: int, round_seconds: float) -> None:
-        module = self.prepare_function.__module__.rpartition(".")[2]
+        module = self.prepare_function.__module__.partition(".")[2]
         answer = self._ask(
             module=module,
             function=self.prepare_function.__qualname__,
@@ -278,4 +278,4 @@ def _memory(prepared: Prepared) -> dict[str, int | None]:
 
 
 if __name__ == "__main__":  # by its name, or its Absent would be another than the one that peers raise
-    importlib.import_module(f"{FOLDER.name}.{Path(__file__).stem}")._serve()
+    importlib.import_module(f"{FOLDER.name}.harness.{Path(__file__).stem}")._serve()

@@ -17,7 +17,7 @@ from beit_fast.layers.attention_backends import attend
 from beit_fast.ops.dispatch import attention
 from beit_fast.position_bias import gather_bias, relative_position_index, table_rows
 
-from .cases import BACKWARD, Case, Inputs, draw, results_of
+from ..harness.cases import BACKWARD, Case, Inputs, draw, results_of
 
 Attention = Callable[[], Tensor]
 """One forward over inputs bound when it was built; gives `[B, N, H, D]`, contiguous, as a model needs it."""

@@ -16,13 +16,13 @@ from beit_fast.checkpoint.key_mapping import to_hub_names
 from beit_fast.ops.dispatch import attention
 from beit_fast.testing.memory import loaded_memory
 
-from .cases import Reference, errors_within
-from .model_cases import DTYPES, by_kind, our_model
-from .model_peers import transformers_model
-from .page_cases import PageCase, page_reference, pixels_of
-from .page_tables import BENCHES, EAGER, OPTIMIZED, SDPA, TRITON
-from .peers import not_installed
-from .processes import Entrant, Prepared
+from ..harness.cases import Reference, errors_within
+from ..harness.hf_docs_cases import PageCase, page_reference, pixels_of
+from ..harness.model_cases import DTYPES, by_kind, our_model
+from ..harness.processes import Entrant, Prepared
+from ..report.hf_docs_tables import BENCHES, EAGER, OPTIMIZED, SDPA, TRITON
+from .attention import not_installed
+from .models import transformers_model
 
 
 @dataclass(frozen=True)

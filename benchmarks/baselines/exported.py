@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from beit_fast.position_bias import gather_bias
 
-from .model_cases import PATCH, ModelCase, parameters, pixels_and_labels
-from .processes import Absent, Prepared
+from ..harness.model_cases import PATCH, ModelCase, parameters, pixels_and_labels
+from ..harness.processes import Absent, Prepared
 
 _PIXELS, _LOGITS = "pixels", "logits"
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -58,7 +58,7 @@ def export(path: str, **fields: Any) -> Prepared:
     model at 640 pixels when it opens the file, and takes more than 22 GiB for it. The exporter is the one that traces:
     the one that captures a graph fails on the strides of SDPA.
     """
-    from .model_peers import transformers_model
+    from .models import transformers_model
 
     case = ModelCase(**fields)
     model = _Logits(transformers_model(case, "sdpa", torch.float32))

@@ -16,10 +16,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .page_tables import write_page
+from ..harness.results import Row, by_bench, file_name, read_results, write_results
+from .hf_docs_tables import write_page
 from .plot_models import draw_models
 from .plot_patches import draw_patches
-from .rows import Row, by_bench, file_name, read_results, write_results
 
 STYLES = {  # peer: colour, line, marker; the same peer looks the same in every picture
     "beit_fast triton": ("#d1495b", "-", "o"),

@@ -14,8 +14,7 @@ import beit_fast
 from beit_fast.checkpoint.key_mapping import to_hub_names
 from beit_fast.ops.dispatch import attention
 
-from .exported_peers import open_onnxruntime, open_openvino
-from .model_cases import (
+from ..harness.model_cases import (
     DTYPES,
     INFERENCE,
     LAYER_NORM_EPS,
@@ -28,7 +27,8 @@ from .model_cases import (
     pixels_and_labels,
     weight_bytes,
 )
-from .peers import not_installed
+from .attention import not_installed
+from .exported import open_onnxruntime, open_openvino
 from .timm_import import import_timm
 
 

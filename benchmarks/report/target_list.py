@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .rows import ATTENTION, Row
+from ..harness.results import ATTENTION, Row
 
 OURS = "beit_fast triton"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import ATTENTION, Row, read_results
+from ..harness.results import ATTENTION, Row, read_results
 from .target_list import TARGETS, Target
 
 

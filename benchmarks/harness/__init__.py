@@ -1,0 +1,1 @@
+"""Shapes, clocks, worker processes and result files of the benchmarks."""

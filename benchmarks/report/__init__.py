@@ -1,0 +1,1 @@
+"""Pictures, tables and targets from the results of the benchmarks."""
