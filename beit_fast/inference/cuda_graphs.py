@@ -1,13 +1,10 @@
-"""CUDA graphs of a function of tensors: recorded once for each form of its inputs, kept in a bounded cache, replayed.
+"""CUDA graphs of a function: captured once for each shape of its inputs, kept in a bounded cache, replayed.
 
-A graph repeats the same kernels at the same addresses, so one launch takes the place of hundreds. Inputs are copied
-into buffers that the graph reads, results are copied out of those that it writes, and what a call returned is never
-touched again.
+A replay launches the captured kernels at the captured addresses. Inputs are copied into static buffers, results are
+cloned out of them.
 
-What a recorded function may do: read its arguments, parameters and buffers, and launch work. It must not write to its
-arguments, wait for the device, or decide by values on the device; nor may another thread wait for the whole device
-while it is recorded. Tensors that it only reads, cached ones included, are held by the recording, so that their memory
-stays theirs; parameters that are updated in place are seen, ones that are replaced are not: call `clear`.
+The function may read its arguments, parameters and buffers, and launch work. It must not write to its arguments or wait
+for the device. Parameters that change in place are seen. After a parameter was replaced, call `GraphCache.clear`.
 """
 
 from __future__ import annotations
@@ -16,399 +13,260 @@ import contextlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_ONE_RECORDING = threading.Lock()
-"""CUDA refuses to wait for a device while one of its streams is recorded, and every recording begins with that."""
-
-_CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.memory_format)
-"""Types of the arguments that are no tensors: each value has graphs of its own."""
-
-
-class Graph(Protocol):
-    """What a backend has recorded."""
-
-    def replay(self) -> None:
-        """Repeat it on the current stream."""
-
-    def pool(self) -> Any:
-        """Where its memory comes from."""
-
-    def reset(self) -> None:
-        """Give up the recording and its memory."""
-
-
-class GraphBackend(Protocol):
-    """Records and replays on the devices of one type; `CudaGraphs`, or what a test puts in its place."""
-
-    device_type: str
-
-    def is_recording(self, device: torch.device) -> bool:
-        """Whether somebody records what is launched on the current stream."""
-
-    def turn(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Work that comes after that of every earlier turn on the device, whichever stream it was on."""
-
-    def warm_up(self, run: Callable[[], Any], device: torch.device) -> None:
-        """Run once as the recording will: kernels are loaded and workspaces taken."""
-
-    def record(self, run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Graph, Any]:
-        """The graph of one run, with memory from `pool` (None: its own), and the result that replays fill."""
-
-    def drain(self, device: torch.device) -> None:
-        """Wait until the turns on the device have ended."""
-
-
-class CudaGraphs:
-    """`torch.cuda.CUDAGraph`: warmed up and recorded on a side stream, replayed on the current one."""
-
-    device_type = "cuda"
-
-    def __init__(self) -> None:
-        self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._last_turns: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
-
-    def is_recording(self, device: torch.device) -> bool:
-        with torch.cuda.device(device):
-            return torch.cuda.is_current_stream_capturing()
-
-    @contextlib.contextmanager
-    def turn(self, device: torch.device) -> Iterator[None]:
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream()
-            last_stream, ended = self._last_turns.get(device, (stream, None))
-            if ended is None:
-                ended = torch.cuda.Event()
-            elif last_stream != stream:
-                stream.wait_event(ended)
-            try:
-                yield
-            finally:
-                ended.record(stream)
-                self._last_turns[device] = (stream, ended)
-
-    def warm_up(self, run: Callable[[], Any], device: torch.device) -> None:
-        side, current = self._side_stream(device), torch.cuda.current_stream(device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            run()
-        current.wait_stream(side)
-
-    def record(self, run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-        side, graph = self._side_stream(device), torch.cuda.CUDAGraph()
-        # The outer context leaves the side stream even where ending the capture raises. Other threads may launch work.
-        with (
-            _ONE_RECORDING,
-            torch.cuda.stream(side),
-            torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
-        ):
-            result = run()
-        return graph, result
-
-    def drain(self, device: torch.device) -> None:
-        if device in self._last_turns:
-            self._last_turns[device][1].synchronize()
-
-    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._side_streams:
-            self._side_streams[device] = torch.cuda.Stream(device)
-        return self._side_streams[device]
+DEVICE_TYPE = "cuda"
+_PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""Types of arguments that are not tensors: each value has graphs of its own."""
+_CAPTURE_LOCK = threading.Lock()  # CUDA refuses to synchronise a device while another thread captures on it
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What a `GraphCache` holds and has done."""
+    """The graphs that a `GraphCache` holds, and counts of its calls; `str()` returns a readable summary.
+
+    Attributes:
+        limit: the number of graphs kept at most.
+        graphs: the inputs of each graph, least recently used first.
+        captured, replayed: graphs captured and calls replayed so far.
+        dropped: graphs dropped for newer ones. If this grows, `limit` is too low for the shapes in use.
+        plain: calls that ran the function without a graph, by reason.
+    """
 
     limit: int
     graphs: tuple[str, ...]
-    """The inputs that each kept graph takes, least recently used first."""
-    recorded: int
+    captured: int
     replayed: int
     dropped: int
-    """Graphs given up for newer ones: where they are many, `limit` is too low for the shapes that come."""
     plain: dict[str, int]
-    """Calls that ran the function itself, by reason."""
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.graphs)} graphs of at most {self.limit}, {self.recorded} recorded, {self.dropped} dropped; "
-            f"{self.replayed} calls replayed",
-            *(f"  graph: {inputs}" for inputs in self.graphs),
-            *(f"  without a graph, {count} calls: {reason}" for reason, count in self.plain.items()),
-        ]
+        counts = f"{self.captured} captured, {self.dropped} dropped; {self.replayed} calls replayed"
+        lines = [f"{len(self.graphs)} graphs of at most {self.limit}, {counts}"]
+        lines += [f"  graph: {inputs}" for inputs in self.graphs]
+        lines += [f"  without a graph, {count} calls: {reason}" for reason, count in self.plain.items()]
         return "\n".join(lines)
 
 
 @dataclass
-class _Recording:
-    """One graph, the buffers that it reads and writes, and what else must stay where it is."""
+class _Graph:
+    """A captured graph, its static inputs and outputs, and the tensors that it reads."""
 
-    device: torch.device
+    graph: Any
     inputs: list[Tensor]
-    graph: Graph
     outputs: list[Any]
     output_spec: pytree.TreeSpec
-    held: list[Any]
+    held: Any
     name: str
 
-    def __post_init__(self) -> None:
-        self.written = {id(leaf): leaf for leaf in self.outputs if isinstance(leaf, Tensor)}
-
     def replay(self, tensors: Sequence[Tensor]) -> Any:
-        """The result for these inputs, in memory of its own; what is one tensor twice stays one."""
         for buffer, tensor in zip(self.inputs, tensors, strict=True):
             buffer.copy_(tensor, non_blocking=True)
         self.graph.replay()
-        copies = {number: tensor.clone() for number, tensor in self.written.items()}
-        leaves = [copies.get(id(leaf), leaf) for leaf in self.outputs]
-        return pytree.tree_unflatten(leaves, self.output_spec)
-
-
-@dataclass
-class _Counts:
-    recorded: int = 0
-    replayed: int = 0
-    dropped: int = 0
-    plain: Counter[str] = field(default_factory=Counter)
+        written = {id(leaf): leaf for leaf in self.outputs if isinstance(leaf, Tensor)}
+        copies = {number: tensor.clone() for number, tensor in written.items()}  # one tensor twice stays one
+        return pytree.tree_unflatten([copies.get(id(leaf), leaf) for leaf in self.outputs], self.output_spec)
 
 
 class GraphCache:
-    """A function of tensors that is recorded as a graph for each form of its inputs, and replayed.
+    """A function of tensors that is captured as a CUDA graph for each shape of its inputs, and replayed.
 
-    The form is: shapes, dtypes, devices and memory formats of all tensors, however nested, every other argument's
-    value, autocast, and the precision of fp32 products. Other global switches are read when a graph is recorded.
+    The key of a graph holds shapes, dtypes, devices and memory formats of all tensors, the values of other arguments,
+    autocast and the precision of fp32 GEMMs. Calls that no graph can serve run the function, and `report` counts them
+    with the reason. All graphs share one memory pool, so replays on different streams wait for each other. Copies and
+    pickles take the function and the limit, not the graphs.
 
-    The function itself runs, and `report` counts it with the reason, where gradients are enabled, somebody else records
-    a graph, `torch.jit.trace`, `torch.func`, `torch.vmap` or a dispatch mode looks on, an input lies on another device
-    or is empty, or an argument is neither a tensor nor a plain value. `torch.compile` and `torch.export` see only the
-    function. Graphs share one pool of memory on each device, so replays on different streams wait for one another, and
-    threads take turns.
+    Args:
+        function: a function whose arguments and result may be nested in tuples, lists, dicts and model outputs.
+        limit: the number of graphs kept; beyond it the least recently used graph is dropped.
+        held: returns the cached tensors that the function reads. A graph captures their addresses, so it must keep a
+            reference.
 
-    Copies and pickles take the function and the limit, not the graphs.
+    Raises:
+        ValueError: If `limit` is not an integer of at least 1.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        limit: int = 8,
-        backend: GraphBackend | None = None,
-        held: Callable[[], Any] | None = None,
-    ) -> None:
-        """
-        Args:
-            function: its arguments and its result may be nested in tuples, lists, dicts and model outputs.
-            limit: graphs kept; beyond it the least recently used is dropped. One more lives while it is recorded.
-            backend: what records; CUDA's graphs if None.
-            held: gives what a new graph has to keep alive beside the tensors that torch's operators were seen to
-                read: what kernels launched without an operator read.
-        """
+    def __init__(self, function: Callable[..., Any], limit: int = 8, held: Callable[[], Any] = lambda: None) -> None:
         if type(limit) is not int or limit < 1:
-            raise ValueError(f"limit is {limit!r}; the number of graphs kept must be an integer of at least 1")
-        self.function = function
-        self.limit = limit
-        self._held = held
-        self._backend: GraphBackend = CudaGraphs() if backend is None else backend
-        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
-        self._counts = _Counts()
+            raise ValueError(f"limit is {limit!r}; the number of graphs must be an integer of at least 1")
+        self.function, self.limit, self._held = function, limit, held
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._captured = self._replayed = self._dropped = 0
+        self._plain: Counter[str] = Counter()
+        self._last: tuple[Any, Any] | None = None  # stream and event of the last replay
         self._lock = threading.RLock()
-        self._counts_lock = threading.Lock()  # taken inside another cache's recording, where no other may be waited for
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's result, in memory of its own. The first call with a form records, which takes several runs.
+        """Return the function's result in newly allocated memory; the first call with a shape captures a graph.
 
         Raises:
-            RuntimeError: the function ran, and cannot be recorded.
+            RuntimeError: If the function runs but cannot be captured.
         """
         if torch.compiler.is_compiling():
             return self.function(*args, **kwargs)
-        tensors: list[Tensor] = []
-        given = (args, dict(sorted(kwargs.items())))
-        form = _form(given, tensors)
-        reason = self._reason_for_plain(form, tensors)
+        leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        reason = _unsupported_reason(leaves, tensors)
         if reason is not None:
-            with self._counts_lock:
-                self._counts.plain[reason] += 1
+            self._plain[reason] += 1
             return self.function(*args, **kwargs)
-        device = tensors[0].device
-        key = (form, *_surroundings(device.type))
-        with self._lock, self._backend.turn(device):
-            recording = self._recordings.get(key)
-            if recording is None:
-                recording = self._record(given, tensors)
-                self._recordings[key] = recording
-                self._drop_beyond(self.limit)
-            self._recordings.move_to_end(key)
-            self._counts.replayed += 1
-            return recording.replay(tensors)
+        key = (str(spec), *map(_leaf_key, leaves), *_global_key(tensors[0].device.type))
+        with self._lock, self._after_last_replay(tensors[0].device):
+            graph = self._graphs.get(key)
+            if graph is None:
+                graph = self._graphs[key] = self._capture(leaves, tensors, spec)
+                self._drop_to(self.limit)
+            self._graphs.move_to_end(key)
+            self._replayed += 1
+            return graph.replay(tensors)
 
     def __len__(self) -> int:
-        """Graphs kept."""
-        return len(self._recordings)
+        return len(self._graphs)
 
     def report(self) -> GraphReport:
-        """What is kept, and how often what was done."""
-        with self._lock, self._counts_lock:
-            counts = self._counts
-            return GraphReport(
-                self.limit,
-                tuple(recording.name for recording in self._recordings.values()),
-                counts.recorded,
-                counts.replayed,
-                counts.dropped,
-                dict(counts.plain),
-            )
+        """Return the graphs and the counts of calls."""
+        with self._lock:
+            names = tuple(graph.name for graph in self._graphs.values())
+            return GraphReport(self.limit, names, self._captured, self._replayed, self._dropped, dict(self._plain))
 
     def clear(self) -> None:
-        """Give up every graph and its memory, once the device has done with them."""
+        """Drop every graph and free its memory."""
         with self._lock:
-            self._drop_beyond(0)
+            self._drop_to(0)
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.function, self.limit, type(self._backend), self._held
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.function, self.limit, self._held)
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        function, limit, backend, held = state
-        self.__init__(function, limit, backend(), held)  # type: ignore[misc]
-
-    def _reason_for_plain(self, form: Hashable | None, tensors: Sequence[Tensor]) -> str | None:
-        if torch.is_grad_enabled():
-            return "gradients are enabled: call under torch.inference_mode() or torch.no_grad()"
-        if torch._C._are_functorch_transforms_active():
-            return "a torch.func transform is running"
-        if torch.jit.is_tracing():
-            return "torch.jit.trace is running"
-        if is_in_torch_dispatch_mode():
-            return "a dispatch mode is active"
-        if form is None:
-            return "an argument is neither a tensor nor a plain value"
-        return _unrecordable(tensors, self._backend)
-
-    def _record(self, given: tuple[tuple[Any, ...], dict[str, Any]], tensors: Sequence[Tensor]) -> _Recording:
-        """Warm up twice, the second time to see which tensors are read, and record."""
+    def _capture(self, leaves: list[Any], tensors: list[Tensor], spec: pytree.TreeSpec) -> _Graph:
         device = tensors[0].device
-        with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in either mode
+        with torch.inference_mode(False), torch.no_grad():  # buffers that both modes may write
             inputs = [torch.empty_like(x, memory_format=_memory_format(x)).copy_(x) for x in tensors]
         following = iter(inputs)
-        args, kwargs = pytree.tree_map(lambda leaf: next(following) if isinstance(leaf, Tensor) else leaf, given)
-        seen = _SeenTensors()
+        static = [next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(static, spec)
 
         def run() -> Any:
-            with _autocast_without_cache(device.type):
+            with _autocast_without_cache(
+                device.type
+            ):  # the cache of cast weights ends with autocast, the graph does not
                 return self.function(*args, **kwargs)
 
-        def run_and_see() -> Any:
-            with seen:
-                return run()
-
-        self._backend.warm_up(run, device)
-        self._backend.warm_up(run_and_see, device)
-        name = ", ".join(map(_describe, pytree.tree_leaves(given)))
-        pool = next((other.graph.pool() for other in self._recordings.values() if other.device == device), None)
+        name = ", ".join(map(_describe, leaves))
+        pool = next((graph.graph.pool() for graph in self._graphs.values() if graph.inputs[0].device == device), None)
+        warm_up(run, device)
         try:
-            graph, result = self._backend.record(run, device, pool)
+            graph, result = capture(run, device, pool)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise RuntimeError(
-                f"a graph of {name} cannot be recorded, though the function itself runs: {error}. "
-                "A recorded function must not wait for the device; call the function without a graph instead"
+                f"the function runs for {name}, but cannot be captured as a CUDA graph: {error}. It must not wait for "
+                "the device; pass graphs=False to launch every kernel in every call"
             ) from error
-        self._counts.recorded += 1
-        held = [*seen.tensors.values(), self._held() if self._held else None]
-        return _Recording(device, inputs, graph, *pytree.tree_flatten(result), held, name)
+        self._captured += 1
+        return _Graph(graph, inputs, *pytree.tree_flatten(result), self._held(), name)
 
-    def _drop_beyond(self, count: int) -> None:
-        while len(self._recordings) > count:
-            _, recording = self._recordings.popitem(last=False)
-            self._backend.drain(recording.device)
-            recording.graph.reset()
-            self._counts.dropped += 1
+    def _drop_to(self, count: int) -> None:
+        while len(self._graphs) > count:
+            _, graph = self._graphs.popitem(last=False)
+            if self._last is not None:
+                self._last[1].synchronize()  # a replay may still run
+            graph.graph.reset()
+            self._dropped += 1
 
-
-class _SeenTensors(TorchDispatchMode):
-    """Collects the tensors that operators are given and none of them has made, one for each storage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors: dict[int, Tensor] = {}
-        self._made: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for address, tensor in _by_address((args, kwargs)):
-            if address not in self._made:
-                self.tensors.setdefault(address, tensor)
-        result = func(*args, **(kwargs or {}))
-        self._made.update(address for address, _ in _by_address(result))
-        return result
+    @contextlib.contextmanager
+    def _after_last_replay(self, device: torch.device) -> Iterator[None]:
+        """Order the work inside after the last replay, which uses the same buffers on any stream."""
+        with torch.cuda.device(device):
+            stream, event = torch.cuda.current_stream(), torch.cuda.Event()
+            if self._last is not None and self._last[0] != stream:
+                stream.wait_event(self._last[1])
+            try:
+                yield
+            finally:
+                event.record(stream)
+                self._last = stream, event
 
 
-def _by_address(tree: Any) -> Iterator[tuple[int, Tensor]]:
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            yield leaf.untyped_storage().data_ptr(), leaf
+def warm_up(run: Callable[[], Any], device: torch.device) -> None:
+    """Run once on a side stream, so that kernels are loaded and workspaces allocated before the capture."""
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        run()
+    current.wait_stream(side)
 
 
-def _unrecordable(tensors: Sequence[Tensor], backend: GraphBackend) -> str | None:
-    """What is wrong with the inputs, or with the stream that they come on."""
+def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Capture one run with memory from `pool` (None: a new pool); return the graph and its static result."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may launch work during the capture. The outer context leaves the side stream if the capture fails.
+    side = torch.cuda.Stream(device)
+    with (
+        _CAPTURE_LOCK,
+        torch.cuda.stream(side),
+        torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
+    ):
+        result = run()
+    return graph, result
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured by the caller."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _unsupported_reason(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> str | None:
+    """The reason why a call cannot be served by a graph, or None."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled: call under torch.inference_mode() or torch.no_grad()"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is active"
+    if is_in_torch_dispatch_mode():
+        return "a dispatch mode is active"
+    if any(not isinstance(leaf, (Tensor, *_PLAIN_TYPES)) for leaf in leaves):
+        return "an argument is neither a tensor nor a plain value"
     if not tensors:
-        return "no input is a tensor"
-    device = tensors[0].device
-    if any(x.device.type != backend.device_type or x.device != device for x in tensors):
-        return f"not all inputs are on one {backend.device_type} device"
-    if any(type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided for x in tensors):
-        return "an input is a tensor of a special kind"
+        return "no argument is a tensor"
+    if any(x.device.type != DEVICE_TYPE or x.device != tensors[0].device for x in tensors):
+        return f"the arguments are not on one {DEVICE_TYPE} device"
+    if any(type(x) not in (Tensor, torch.nn.Parameter) or x.layout != torch.strided for x in tensors):
+        return "an argument is a tensor subclass or not strided"
     if any(x.numel() == 0 for x in tensors):
-        return "an input is empty"
-    return "a graph is being recorded" if backend.is_recording(device) else None
+        return "an argument is empty"
+    return "a CUDA graph is being captured by the caller" if is_capturing() else None
 
 
-def _form(value: Any, tensors: list[Tensor]) -> Hashable | None:
-    """What a graph depends on in an argument, whose tensors go into `tensors`; None where a part of it is unknown.
-
-    Floats count by their bits, so that -0.0 is not 0.0 and NaN is NaN.
-    """
-    kind = type(value)
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return value.shape, value.dtype, value.device, _memory_format(value)
-    if kind in _CONSTANTS:
-        return kind, value.hex() if kind is float else value
-    if kind is dict:
-        parts = [_form(part, tensors) for part in value.values()]
-        return None if None in parts else (tuple(value), *parts)
-    if kind in (tuple, list):
-        parts = [_form(part, tensors) for part in value]
-        return None if None in parts else (kind, *parts)
-    return None
+def _leaf_key(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device, _memory_format(leaf)
+    return type(leaf), leaf.hex() if isinstance(leaf, float) else leaf  # by bits: -0.0 is not 0.0, NaN is NaN
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """Of the buffer that stands for the tensor: channels last as it is, any other strides contiguous."""
+    """The format of the static buffer: channels last is kept, other strides become contiguous."""
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
-def _surroundings(device_type: str) -> tuple[Hashable, ...]:
-    """The global switches that choose kernels."""
+def _global_key(device_type: str) -> tuple[Hashable, ...]:
+    """The global settings that choose kernels."""
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     return autocast, torch.backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()
 
 
 def _autocast_without_cache(device_type: str) -> torch.autocast:
-    """Autocast as it is, without its cache of cast weights: it ends with autocast, and the graph does not."""
-    return torch.autocast(
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-        cache_enabled=False,
-    )
+    dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def _describe(leaf: Any) -> str:

@@ -1,4 +1,4 @@
-"""The cache of graphs with CUDA's; tests/test_cuda_graphs.py has its bookkeeping."""
+"""The cache of graphs with CUDA's; tests/inference/test_cuda_graphs.py has its bookkeeping."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_new_inputs_get_new_results_and_old_results_stay() -> None:
     for x, result in zip(inputs, results, strict=True):
         assert_same_bits(list(result), list(layer(x)))
     report = cache.report()
-    assert (report.recorded, report.replayed, report.plain) == (1, 4, {})
+    assert (report.captured, report.replayed, report.plain) == (1, 4, {})
 
 
 def test_shapes_in_any_order_share_memory_and_not_results() -> None:
     cache = GraphCache(layer, limit=4)
     for size in (64, 96, 32, 64, 32, 96, 80, 64):
         check(cache, some(size, size))
-    assert cache.report().recorded == 4
+    assert cache.report().captured == 4
     assert cache.report().dropped == 0
 
 
@@ -169,12 +169,12 @@ def test_threads_on_streams_of_their_own() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert cache.report().recorded == 2
+    assert cache.report().captured == 2
 
 
 def test_what_a_graph_reads_is_held() -> None:
     tables = [torch.ones(1024, 1024, device=device())]
-    cache = GraphCache(lambda x: x * tables[0].sum())
+    cache = GraphCache(lambda x: x * tables[0].sum(), held=lambda: list(tables))
     x = some(8)
     cache(x)
     tables.clear()
@@ -197,7 +197,7 @@ def test_parameters_changed_in_place_are_seen() -> None:
 def test_what_waits_for_the_device_cannot_be_recorded_and_nothing_is_left_behind() -> None:
     cache = GraphCache(lambda x: x * x.sum().item())
     stream = torch.cuda.current_stream()
-    with pytest.raises(RuntimeError, match="cannot be recorded, though the function itself runs"):
+    with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
         cache(some(8))
     assert torch.cuda.current_stream() == stream
     assert not torch.cuda.is_current_stream_capturing()
@@ -211,7 +211,7 @@ def test_inside_the_recording_of_somebody_else() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = cache(x)
-    assert cache.report().plain == {"a graph is being recorded": 1}
+    assert cache.report().plain == {"a CUDA graph is being captured by the caller": 1}
     graph.replay()
     assert_same_bits(list(result), list(layer(x)))
 
@@ -220,7 +220,7 @@ def test_inputs_on_a_cpu_take_the_function_itself() -> None:
     cache = GraphCache(layer)
     x = some(8).cpu()
     assert_same_bits(list(cache(x)), list(layer(x)))
-    assert cache.report().plain == {"not all inputs are on one cuda device": 1}
+    assert cache.report().plain == {"the arguments are not on one cuda device": 1}
 
 
 def test_a_call_does_not_wait_for_the_device() -> None:

@@ -15,7 +15,6 @@ from beit_fast.inference.cuda_graphs import GraphCache
 from beit_fast.inference.linear import InferenceLinear, PackedLinear, PartsLinear
 from beit_fast.ops.cpu_linear import onednn, split_bf16
 
-from ..support.graphs import StandIn
 from ..support.models import MEAN, STD, build, byte_images, images
 from ..support.oracle import relative_error
 from ..support.transformers_reference import CLASSES, POSITIONS
@@ -99,7 +98,10 @@ def test_masks_and_bytes():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CLASSES)
 def test_half_precision_is_as_good_as_eager(name, dtype):
-    """Folding in fp32 and rounding once: at most 1.25 times the error of eager in the same dtype, over 8 inputs."""
+    """Folding in fp32 and rounding once: at most 1.25 times the error of eager in the same dtype.
+
+    Over 128 images, because a classifier gives five numbers an image: over 16 the ratio is 1.0 to 1.5 by chance.
+    """
     model = build(name)
     eager = copy.deepcopy(model).to(dtype)
     eager.set_attn_implementation("eager")
@@ -107,7 +109,7 @@ def test_half_precision_is_as_good_as_eager(name, dtype):
     optimized = optimize_for_inference(model, dtype)
     errors, allowed = [], []
     for seed in range(8):
-        pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
         with torch.no_grad():
             expected, budget = tensors_of(exact(pixels.double())), tensors_of(eager(pixels))
         for ours, theirs, reference in zip(tensors_of(optimized(pixels)), budget, expected, strict=True):
@@ -364,21 +366,21 @@ def test_bad_arguments():
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_graphs_of_an_optimised_model():
-    """With what takes the part of CUDA: calls of pixels are recorded, those with labels run, biases outlive caches."""
+def test_graphs_of_an_optimised_model(graphs):
+    """Calls of pixels are captured, those with labels run, and biases outlive their cache."""
     model = build()
-    optimized, backend = optimize_for_inference(model), StandIn()
+    optimized = optimize_for_inference(model)
     assert optimized.graph_report() is None, "there are no graphs on a CPU"
     biases = optimized._folded_encoder.biases
-    optimized._graphs = GraphCache(optimized._function, backend=backend, held=biases.held)
+    optimized._graphs = GraphCache(optimized._function, held=biases.held)
     for _ in range(3):
         assert_same_outputs(optimized, model, images())
     assert_same_outputs(optimized, model, images(), output_hidden_states=True)
     report = optimized.graph_report()
-    assert (report.recorded, report.replayed, report.plain) == (2, 4, {})
+    assert (report.captured, report.replayed, report.plain) == (2, 4, {})
     assert optimized(images(), labels=torch.tensor([0, 1])).loss is not None
     assert optimized.graph_report() == report
-    held = [recording.held[-1] for recording in optimized._graphs._recordings.values()]
+    held = [graph.held for graph in optimized._graphs._graphs.values()]
     assert held[0][0] is biases((4, 4)), "a graph keeps the biases of its window"
     optimized.set_attn_implementation("eager")
     assert optimized.graph_report().graphs == ()
