@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.ops.dispatch.attention import IMPLEMENTATIONS
 from beit_fast.testing import environment, installed_version
-from beit_fast.utils.files import json_text, replace_file
+from beit_fast.utils.files import atomic_write_text, json_text
+from beit_fast.utils.names import ATTENTION_IMPLEMENTATIONS
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE, PATCH, TOKENS, LAYERS = 48, 8, 64, 4
@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fine-tuning-epochs", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--attn", choices=IMPLEMENTATIONS, help="attention (default: chosen by device and dtype)")
+    parser.add_argument(
+        "--attn", choices=ATTENTION_IMPLEMENTATIONS, help="attention (default: chosen by device and dtype)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="more gain little here (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"train on {QUICK_IMAGES} digits, to try the script")
     return parser
@@ -285,8 +287,8 @@ def save(model: BeitForImageClassification, digits: Digits, log: dict[str, Any],
     """Write the checkpoint in the hub's layout, the log, and digits that were held out."""
     model.config.save_pretrained(folder)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    replace_file(folder / "preprocessor_config.json", json_text(PROCESSOR, "the image processor"))
-    replace_file(folder / "training_log.json", json.dumps(log, indent=2) + "\n")
+    atomic_write_text(folder / "preprocessor_config.json", json_text(PROCESSOR, "the image processor"))
+    atomic_write_text(folder / "training_log.json", json.dumps(log, indent=2) + "\n")
     indices = shown_indices(digits)
     sheet = digits.images[indices].reshape(len(NAMES), -1, 8, 8).transpose(1, 2, 0, 3).reshape(-1, 8 * len(NAMES))
     Image.fromarray(sheet).resize((640, 128), Image.Resampling.NEAREST).save(folder / "images.png")

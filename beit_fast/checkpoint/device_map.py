@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from ..models.base import BeitPreTrainedModel
+from .protocol import PretrainedModel
 
 DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device]
 
@@ -37,7 +36,7 @@ def check(device: Any, device_map: DeviceMap | None, **only_with_a_map: Any) -> 
 
 
 def dispatch(
-    model: BeitPreTrainedModel,
+    model: PretrainedModel,
     device_map: DeviceMap,
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
@@ -59,7 +58,7 @@ def dispatch(
     accelerate.dispatch_model(model, places, offload_dir=offload_folder)
 
 
-def _places(model: BeitPreTrainedModel, device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None) -> Any:
+def _places(model: PretrainedModel, device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None) -> Any:
     from accelerate.utils import get_balanced_memory, infer_auto_device_map
 
     if isinstance(device_map, Mapping):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.files import CONFIG_NAME, find_json_file, read_json_object
+from ..utils.files import CONFIG_NAME, read_json_object
+from ..utils.hub import PICKLE_SUFFIXES, WEIGHT_NAMES, HubOptions, Repository
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-WEIGHT_NAMES = (WEIGHTS_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""What a folder's weights are called, best first."""
-
-PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 SAFE_PICKLE_VERSION = (2, 10)
 """Before torch 2.10 `weights_only=True` could be made to run code (GHSA-63cw-57p8-fm3p)."""
 
 _WRAPPERS = ("model", "module", "state_dict")
 _LARGE = 1 << 30
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """How `huggingface_hub` finds a repository's files; None leaves it its own default."""
-
-    revision: str | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    token: str | bool | None = None
-    local_files_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,35 +45,12 @@ def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> Ch
     if path.is_file():
         config = path.parent / CONFIG_NAME
         return CheckpointFiles(name, config if config.is_file() else None, _shards(path))
-    repository = _Repository(_checked_repository(name), hub)
+    repository = Repository(name, hub)
     weights = repository.fetch_first(WEIGHT_NAMES)
     shards = [weights]
     if weights.name.endswith(".index.json"):
         shards = [repository.fetch(shard) for shard in _shard_names(weights)]
     return CheckpointFiles(name, repository.fetch_optional(CONFIG_NAME), shards)
-
-
-def find_options(name_or_path: str | os.PathLike[str], file_name: str, what: str, hub: HubOptions) -> Path:
-    """A JSON file beside a checkpoint: in a folder or a hub repository, or given by its own path.
-
-    Raises:
-        FileNotFoundError: nothing is there; `what` says what was looked for.
-    """
-    name, path = os.fspath(name_or_path), Path(name_or_path)
-    if not path.exists() and "/" in name and is_repository_name(name):
-        return _Repository(_checked_repository(name), hub).fetch_first((file_name,))
-    return find_json_file(path, file_name, what)
-
-
-def is_repository_name(name: str) -> bool:
-    """Whether `name` could be `"name"` or `"org/name"` on the hub, rather than a path."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not name.endswith((".json", ".safetensors", *PICKLE_SUFFIXES))
 
 
 def read_tensors(files: Sequence[Path], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -193,118 +154,3 @@ def _shard_names(index: Path) -> list[str]:
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError(f"{os.fspath(index)!r} has no weight_map from parameters to file names beside it")
     return names
-
-
-def _checked_repository(name: str) -> str:
-    if not is_repository_name(name):
-        raise FileNotFoundError(
-            f"no checkpoint at {name!r}: there is no such file or folder, and it is no hub repository's name; "
-            f"accepted: a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, a file of weights, or 'org/name'"
-        )
-    return name
-
-
-class _Repository:
-    """One revision of a hub repository; the first lost connection turns to the cache alone."""
-
-    def __init__(self, name: str, hub: HubOptions) -> None:
-        self.name = name
-        self.hub = hub
-        self.local_files_only = hub.local_files_only
-
-    def fetch(self, file: str) -> Path:
-        return self.fetch_first((file,))
-
-    def fetch_optional(self, file: str) -> Path | None:
-        found, _ = self._fetch(file)
-        return found
-
-    def fetch_first(self, files: Sequence[str]) -> Path:
-        """The first of `files` that the repository has, else one error that names them all."""
-        reason: Exception | None = None
-        for file in files:
-            found, error = self._fetch(file)
-            if found is not None:
-                return found
-            reason = reason or error
-        raise FileNotFoundError(self._explain(files, reason)) from reason
-
-    def _fetch(self, file: str) -> tuple[Path | None, Exception | None]:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            found = hf_hub_download(
-                self.name,
-                file,
-                revision=self.hub.revision,
-                cache_dir=self.hub.cache_dir,
-                token=self.hub.token,
-                local_files_only=self.local_files_only,
-            )
-        except LocalEntryNotFoundError as error:
-            self.local_files_only = True
-            return None, error
-        except EntryNotFoundError as error:
-            return None, error
-        except (HfHubHTTPError, OSError) as error:
-            raise FileNotFoundError(self._explain((file,), error)) from error
-        return Path(found), None
-
-    def _explain(self, files: Sequence[str], reason: Exception | None) -> str:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        cache = os.fspath(self.hub.cache_dir or HF_HUB_CACHE)
-        if self.hub.local_files_only:
-            why = "local_files_only=True was asked for"
-        else:
-            why = str(reason).strip().splitlines()[0] if reason is not None and str(reason).strip() else repr(reason)
-        return (
-            f"no checkpoint {self.name!r}: there is no such folder or file here, and the hub's repository of that "
-            f"name gave none of {', '.join(files)} at revision {self.hub.revision or 'main'!r}, neither from the "
-            f"cache {cache!r} nor from the network ({why}). Without a network, pass the path of a local folder "
-            f"with {CONFIG_NAME} and {WEIGHTS_NAME} instead of the name"
-        )
-
-
-@contextmanager
-def unfinished_folder(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder` for what is being written; it is gone afterwards, with all still in it.
-
-    Those that killed processes of this machine left there are removed too.
-    """
-    import platform
-    import shutil
-    import tempfile
-
-    prefix = f".unfinished-{platform.node()}-"
-    for left in folder.glob(f"{prefix}*"):
-        if not _is_running(left.name.removeprefix(prefix).partition("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder))
-    try:
-        yield unfinished
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _is_running(process: str) -> bool:
-    """Whether a process of that number runs; True where that cannot be told."""
-    if os.name != "posix" or not process.isdecimal():
-        return True
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -31,6 +31,11 @@ def read_config(file: Path | None) -> BeitConfig | None:
     return BeitConfig.from_dict(values)
 
 
+def copy_config(config: BeitConfig, **overrides: Any) -> BeitConfig:
+    """Copy `config`, with its implementations and with `overrides`."""
+    return type(config).from_dict(config.to_dict(), **(config.implementations() | overrides))
+
+
 def infer_config(state: Mapping[str, Tensor], name: str, overrides: Mapping[str, Any]) -> BeitConfig:
     """What shapes tell of a model, for timm, unilm and mmsegmentation, whose files carry no configuration.
 

@@ -1,16 +1,13 @@
-"""Checkpoints in and out: what `from_pretrained` and `save_pretrained` do."""
+"""Load checkpoints of every supported format into a model."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +16,16 @@ from ..configuration.beit_config import IMPLEMENTATION_FIELDS, BeitConfig
 from ..configuration.fields import RULES
 from ..configuration.labels_and_stages import ALIASES, LABEL_FIELDS, STAGE_FIELDS
 from ..position_bias import Window
-from ..utils.files import CONFIG_NAME, read_json_object
-from .files import INDEX_NAME, WEIGHTS_NAME, HubOptions, find_checkpoint, flush_to_disk, read_tensors, unfinished_folder
-from .infer_config import infer_config, read_config
+from ..utils.hub import HubOptions
+from ..utils.messages import join_choices, join_some
+from ..utils.names import POSITION_INTERPOLATIONS
+from .files import find_checkpoint, read_tensors
+from .infer_config import copy_config, infer_config, read_config
 from .key_mapping import OTHER_TASKS, TRUNK_PREFIX, full_name, share_table_among_layers, to_hub_names
-from .resize_positions import INTERPOLATIONS, TABLE, fits_window, is_position, resize_positions, square_window
+from .protocol import PretrainedModel
+from .resize_positions import TABLE, fits_window, is_position, resize_positions, square_window
 
-if TYPE_CHECKING:
-    from ..models.base import BeitPreTrainedModel
-
-Model = TypeVar("Model", bound="BeitPreTrainedModel")
-_SHOWN = 20
-_SPREAD = (
-    "parameters are spread over processes; call get_model_state_dict of torch.distributed.checkpoint.state_dict in all "
-    "of them, with full_state_dict=True and cpu_offload=True, and save_pretrained in the first with what it gave there "
-    "as state_dict"
-)
+Model = TypeVar("Model", bound=PretrainedModel)
 
 
 @dataclass(frozen=True)
@@ -77,9 +68,11 @@ def load_model(
     overrides: Mapping[str, Any],
 ) -> tuple[Model, dict[str, list[Any]]]:
     """A model with a checkpoint's parameters, in evaluation mode, and what was missing or left over."""
-    if options.position_interpolation not in INTERPOLATIONS:
-        accepted = " or ".join(map(repr, INTERPOLATIONS))
-        raise ValueError(f"position_interpolation={options.position_interpolation!r}; accepted: {accepted}")
+    if options.position_interpolation not in POSITION_INTERPOLATIONS:
+        raise ValueError(
+            f"position_interpolation={options.position_interpolation!r} is not supported "
+            f"(expected {join_choices(POSITION_INTERPOLATIONS)})"
+        )
     model_arguments, overrides = _split_overrides(model_class, overrides)
     files = find_checkpoint(name_or_path, options.hub)
     file_config = read_config(files.config)
@@ -111,69 +104,14 @@ def load_model(
     if fresh:
         warnings.warn(
             f"{model_class.__name__} was initialised anew where {files.name!r} has nothing that fits: "
-            f"{_listed(fresh)}. Train it before you use what it says.",
+            f"{join_some(fresh)}. Train it before you use what it says.",
             stacklevel=3,
         )
     return model.eval(), report.loading_info()
 
 
-def save_model(
-    model: BeitPreTrainedModel,
-    folder: str | os.PathLike[str],
-    max_shard_size: int | str,
-    safe_serialization: bool,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write `config.json` and safetensors; see `BeitPreTrainedModel.save_pretrained`."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    if not safe_serialization:
-        raise ValueError("safe_serialization=False would write a pickle; accepted: True, which writes safetensors")
-    config = _saved_config(model)
-    text = config.to_json_string()
-    state = _state_to_save(model, state_dict)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-    names = _free_names(target, list(plan.filename_to_tensors)) if plan.is_sharded else {WEIGHTS_NAME: WEIGHTS_NAME}
-    with unfinished_folder(target) as unfinished:
-        _write(unfinished / CONFIG_NAME, text)
-        for planned, keys in plan.filename_to_tensors.items():
-            file = unfinished / names[planned]
-            save_file({key: state[key] for key in keys}, file, metadata={"format": "pt"})
-            # safetensors makes files that only their owner reads.
-            shutil.copymode(unfinished / CONFIG_NAME, file)
-            flush_to_disk(file)
-        if plan.is_sharded:
-            weight_map = {key: names[planned] for key, planned in plan.tensor_to_filename.items()}
-            index = {"metadata": plan.metadata, "weight_map": dict(sorted(weight_map.items()))}
-            _write(unfinished / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        _swap_in(unfinished, target, list(names.values()), plan.is_sharded)
-
-
-def _state_to_save(model: BeitPreTrainedModel, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors given, or the model's own; ValueError unless they are whole and fit the model."""
-    own = model.state_dict()
-    state = {key: tensor.detach().contiguous() for key, tensor in (own if given is None else given).items()}
-    problems = {
-        "parameters on the meta device have no values to save": [key for key in state if state[key].is_meta],
-        _SPREAD: [key for key in state if hasattr(state[key], "device_mesh")],
-        "state_dict lacks parameters of the model": [key for key in own if key not in state],
-        "state_dict has parameters that the model has not": [key for key in state if key not in own],
-        "state_dict has parameters of another shape": [
-            f"{key} {list(state[key].shape)}, not {list(own[key].shape)}"
-            for key in state
-            if key in own and state[key].shape != own[key].shape
-        ],
-    }
-    if any(problems.values()):
-        raise ValueError("\n".join(f"{problem}: {_listed(keys)}" for problem, keys in problems.items() if keys))
-    return state
-
-
 def _split_overrides(
-    model_class: type[BeitPreTrainedModel], overrides: Mapping[str, Any]
+    model_class: type[PretrainedModel], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes to the model's constructor and what to the configuration; TypeError for what goes nowhere."""
     taken = set(inspect.signature(model_class).parameters) - {"config", *IMPLEMENTATION_FIELDS}
@@ -196,17 +134,13 @@ def _given_config(config: Any, options: LoadOptions) -> BeitConfig | None:
         return BeitConfig.from_pretrained(config, **vars(options.hub))
     if isinstance(config, Mapping):
         return BeitConfig.from_dict(config)
-    return _copy(config) if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())
-
-
-def _copy(config: BeitConfig, **overrides: Any) -> BeitConfig:
-    return type(config).from_dict(config.to_dict(), **(config.implementations() | overrides))
+    return copy_config(config) if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())
 
 
 def _target_config(config: BeitConfig | None, overrides: Mapping[str, Any], options: LoadOptions) -> BeitConfig:
     assert config is not None
     size = {} if options.image_size is None else {"image_size": options.image_size}
-    return _copy(config, **overrides, **size)
+    return copy_config(config, **overrides, **size)
 
 
 def _dtype_to_load(
@@ -243,7 +177,7 @@ def _with_tables_of_layers(state: dict[str, Tensor], config: BeitConfig) -> dict
     return share_table_among_layers(state, config.num_hidden_layers) if copies else state
 
 
-def _compare(model: BeitPreTrainedModel, state: Mapping[str, Tensor]) -> tuple[KeyReport, dict[str, Tensor]]:
+def _compare(model: PretrainedModel, state: Mapping[str, Tensor]) -> tuple[KeyReport, dict[str, Tensor]]:
     """The report, and the tensors that fit under the model's own names."""
     head_is_modelling = hasattr(model, "lm_head")
     wanted = model.state_dict()
@@ -267,7 +201,7 @@ def _head_of(name: str) -> str | None:
     return next((head for head in OTHER_TASKS if name.startswith(head)), None)
 
 
-def _refuse(report: KeyReport, name: str, model: BeitPreTrainedModel, ignore_mismatched_sizes: bool) -> None:
+def _refuse(report: KeyReport, name: str, model: PretrainedModel, ignore_mismatched_sizes: bool) -> None:
     """Raise one error for what is missing from the trunk or half a head, left over, or of another shape."""
     head_is_modelling = hasattr(model, "lm_head")
     heads = {key: _head_of(full_name(key, head_is_modelling)) for key in model.state_dict()}
@@ -277,12 +211,12 @@ def _refuse(report: KeyReport, name: str, model: BeitPreTrainedModel, ignore_mis
     mismatched = {} if ignore_mismatched_sizes else report.mismatched
     lines = []
     if missing:
-        lines.append(f"- missing: {_listed(f'{key} {shape}' for key, shape in missing.items())}")
+        lines.append(f"- missing: {join_some(f'{key} {shape}' for key, shape in missing.items())}")
     if unexpected:
-        lines.append(f"- unexpected: {_listed(f'{key} {shape}' for key, shape in unexpected.items())}")
+        lines.append(f"- unexpected: {join_some(f'{key} {shape}' for key, shape in unexpected.items())}")
     if mismatched:
         shown = (f"{key} is {file} in the file and {own} in the model" for key, (file, own) in mismatched.items())
-        lines.append(f"- mismatched: {_listed(shown)}")
+        lines.append(f"- mismatched: {join_some(shown)}")
         lines += _advice(mismatched, model.config)
     if lines:
         raise ValueError(f"{name!r} does not fit {type(model).__name__}:\n" + "\n".join(lines))
@@ -306,15 +240,9 @@ def _window_of_shape(key: str, shape: Sequence[int]) -> Window | None:
     return square_window(key, torch.empty(*shape, device="meta")) if is_position(key) else None
 
 
-def _listed(items: Iterable[str]) -> str:
-    shown = list(items)
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + more
-
-
 @torch.no_grad()
 def _fill(
-    model: BeitPreTrainedModel,
+    model: PretrainedModel,
     tensors: Mapping[str, Tensor],
     fresh: Sequence[str],
     dtype: torch.dtype | None,
@@ -336,51 +264,3 @@ def _fill(
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-
-
-def _saved_config(model: BeitPreTrainedModel) -> BeitConfig:
-    config = _copy(model.config, architectures=[type(model).__name__], dtype=model.dtype)
-    config.validate()
-    return config
-
-
-def _free_names(folder: Path, planned: list[str]) -> dict[str, str]:
-    """Names for shards: the planned ones, or others where those are those of a checkpoint that must stay whole."""
-    if not any((folder / name).exists() for name in planned):
-        return {name: name for name in planned}
-    tag = os.urandom(4).hex()
-    return {name: name.replace("model-", f"model-{tag}-", 1) for name in planned}
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-    flush_to_disk(file)
-
-
-def _swap_in(unfinished: Path, folder: Path, weights: Sequence[str], sharded: bool) -> None:
-    """Move finished files into `folder`, such that at every moment it holds one whole set of weights.
-
-    Shards have names that nothing reads before the index is replaced; a single file counts before any index.
-    """
-    replaced = _shards_in(folder) - set(weights)
-    if sharded:
-        for name in weights:
-            os.replace(unfinished / name, folder / name)
-    commit = INDEX_NAME if sharded else WEIGHTS_NAME
-    os.replace(unfinished / commit, folder / commit)
-    os.replace(unfinished / CONFIG_NAME, folder / CONFIG_NAME)
-    flush_to_disk(folder)
-    stale = replaced | ({WEIGHTS_NAME} if sharded else {INDEX_NAME})
-    for name in sorted(stale):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _shards_in(folder: Path) -> set[str]:
-    """Safetensors files that the folder's index names; none where it is damaged and nothing could read it."""
-    try:
-        weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
-    except (FileNotFoundError, ValueError):
-        return set()
-    names = weight_map.values() if isinstance(weight_map, dict) else ()
-    plain_names = {name for name in names if isinstance(name, str) and Path(name).name == name}
-    return {name for name in plain_names if name.endswith(".safetensors")}

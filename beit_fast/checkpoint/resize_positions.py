@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..position_bias import CLS_ROWS, Window, resize_position_embeddings, resize_table, table_rows, token_count
 
-INTERPOLATIONS = ("bilinear", "geometric")
 TABLE = "relative_position_bias_table"
 EMBEDDINGS = "position_embeddings"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import colorsys
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from ..utils.files import atomic_write
 
 DONE, SOME_FAILED, REFUSED = 0, 1, 2
 TASKS = {
@@ -190,14 +191,9 @@ def class_colour(index: int) -> tuple[float, float, float]:
 
 
 def _save_picture(picture: Any, path: Path) -> None:
-    """Write beside and swap in, so that an interrupted run leaves no half of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with atomic_write(path) as unfinished:
         picture.save(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _architecture_of(source: str) -> str:

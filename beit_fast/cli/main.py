@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..utils.names import ATTENTION_IMPLEMENTATIONS, POSITION_INTERPOLATIONS
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code is 0 done, 1 some images failed, 2 refused (argparse exits by itself)."""
@@ -83,7 +85,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("target", type=Path, metavar="DST", help="the folder to write")
     parser.add_argument("--task", choices=TASKS, help="the model it holds (default: what its config.json says)")
     parser.add_argument("--image-size", type=_size, metavar="N or HxW", help="resize positions for this image size")
-    parser.add_argument("--position-interpolation", choices=("bilinear", "geometric"), default="bilinear")
+    parser.add_argument("--position-interpolation", choices=POSITION_INTERPOLATIONS, default="bilinear")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
     parser.set_defaults(run=_command("convert"))
@@ -91,7 +93,7 @@ def _add_convert(commands: Any) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a checkpoint: a folder, or a name on the hub")
-    parser.add_argument("--attn", choices=("eager", "sdpa", "triton"), help="attention (default: by device and dtype)")
+    parser.add_argument("--attn", choices=ATTENTION_IMPLEMENTATIONS, help="attention (default: by device and dtype)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the network")

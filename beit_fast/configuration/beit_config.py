@@ -9,13 +9,16 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from ..utils.files import CONFIG_NAME, json_text, plain, read_json_object, replace_file
-from .fields import RULES, Problem, describe, raise_problems
+from ..utils.files import CONFIG_NAME, atomic_write_text, json_text, plain, read_json_object
+from ..utils.hub import HubOptions, find_options
+from ..utils.messages import FieldError, describe, raise_errors
+from .fields import RULES
 from .labels_and_stages import (
     LABEL_FIELDS,
     STAGE_FIELDS,
+    LabelsAndStages,
     default_labels,
-    dependency_problems,
+    dependency_errors,
     merge_overrides,
     resolve_aliases,
     resolve_labels,
@@ -54,12 +57,12 @@ def _alias_of(name: str) -> property:
     return property(read, write, doc=f"`{name}`, under its other name.")
 
 
-class BeitConfig:
+class BeitConfig(LabelsAndStages):
     """What a BEiT model is made of, with the names, defaults and JSON of Transformers' `BeitConfig`.
 
     All arguments are keywords. A name that is no field is kept: as an attribute, and in what is written.
     Values are validated at construction, and by `validate()` after attributes were changed; the error lists
-    every problem at once.
+    every error at once.
 
     Args:
         vocab_size: number of visual tokens that the masked image modeling head tells apart.
@@ -102,8 +105,8 @@ class BeitConfig:
         patch_embed_implementation: "conv", "fused" or None to follow attention. Never written to JSON.
 
     Raises:
-        TypeError: every problem is a value of a wrong type.
-        ValueError: any other set of problems.
+        TypeError: every error is a value of a wrong type.
+        ValueError: any other set of errors.
 
     Source: arXiv 2106.08254 for the architecture; Transformers 4.57 and 5.23 for names, defaults and JSON.
     """
@@ -157,34 +160,34 @@ class BeitConfig:
     patch_embed_implementation: str | None = None
 
     def __init__(self, /, **fields: Any) -> None:
-        given, problems = resolve_aliases(fields)
-        problems += self._model_type_problems(given.pop("model_type", self.model_type))
+        given, errors = resolve_aliases(fields)
+        errors += self._model_type_errors(given.pop("model_type", self.model_type))
         given.pop("stage_names", None)
         labels = {name: given.pop(name, None) for name in LABEL_FIELDS}
         stages = {name: given.pop(name, None) for name in STAGE_FIELDS}
         for name in RULES:
             setattr(self, name, given.pop(name, getattr(type(self), name)))
-        problems += self._keep_unknown(given)
-        self._id2label, self._label2id, label_problems = resolve_labels(**labels)
+        errors += self._keep_unknown(given)
+        self._id2label, self._label2id, label_errors = resolve_labels(**labels)
         self._out_indices: list[int] | None = None
-        stage_problems: list[Problem] = []
-        if RULES["num_hidden_layers"].problem("num_hidden_layers", self.num_hidden_layers) is None:
-            self._out_indices, stage_problems = resolve_stages(self.stage_names, **stages)
-        problems += label_problems + stage_problems
-        problems += self._problems(skip={"add_fpn"} if stage_problems else set())
-        raise_problems(type(self).__name__, problems)
+        stage_errors: list[FieldError] = []
+        if RULES["num_hidden_layers"].error("num_hidden_layers", self.num_hidden_layers) is None:
+            self._out_indices, stage_errors = resolve_stages(self.stage_names, **stages)
+        errors += label_errors + stage_errors
+        errors += self._errors(skip={"add_fpn"} if stage_errors else set())
+        raise_errors(type(self).__name__, errors)
 
-    def _model_type_problems(self, model_type: Any) -> list[Problem]:
+    def _model_type_errors(self, model_type: Any) -> list[FieldError]:
         accepted = sorted({"beit", "data2vec-vision", self.model_type})
         if model_type in accepted:
             return []
-        return [Problem(f"{describe('model_type', model_type)}; accepted: {', '.join(accepted)}")]
+        return [FieldError(f"{describe('model_type', model_type)}; accepted: {', '.join(accepted)}")]
 
-    def _keep_unknown(self, fields: Mapping[str, Any]) -> list[Problem]:
+    def _keep_unknown(self, fields: Mapping[str, Any]) -> list[FieldError]:
         taken = {name for name in fields if name in _PRIVATE_STATE or callable(getattr(type(self), name, None))}
         self.__dict__.update({name: value for name, value in fields.items() if name not in taken})
         return [
-            Problem(f"{describe(name, fields[name])}: the name is taken by a {type(self).__name__} itself")
+            FieldError(f"{describe(name, fields[name])}: the name is taken by a {type(self).__name__} itself")
             for name in sorted(taken)
         ]
 
@@ -196,78 +199,15 @@ class BeitConfig:
         """Check all fields, for use after attributes were changed.
 
         Raises:
-            TypeError, ValueError: as at construction, listing every problem.
+            TypeError, ValueError: as at construction, listing every error.
         """
-        raise_problems(type(self).__name__, self._problems())
+        raise_errors(type(self).__name__, self._errors())
 
-    def _problems(self, skip: Set[str] = frozenset()) -> list[Problem]:
-        checked = {name: rule.problem(name, getattr(self, name)) for name, rule in RULES.items()}
-        problems = [problem for problem in checked.values() if problem is not None]
-        accepted = {name for name, problem in checked.items() if problem is None}
-        return problems + dependency_problems(self, accepted - skip)
-
-    @property
-    def num_labels(self) -> int:
-        """The number of classes. Setting another number renames the classes LABEL_0, LABEL_1, ..."""
-        return len(self._id2label)
-
-    @num_labels.setter
-    def num_labels(self, count: int) -> None:
-        if count != self.num_labels:
-            self._set_labels({}, num_labels=count)
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """Class index to name. Setting it rebuilds `label2id` unless that agrees."""
-        return self._id2label
-
-    @id2label.setter
-    def id2label(self, id2label: Mapping[int, str]) -> None:
-        self._set_labels({"label2id": self._label2id}, id2label=id2label)
-
-    @property
-    def label2id(self) -> dict[str, int]:
-        """Class name to index. Setting it rebuilds `id2label` unless that agrees."""
-        return self._label2id
-
-    @label2id.setter
-    def label2id(self, label2id: Mapping[str, int]) -> None:
-        self._set_labels({"id2label": self._id2label}, label2id=label2id)
-
-    def _set_labels(self, kept: dict[str, Any], **given: Any) -> None:
-        names, indices, problems = resolve_labels(**given, **kept)
-        if problems:
-            names, indices, problems = resolve_labels(**given)
-        raise_problems(type(self).__name__, problems)
-        self._id2label, self._label2id = names, indices
-
-    @property
-    def stage_names(self) -> list[str]:
-        """The embeddings' output, "stem", and each block's, "stage1" and so on."""
-        return ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
-
-    @property
-    def out_indices(self) -> list[int]:
-        """Indices of the stages that the backbone returns; setting them sets the names, None resets."""
-        return [self.num_hidden_layers] if self._out_indices is None else list(self._out_indices)
-
-    @out_indices.setter
-    def out_indices(self, out_indices: Any) -> None:
-        self._select_stages(out_features=None, out_indices=out_indices)
-
-    @property
-    def out_features(self) -> list[str]:
-        """Names of the stages that the backbone returns; setting them sets the indices, None resets."""
-        return [self.stage_names[index] for index in self.out_indices]
-
-    @out_features.setter
-    def out_features(self, out_features: Any) -> None:
-        self._select_stages(out_features=out_features, out_indices=None)
-
-    def _select_stages(self, out_features: Any, out_indices: Any) -> None:
-        selected, problems = resolve_stages(self.stage_names, out_features, out_indices)
-        raise_problems(type(self).__name__, problems)
-        self._out_indices = selected
+    def _errors(self, skip: Set[str] = frozenset()) -> list[FieldError]:
+        checked = {name: rule.error(name, getattr(self, name)) for name, rule in RULES.items()}
+        errors = [error for error in checked.values() if error is not None]
+        accepted = {name for name, error in checked.items() if error is None}
+        return errors + dependency_errors(self, accepted - skip)
 
     torch_dtype = _alias_of("dtype")
     name_or_path = _alias_of("_name_or_path")
@@ -310,8 +250,8 @@ class BeitConfig:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"{cls.__name__}.from_dict takes a dict of fields, not a {type(values).__name__}")
-        merged, problems = merge_overrides(values, overrides, default_depth=cls.num_hidden_layers)
-        raise_problems(cls.__name__, problems)
+        merged, errors = merge_overrides(values, overrides, default_depth=cls.num_hidden_layers)
+        raise_errors(cls.__name__, errors)
         return cls(**merged)
 
     def update(self, values: Mapping[str, Any], /) -> None:
@@ -347,14 +287,14 @@ class BeitConfig:
 
     def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write `to_json_string` to `path`, which holds either its old text or all of the new one."""
-        replace_file(Path(path), self.to_json_string(use_diff))
+        atomic_write_text(Path(path), self.to_json_string(use_diff))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Validate, then write `config.json` into `folder`, which is made if need be."""
         self.validate()
         text = self.to_json_string()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        replace_file(Path(folder) / CONFIG_NAME, text)
+        atomic_write_text(Path(folder) / CONFIG_NAME, text)
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
@@ -378,8 +318,6 @@ class BeitConfig:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        from ..checkpoint.files import HubOptions, find_options
-
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         config = cls.from_json_file(find_options(name_or_path, CONFIG_NAME, "configuration", hub), **overrides)
         config.name_or_path = os.fspath(name_or_path)

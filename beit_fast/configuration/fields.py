@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
+
+from ..utils.messages import FieldError, describe
+from ..utils.names import ATTENTION_IMPLEMENTATIONS, PATCH_EMBED_IMPLEMENTATIONS
 
 ActivationName = Literal[
     "gelu",
@@ -39,29 +41,7 @@ ActivationName = Literal[
 """Transformers' names of activations without parameters."""
 
 ACTIVATION_NAMES: tuple[ActivationName, ...] = get_args(ActivationName)
-ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "triton")
-PATCH_EMBED_IMPLEMENTATIONS = ("conv", "fused")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-
-class Problem(NamedTuple):
-    """Why a configuration is refused; `wrong_type` where no value of that type would do."""
-
-    text: str
-    wrong_type: bool = False
-
-
-def raise_problems(owner: str, problems: Sequence[Problem]) -> None:
-    """Raise one error listing every problem: TypeError if all are about types, ValueError otherwise."""
-    if not problems:
-        return
-    error = TypeError if all(problem.wrong_type for problem in problems) else ValueError
-    count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise error(f"{owner} has {count}:\n" + "\n".join(f"- {problem.text}" for problem in problems))
-
-
-def describe(name: str, value: Any) -> str:
-    return f"{name}={reprlib.repr(value)}"
 
 
 def _anything(value: Any) -> bool:
@@ -81,12 +61,12 @@ class Rule:
     right_value: Callable[[Any], bool] = _anything
     coerce: Callable[[Any], Any] = _unchanged
 
-    def problem(self, name: str, value: Any) -> Problem | None:
+    def error(self, name: str, value: Any) -> FieldError | None:
         if not self.right_type(value):
             text = f"{describe(name, value)} is of type {type(value).__name__}; accepted: {self.accepted}"
-            return Problem(text, wrong_type=True)
+            return FieldError(text, wrong_type=True)
         if not self.right_value(value):
-            return Problem(f"{describe(name, value)}; accepted: {self.accepted}")
+            return FieldError(f"{describe(name, value)}; accepted: {self.accepted}")
         return None
 
 

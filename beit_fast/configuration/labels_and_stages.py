@@ -6,7 +6,8 @@ import reprlib
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from .fields import COUNT, RULES, Problem, describe, is_integer, to_integer, to_list
+from ..utils.messages import FieldError, describe, raise_errors
+from .fields import COUNT, RULES, is_integer, to_integer, to_list
 
 ALIASES = {
     "torch_dtype": "dtype",
@@ -18,63 +19,63 @@ LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 STAGE_FIELDS = ("out_features", "out_indices")
 
 
-def dependency_problems(config: Any, accepted: Set[str]) -> list[Problem]:
-    """Problems between the fields of a `BeitConfig`, as far as the fields involved are in `accepted`."""
-    problems = []
+def dependency_errors(config: Any, accepted: Set[str]) -> list[FieldError]:
+    """FieldErrors between the fields of a `BeitConfig`, as far as the fields involved are in `accepted`."""
+    errors = []
     if accepted >= {"hidden_size", "num_attention_heads", "head_dim"}:
-        problems += _head_problems(config)
+        errors += _head_errors(config)
     if accepted >= {"image_size", "patch_size"}:
-        problems += _window_problems(config)
+        errors += _window_errors(config)
     if accepted >= {"num_hidden_layers", "add_fpn"}:
-        problems += _stage_problems(config)
+        errors += _stage_errors(config)
     if accepted >= {"num_channels", "pixel_mean", "pixel_std"}:
-        problems += _pixel_problems(config)
-    return problems + _label_problems(config)
+        errors += _pixel_errors(config)
+    return errors + _label_errors(config)
 
 
-def _head_problems(config: Any) -> list[Problem]:
+def _head_errors(config: Any) -> list[FieldError]:
     if config.head_dim is not None or config.hidden_size % config.num_attention_heads == 0:
         return []
     accepted = f"a multiple of num_attention_heads={config.num_attention_heads}, or any if head_dim is set"
-    return [Problem(f"hidden_size={config.hidden_size}; accepted: {accepted}")]
+    return [FieldError(f"hidden_size={config.hidden_size}; accepted: {accepted}")]
 
 
-def _window_problems(config: Any) -> list[Problem]:
+def _window_errors(config: Any) -> list[FieldError]:
     if min(config.image_height_width) >= config.patch_size:
         return []
     accepted = f"sides of at least patch_size={config.patch_size}"
-    return [Problem(f"image_size={config.image_size}; accepted: {accepted}")]
+    return [FieldError(f"image_size={config.image_size}; accepted: {accepted}")]
 
 
-def _stage_problems(config: Any) -> list[Problem]:
-    _, problems = resolve_stages(config.stage_names, None, config._out_indices)
-    if not problems and config.add_fpn and len(config.out_indices) != 4:
+def _stage_errors(config: Any) -> list[FieldError]:
+    _, errors = resolve_stages(config.stage_names, None, config._out_indices)
+    if not errors and config.add_fpn and len(config.out_indices) != 4:
         accepted = "four stages, such as [3, 5, 7, 11]"
-        problems = [Problem(f"add_fpn=True with out_indices={config.out_indices}; accepted: {accepted}")]
-    return problems
+        errors = [FieldError(f"add_fpn=True with out_indices={config.out_indices}; accepted: {accepted}")]
+    return errors
 
 
-def _pixel_problems(config: Any) -> list[Problem]:
+def _pixel_errors(config: Any) -> list[FieldError]:
     mean, std = config.pixel_mean, config.pixel_std
     if mean is None and std is None:
         return []
     if mean is not None and std is not None and len(mean) == len(std) == config.num_channels:
         return []
     given = f"{describe('pixel_mean', mean)} with {describe('pixel_std', std)}"
-    return [Problem(f"{given}; accepted: num_channels={config.num_channels} numbers each, or None for both")]
+    return [FieldError(f"{given}; accepted: num_channels={config.num_channels} numbers each, or None for both")]
 
 
-def _label_problems(config: Any) -> list[Problem]:
-    _, _, problems = resolve_labels(id2label=config.id2label, label2id=config.label2id)
+def _label_errors(config: Any) -> list[FieldError]:
+    _, _, errors = resolve_labels(id2label=config.id2label, label2id=config.label2id)
     if config.problem_type == "single_label_classification" and config.num_labels == 1:
         accepted = "two labels or more, or problem_type='regression'"
-        problems.append(Problem(f"num_labels=1 with problem_type={config.problem_type!r}; accepted: {accepted}"))
-    return problems
+        errors.append(FieldError(f"num_labels=1 with problem_type={config.problem_type!r}; accepted: {accepted}"))
+    return errors
 
 
-def resolve_aliases(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def resolve_aliases(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldError]]:
     """Rename older spellings (`ALIASES`); both spellings may be given if they agree."""
-    resolved, problems = dict(fields), []
+    resolved, errors = dict(fields), []
     for alias, name in ALIASES.items():
         old = resolved.pop(alias, None)
         new = resolved.get(name)
@@ -83,8 +84,8 @@ def resolve_aliases(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Pro
         if new is None:
             resolved[name] = old
         elif _comparable(name, old) != _comparable(name, new):
-            problems.append(Problem(f"{describe(alias, old)} contradicts {describe(name, new)}; give one"))
-    return resolved, problems
+            errors.append(FieldError(f"{describe(alias, old)} contradicts {describe(name, new)}; give one"))
+    return resolved, errors
 
 
 def _comparable(name: str, value: Any) -> Any:
@@ -97,30 +98,30 @@ def default_labels(count: int) -> dict[int, str]:
 
 def resolve_labels(
     num_labels: Any = None, id2label: Any = None, label2id: Any = None
-) -> tuple[dict[int, str], dict[str, int], list[Problem]]:
-    """The two label maps from whichever of the three is given; contradictions are problems.
+) -> tuple[dict[int, str], dict[str, int], list[FieldError]]:
+    """The two label maps from whichever of the three is given; contradictions are errors.
 
     Names may repeat (ImageNet-1k has two classes "crane"): then `label2id` holds one index for such a name.
     """
-    problems: list[Problem] = []
+    errors: list[FieldError] = []
     count = to_integer(num_labels)
-    if count is not None and (count_problem := COUNT.problem("num_labels", count)):
-        return {}, {}, [count_problem]
-    names = _map_from_json(id2label, "id2label", problems)
-    indices = _map_from_json(label2id, "label2id", problems)
-    if problems:
-        return {}, {}, problems
+    if count is not None and (count_error := COUNT.error("num_labels", count)):
+        return {}, {}, [count_error]
+    names = _map_from_json(id2label, "id2label", errors)
+    indices = _map_from_json(label2id, "label2id", errors)
+    if errors:
+        return {}, {}, errors
     if names is None:
         names = default_labels(2 if count is None else count) if indices is None else _names(indices)
     if indices is None:
         indices = _indices(names)
     if count is not None and count != len(names):
         given = "id2label" if id2label is not None else "label2id"
-        problems.append(Problem(f"num_labels={count} contradicts {given} of length {len(names)}; give one"))
+        errors.append(FieldError(f"num_labels={count} contradicts {given} of length {len(names)}; give one"))
     if not labels_agree(names, indices):
         refusal = "gives several labels one index" if id2label is None else f"contradicts {describe('id2label', names)}"
-        problems.append(Problem(f"{describe('label2id', indices)} {refusal}"))
-    return ({}, {}, problems) if problems else (names, indices, [])
+        errors.append(FieldError(f"{describe('label2id', indices)} {refusal}"))
+    return ({}, {}, errors) if errors else (names, indices, [])
 
 
 def labels_agree(id2label: dict[int, str], label2id: dict[str, int]) -> bool:
@@ -137,19 +138,19 @@ def _indices(id2label: Mapping[int, str]) -> dict[str, int]:
     return {name: index for index, name in sorted(id2label.items())}
 
 
-def _map_from_json(labels: Any, field: str, problems: list[Problem]) -> dict[Any, Any] | None:
-    """The map with indices as int (JSON has them as strings), or a problem."""
+def _map_from_json(labels: Any, field: str, errors: list[FieldError]) -> dict[Any, Any] | None:
+    """The map with indices as int (JSON has them as strings), or a error."""
     if labels is None:
         return None
     accepted = "a dict of int to string" if field == "id2label" else "a dict of string to int"
     if not isinstance(labels, Mapping):
         text = f"{describe(field, labels)} is of type {type(labels).__name__}; accepted: {accepted}"
-        problems.append(Problem(text, wrong_type=True))
+        errors.append(FieldError(text, wrong_type=True))
         return None
     pairs = labels.items() if field == "id2label" else [(index, name) for name, index in labels.items()]
     indexed = [(_index_from_json(index), name) for index, name in pairs]
     if not all(is_integer(index) and isinstance(name, str) for index, name in indexed):
-        problems.append(Problem(f"{describe(field, labels)}; accepted: {accepted}", wrong_type=True))
+        errors.append(FieldError(f"{describe(field, labels)}; accepted: {accepted}", wrong_type=True))
         return None
     return dict(indexed) if field == "id2label" else {name: index for index, name in indexed}
 
@@ -162,50 +163,50 @@ def _index_from_json(index: Any) -> Any:
 
 def resolve_stages(
     stage_names: Sequence[str], out_features: Any, out_indices: Any
-) -> tuple[list[int] | None, list[Problem]]:
+) -> tuple[list[int] | None, list[FieldError]]:
     """The indices of the selected stages, negative ones as given; None when nothing was selected."""
     indices = to_list(out_indices)
     features = to_list(out_features)
-    problems = []
+    errors = []
     if features is not None:
-        problems += _feature_problems(stage_names, features)
+        errors += _feature_errors(stage_names, features)
     if indices is not None:
-        problems += _index_problems(stage_names, indices)
-    if problems or (features is None and indices is None):
-        return None, problems
+        errors += _index_errors(stage_names, indices)
+    if errors or (features is None and indices is None):
+        return None, errors
     if indices is None:
         return [list(stage_names).index(name) for name in features], []
     if features is not None and features != [stage_names[index] for index in indices]:
-        return None, [Problem(f"{describe('out_features', features)} and {indices=} select different stages")]
+        return None, [FieldError(f"{describe('out_features', features)} and {indices=} select different stages")]
     return list(map(int, indices)), []
 
 
-def _feature_problems(stage_names: Sequence[str], features: Any) -> list[Problem]:
+def _feature_errors(stage_names: Sequence[str], features: Any) -> list[FieldError]:
     accepted = f"accepted: None or some of {', '.join(stage_names)}, in this order, each once"
     if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
         text = f"out_features={reprlib.repr(features)} is not a list of strings; {accepted}"
-        return [Problem(text, wrong_type=True)]
+        return [FieldError(text, wrong_type=True)]
     if features and features == [name for name in stage_names if name in features]:
         return []
-    return [Problem(f"out_features={features}; {accepted}")]
+    return [FieldError(f"out_features={features}; {accepted}")]
 
 
-def _index_problems(stage_names: Sequence[str], indices: Any) -> list[Problem]:
+def _index_errors(stage_names: Sequence[str], indices: Any) -> list[FieldError]:
     count = len(stage_names)
     accepted = f"accepted: None or indices from {-count} to {count - 1}, in the stages' order, each once"
     if not isinstance(indices, list) or not all(is_integer(to_integer(index)) for index in indices):
         text = f"out_indices={reprlib.repr(indices)} is not a list of ints; {accepted}"
-        return [Problem(text, wrong_type=True)]
+        return [FieldError(text, wrong_type=True)]
     in_range = all(-count <= index < count for index in indices)
     positions = [index % count for index in indices]
     if indices and in_range and positions == sorted(set(positions)):
         return []
-    return [Problem(f"out_indices={indices}; {accepted}")]
+    return [FieldError(f"out_indices={indices}; {accepted}")]
 
 
 def merge_overrides(
     values: Mapping[str, Any], overrides: Mapping[str, Any], default_depth: int
-) -> tuple[dict[str, Any], list[Problem]]:
+) -> tuple[dict[str, Any], list[FieldError]]:
     """A saved configuration's fields with `overrides` on top, less what they make stale.
 
     Saved files spell out what is derived: the stages' names, the last stage as the selected one, both label
@@ -213,9 +214,9 @@ def merge_overrides(
     keeps names that already have that length. As in Transformers `id2label` is what counts in a file: a
     `label2id` or `num_labels` in it that disagrees is rebuilt.
     """
-    merged, problems = resolve_aliases(values)
+    merged, errors = resolve_aliases(values)
     _remove_stale_values(merged, default_depth)
-    changes, more_problems = resolve_aliases(overrides)
+    changes, more_errors = resolve_aliases(overrides)
     if any(name in changes for name in STAGE_FIELDS):
         _remove(merged, STAGE_FIELDS)
     saved_names = merged.get("id2label")
@@ -224,7 +225,7 @@ def merge_overrides(
         only_count = "id2label" not in changes and "label2id" not in changes
         if only_count and isinstance(saved_names, Mapping) and len(saved_names) == changes["num_labels"]:
             merged["id2label"] = saved_names
-    return merged | changes, problems + more_problems
+    return merged | changes, errors + more_errors
 
 
 def _remove_stale_values(values: dict[str, Any], default_depth: int) -> None:
@@ -233,9 +234,9 @@ def _remove_stale_values(values: dict[str, Any], default_depth: int) -> None:
     selected = to_list(values.get("out_indices")), to_list(values.get("out_features"))
     if selected in (([depth], [f"stage{depth}"]), ([depth], None), (None, [f"stage{depth}"])):
         _remove(values, STAGE_FIELDS)
-    problems: list[Problem] = []
-    names = _map_from_json(values.get("id2label"), "id2label", problems)
-    indices = _map_from_json(values.get("label2id"), "label2id", problems)
+    errors: list[FieldError] = []
+    names = _map_from_json(values.get("id2label"), "id2label", errors)
+    indices = _map_from_json(values.get("label2id"), "label2id", errors)
     if names is not None and indices is not None and not labels_agree(names, indices):
         _remove(values, ("label2id",))
     if names is not None and values.get("num_labels") != len(names):
@@ -245,3 +246,75 @@ def _remove_stale_values(values: dict[str, Any], default_depth: int) -> None:
 def _remove(values: dict[str, Any], names: Sequence[str]) -> None:
     for name in names:
         values.pop(name, None)
+
+
+class LabelsAndStages:
+    """The labels and stages of a `BeitConfig`: setting one field updates the fields that depend on it."""
+
+    num_hidden_layers: int
+    _id2label: dict[int, str]
+    _label2id: dict[str, int]
+    _out_indices: list[int] | None
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes. Setting another number renames the classes LABEL_0, LABEL_1, ..."""
+        return len(self._id2label)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        if count != self.num_labels:
+            self._set_labels({}, num_labels=count)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class index to name. Setting it rebuilds `label2id` unless that agrees."""
+        return self._id2label
+
+    @id2label.setter
+    def id2label(self, id2label: Mapping[int, str]) -> None:
+        self._set_labels({"label2id": self._label2id}, id2label=id2label)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Class name to index. Setting it rebuilds `id2label` unless that agrees."""
+        return self._label2id
+
+    @label2id.setter
+    def label2id(self, label2id: Mapping[str, int]) -> None:
+        self._set_labels({"id2label": self._id2label}, label2id=label2id)
+
+    def _set_labels(self, kept: dict[str, Any], **given: Any) -> None:
+        names, indices, errors = resolve_labels(**given, **kept)
+        if errors:
+            names, indices, errors = resolve_labels(**given)
+        raise_errors(type(self).__name__, errors)
+        self._id2label, self._label2id = names, indices
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The embeddings' output, "stem", and each block's, "stage1" and so on."""
+        return ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Indices of the stages that the backbone returns; setting them sets the names, None resets."""
+        return [self.num_hidden_layers] if self._out_indices is None else list(self._out_indices)
+
+    @out_indices.setter
+    def out_indices(self, out_indices: Any) -> None:
+        self._select_stages(out_features=None, out_indices=out_indices)
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages that the backbone returns; setting them sets the indices, None resets."""
+        return [self.stage_names[index] for index in self.out_indices]
+
+    @out_features.setter
+    def out_features(self, out_features: Any) -> None:
+        self._select_stages(out_features=out_features, out_indices=None)
+
+    def _select_stages(self, out_features: Any, out_indices: Any) -> None:
+        selected, errors = resolve_stages(self.stage_names, out_features, out_indices)
+        raise_errors(type(self).__name__, errors)
+        self._out_indices = selected

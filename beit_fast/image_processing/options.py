@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..configuration.fields import Problem, Rule, is_integer, raise_problems, to_integer
+from ..configuration.fields import Rule, is_integer, to_integer
+from ..utils.messages import FieldError, raise_errors
 
 RESAMPLING_NAMES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Filters by Pillow's number for each."""
@@ -159,8 +160,8 @@ def checked(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
     forms = {name: RULES[name].coerce(value) if name in RULES else value for name, value in values.items()}
     if is_integer(values.get("size")) and values.get("default_to_square") is False:
         forms["size"] = {"shortest_edge": values["size"]}
-    problems = [RULES[name].problem(name, form) for name, form in forms.items() if name in RULES]
-    raise_problems(owner, [problem for problem in problems if problem is not None])
+    errors = [RULES[name].error(name, form) for name, form in forms.items() if name in RULES]
+    raise_errors(owner, [error for error in errors if error is not None])
     return forms
 
 
@@ -173,7 +174,7 @@ def with_current_names(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
     new = renamed.get("do_reduce_labels")
     if new is not None and new != old:
         text = f"do_reduce_labels={new} and its old name reduce_labels={old} contradict each other; pass one of them"
-        raise_problems(owner, [Problem(text)])
+        raise_errors(owner, [FieldError(text)])
     return {**renamed, "do_reduce_labels": old}
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utils.files import json_text, plain, read_json_object, replace_file
+from ..utils.files import atomic_write_text, json_text, plain, read_json_object
+from ..utils.hub import HubOptions, find_options
 from .inputs import Array, as_array, as_levels, as_tensor, is_unit_range, read_images, read_label_maps
 from .options import CHANNELS_LAST, DEFAULTS, checked, with_current_names, without_contradiction
 from .resampling import center_crop, resize_array, resize_nearest, resized_size
@@ -237,14 +238,14 @@ class BeitImageProcessor:
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json_string` to `path`, which holds either its old text or all of the new one."""
-        replace_file(Path(path), self.to_json_string())
+        atomic_write_text(Path(path), self.to_json_string())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> list[str]:
         """Write `preprocessor_config.json` into `folder`, which is made if need be; its path is returned."""
         text = self.to_json_string()
         file = Path(folder) / PREPROCESSOR_NAME
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, text)
+        atomic_write_text(file, text)
         return [os.fspath(file)]
 
     @classmethod
@@ -287,8 +288,6 @@ class BeitImageProcessor:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        from ..checkpoint.files import HubOptions, find_options
-
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         file = find_options(name_or_path, PREPROCESSOR_NAME, "image processor", hub)
         return cls.from_json_file(file, **overrides)

@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint.key_mapping import TRUNK_PREFIX, to_hub_names
-from ..checkpoint.resize_positions import INTERPOLATIONS
 from ..configuration.beit_config import BeitConfig
 from ..models.backbone import BeitBackbone
+from ..utils.names import POSITION_INTERPOLATIONS
 
 _ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu"}
 _NORM_EPS = 1e-5
@@ -185,8 +185,8 @@ def _pretrained_problems(pretrained: Any, init_cfg: Any, interpolation: str) -> 
     is_mapping = isinstance(init_cfg, Mapping)
     if init_cfg and not (is_mapping and init_cfg.get("type") == "Pretrained" and "checkpoint" in init_cfg):
         problems.append(f"init_cfg={init_cfg}; accepted: dict(type='Pretrained', checkpoint=...)")
-    if interpolation not in INTERPOLATIONS:
-        accepted = " or ".join(map(repr, INTERPOLATIONS))
+    if interpolation not in POSITION_INTERPOLATIONS:
+        accepted = " or ".join(map(repr, POSITION_INTERPOLATIONS))
         problems.append(f"position_interpolation={interpolation!r}; accepted: {accepted}")
     return problems
 

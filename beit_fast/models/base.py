@@ -132,6 +132,7 @@ class BeitPreTrainedModel(nn.Module):
         """
         from ..checkpoint import device_map as placement
         from ..checkpoint import loading
+        from ..utils.hub import HubOptions
 
         placement.check(device, device_map, max_memory=max_memory, offload_folder=offload_folder)
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
@@ -141,7 +142,7 @@ class BeitPreTrainedModel(nn.Module):
             patch_embed_implementation,
             torch_dtype if dtype is None else dtype,
             device if device_map is None else "cpu",
-            loading.HubOptions(revision, cache_dir, token, local_files_only),
+            HubOptions(revision, cache_dir, token, local_files_only),
             image_size,
             position_interpolation,
             ignore_mismatched_sizes,
@@ -176,9 +177,9 @@ class BeitPreTrainedModel(nn.Module):
             ValueError: `safe_serialization=False`, parameters on the meta device or spread over processes, or a
                 state_dict that is not the model's.
         """
-        from ..checkpoint import loading
+        from ..checkpoint.saving import save_model
 
-        loading.save_model(self, save_directory, max_shard_size, safe_serialization, state_dict)
+        save_model(self, save_directory, max_shard_size, safe_serialization, state_dict)
 
     @property
     def base_model(self) -> nn.Module:

@@ -1,23 +1,99 @@
-"""Configurations as JSON: plain values, files that are replaced whole, errors that name the file."""
+"""Files that are replaced as a whole, and JSON files."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
+import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..configuration.fields import describe
+from .messages import describe
 
 CONFIG_NAME = "config.json"
 
 
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; its file replaces `path` when the block ends.
+
+    A crash leaves either the old file or the whole new one. An exception in the block keeps the old file.
+    """
+    unfinished = path.with_name(f".{os.getpid()}-{threading.get_ident()}.unfinished.{path.name}")
+    try:
+        yield unfinished
+        replace_files([(unfinished, path)])
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, in UTF-8."""
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def replace_files(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Move complete files to their final paths, in this order, after all of them are on disk."""
+    for source, _ in moves:
+        flush_to_disk(source)
+    for source, target in moves:
+        os.replace(source, target)
+    for folder in {target.parent for _, target in moves}:
+        flush_to_disk(folder)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on disk."""
+    is_folder = path.is_dir()
+    if is_folder and os.name != "posix":
+        return  # Windows cannot open a folder.
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder inside `folder`, removed with its contents when the block ends.
+
+    This also removes folders that killed processes of this machine left behind.
+    """
+    prefix = f".unfinished-{platform.node()}-"
+    for left in folder.glob(f"{prefix}*"):
+        if not _is_running(left.name.removeprefix(prefix).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder))
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process with that id runs; True if that is unknown."""
+    if os.name != "posix" or not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def plain(value: Any) -> Any:
-    """A deep copy in JSON's types: lists for tuples, names such as "float16" for dtypes; others as is."""
+    """Copy `value` with JSON's types: lists for tuples, names such as "float16" for dtypes."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -26,10 +102,14 @@ def plain(value: Any) -> Any:
 
 
 def json_text(values: Mapping[str, Any], owner: str) -> str:
-    """`values` as indented JSON with sorted keys; one TypeError names every value that JSON cannot hold."""
-    refused = [describe(name, value) for name, value in values.items() if not _fits_json(value)]
-    if refused:
-        raise TypeError(f"{owner} cannot be written as JSON, which cannot hold {', '.join(refused)}")
+    """Format `values` as indented JSON with sorted keys.
+
+    Raises:
+        TypeError: If JSON cannot represent some values; the error lists all of them.
+    """
+    rejected = [describe(name, value) for name, value in values.items() if not _fits_json(value)]
+    if rejected:
+        raise TypeError(f"{owner} cannot be written: JSON cannot represent {', '.join(rejected)}")
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
@@ -41,35 +121,30 @@ def _fits_json(value: Any) -> bool:
     return True
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader, or a crash, finds either the old file or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def find_json_file(path: Path, file_name: str, what: str) -> Path:
-    """The file of that name in the folder `path`, or `path` itself if it is a file; `what` is what it would hold."""
+    """Find `file_name` in the folder `path`, or return `path` if it is a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file. `what` names its contents in the message.
+    """
     file = path / file_name if path.is_dir() else path
     if file.is_file():
         return file
-    reason = f"that folder has no {file_name}" if path.is_dir() else "there is no such file or folder"
-    accepted = f"the path of a folder with a {file_name}, or of a JSON file, or 'org/name' on the hub"
-    raise FileNotFoundError(f"no {what} at {os.fspath(path)!r}: {reason}; accepted: {accepted}")
+    reason = f"the folder does not contain {file_name}" if path.is_dir() else "there is no such file or folder"
+    expected = f"a folder with {file_name}, a JSON file, or 'org/name' on the hub"
+    raise FileNotFoundError(f"no {what} at {os.fspath(path)!r}: {reason} (expected {expected})")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The fields in a JSON file."""
+    """Read the object in a JSON file.
+
+    Raises:
+        ValueError: If the file is not JSON, or not an object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)!r} does not hold JSON: {error}") from error
+        raise ValueError(f"{os.fspath(path)!r} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{os.fspath(path)!r} holds a JSON {type(values).__name__}, not an object of fields")
+        raise ValueError(f"{os.fspath(path)!r} is a JSON {type(values).__name__} (expected an object of fields)")
     return values

@@ -212,19 +212,19 @@ def test_what_is_not_there_says_what_was_looked_for(local_files_only, tmp_path):
     message = str(refusal.value)
     for part in (
         "'someone/other'",
-        "model.safetensors, model.safetensors.index.json, pytorch_model.bin",
+        "model.safetensors or model.safetensors.index.json or pytorch_model.bin",
         "revision 'v2'",
         repr(str(cache)),
         "pass the path of a local folder with config.json and model.safetensors",
     ):
         assert part in message
-    assert ("local_files_only=True was asked for" in message) == local_files_only
+    assert ("(local_files_only=True)" in message) == local_files_only
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "a/b/c", "no such name", "weights.safetensors"])
 def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no such file or folder, and it is no hub repository's name"):
+    with pytest.raises(FileNotFoundError, match="it is not a file, a folder or the name of a hub repository"):
         load(name)
 
 

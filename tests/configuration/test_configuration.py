@@ -124,7 +124,7 @@ def test_a_bad_value_is_refused_with_its_name_and_what_is_accepted(name, value, 
 
 
 def test_all_problems_come_in_one_error():
-    with pytest.raises(ValueError, match="5 problems") as refusal:
+    with pytest.raises(ValueError, match="5 errors") as refusal:
         BeitConfig(hidden_size=770, patch_size=(16, 8), drop_path_rate=2, out_indices=[5, 4], hidden_act=3)
     for name in (
         "hidden_size=770",
@@ -137,7 +137,7 @@ def test_all_problems_come_in_one_error():
 
 
 def test_only_wrong_types_are_a_type_error():
-    with pytest.raises(TypeError, match="2 problems"):
+    with pytest.raises(TypeError, match="2 errors"):
         BeitConfig(hidden_size="768", use_mask_token=None)
 
 
@@ -146,7 +146,7 @@ def test_validate_after_edits_lists_every_problem():
     config.num_hidden_layers = 6
     config.hidden_size = 100
     config.id2label[5] = "five"
-    with pytest.raises(ValueError, match="3 problems") as refusal:
+    with pytest.raises(ValueError, match="3 errors") as refusal:
         config.validate()
     for text in ("out_indices=[3, 5, 7, 11]; accepted", "hidden_size=100", "label2id="):
         assert text in str(refusal.value)

@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.ops.dispatch.attention import IMPLEMENTATIONS
+from beit_fast.utils.names import ATTENTION_IMPLEMENTATIONS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS = EXAMPLES / "digits"
@@ -117,7 +117,7 @@ def test_two_images_of_each_class_are_shown_as_they_were_held_out(
             np.testing.assert_array_equal(np.asarray(picture), np.repeat(image[:, :, None], 3, axis=2))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 def test_images_are_named_as_logged_under_every_attention(
     implementation: str, shown: tuple[Tensor, Tensor], log: dict[str, Any]
 ) -> None:
@@ -219,7 +219,7 @@ def run_script(out: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 def test_training_learns(implementation: str, tmp_path: Path) -> None:
     epochs = ("--pretraining-epochs", "4", "--fine-tuning-epochs", "16")
     log = run_script(tmp_path, *epochs, "--attn", implementation)

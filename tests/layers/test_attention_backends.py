@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from beit_fast.layers.attention_backends import attend, eager_attention
-from beit_fast.ops.dispatch.attention import IMPLEMENTATIONS
+from beit_fast.utils.names import ATTENTION_IMPLEMENTATIONS
 
 from ..support.cases import attention_case
 from ..support.oracle import attention_oracle
 
 
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", ATTENTION_IMPLEMENTATIONS)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_every_backend_computes_the_same(backend, biased, masked):
@@ -27,7 +27,7 @@ def test_every_backend_computes_the_same(backend, biased, masked):
         assert torch.equal(out[-1], torch.zeros_like(out[-1]))
 
 
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", ATTENTION_IMPLEMENTATIONS)
 def test_dropout_follows_torchs_seed_and_keeps_the_mean(backend):
     case = attention_case((4, 4), batch=4, heads=4)
 

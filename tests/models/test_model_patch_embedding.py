@@ -119,7 +119,7 @@ def test_an_unknown_implementation_is_refused(how):
         "config": lambda name: BeitConfig(**TINY, patch_embed_implementation=name),
         "setter": model.set_patch_embed_implementation,
     }[how]
-    with pytest.raises(ValueError, match=r"'unfold'.*accepted.*conv.*fused"):
+    with pytest.raises(ValueError, match=r"'unfold'.*expected.*conv.*fused"):
         choose("unfold")
     assert model.patch_embed_implementation is None
 

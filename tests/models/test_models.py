@@ -56,7 +56,7 @@ def test_an_unknown_implementation_is_refused(how):
         "config": lambda name: BeitModel(config(attn_implementation=name)),
         "setter": model.set_attn_implementation,
     }[how]
-    with pytest.raises(ValueError, match=r"'flash'.*accepted"):
+    with pytest.raises(ValueError, match=r"'flash'.*expected"):
         choose("flash")
     assert model.attn_implementation is None
 

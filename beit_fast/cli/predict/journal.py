@@ -23,8 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
-from ...checkpoint.files import flush_to_disk
-from ...utils.files import json_text, read_json_object, replace_file
+from ...utils.files import atomic_write_text, flush_to_disk, json_text, read_json_object, replace_files
 
 Record: TypeAlias = dict[str, Any]
 Writer: TypeAlias = Callable[[Path, Iterator[Sequence[Record]]], None]
@@ -178,9 +177,7 @@ class Run:
             unfinished = self.folder / _MERGED
             counted = _Counted(_records_of(finished[number]) for number in range(self.batches))
             write(unfinished, iter(counted))
-            flush_to_disk(unfinished)
-            os.replace(unfinished, self.out)
-            flush_to_disk(self.out.parent)
+            replace_files([(unfinished, self.out)])
             self._write_manifest(counted.outcome)
             self._clean_up(counted.outcome)
             return counted.outcome
@@ -235,8 +232,7 @@ class Run:
     def _write_manifest(self, outcome: Outcome | None) -> None:
         complete = None if outcome is None else outcome._asdict()
         text = json_text({"options": self.options, "complete": complete}, owner="the run")
-        replace_file(self.folder / _MANIFEST, text)
-        flush_to_disk(self.folder)
+        atomic_write_text(self.folder / _MANIFEST, text)
 
 
 class _Counted:
@@ -273,5 +269,4 @@ def _drop_failures(part: Path) -> None:
         for batch in read_part(part)[0]:
             if batch.failures == 0:
                 stream.write(part_line(batch.number, _records_of(batch)))
-    flush_to_disk(unfinished)
-    os.replace(unfinished, part)
+    replace_files([(unfinished, part)])

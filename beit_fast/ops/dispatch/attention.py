@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ...utils.messages import join_choices
+from ...utils.names import ATTENTION_IMPLEMENTATIONS
 from . import availability
-
-IMPLEMENTATIONS = ("eager", "sdpa", "triton")
 
 
 def check_implementation(name: str | None) -> str | None:
     """`name` itself if it is an attention implementation or None, else ValueError."""
-    if name is not None and name not in IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation is {name!r}; accepted are {', '.join(map(repr, IMPLEMENTATIONS))}, None")
+    if name is not None and name not in ATTENTION_IMPLEMENTATIONS:
+        accepted = join_choices((*ATTENTION_IMPLEMENTATIONS, None))
+        raise ValueError(f"attn_implementation={name!r} is not supported (expected {accepted})")
     return name
 
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...utils.messages import join_choices
+from ...utils.names import PATCH_EMBED_IMPLEMENTATIONS
 from . import attention, availability
-
-IMPLEMENTATIONS = ("conv", "fused")
 
 
 def check_implementation(name: str | None) -> str | None:
     """`name` itself if it is an implementation of patch embedding or None, else ValueError."""
-    if name is not None and name not in IMPLEMENTATIONS:
-        accepted = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"patch_embed_implementation is {name!r}; accepted are {accepted}, None")
+    if name is not None and name not in PATCH_EMBED_IMPLEMENTATIONS:
+        accepted = join_choices((*PATCH_EMBED_IMPLEMENTATIONS, None))
+        raise ValueError(f"patch_embed_implementation={name!r} is not supported (expected {accepted})")
     return name
 
 

@@ -1,0 +1,115 @@
+"""Write checkpoints in the hub's format, atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..utils.files import CONFIG_NAME, read_json_object, replace_files, unfinished_folder
+from ..utils.hub import INDEX_NAME, WEIGHTS_NAME
+from ..utils.messages import join_some
+from .infer_config import copy_config
+from .protocol import PretrainedModel
+
+_SHARDED = (
+    "parameters are sharded over processes (call get_model_state_dict of torch.distributed.checkpoint.state_dict in "
+    "every process with full_state_dict=True and cpu_offload=True, then pass its result as state_dict to "
+    "save_pretrained in the first process)"
+)
+
+
+def save_model(
+    model: PretrainedModel,
+    folder: str | os.PathLike[str],
+    max_shard_size: int | str,
+    safe_serialization: bool,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `config.json` and safetensors files; see `BeitPreTrainedModel.save_pretrained`."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False is not supported: it writes a pickle (expected True)")
+    config = copy_config(model.config, architectures=[type(model).__name__], dtype=model.dtype)
+    config.validate()
+    text = config.to_json_string()
+    state = _state_to_save(model, state_dict)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    names = _free_names(target, list(plan.filename_to_tensors)) if plan.is_sharded else {WEIGHTS_NAME: WEIGHTS_NAME}
+    with unfinished_folder(target) as unfinished:
+        (unfinished / CONFIG_NAME).write_text(text, encoding="utf-8")
+        for planned, keys in plan.filename_to_tensors.items():
+            file = unfinished / names[planned]
+            save_file({key: state[key] for key in keys}, file, metadata={"format": "pt"})
+            # safetensors creates files that only their owner can read.
+            shutil.copymode(unfinished / CONFIG_NAME, file)
+        if plan.is_sharded:
+            weight_map = {key: names[planned] for key, planned in plan.tensor_to_filename.items()}
+            index = {"metadata": plan.metadata, "weight_map": dict(sorted(weight_map.items()))}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (unfinished / INDEX_NAME).write_text(text, encoding="utf-8")
+        _replace_checkpoint(unfinished, target, list(names.values()), plan.is_sharded)
+
+
+def _state_to_save(model: PretrainedModel, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors passed, or the model's own.
+
+    Raises:
+        ValueError: If they are not complete or do not fit the model.
+    """
+    own = model.state_dict()
+    state = {key: tensor.detach().contiguous() for key, tensor in (own if given is None else given).items()}
+    errors = {
+        "parameters on the meta device have no values": [key for key in state if state[key].is_meta],
+        _SHARDED: [key for key in state if hasattr(state[key], "device_mesh")],
+        "state_dict lacks parameters of the model": [key for key in own if key not in state],
+        "state_dict has parameters that the model does not have": [key for key in state if key not in own],
+        "state_dict has parameters of a different shape": [
+            f"{key} {list(state[key].shape)} (expected {list(own[key].shape)})"
+            for key in state
+            if key in own and state[key].shape != own[key].shape
+        ],
+    }
+    if any(errors.values()):
+        raise ValueError("\n".join(f"{error}: {join_some(keys)}" for error, keys in errors.items() if keys))
+    return state
+
+
+def _free_names(folder: Path, planned: list[str]) -> dict[str, str]:
+    """Map planned shard names to names that no file in `folder` has."""
+    if not any((folder / name).exists() for name in planned):
+        return {name: name for name in planned}
+    tag = os.urandom(4).hex()
+    return {name: name.replace("model-", f"model-{tag}-", 1) for name in planned}
+
+
+def _replace_checkpoint(unfinished: Path, folder: Path, weights: Sequence[str], sharded: bool) -> None:
+    """Move complete files into `folder`, which contains one whole set of weights at every moment.
+
+    New shards are not read before the index is replaced. A single file takes precedence over an index.
+    """
+    replaced = _shards_in(folder) - set(weights)
+    order = [*weights, INDEX_NAME, CONFIG_NAME] if sharded else [WEIGHTS_NAME, CONFIG_NAME]
+    replace_files([(unfinished / name, folder / name) for name in order])
+    stale = replaced | ({WEIGHTS_NAME} if sharded else {INDEX_NAME})
+    for name in sorted(stale):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _shards_in(folder: Path) -> set[str]:
+    """Names of the safetensors files that the index of `folder` lists; none if it is missing or damaged."""
+    try:
+        weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
+    except (FileNotFoundError, ValueError):
+        return set()
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    plain_names = {name for name in names if isinstance(name, str) and Path(name).name == name}
+    return {name for name in plain_names if name.endswith(".safetensors")}

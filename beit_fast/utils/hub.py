@@ -1,0 +1,136 @@
+"""Files of Hugging Face hub repositories, and the names of weights files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import CONFIG_NAME, find_json_file
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHT_NAMES = (WEIGHTS_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Names of the weights in a folder, in order of preference."""
+
+PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Arguments of `huggingface_hub`; None selects its default."""
+
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+def find_options(name_or_path: str | os.PathLike[str], file_name: str, what: str, hub: HubOptions) -> Path:
+    """Find a JSON file beside a checkpoint.
+
+    Args:
+        name_or_path: The file, its folder, or a hub repository such as `"org/name"`.
+        file_name: The name of the file in a folder or repository.
+        what: The contents of the file, for errors.
+        hub: Arguments of `huggingface_hub`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    name, path = os.fspath(name_or_path), Path(name_or_path)
+    if not path.exists() and "/" in name and is_repository_name(name):
+        return Repository(name, hub).fetch_first((file_name,))
+    return find_json_file(path, file_name, what)
+
+
+def is_repository_name(name: str) -> bool:
+    """Whether `name` can be a hub repository (`"name"` or `"org/name"`) rather than a path."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.endswith((".json", ".safetensors", *PICKLE_SUFFIXES))
+
+
+class Repository:
+    """One revision of a hub repository.
+
+    After the first lost connection only the cache is used.
+
+    Raises:
+        FileNotFoundError: If `name` is not a valid repository name.
+    """
+
+    def __init__(self, name: str, hub: HubOptions) -> None:
+        if not is_repository_name(name):
+            raise FileNotFoundError(
+                f"no checkpoint at {name!r}: it is not a file, a folder or the name of a hub repository (expected a "
+                f"folder with {CONFIG_NAME} and {WEIGHTS_NAME}, a weights file, or 'org/name')"
+            )
+        self.name = name
+        self.hub = hub
+        self.local_files_only = hub.local_files_only
+
+    def fetch(self, file: str) -> Path:
+        """Download a file, or find it in the cache.
+
+        Raises:
+            FileNotFoundError: If neither the hub nor the cache has the file.
+        """
+        return self.fetch_first((file,))
+
+    def fetch_optional(self, file: str) -> Path | None:
+        """`fetch`, but return None if the repository does not have the file."""
+        found, _ = self._fetch(file)
+        return found
+
+    def fetch_first(self, files: Sequence[str]) -> Path:
+        """`fetch` the first of `files` that the repository has; the error lists all of them."""
+        reason: Exception | None = None
+        for file in files:
+            found, error = self._fetch(file)
+            if found is not None:
+                return found
+            reason = reason or error
+        raise FileNotFoundError(self._explain(files, reason)) from reason
+
+    def _fetch(self, file: str) -> tuple[Path | None, Exception | None]:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            found = hf_hub_download(
+                self.name,
+                file,
+                revision=self.hub.revision,
+                cache_dir=self.hub.cache_dir,
+                token=self.hub.token,
+                local_files_only=self.local_files_only,
+            )
+        except LocalEntryNotFoundError as error:
+            self.local_files_only = True
+            return None, error
+        except EntryNotFoundError as error:
+            return None, error
+        except (HfHubHTTPError, OSError) as error:
+            raise FileNotFoundError(self._explain((file,), error)) from error
+        return Path(found), None
+
+    def _explain(self, files: Sequence[str], error: Exception | None) -> str:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        cache = os.fspath(self.hub.cache_dir or HF_HUB_CACHE)
+        if self.hub.local_files_only:
+            reason = "local_files_only=True"
+        else:
+            reason = str(error).strip().splitlines()[0] if error is not None and str(error).strip() else repr(error)
+        return (
+            f"no checkpoint {self.name!r}: there is no such file or folder, and the hub repository of that name does "
+            f"not have {' or '.join(files)} at revision {self.hub.revision or 'main'!r}, neither in the cache "
+            f"{cache!r} nor on the network ({reason}). Without a network, pass the path of a local folder with "
+            f"{CONFIG_NAME} and {WEIGHTS_NAME}"
+        )

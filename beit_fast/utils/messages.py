@@ -1,0 +1,48 @@
+"""Messages of errors: one error that lists every reason."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+_LIST_LIMIT = 20
+
+
+class FieldError(NamedTuple):
+    """Why a field is rejected; `wrong_type` if the type is wrong, not the value."""
+
+    text: str
+    wrong_type: bool = False
+
+
+def raise_errors(owner: str, errors: Sequence[FieldError]) -> None:
+    """Raise one error that lists all `errors`, or return if there are none.
+
+    Raises:
+        TypeError: If all errors are about types.
+        ValueError: If any error is about a value.
+    """
+    if not errors:
+        return
+    kind = TypeError if all(error.wrong_type for error in errors) else ValueError
+    count = "an error" if len(errors) == 1 else f"{len(errors)} errors"
+    raise kind(f"{owner} has {count}:\n" + "\n".join(f"- {error.text}" for error in errors))
+
+
+def describe(name: str, value: Any) -> str:
+    """`name=value` with a shortened value."""
+    return f"{name}={reprlib.repr(value)}"
+
+
+def join_some(items: Iterable[str], limit: int = _LIST_LIMIT) -> str:
+    """Join the first `limit` items by commas and count the others."""
+    shown = list(items)
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def join_choices(choices: Iterable[Any]) -> str:
+    """Join choices as in "'a', 'b' or 'c'"."""
+    *first, last = map(repr, choices)
+    return f"{', '.join(first)} or {last}" if first else last
