@@ -11,7 +11,7 @@ import torch
 
 from ..utils.files import CONFIG_NAME, atomic_write_text, json_text, plain, read_json_object
 from ..utils.hub import HubOptions, find_options
-from ..utils.messages import FieldError, describe, raise_errors
+from ..utils.messages import FieldError, describe, join_choices, raise_errors
 from .fields import RULES
 from .labels_and_stages import (
     LABEL_FIELDS,
@@ -178,16 +178,18 @@ class BeitConfig(LabelsAndStages):
         raise_errors(type(self).__name__, errors)
 
     def _model_type_errors(self, model_type: Any) -> list[FieldError]:
-        accepted = sorted({"beit", "data2vec-vision", self.model_type})
-        if model_type in accepted:
+        expected = sorted({"beit", "data2vec-vision", self.model_type})
+        if model_type in expected:
             return []
-        return [FieldError(f"{describe('model_type', model_type)}; accepted: {', '.join(accepted)}")]
+        return [
+            FieldError(f"{describe('model_type', model_type)} is not supported (expected {join_choices(expected)})")
+        ]
 
     def _keep_unknown(self, fields: Mapping[str, Any]) -> list[FieldError]:
         taken = {name for name in fields if name in _PRIVATE_STATE or callable(getattr(type(self), name, None))}
         self.__dict__.update({name: value for name, value in fields.items() if name not in taken})
         return [
-            FieldError(f"{describe(name, fields[name])}: the name is taken by a {type(self).__name__} itself")
+            FieldError(f"{describe(name, fields[name])}: the name is taken by {type(self).__name__}")
             for name in sorted(taken)
         ]
 
@@ -206,8 +208,8 @@ class BeitConfig(LabelsAndStages):
     def _errors(self, skip: Set[str] = frozenset()) -> list[FieldError]:
         checked = {name: rule.error(name, getattr(self, name)) for name, rule in RULES.items()}
         errors = [error for error in checked.values() if error is not None]
-        accepted = {name for name, error in checked.items() if error is None}
-        return errors + dependency_errors(self, accepted - skip)
+        valid = {name for name, error in checked.items() if error is None}
+        return errors + dependency_errors(self, valid - skip)
 
     torch_dtype = _alias_of("dtype")
     name_or_path = _alias_of("_name_or_path")

@@ -1,4 +1,4 @@
-"""What each field of a `BeitConfig` accepts, and the one error that lists what is refused."""
+"""Rules for each field of a `BeitConfig`: types, values and conversions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..utils.messages import FieldError, describe
+from ..utils.messages import FieldError, describe, join_choices
 from ..utils.names import ATTENTION_IMPLEMENTATIONS, PATCH_EMBED_IMPLEMENTATIONS
 
 ActivationName = Literal[
@@ -38,7 +38,7 @@ ActivationName = Literal[
     "swish",
     "tanh",
 ]
-"""Transformers' names of activations without parameters."""
+"""Names in Transformers of the activations without parameters."""
 
 ACTIVATION_NAMES: tuple[ActivationName, ...] = get_args(ActivationName)
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -54,19 +54,27 @@ def _unchanged(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """What one field accepts. `coerce` never raises: it hands back what it cannot convert."""
+    """Rule for one field.
 
-    accepted: str
+    Args:
+        expected: What the field accepts, for errors.
+        right_type: Whether a value has an accepted type.
+        right_value: Whether a value of an accepted type is valid.
+        coerce: Convert a value to its stored form. It returns a value that it cannot convert, and never raises.
+    """
+
+    expected: str
     right_type: Callable[[Any], bool]
     right_value: Callable[[Any], bool] = _anything
     coerce: Callable[[Any], Any] = _unchanged
 
     def error(self, name: str, value: Any) -> FieldError | None:
+        """The error for a field `name` with this value, or None if it is valid."""
         if not self.right_type(value):
-            text = f"{describe(name, value)} is of type {type(value).__name__}; accepted: {self.accepted}"
+            text = f"{describe(name, value)} is of type {type(value).__name__} (expected {self.expected})"
             return FieldError(text, wrong_type=True)
         if not self.right_value(value):
-            return FieldError(f"{describe(name, value)}; accepted: {self.accepted}")
+            return FieldError(f"{describe(name, value)} is not supported (expected {self.expected})")
         return None
 
 
@@ -101,7 +109,7 @@ def _to_dtype(value: Any) -> Any:
 
 
 def _to_floats(value: Any) -> Any:
-    """Numbers from a list, a tuple, or what numpy and torch give, as floats."""
+    """Convert a list, tuple, array or tensor to a tuple of floats."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return tuple(map(_to_float, value)) if isinstance(value, (list, tuple)) else value
 
@@ -160,13 +168,13 @@ RULES: dict[str, Rule] = {
     "initializer_range": _AMOUNT,
     "layer_norm_eps": _AMOUNT,
     "image_size": Rule(
-        "a positive int or a (height, width) pair of them",
+        "a positive int or a (height, width) pair of positive ints",
         lambda value: is_integer(value) or _are_integers(value),
         lambda value: value > 0 if is_integer(value) else len(value) == 2 and min(value) > 0,
         _to_integers,
     ),
     "patch_size": Rule(
-        "a positive int, or a pair of equal ones (patches are square)",
+        "a positive int or a pair of equal positive ints",
         lambda value: is_integer(value) or _are_integers(value),
         lambda value: is_integer(value) and value > 0,
         _to_patch_size,
@@ -212,7 +220,7 @@ RULES: dict[str, Rule] = {
         _to_floats,
     ),
     "problem_type": Rule(
-        f"None or one of {', '.join(PROBLEM_TYPES)}",
+        join_choices((*PROBLEM_TYPES, None)),
         _is_optional(str),
         lambda value: value is None or value in PROBLEM_TYPES,
     ),
@@ -231,14 +239,14 @@ RULES: dict[str, Rule] = {
     "chunk_size_feed_forward": COUNT,
     "is_encoder_decoder": _FLAG,
     "attn_implementation": Rule(
-        f"None or one of {', '.join(ATTENTION_IMPLEMENTATIONS)}",
+        join_choices((*ATTENTION_IMPLEMENTATIONS, None)),
         _is_optional(str),
         lambda value: value is None or value in ATTENTION_IMPLEMENTATIONS,
     ),
     "patch_embed_implementation": Rule(
-        f"None or one of {', '.join(PATCH_EMBED_IMPLEMENTATIONS)}",
+        join_choices((*PATCH_EMBED_IMPLEMENTATIONS, None)),
         _is_optional(str),
         lambda value: value is None or value in PATCH_EMBED_IMPLEMENTATIONS,
     ),
 }
-"""Every plain field of `BeitConfig` and what it accepts."""
+"""Rules of all fields of `BeitConfig` except labels and stages."""

@@ -1,4 +1,4 @@
-"""The fields of a `BeitConfig` that depend on one another: aliases, labels, stages, sizes, overrides."""
+"""Fields of a `BeitConfig` that depend on one another: aliases, labels, stages, sizes, overrides."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 STAGE_FIELDS = ("out_features", "out_indices")
 
 
-def dependency_errors(config: Any, accepted: Set[str]) -> list[FieldError]:
-    """FieldErrors between the fields of a `BeitConfig`, as far as the fields involved are in `accepted`."""
+def dependency_errors(config: Any, valid: Set[str]) -> list[FieldError]:
+    """Errors between fields of a `BeitConfig`; only fields in `valid` are compared."""
     errors = []
-    if accepted >= {"hidden_size", "num_attention_heads", "head_dim"}:
+    if valid >= {"hidden_size", "num_attention_heads", "head_dim"}:
         errors += _head_errors(config)
-    if accepted >= {"image_size", "patch_size"}:
+    if valid >= {"image_size", "patch_size"}:
         errors += _window_errors(config)
-    if accepted >= {"num_hidden_layers", "add_fpn"}:
+    if valid >= {"num_hidden_layers", "add_fpn"}:
         errors += _stage_errors(config)
-    if accepted >= {"num_channels", "pixel_mean", "pixel_std"}:
+    if valid >= {"num_channels", "pixel_mean", "pixel_std"}:
         errors += _pixel_errors(config)
     return errors + _label_errors(config)
 
@@ -36,22 +36,22 @@ def dependency_errors(config: Any, accepted: Set[str]) -> list[FieldError]:
 def _head_errors(config: Any) -> list[FieldError]:
     if config.head_dim is not None or config.hidden_size % config.num_attention_heads == 0:
         return []
-    accepted = f"a multiple of num_attention_heads={config.num_attention_heads}, or any if head_dim is set"
-    return [FieldError(f"hidden_size={config.hidden_size}; accepted: {accepted}")]
+    expected = f"a multiple of num_attention_heads={config.num_attention_heads}, or set head_dim"
+    return [FieldError(f"hidden_size={config.hidden_size} is not supported (expected {expected})")]
 
 
 def _window_errors(config: Any) -> list[FieldError]:
     if min(config.image_height_width) >= config.patch_size:
         return []
-    accepted = f"sides of at least patch_size={config.patch_size}"
-    return [FieldError(f"image_size={config.image_size}; accepted: {accepted}")]
+    expected = f"sides of at least patch_size={config.patch_size}"
+    return [FieldError(f"image_size={config.image_size} is too small (expected {expected})")]
 
 
 def _stage_errors(config: Any) -> list[FieldError]:
     _, errors = resolve_stages(config.stage_names, None, config._out_indices)
     if not errors and config.add_fpn and len(config.out_indices) != 4:
-        accepted = "four stages, such as [3, 5, 7, 11]"
-        errors = [FieldError(f"add_fpn=True with out_indices={config.out_indices}; accepted: {accepted}")]
+        expected = "four stages, such as [3, 5, 7, 11]"
+        errors = [FieldError(f"add_fpn=True does not support out_indices={config.out_indices} (expected {expected})")]
     return errors
 
 
@@ -62,19 +62,21 @@ def _pixel_errors(config: Any) -> list[FieldError]:
     if mean is not None and std is not None and len(mean) == len(std) == config.num_channels:
         return []
     given = f"{describe('pixel_mean', mean)} with {describe('pixel_std', std)}"
-    return [FieldError(f"{given}; accepted: num_channels={config.num_channels} numbers each, or None for both")]
+    expected = f"num_channels={config.num_channels} numbers each, or None for both"
+    return [FieldError(f"{given} is not supported (expected {expected})")]
 
 
 def _label_errors(config: Any) -> list[FieldError]:
     _, _, errors = resolve_labels(id2label=config.id2label, label2id=config.label2id)
     if config.problem_type == "single_label_classification" and config.num_labels == 1:
-        accepted = "two labels or more, or problem_type='regression'"
-        errors.append(FieldError(f"num_labels=1 with problem_type={config.problem_type!r}; accepted: {accepted}"))
+        expected = "two labels or more, or problem_type='regression'"
+        text = f"num_labels=1 with problem_type={config.problem_type!r} is not supported (expected {expected})"
+        errors.append(FieldError(text))
     return errors
 
 
 def resolve_aliases(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldError]]:
-    """Rename older spellings (`ALIASES`); both spellings may be given if they agree."""
+    """Rename older spellings (`ALIASES`). Both spellings may be passed if they agree."""
     resolved, errors = dict(fields), []
     for alias, name in ALIASES.items():
         old = resolved.pop(alias, None)
@@ -84,7 +86,7 @@ def resolve_aliases(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fie
         if new is None:
             resolved[name] = old
         elif _comparable(name, old) != _comparable(name, new):
-            errors.append(FieldError(f"{describe(alias, old)} contradicts {describe(name, new)}; give one"))
+            errors.append(FieldError(f"{describe(alias, old)} contradicts {describe(name, new)}; pass one of them"))
     return resolved, errors
 
 
@@ -99,9 +101,12 @@ def default_labels(count: int) -> dict[int, str]:
 def resolve_labels(
     num_labels: Any = None, id2label: Any = None, label2id: Any = None
 ) -> tuple[dict[int, str], dict[str, int], list[FieldError]]:
-    """The two label maps from whichever of the three is given; contradictions are errors.
+    """Build both label maps from any of the three fields.
 
-    Names may repeat (ImageNet-1k has two classes "crane"): then `label2id` holds one index for such a name.
+    Names may repeat (ImageNet-1k has two classes "crane"). `label2id` then contains one index of that name.
+
+    Returns:
+        `id2label`, `label2id` and the errors, which include contradictions.
     """
     errors: list[FieldError] = []
     count = to_integer(num_labels)
@@ -117,15 +122,17 @@ def resolve_labels(
         indices = _indices(names)
     if count is not None and count != len(names):
         given = "id2label" if id2label is not None else "label2id"
-        errors.append(FieldError(f"num_labels={count} contradicts {given} of length {len(names)}; give one"))
+        errors.append(FieldError(f"num_labels={count} contradicts {given} of length {len(names)}; pass one of them"))
     if not labels_agree(names, indices):
-        refusal = "gives several labels one index" if id2label is None else f"contradicts {describe('id2label', names)}"
-        errors.append(FieldError(f"{describe('label2id', indices)} {refusal}"))
+        reason = (
+            "maps several labels to one index" if id2label is None else f"contradicts {describe('id2label', names)}"
+        )
+        errors.append(FieldError(f"{describe('label2id', indices)} {reason}"))
     return ({}, {}, errors) if errors else (names, indices, [])
 
 
 def labels_agree(id2label: dict[int, str], label2id: dict[str, int]) -> bool:
-    """Whether every name has an index, and every index given for a name carries that name."""
+    """Whether every name has an index, and every index in `label2id` has that name in `id2label`."""
     same_names = set(id2label.values()) == set(label2id)
     return same_names and all(id2label.get(index) == name for name, index in label2id.items())
 
@@ -139,18 +146,19 @@ def _indices(id2label: Mapping[int, str]) -> dict[str, int]:
 
 
 def _map_from_json(labels: Any, field: str, errors: list[FieldError]) -> dict[Any, Any] | None:
-    """The map with indices as int (JSON has them as strings), or a error."""
+    """Convert the indices of a label map to int (JSON has strings); append to `errors` if that is not possible."""
     if labels is None:
         return None
-    accepted = "a dict of int to string" if field == "id2label" else "a dict of string to int"
+    expected = "a dict of int to string" if field == "id2label" else "a dict of string to int"
     if not isinstance(labels, Mapping):
-        text = f"{describe(field, labels)} is of type {type(labels).__name__}; accepted: {accepted}"
+        text = f"{describe(field, labels)} is of type {type(labels).__name__} (expected {expected})"
         errors.append(FieldError(text, wrong_type=True))
         return None
     pairs = labels.items() if field == "id2label" else [(index, name) for name, index in labels.items()]
     indexed = [(_index_from_json(index), name) for index, name in pairs]
     if not all(is_integer(index) and isinstance(name, str) for index, name in indexed):
-        errors.append(FieldError(f"{describe(field, labels)}; accepted: {accepted}", wrong_type=True))
+        text = f"{describe(field, labels)} is not supported (expected {expected})"
+        errors.append(FieldError(text, wrong_type=True))
         return None
     return dict(indexed) if field == "id2label" else {name: index for index, name in indexed}
 
@@ -164,7 +172,7 @@ def _index_from_json(index: Any) -> Any:
 def resolve_stages(
     stage_names: Sequence[str], out_features: Any, out_indices: Any
 ) -> tuple[list[int] | None, list[FieldError]]:
-    """The indices of the selected stages, negative ones as given; None when nothing was selected."""
+    """Indices of the selected stages (negative ones unchanged), or None if none are selected; and the errors."""
     indices = to_list(out_indices)
     features = to_list(out_features)
     errors = []
@@ -182,37 +190,39 @@ def resolve_stages(
 
 
 def _feature_errors(stage_names: Sequence[str], features: Any) -> list[FieldError]:
-    accepted = f"accepted: None or some of {', '.join(stage_names)}, in this order, each once"
+    expected = f"(expected None or some of {', '.join(stage_names)}, in this order, each once)"
     if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
-        text = f"out_features={reprlib.repr(features)} is not a list of strings; {accepted}"
+        text = f"out_features={reprlib.repr(features)} is not a list of strings {expected}"
         return [FieldError(text, wrong_type=True)]
     if features and features == [name for name in stage_names if name in features]:
         return []
-    return [FieldError(f"out_features={features}; {accepted}")]
+    return [FieldError(f"out_features={features} is not supported {expected}")]
 
 
 def _index_errors(stage_names: Sequence[str], indices: Any) -> list[FieldError]:
     count = len(stage_names)
-    accepted = f"accepted: None or indices from {-count} to {count - 1}, in the stages' order, each once"
+    expected = f"(expected None or indices from {-count} to {count - 1}, in the order of the stages, each once)"
     if not isinstance(indices, list) or not all(is_integer(to_integer(index)) for index in indices):
-        text = f"out_indices={reprlib.repr(indices)} is not a list of ints; {accepted}"
+        text = f"out_indices={reprlib.repr(indices)} is not a list of ints {expected}"
         return [FieldError(text, wrong_type=True)]
     in_range = all(-count <= index < count for index in indices)
     positions = [index % count for index in indices]
     if indices and in_range and positions == sorted(set(positions)):
         return []
-    return [FieldError(f"out_indices={indices}; {accepted}")]
+    return [FieldError(f"out_indices={indices} is not supported {expected}")]
 
 
 def merge_overrides(
     values: Mapping[str, Any], overrides: Mapping[str, Any], default_depth: int
 ) -> tuple[dict[str, Any], list[FieldError]]:
-    """A saved configuration's fields with `overrides` on top, less what they make stale.
+    """Apply `overrides` to the fields of a saved configuration.
 
-    Saved files spell out what is derived: the stages' names, the last stage as the selected one, both label
-    maps. An override of one label or stage field therefore replaces its whole group, except that `num_labels`
-    keeps names that already have that length. As in Transformers `id2label` is what counts in a file: a
-    `label2id` or `num_labels` in it that disagrees is rebuilt.
+    Saved files also contain derived fields: the names of the stages, the default stage, both label maps. An
+    override of a label or stage field therefore replaces its whole group. `num_labels` keeps the saved names if
+    their number is the same. As in Transformers, `id2label` takes precedence over `label2id` and `num_labels`.
+
+    Returns:
+        The fields and the errors.
     """
     merged, errors = resolve_aliases(values)
     _remove_stale_values(merged, default_depth)

@@ -231,7 +231,7 @@ def test_a_missing_file_is_one_clear_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "is not JSON"), ("[1]", "is a JSON list"), ('{"model_type": "vit"}', "accepted: beit")],
+    [("{", "is not JSON"), ("[1]", "is a JSON list"), ('{"model_type": "vit"}', "expected 'beit'")],
 )
 def test_a_file_that_is_no_configuration_is_refused(text, reason, tmp_path):
     (tmp_path / "config.json").write_text(text)

@@ -71,9 +71,9 @@ def test_pixels_that_cannot_be_taken_are_refused(implementation):
 @pytest.mark.parametrize(
     ("mean", "std", "error", "reason"),
     [
-        (MEAN, None, ValueError, "accepted: num_channels=3 numbers each, or None for both"),
-        (None, STD, ValueError, "accepted: num_channels=3 numbers each, or None for both"),
-        (MEAN[:2], STD, ValueError, "accepted: num_channels=3 numbers each"),
+        (MEAN, None, ValueError, "expected num_channels=3 numbers each, or None for both"),
+        (None, STD, ValueError, "expected num_channels=3 numbers each, or None for both"),
+        (MEAN[:2], STD, ValueError, "expected num_channels=3 numbers each"),
         (MEAN, [0.5, 0.0, 0.5], ValueError, "pixel_std.*a positive, finite number for each channel"),
         (MEAN, [0.5, -0.5, 0.5], ValueError, "pixel_std.*a positive"),
         ([0.5, float("nan"), 0.5], STD, ValueError, "pixel_mean.*a finite number"),
