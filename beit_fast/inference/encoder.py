@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,15 @@ from ..position_bias import Window, resize_table, token_count
 from .folding import FoldedLayer, fold_layer
 from .linear import InferenceLinear, build_linear
 
+if TYPE_CHECKING:
+    from ..kernels.attention.arguments import BiasArguments
+
 
 class LayerBias(NamedTuple):
     """A layer's bias for one window: its table `[rows, H]`, None without one, and what Triton's kernels read."""
 
     table: Tensor | None
-    records: dict[str, Any] | None
+    packed: BiasArguments | None
 
 
 Biases = tuple[LayerBias, ...]
@@ -107,7 +110,7 @@ class FoldedBlock(nn.Module):
             from ..kernels.attention import launch
 
             out, _ = launch.attention_forward(
-                q, k, v, bias.table, call.key_mask, call.window, 1.0, 0.0, 0, bias=bias.records
+                q, k, v, bias.table, call.key_mask, call.window, 1.0, 0.0, 0, bias=bias.packed
             )
         else:
             out = attend(q, k, v, bias.table, call.window, call.key_mask, 1.0, implementation=call.implementation)

@@ -1,23 +1,41 @@
-"""Launches the attention kernels: on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1.
+"""Launch the attention kernels on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1.
 
-The caller has validated shapes, dtypes and devices.
+The caller validates shapes, dtypes and devices.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ..common.device import device_of, num_sms_of
+from ..common.launch import launch_kernel
 from . import backward_dbias, backward_dkv, backward_dq, backward_preprocess, configs, forward
 from .arguments import (
-    Inputs,
+    BackwardDbiasArguments,
+    BackwardDkvArguments,
+    BackwardDqArguments,
+    BackwardPreprocessArguments,
+    BiasArguments,
+    ChunkArguments,
+    CombineSplitsArguments,
+    DbiasClsColumnArguments,
+    DtableClsArguments,
+    DtablePatchesArguments,
+    ForwardArguments,
+    GradientArguments,
+    MatmulArguments,
+    ScoreArguments,
+    TileArguments,
+)
+from .inputs import (
+    AttentionInputs,
     addressable,
     bias_arguments,
-    drop_scale,
+    matmul_arguments,
     prepare,
     score_arguments,
     tile_config,
@@ -34,23 +52,23 @@ def attention_forward(
     scale: float,
     dropout_p: float,
     seed: int,
-    bias: dict[str, Any] | None = None,
+    bias: BiasArguments | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with the relative position bias of `table` read inside the kernel.
+    """Compute attention with the relative position bias of `table`.
 
     Args:
-        q, k, v: `[B, N, H, D]`, fp16, bf16 or fp32, any strides (a copy is made unless the last one is 1).
+        q, k, v: `[B, N, H, D]`, fp16, bf16 or fp32, any strides; copied if the kernels cannot address them.
         table: `[(2*Wh-1)*(2*Ww-1)+3, H]` in any float type, or None for no bias.
         key_mask: `[B, N]` bool, True = attend, or None.
-        window: `(Wh, Ww)` patches, `N = Wh*Ww + 1`; ignored without a table.
-        scale: multiplies `q @ k`.
-        dropout_p: probability of dropping an attention weight.
+        window: `(Wh, Ww)` patches, `N = Wh*Ww + 1`; not read if table is None.
+        scale: Factor of `q @ k`.
+        dropout_p: Probability of dropping an attention weight.
         seed: 64-bit seed of the dropout mask.
-        bias: what `forward_bias` gave for this table, window and scale, where the caller keeps it.
+        bias: Result of `forward_bias` for this table, window and scale, if the caller caches it.
 
     Returns:
-        out `[B, N, H, D]` contiguous in q's dtype, and lse `[B, H, N]` fp32, the natural log-sum-exp of the
-        scores. A query with no key to attend to gets 0 and -inf.
+        out `[B, N, H, D]` contiguous in q's dtype, and lse `[B, H, N]` fp32, the natural log-sum-exp of the scores. A
+        query whose keys are all masked gets 0 and -inf.
     """
     batch, tokens, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -59,21 +77,17 @@ def attention_forward(
         return out, lse
     with device_of(q):
         inputs = prepare(q, k, v, table, key_mask, window, scale, dropout_p, seed)
-        arguments = score_arguments(inputs) | (bias_arguments(inputs, flipped=False) if bias is None else bias)
-        config = tile_config("forward", arguments)
-        programs = batch * triton.cdiv(tokens, config.block_m) * heads
-        splits = configs.num_splits(programs, tokens - 1, config.block_n, num_sms_of(q))
-        if splits == 1:
-            _launch_forward(arguments, config, programs, dropout_p, out, lse)
-        else:
-            _launch_split_forward(arguments, config, programs, dropout_p, out, lse, splits)
+        _launch_forward(inputs, bias_arguments(inputs, flipped=False) if bias is None else bias, out, lse)
     return out, lse
 
 
-def forward_bias(table: Tensor | None, window: tuple[int, int], scale: float, heads_like: Tensor) -> dict[str, Any]:
-    """The bias as `attention_forward` reads it for q, k, v that are like `heads_like`, `[B, N, H, D]`.
+def forward_bias(table: Tensor | None, window: tuple[int, int], scale: float, heads_like: Tensor) -> BiasArguments:
+    """Pack the bias for `attention_forward`. It copies the table; rebuild it after the table changes.
 
-    It holds a copy of the table, so it is made anew when the table changes. `scale` is positive.
+    Args:
+        table, window: As for `attention_forward`.
+        scale: As for `attention_forward`, positive.
+        heads_like: A tensor with the shape, dtype and device of q, k and v.
     """
     with device_of(heads_like):
         inputs = prepare(heads_like, heads_like, heads_like, table, None, window, scale, 0.0, 0)
@@ -95,17 +109,17 @@ def attention_backward(
     seed: int,
     output_mask: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `attention_forward`, deterministic.
+    """Compute the gradients of `attention_forward`. Results are deterministic.
 
     Args:
         grad_out: `[B, N, H, D]` in q's dtype, any strides, 0 included.
-        out, lse: what `attention_forward` returned.
-        output_mask: which of the gradients of q, k, v and table are wanted.
-        The others: as they went into `attention_forward`.
+        out, lse: Results of `attention_forward`.
+        output_mask: Which of the gradients of q, k, v and table to compute.
+        The others: As for `attention_forward`.
 
     Returns:
-        dq, dk, dv `[B, N, H, D]` contiguous in the inputs' dtype, dtable as table; a zero-element tensor in
-        place of each gradient that is not wanted, and of dtable when there is no table.
+        dq, dk, dv `[B, N, H, D]` contiguous in the inputs' dtype, and dtable like table. Gradients that are not
+        needed, and dtable if table is None, are empty tensors.
     """
     want_q, want_k, want_v, want_table = output_mask
     want_table = want_table and table is not None
@@ -120,192 +134,229 @@ def attention_backward(
 
     with device_of(q):
         inputs = prepare(q, k, v, table, key_mask, window, scale, dropout_p, seed)
-        arguments = _backward_arguments(inputs, addressable(grad_out), addressable(out), lse.contiguous())
+        shared = _launch_preprocess(inputs, addressable(grad_out), addressable(out), lse.contiguous())
         if want_k or want_v:
-            arguments.update(bias_arguments(inputs, flipped=True))
-            _launch_backward_dkv(arguments, inputs.scale, dk if want_k else None, dv if want_v else None)
+            bias = bias_arguments(inputs, flipped=True)
+            _launch_dkv(inputs, shared, bias, dk if want_k else None, dv if want_v else None)
         if want_q or want_table:
-            arguments.update(bias_arguments(inputs, flipped=False))
-        if want_q:
-            _launch_backward_dq(arguments, inputs.scale * inputs.sign, dq)
-        if want_table:
-            _launch_backward_dbias(arguments, dtable)
+            bias = bias_arguments(inputs, flipped=False)
+            if want_q:
+                _launch_dq(inputs, shared, bias, dq)
+            if want_table:
+                _launch_dtable(inputs, shared, bias, dtable)
     return dq, dk, dv, dtable
 
 
-def _launch_forward(
-    arguments: dict[str, Any], config: configs.TileConfig, programs: int, dropout_p: float, out: Tensor, lse: Tensor
-) -> None:
-    forward.attention_forward_kernel[(programs,)](
-        **arguments,
-        **_tile(config),
-        drop_scale=drop_scale(dropout_p),
-        keys_per_split=arguments["patch_count"],
+class _Shared(NamedTuple):
+    """Arguments that all backward kernels with tiles share."""
+
+    scores: ScoreArguments
+    matmul: MatmulArguments
+    gradients: GradientArguments
+
+
+def _launch_forward(inputs: AttentionInputs, bias: BiasArguments, out: Tensor, lse: Tensor) -> None:
+    """Fill `out` and `lse`, by way of partial results if the keys are split."""
+    batch, tokens, heads, _ = out.shape
+    tile = tile_config("forward", inputs)
+    programs = batch * triton.cdiv(tokens, tile.block_m) * heads
+    num_splits = configs.num_splits(programs, tokens - 1, tile.block_n, num_sms_of(out))
+    part_out, part_lse = out, lse
+    if num_splits > 1:
+        part_out = torch.empty((num_splits, *out.shape), dtype=torch.float32, device=out.device)
+        part_lse = torch.empty((num_splits, *lse.shape), dtype=torch.float32, device=out.device)
+    arguments = ForwardArguments(
+        scores=score_arguments(inputs),
+        matmul=matmul_arguments(inputs),
+        bias=bias,
+        tile=_tile(tile),
+        out=part_out,
+        lse=part_lse,
+        keys_per_split=triton.cdiv(triton.cdiv(tokens - 1, num_splits), tile.block_n) * tile.block_n,
+        SPLIT=num_splits > 1,
+    )
+    launch_kernel(forward.attention_forward_kernel, programs * num_splits, arguments, **_options(tile))
+    if num_splits > 1:
+        _launch_combine_splits(part_out, part_lse, out, lse, num_splits)
+
+
+def _launch_combine_splits(partial_out: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, num_splits: int) -> None:
+    batch, tokens, heads, head_dim = out.shape
+    arguments = CombineSplitsArguments(
+        partial_out=partial_out,
+        partial_lse=partial_lse,
         out=out,
         lse=lse,
-        SPLIT=False,
-    )
-
-
-def _launch_split_forward(
-    arguments: dict[str, Any],
-    config: configs.TileConfig,
-    programs: int,
-    dropout_p: float,
-    out: Tensor,
-    lse: Tensor,
-    splits: int,
-) -> None:
-    """Each part of the keys on its own, then one result from all."""
-    batch, tokens, heads, head_dim = out.shape
-    partial_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-    partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=out.device)
-    forward.attention_forward_kernel[(programs * splits,)](
-        **arguments,
-        **_tile(config),
-        drop_scale=drop_scale(dropout_p),
-        keys_per_split=triton.cdiv(triton.cdiv(tokens - 1, splits), config.block_n) * config.block_n,
-        out=partial_out,
-        lse=partial_lse,
-        SPLIT=True,
-    )
-    forward.combine_splits_kernel[(batch * triton.cdiv(tokens, configs.COMBINE_BLOCK) * heads,)](
-        partial_out,
-        partial_lse,
-        out,
-        lse,
-        batch,
-        tokens,
-        heads,
-        splits,
+        batch_size=batch,
+        token_count=tokens,
+        head_count=heads,
+        num_splits=num_splits,
         HEAD_DIM=head_dim,
-        BLOCK_D=arguments["BLOCK_D"],
+        BLOCK_D=configs.padded_head_dim(head_dim),
         BLOCK_M=configs.COMBINE_BLOCK,
     )
+    programs = batch * triton.cdiv(tokens, configs.COMBINE_BLOCK) * heads
+    launch_kernel(forward.combine_splits_kernel, programs, arguments)
 
 
-def _backward_arguments(inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> dict[str, Any]:
-    """The score arguments, the gradient, and the row statistics that are computed here."""
+def _launch_preprocess(inputs: AttentionInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> _Shared:
+    """Compute delta and the padded lse of every row."""
     batch, tokens, heads, head_dim = out.shape
-    arguments = score_arguments(inputs)
     stride = configs.lse_stride(tokens - 1)
     lse_log2 = torch.empty((batch, heads, stride), dtype=torch.float32, device=out.device)
-    delta = torch.empty_like(lse_log2)
-    grid = (batch * triton.cdiv(stride, configs.PREPROCESS_BLOCK) * heads,)
-    backward_preprocess.backward_preprocess_kernel[grid](
-        grad_out,
-        out,
-        lse,
-        lse_log2,
-        delta,
-        grad_out.stride()[:3],
-        out.stride()[:3],
-        batch,
-        tokens - 1,
-        heads,
-        stride,
-        HEAD_DIM=head_dim,
-        BLOCK_D=arguments["BLOCK_D"],
-        BLOCK_M=configs.PREPROCESS_BLOCK,
-    )
-    arguments.update(
+    gradients = GradientArguments(
         grad_out=grad_out,
         grad_strides=grad_out.stride()[:3],
         lse_log2=lse_log2,
-        delta=delta,
+        delta=torch.empty_like(lse_log2),
         lse_stride=stride,
-        drop_scale=drop_scale(inputs.dropout_p),
     )
-    return arguments
+    arguments = BackwardPreprocessArguments(
+        gradients=gradients,
+        out=out,
+        lse=lse,
+        out_strides=out.stride()[:3],
+        batch_size=batch,
+        patch_count=tokens - 1,
+        head_count=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=inputs.block_d,
+        BLOCK_M=configs.PREPROCESS_BLOCK,
+    )
+    programs = batch * triton.cdiv(stride, configs.PREPROCESS_BLOCK) * heads
+    launch_kernel(backward_preprocess.backward_preprocess_kernel, programs, arguments)
+    return _Shared(score_arguments(inputs), matmul_arguments(inputs), gradients)
 
 
-def _launch_backward_dkv(arguments: dict[str, Any], scale: float, dk: Tensor | None, dv: Tensor | None) -> None:
-    config = tile_config("backward_dkv", arguments)
-    key_blocks = triton.cdiv(arguments["patch_count"] + 1, config.block_n)
-    grid = (arguments["batch_size"] * key_blocks * arguments["head_count"],)
-    backward_dkv.backward_dkv_kernel[grid](**arguments, **_tile(config), grad_key=dk, grad_value=dv, scale=scale)
+def _launch_dkv(
+    inputs: AttentionInputs, shared: _Shared, bias: BiasArguments, dk: Tensor | None, dv: Tensor | None
+) -> None:
+    batch, tokens, heads, _ = inputs.query.shape
+    tile = tile_config("backward_dkv", inputs)
+    arguments = BackwardDkvArguments(
+        scores=shared.scores,
+        matmul=shared.matmul,
+        bias=bias,
+        tile=_tile(tile),
+        gradients=shared.gradients,
+        grad_key=dk,
+        grad_value=dv,
+        scale=inputs.scale,
+    )
+    programs = batch * triton.cdiv(tokens, tile.block_n) * heads
+    launch_kernel(backward_dkv.backward_dkv_kernel, programs, arguments, **_options(tile))
 
 
-def _launch_backward_dq(arguments: dict[str, Any], scale: float, dq: Tensor) -> None:
-    config = tile_config("backward_dq", arguments)
-    query_blocks = triton.cdiv(arguments["patch_count"] + 1, config.block_m)
-    grid = (arguments["batch_size"] * query_blocks * arguments["head_count"],)
-    backward_dq.backward_dq_kernel[grid](**arguments, **_tile(config), grad_query=dq, scale=scale)
+def _launch_dq(inputs: AttentionInputs, shared: _Shared, bias: BiasArguments, dq: Tensor) -> None:
+    batch, tokens, heads, _ = inputs.query.shape
+    tile = tile_config("backward_dq", inputs)
+    arguments = BackwardDqArguments(
+        scores=shared.scores,
+        matmul=shared.matmul,
+        bias=bias,
+        tile=_tile(tile),
+        gradients=shared.gradients,
+        grad_query=dq,
+        # `prepare` moved the sign into q, and dq takes it back; dK multiplies the signed q itself.
+        scale=inputs.scale * inputs.sign,
+    )
+    programs = batch * triton.cdiv(tokens, tile.block_m) * heads
+    launch_kernel(backward_dq.backward_dq_kernel, programs, arguments, **_options(tile))
 
 
-def _launch_backward_dbias(arguments: dict[str, Any], dtable: Tensor) -> None:
-    """Score gradients summed over the batch, some heads or rows at a time, each then summed along diagonals."""
-    config = tile_config("backward_dbias", arguments)
-    batch, patches, heads = arguments["batch_size"], arguments["patch_count"], arguments["head_count"]
-    plan = configs.plan_backward_dbias(batch, patches, heads, config, num_sms_of(dtable))
+def _launch_dtable(inputs: AttentionInputs, shared: _Shared, bias: BiasArguments, dtable: Tensor) -> None:
+    """Sum the bias gradient over the batch, some heads or rows at a time, and reduce each part to the table."""
+    tile = tile_config("backward_dbias", inputs)
+    batch, patches, heads = shared.scores.batch_size, shared.scores.patch_count, shared.scores.head_count
+    plan = configs.plan_backward_dbias(batch, patches, heads, tile, num_sms_of(dtable))
     stride = configs.scratch_stride(patches)
     scratch = torch.empty((plan.num_splits, plan.heads, plan.rows, stride), dtype=torch.float32, device=dtable.device)
+    # Parts are added in fp32, whatever the dtype of the table is.
     total = dtable if dtable.dtype == torch.float32 else torch.empty_like(dtable, dtype=torch.float32)
-    cls_column = _launch_dbias_cls_column(arguments)
+    cls_column = _launch_cls_column(shared, bias)
     for head_start in range(0, heads, plan.heads):
         chunk_heads = min(plan.heads, heads - head_start)
         for row_start in range(0, patches + 1, plan.rows):
-            part = {
-                "chunk_heads": chunk_heads,
-                "head_start": head_start,
-                "row_start": row_start,
-                "row_end": min(row_start + plan.rows, patches + 1),
-                "scratch_stride": stride,
-                "scratch": scratch,
-            }
-            _launch_dbias(arguments, config, part, triton.cdiv(batch, plan.num_splits), plan.num_splits)
-            _launch_dtable_patches(arguments, part, plan.num_splits, total)
-        backward_dbias.dtable_cls_kernel[(chunk_heads,)](
-            **part,
-            cls_column=cls_column,
-            grad_table=total,
-            table_row=dtable.shape[0] - 3,
-            num_splits=plan.num_splits,
-            batch_size=batch,
-            patch_count=patches,
-            head_count=heads,
-            BLOCK=configs.CLS_BLOCK,
-        )
+            row_end = min(row_start + plan.rows, patches + 1)
+            chunk = ChunkArguments(scratch, stride, head_start, chunk_heads, row_start, row_end)
+            _launch_dbias(shared, bias, tile, chunk, plan.num_splits)
+            _launch_dtable_patches(bias, chunk, plan.num_splits, total)
+        # The last chunk of rows ends with the CLS query, which these rows of the table need.
+        _launch_dtable_cls(shared.scores, chunk, plan.num_splits, cls_column, total)
     if total is not dtable:
         dtable.copy_(total)
 
 
 def _launch_dbias(
-    arguments: dict[str, Any], config: configs.TileConfig, part: dict[str, Any], batches: int, splits: int
+    shared: _Shared, bias: BiasArguments, tile: configs.TileConfig, chunk: ChunkArguments, num_splits: int
 ) -> None:
-    """Fill the scratch with one part's score gradients."""
-    key_blocks = triton.cdiv(arguments["patch_count"], config.block_n)
-    query_blocks = triton.cdiv(part["row_end"] - part["row_start"], config.block_m)
-    backward_dbias.backward_dbias_kernel[(key_blocks * query_blocks * part["chunk_heads"] * splits,)](
-        **arguments, **part, **_tile(config), batches_per_split=batches
+    """Fill the scratch with the score gradients of one chunk."""
+    arguments = BackwardDbiasArguments(
+        scores=shared.scores,
+        matmul=shared.matmul,
+        bias=bias,
+        tile=_tile(tile),
+        gradients=shared.gradients,
+        chunk=chunk,
+        batches_per_split=triton.cdiv(shared.scores.batch_size, num_splits),
     )
+    key_blocks = triton.cdiv(shared.scores.patch_count, tile.block_n)
+    query_blocks = triton.cdiv(chunk.row_end - chunk.row_start, tile.block_m)
+    programs = key_blocks * query_blocks * chunk.chunk_heads * num_splits
+    launch_kernel(backward_dbias.backward_dbias_kernel, programs, arguments, **_options(tile))
 
 
-def _launch_dtable_patches(arguments: dict[str, Any], part: dict[str, Any], splits: int, total: Tensor) -> None:
-    """Sum one part's scratch along diagonals into the patch rows of the table."""
-    height, width = arguments["window_height"], arguments["window_width"]
-    programs = triton.cdiv(2 * width - 1, configs.DIAGONAL_BLOCK_DIFFERENCES) * (2 * height - 1) * part["chunk_heads"]
-    backward_dbias.dtable_patches_kernel[(programs,)](
-        **part,
+def _launch_dtable_patches(bias: BiasArguments, chunk: ChunkArguments, num_splits: int, total: Tensor) -> None:
+    """Sum the scratch along its diagonals into the patch rows of the table."""
+    height, width = bias.window_height, bias.window_width
+    arguments = DtablePatchesArguments(
+        chunk=chunk,
         grad_table=total,
-        accumulate=int(part["row_start"] > 0),
-        num_splits=splits,
-        head_count=arguments["head_count"],
+        accumulate=int(chunk.row_start > 0),
+        num_splits=num_splits,
+        head_count=total.shape[1],
         window_height=height,
         window_width=width,
         BLOCK_P=configs.DIAGONAL_BLOCK_PATCHES,
         BLOCK_V=configs.DIAGONAL_BLOCK_DIFFERENCES,
     )
+    blocks = triton.cdiv(2 * width - 1, configs.DIAGONAL_BLOCK_DIFFERENCES)
+    programs = blocks * (2 * height - 1) * chunk.chunk_heads
+    launch_kernel(backward_dbias.dtable_patches_kernel, programs, arguments)
 
 
-def _launch_dbias_cls_column(arguments: dict[str, Any]) -> Tensor:
-    """`[B, H, N]` fp32: the gradient of every query's score with the CLS key, CLS as query last."""
-    batch, tokens, heads = arguments["batch_size"], arguments["patch_count"] + 1, arguments["head_count"]
-    column = torch.empty((batch, heads, tokens), dtype=torch.float32, device=arguments["query"].device)
-    kernel = backward_dbias.dbias_cls_column_kernel
-    taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
-    grid = (batch * triton.cdiv(tokens, configs.PREPROCESS_BLOCK) * heads,)
-    kernel[grid](**taken, cls_column=column, BLOCK_M=configs.PREPROCESS_BLOCK)
+def _launch_dtable_cls(
+    scores: ScoreArguments, chunk: ChunkArguments, num_splits: int, cls_column: Tensor, total: Tensor
+) -> None:
+    """Fill the last three rows of the table."""
+    arguments = DtableClsArguments(
+        chunk=chunk,
+        cls_column=cls_column,
+        grad_table=total,
+        table_row=total.shape[0] - 3,
+        num_splits=num_splits,
+        batch_size=scores.batch_size,
+        patch_count=scores.patch_count,
+        head_count=scores.head_count,
+        BLOCK=configs.CLS_BLOCK,
+    )
+    launch_kernel(backward_dbias.dtable_cls_kernel, chunk.chunk_heads, arguments)
+
+
+def _launch_cls_column(shared: _Shared, bias: BiasArguments) -> Tensor:
+    """Return `[B, H, N]` fp32, the gradient of each query's score with the CLS key, the CLS query last."""
+    scores = shared.scores
+    batch, tokens, heads = scores.batch_size, scores.patch_count + 1, scores.head_count
+    column = torch.empty((batch, heads, tokens), dtype=torch.float32, device=scores.query.device)
+    arguments = DbiasClsColumnArguments(
+        scores=scores,
+        packed=bias.packed,
+        gradients=shared.gradients,
+        cls_column=column,
+        BLOCK_M=configs.PREPROCESS_BLOCK,
+    )
+    programs = batch * triton.cdiv(tokens, configs.PREPROCESS_BLOCK) * heads
+    launch_kernel(backward_dbias.dbias_cls_column_kernel, programs, arguments)
     return column
 
 
@@ -313,10 +364,9 @@ def _gradient_like(tensor: Tensor, wanted: bool) -> Tensor:
     return torch.empty(tensor.shape if wanted else 0, dtype=tensor.dtype, device=tensor.device)
 
 
-def _tile(config: configs.TileConfig) -> dict[str, int]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+def _tile(tile: configs.TileConfig) -> TileArguments:
+    return TileArguments(tile.block_m, tile.block_n)
+
+
+def _options(tile: configs.TileConfig) -> dict[str, int]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}

@@ -1,11 +1,12 @@
-"""Launches the kernel: on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1.
+"""Launch the kernel on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1.
 
-The caller has validated shapes, dtypes and devices.
+The caller validates shapes, dtypes and devices.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,17 +14,39 @@ from torch import Tensor
 
 from ..common.device import architecture_of, device_of, dot_precision
 from ..common.gpu import arithmetic
+from ..common.launch import launch_kernel
 from . import configs
 from .kernel import linear_gelu_kernel
 
 
+class LinearGeluArguments(NamedTuple):
+    """Parameters of `linear_gelu_kernel`, which documents them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out: Tensor
+    row_stride: int
+    weight_stride: int
+    bias_stride: int
+    row_count: int
+    output_count: int
+    input_count: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP: int
+    WHOLE_STEPS: bool
+    PRECISION: str
+    UPCAST: bool
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`gelu(x @ weight.T + bias)` with the exact GELU, summed and finished in fp32 and rounded once.
+    """Compute `gelu(x @ weight.T + bias)` with the exact GELU, in fp32, and round once.
 
     Args:
-        x: `[..., inputs]`, fp16, bf16 or fp32, any strides; copied where it is not `addressable`.
-        weight: `[outputs, inputs]` in x's dtype, likewise; fewer than 2**24 outputs, since offsets within a tile of
-            the result are int32.
+        x: `[..., inputs]`, fp16, bf16 or fp32, any strides; copied if it is not `addressable`.
+        weight: `[outputs, inputs]` in x's dtype, copied like x; fewer than 2**24 outputs.
         bias: `[outputs]` in x's dtype, or None.
 
     Returns:
@@ -40,17 +63,17 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         precision = dot_precision(x)
         tile = configs.select(architecture_of(x), arithmetic(x.element_size(), precision), row_count, output_count)
         blocks = triton.cdiv(row_count, tile.block_m) * triton.cdiv(output_count, tile.block_n)
-        linear_gelu_kernel[(blocks,)](
-            rows,
-            weight,
-            bias,
-            out,
-            rows.stride(0),
-            weight.stride(0),
-            0 if bias is None else bias.stride(0),
-            row_count,
-            output_count,
-            input_count,
+        arguments = LinearGeluArguments(
+            x=rows,
+            weight=weight,
+            bias=bias,
+            out=out,
+            row_stride=rows.stride(0),
+            weight_stride=weight.stride(0),
+            bias_stride=0 if bias is None else bias.stride(0),
+            row_count=row_count,
+            output_count=output_count,
+            input_count=input_count,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
@@ -58,19 +81,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             WHOLE_STEPS=input_count % tile.block_k == 0,
             PRECISION=precision,
             UPCAST=not x.is_cuda and x.dtype != torch.float32,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
         )
+        launch_kernel(linear_gelu_kernel, blocks, arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
     return out
 
 
 def addressable(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy with zeros behind its rows where the kernel could not load 16 bytes at a time.
-
-    Rows have to be a multiple of 16 numbers long and apart, of unit stride, and begin at a multiple of 16 bytes.
-    """
+    """Return rows that the kernel can load 16 bytes at a time: the matrix, or a copy padded with zeros."""
     row_count, columns = matrix.shape
     row_stride, stride = matrix.stride()
+    # Multiples of 16 elements are what Triton specializes on; 16-byte loads need no less of fp32.
     if stride == 1 and row_stride % 16 == columns % 16 == matrix.data_ptr() % 16 == 0:
         return matrix
     padded = matrix.new_zeros(row_count, -(-columns // 16) * 16)

@@ -15,7 +15,7 @@ from ..support.devices import kernel_device, kernels_are_native
 collect_ignore_glob = ["test_*.py"] if kernel_device() is None else []
 if kernels_are_native():
     # Inside Triton's kernels, or what the native library has no kernels for.
-    collect_ignore_glob += ["test_bias.py", "test_launcher.py", "test_routes.py"]
+    collect_ignore_glob += ["test_arguments.py", "test_bias.py", "test_launcher.py", "test_routes.py"]
     collect_ignore_glob += ["test_linear_gelu.py", "test_residual_norm.py", "test_training_blocks.py"]
 
 # Deterministic mode complains about cuBLAS without it.

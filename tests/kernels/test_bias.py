@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from beit_fast.kernels.attention import arguments, configs
+from beit_fast.kernels.attention import configs, inputs
 from beit_fast.kernels.attention.bias import bias_rows, load_bias_tile, load_cls_bias
 from beit_fast.kernels.attention.primitives import row_indices, row_tokens
 
@@ -52,19 +52,19 @@ def test_the_packed_bias_is_the_gather(window: tuple[int, int], flipped: bool, m
     """Rows are queries and columns keys, or the other way round; values are divided by the scale."""
     tokens = window[0] * window[1] + 1
     case = make_case(window, heads=1, batch=1, head_dim=16)
-    inputs = arguments.prepare(case.query, case.key, case.value, case.table, None, window, 0.5, 0.0, 0)
+    call = inputs.prepare(case.query, case.key, case.value, case.table, None, window, 0.5, 0.0, 0)
     expected = dense_bias(case.table, window)[0] * 2
     for layout in layouts_of(window):
         monkeypatch.setattr(configs, "bias_layout", lambda *_, layout=layout: configs.BiasLayout(layout, 0))
-        taken = arguments.bias_arguments(inputs, flipped=flipped)
-        assert taken["packed_size"] % 4 == 0, "vector loads need 16-byte alignment"
+        taken = inputs.bias_arguments(call, flipped=flipped)
+        assert taken.packed.packed_size % 4 == 0, "vector loads need 16-byte alignment"
         result = torch.full((tokens, tokens), math.nan, device=device())
         bias_matrix_kernel[(1,)](
-            taken["packed_bias"],
-            taken["column_offsets"],
+            taken.packed.packed_bias,
+            taken.column_offsets,
             result,
             tokens - 1,
-            taken["packed_size"],
+            taken.packed.packed_size,
             *window,
             BLOCK=max(16, triton.next_power_of_2(tokens)),
             BIAS_LAYOUT=layout,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from beit_fast.kernels.attention import arguments, configs, launch
+from beit_fast.kernels.attention import configs, inputs, launch
 from beit_fast.kernels.attention.primitives import head_base, patch_base
 from beit_fast.kernels.common import device as device_facts
 from beit_fast.kernels.common import gpu
@@ -24,7 +24,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launched: list[tuple[str, tuple[int, ...]]] = []
         modules = (launch.forward, launch.backward_preprocess, launch.backward_dkv, launch.backward_dq)
-        for module in (*modules, launch.backward_dbias, arguments.pack_bias):
+        for module in (*modules, launch.backward_dbias, inputs.pack_bias):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, _Launch(name.removesuffix("_kernel"), self.launched))
 
@@ -99,7 +99,7 @@ def test_fp32_products_follow_torch(setting: str, dtype: torch.dtype, precision:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
 def test_seed_words_are_signed_32_bit_integers(seed: int) -> None:
-    word = arguments.signed_word(seed)
+    word = inputs.signed_word(seed)
     assert -(2**31) <= word < 2**31
     assert word % 2**32 == seed
 
@@ -120,9 +120,9 @@ def test_there_is_a_tile_for_every_kernel_and_head_dimension(capability: tuple[i
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.skipif(device().type == "cuda", reason="every other test runs this GPU's tiles; others may not fit it")
 def test_the_tiles_that_gpus_use(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tiles_of_gpu(kernel: str, taken: dict) -> configs.TileConfig:
-        multiplies = gpu.arithmetic(taken["query"].element_size(), taken["PRECISION"])
-        return configs.select(kernel, architecture, taken["BLOCK_D"], multiplies, taken["DROPOUT"])
+    def tiles_of_gpu(kernel: str, call: inputs.AttentionInputs) -> configs.TileConfig:
+        arithmetic = gpu.arithmetic(call.query.element_size(), "ieee")
+        return configs.select(kernel, architecture, call.block_d, arithmetic, call.dropout_p > 0)
 
     monkeypatch.setattr(launch, "tile_config", tiles_of_gpu)
     check_parity(make_case((10, 15), dtype, batch=2, heads=1, head_dim=64))

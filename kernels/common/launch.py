@@ -1,0 +1,35 @@
+"""Launch a kernel with its arguments in NamedTuples."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Arguments(Protocol):
+    """A NamedTuple: each field is a kernel parameter, or a NamedTuple of parameters that several kernels share."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+def by_name(arguments: Arguments) -> dict[str, Any]:
+    """Map the name of each kernel parameter to its value, nested NamedTuples included."""
+    named: dict[str, Any] = {}
+    for name, value in arguments._asdict().items():
+        if hasattr(value, "_asdict"):
+            named |= by_name(value)
+        else:
+            named[name] = value
+    return named
+
+
+def launch_kernel(kernel: Any, programs: int, arguments: Arguments, **options: int) -> None:
+    """Launch `kernel` on a one-dimensional grid.
+
+    Args:
+        kernel: A function decorated with `triton.jit`.
+        programs: Size of the grid.
+        arguments: Every parameter of the kernel, compile-time constants included.
+        options: `num_warps` and `num_stages`; Triton has defaults.
+    """
+    # One dimension, because CUDA limits the other two to 65535 programs.
+    kernel[(programs,)](**by_name(arguments), **options)
