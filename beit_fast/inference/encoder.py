@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,18 @@ from torch import Tensor, nn
 from ..layers.attention_backends import attend, dense_bias, eager_attention
 from ..layers.block import BeitEncoder, BeitLayer
 from ..ops.dispatch import attention, availability
+from ..ops.packed_bias import pack_bias, packed_bias_attention
 from ..ops.residual_norm import residual_norm
 from ..position_bias import Window, resize_table, token_count
 from .folding import FoldedLayer, fold_layer
 from .linear import InferenceLinear, build_linear
 
-if TYPE_CHECKING:
-    from ..kernels.attention.arguments import BiasArguments
-
 
 class LayerBias(NamedTuple):
-    """A layer's bias for one window: its table `[rows, H]`, None without one, and what Triton's kernels read."""
+    """The bias of a layer for one window: its table `[rows, H]` and the packed bias of the Triton kernels."""
 
     table: Tensor | None
-    packed: BiasArguments | None
+    packed: Any
 
 
 Biases = tuple[LayerBias, ...]
@@ -107,11 +105,7 @@ class FoldedBlock(nn.Module):
             dense = None if bias.table is None else dense_bias(bias.table, call.window)
             out, weights = eager_attention(q, k, v, dense, call.key_mask, scale=1.0)
         elif self.kernel in availability.TRITON_KERNELS:
-            from ..kernels.attention import launch
-
-            out, _ = launch.attention_forward(
-                q, k, v, bias.table, call.key_mask, call.window, 1.0, 0.0, 0, bias=bias.packed
-            )
+            out = packed_bias_attention(q, k, v, bias.table, call.key_mask, call.window, 1.0, bias.packed)
         else:
             out = attend(q, k, v, bias.table, call.window, call.key_mask, 1.0, implementation=call.implementation)
         return out.flatten(2), weights
@@ -230,10 +224,8 @@ class FoldedEncoder(nn.Module):
         kernel = attention.kernel_name(self.attn_implementation, self.device, self.dtype, self.head_dim)
         if kernel not in availability.TRITON_KERNELS:
             return LayerBias(table, None)
-        from ..kernels.attention import launch
-
         like = torch.empty(1, token_count(window), self.num_heads, self.head_dim, dtype=self.dtype, device=self.device)
-        return LayerBias(table, launch.forward_bias(table, window, 1.0, like))
+        return LayerBias(table, pack_bias(table, window, 1.0, like))
 
 
 def _with_shared_table(encoder: BeitEncoder, tables: list[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,138 @@
+"""The import rule: import-linter holds it for the package, a check of the syntax tree for kernels/."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ..support.checkout import ROOT
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs from a checkout")
+
+FORBIDDEN = {
+    "ops to models": ("beit_fast/ops/validation.py", "from ..models import outputs"),
+    "package to testing": ("beit_fast/models/beit.py", "from ..testing import timing"),
+    "a circle of folders": ("beit_fast/utils/files.py", "from .. import native\nfrom ..cli import commands"),
+    "a circle of files": ("beit_fast/layers/drop_path.py", "from . import block"),
+    "inside a function": ("beit_fast/ops/validation.py", "def late():\n    from ..layers import block"),
+    "models to integrations": ("beit_fast/models/outputs.py", "from ..integrations import report"),
+}
+"""Imports that the rule forbids: the file that gets one, and the lines."""
+
+FORBIDDEN_TO_KERNELS = {
+    "kernel to kernel": ("kernels/linear_gelu/launch.py", "from ..attention import configs"),
+    "kernel to the package": ("kernels/common/gpu.py", "import beit_fast"),
+    "package to kernels": ("beit_fast/layers/block.py", "def late():\n    from ..kernels.attention import launch"),
+    "ops to kernels outside a call": ("beit_fast/ops/attention.py", "from ..kernels.attention import launch"),
+    "package to aot": ("beit_fast/ops/attention.py", "def late():\n    from ..kernels.aot import compile"),
+}
+
+
+def kernel_import_errors(root: Path) -> list[str]:
+    """Imports of and from kernels/ that the rule forbids, one line each."""
+    errors = []
+    for file in sorted((root / "kernels").rglob("*.py")):
+        folder = file.parent.name
+        allowed = {"common", folder} if folder != "aot" else {path.name for path in (root / "kernels").iterdir()}
+        for name, _ in imported_modules(file, root):
+            if name.startswith("kernels.") and name.split(".")[1] not in allowed:
+                errors.append(f"{file.relative_to(root)} imports {name}")
+            if name.split(".")[0] == "beit_fast":
+                errors.append(f"{file.relative_to(root)} imports {name}")
+    package = root / "beit_fast"
+    for file in sorted(path for path in package.rglob("*.py") if "kernels" not in path.relative_to(package).parts):
+        for name, inside_call in imported_modules(file, root):
+            if not name.startswith("beit_fast.kernels"):
+                continue
+            if (
+                file.relative_to(package).parts[0] != "ops"
+                or not inside_call
+                or name.startswith("beit_fast.kernels.aot")
+            ):
+                errors.append(f"{file.relative_to(root)} imports {name}")
+    return errors
+
+
+def imported_modules(file: Path, root: Path) -> list[tuple[str, bool]]:
+    """Absolute names that a file imports, and whether the import stands inside a function."""
+    tree = ast.parse(file.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inner = {id(node) for function in functions for node in ast.walk(function)}
+    folder = file.relative_to(root).parent.parts
+    found: list[tuple[str, bool]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in inner) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else ()
+            parent = ".".join((*base, *filter(None, [node.module])))
+            found += [(f"{parent}.{alias.name}", id(node) in inner) for alias in node.names]
+    return found
+
+
+def copy_tree(folder: Path) -> Path:
+    """Copy what the linter reads: the package, the kernels and the rule."""
+    for name in ("beit_fast", "kernels"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "kernels")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored if name == "beit_fast" else None)
+    (folder / "beit_fast" / "kernels").symlink_to("../kernels")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def add_lines(file: Path, lines: str) -> None:
+    """Add imports at the end of a file."""
+    file.write_text(f"{file.read_text()}\n{lines}\n")
+
+
+@pytest.mark.parametrize("kind", FORBIDDEN)
+def test_linter_forbidden_import_fails(kind, tmp_path):
+    file, lines = FORBIDDEN[kind]
+    add_lines(copy_tree(tmp_path) / file, lines)
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "BROKEN" in done.stdout
+
+
+def test_linter_copied_tree_passes(tmp_path):
+    done = lint_imports(copy_tree(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", FORBIDDEN_TO_KERNELS)
+def test_kernel_imports_forbidden_import_is_found(kind, tmp_path):
+    file, lines = FORBIDDEN_TO_KERNELS[kind]
+    add_lines(copy_tree(tmp_path) / file, lines)
+    assert kernel_import_errors(tmp_path)
+
+
+def test_kernel_imports_follow_the_rule():
+    assert kernel_import_errors(ROOT) == []
+
+
+def test_folder_kernels_is_not_a_package():
+    """A regular package would shadow the distribution `kernels`, which Transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_mypy_relaxes_only_files_of_kernels():
+    """Launches and their arguments are checked, so that a misspelt field is an error without a GPU."""
+    overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    (relaxed,) = [entry["module"] for entry in overrides if entry.get("check_untyped_defs") is False]
+    compiled = {
+        f"beit_fast.kernels.{file.parent.name}.{file.stem}"
+        for file in (ROOT / "kernels").glob("*/*.py")
+        if "@triton.jit" in file.read_text()
+    }
+    assert set(relaxed) == compiled
