@@ -25,7 +25,7 @@ OUT ?= demo.png
 BENCH_OPTIONS ?=
 
 .PHONY: demo test test-compiled test-beyond test-interpreted test-composite test-full test-slow-compiled test-slow-beyond test-slow-interpreted
-.PHONY: sanitize bench lint format clean
+.PHONY: sanitize bench lint docs format clean
 .PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench gpu-bench-models
 
 # The main job: BEiT on a photograph under three attention backends.
@@ -146,6 +146,11 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy -p beit_fast
 	$(BIN)/lint-imports --no-cache
 
+# The site in build/site, from docs/ and the docstrings; a warning is an error.
+docs: .venvs/docs/.done
+	NO_MKDOCS_2_WARNING=1 $(<D)/bin/mkdocs build --quiet --strict
+	@echo build/site/index.html
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -182,4 +187,11 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.ba
 .venvs/transformers-%/.done:
 	rm -rf $(@D)
 	$(PIP) install --target $(@D) "transformers==$*"
+	touch $@
+
+# mkdocs reads the docstrings without importing the package, so torch is not needed.
+.venvs/docs/.done: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip --disable-pip-version-check --quiet install $$($(@D)/bin/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	touch $@

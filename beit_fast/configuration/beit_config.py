@@ -84,8 +84,8 @@ class BeitConfig(LabelsAndStages):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
         use_mean_pooling: pool the mean of the patch tokens instead of CLS.
         pool_scales: grids of UPerNet's pyramid pooling.
-        use_auxiliary_head, auxiliary_loss_weight, auxiliary_channels, auxiliary_num_convs,
-            auxiliary_concat_input: the second segmentation head that training adds.
+        use_auxiliary_head: whether training adds a second segmentation head.
+        auxiliary_loss_weight, auxiliary_channels, auxiliary_num_convs, auxiliary_concat_input: that head.
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
         out_features, out_indices: stages that the backbone returns, by name out of `stage_names` or by index
             (negative ones count from the last); unless given, the last. Old name: `segmentation_indices`.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .benchmarks import benchmark_module
 
-timm = benchmark_module("timm_import").import_timm()
+timm = benchmark_module("baselines/timm_import").import_timm()
 
 TINY = {
     "img_size": 32,

@@ -1,0 +1,68 @@
+"""A hub cache of small checkpoints under the names that the documentation uses, and the files beside its blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import beit_fast
+
+from ..support import timm_reference
+from ..support.checkout import ROOT
+from ..support.transformers_reference import randomize
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+"""The revision that every cached repository has."""
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 5,
+    "use_relative_position_bias": True, "layer_scale_init_value": 0.1,
+}  # fmt: skip
+
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "microsoft/beit-base-patch16-224": ("BeitForImageClassification", {"num_labels": 12, "num_hidden_layers": 1}),
+    "microsoft/beit-base-patch16-224-pt22k": (
+        "BeitForMaskedImageModeling",
+        {"use_mask_token": True, "num_hidden_layers": 1, "vocab_size": 16},
+    ),
+    "microsoft/beit-base-finetuned-ade-640-640": (
+        "BeitForSemanticSegmentation",
+        {"image_size": 64, "out_indices": [0, 1, 2, 3], "auxiliary_channels": 8},
+    ),
+}
+
+
+def build_hub(home: Path) -> None:
+    """Fill `home/hub` as `huggingface_hub` does after a download."""
+    for name, (class_name, options) in CHECKPOINTS.items():
+        repository = home / "hub" / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+        save_small(class_name, snapshot, **options)
+
+
+def save_small(class_name: str, folder: Path, **options: Any) -> None:
+    """A small model with random weights and its image processor."""
+    config = beit_fast.BeitConfig(**{"image_size": 224, **SMALL, **options})
+    model = getattr(beit_fast, class_name)(config)
+    randomize(model)
+    model.save_pretrained(folder)
+    beit_fast.BeitImageProcessor(size=config.image_size, do_center_crop=False).save_pretrained(folder)
+
+
+def build_workspace(folder: Path) -> None:
+    """The files that blocks name: pictures, a folder of them, a file of timm, and the examples of the checkout."""
+    generator = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    names = ("photograph.jpg", "other.png", "street.jpg", "images/one.png", "images/two.jpg")
+    for name in names:
+        Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "examples").symlink_to(ROOT / "examples")
+    timm_model = timm_reference.build(img_size=224, patch_size=16, use_rel_pos_bias=True)
+    torch.save(timm_model.state_dict(), folder / "timm_or_unilm.pth")
