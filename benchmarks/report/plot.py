@@ -18,6 +18,7 @@ from typing import Any
 
 from ..harness.results import Row, by_bench, file_name, read_results, write_results
 from .hf_docs_tables import write_page
+from .plot_image_size import draw_image_sizes, has_image_sizes
 from .plot_models import draw_models
 from .plot_patches import draw_patches
 
@@ -62,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.results is not None:
             print(write_results(of_bench, options.results / f"{name}.json"))
         print(_DRAW.get(bench, draw)(of_bench, pictures / f"{name}.png"))
+        if bench == "cpu models" and has_image_sizes(of_bench):
+            print(draw_image_sizes(of_bench, pictures / f"{name}-image-size.png"))
     return 0
 
 

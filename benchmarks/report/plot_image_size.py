@@ -1,8 +1,8 @@
 """Draw README's picture: time and memory of one image against its size.
 
-    python -m benchmarks.plot_image_size benchmarks/results/intel-xeon-cpu-models.json --out benchmarks/results
+    python -m benchmarks.report.plot_image_size benchmarks/results/intel-xeon-cpu-models.json --out benchmarks/results
 
-Reads a results file of whole models and writes `<name of the file>-image-size.png`.
+Reads a results file of whole models and writes `<name of the file>-image-size.png`. `plot` draws it after a run, too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def draw_image_sizes(results: dict[str, Any], path: Path, dtype: str = "fp32") -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [panel for panel in model_panels(results["rows"]) if _is_drawn(panel[0], dtype)]
+    panels = _panels(results, dtype)
     lines = {name: [row for panel in panels for row in panel if row["peer"] == name] for name in LABELS}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for axis, quantity in zip(axes, (_milliseconds, _mebibytes), strict=True):
@@ -58,6 +58,15 @@ def draw_image_sizes(results: dict[str, Any], path: Path, dtype: str = "fp32") -
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def has_image_sizes(results: dict[str, Any], dtype: str = "fp32") -> bool:
+    """Whether there is a line to draw: at least two image sizes."""
+    return len(_panels(results, dtype)) > 1
+
+
+def _panels(results: dict[str, Any], dtype: str) -> list[list[Row]]:
+    return [panel for panel in model_panels(results["rows"]) if _is_drawn(panel[0], dtype)]
 
 
 def _is_drawn(row: Row, dtype: str) -> bool:
