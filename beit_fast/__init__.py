@@ -12,7 +12,8 @@ from .models.base import BeitPreTrainedModel
 from .models.beit import BeitForImageClassification, BeitForMaskedImageModeling, BeitModel
 from .models.outputs import BeitModelOutputWithPooling
 from .models.segmentation import BeitForSemanticSegmentation
-from .ops.functorch import patch_embed, rel_pos_attention
+from .ops.attention import rel_pos_attention
+from .ops.patch_embed import patch_embed
 
 if TYPE_CHECKING:
     from .image_processing import BeitFeatureExtractor, BeitImageProcessor, BeitImageProcessorFast

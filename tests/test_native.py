@@ -13,7 +13,7 @@ import torch
 
 import beit_fast
 from beit_fast import native
-from beit_fast.ops import attention
+from beit_fast.ops import arguments, patch_embed
 from beit_fast.ops.dispatch import availability
 
 PACKAGE = Path(beit_fast.__file__).parent
@@ -121,7 +121,13 @@ def test_a_library_that_does_not_load_is_a_warning_and_a_reason(bare):
 
 def test_the_interface_is_counted_up_when_a_schema_changes():
     """Change both together: what was compiled for other arguments must have another name."""
-    digest = hashlib.sha256("\n".join(attention.SCHEMAS).encode()).hexdigest()[:16]
+    schemas = (
+        arguments.REL_POS_ATTENTION,
+        arguments.REL_POS_ATTENTION_BACKWARD,
+        arguments.PATCH_EMBED,
+        arguments.PATCH_EMBED_CUDA,
+    )
+    digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:16]
     assert (native.INTERFACE, digest) == (1, "c96186bb50227aa8")
 
 
@@ -155,7 +161,7 @@ def test_cuda_runs_the_library_where_it_loads_and_the_composite_elsewhere(monkey
     monkeypatch.setattr(native, "load", lambda name: built)
     pixels, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4)
     try:
-        tokens = attention._patch_embed_cuda(pixels, weight, *[None] * 7)
+        tokens = patch_embed._run_cuda(arguments.PatchEmbedArguments(pixels, weight, *[None] * 7))
     finally:
         library._destroy()
     if built:

@@ -37,12 +37,11 @@ def gather_facts() -> dict[str, Any]:
 def _linears() -> dict[str, Any]:
     import torch
 
-    from ..layers import linear
-    from ..ops.cpu_linear import onednn
+    from ..ops.cpu_linear import choice, onednn
 
     try:
-        choice = linear.choose_product()
-        training: dict[str, str | None] = {"product": choice.name, "reason": choice.reason}
+        chosen = choice.choose_gemm()
+        training: dict[str, str | None] = {"product": chosen.name, "reason": chosen.reason}
     except ValueError as error:  # what training would raise
         training = {"product": None, "reason": str(error)}
     return {"packed": {"reason": onednn.packing_refusal("cpu", torch.float32)}, "training": training}
@@ -97,7 +96,7 @@ def format_facts(facts: dict[str, Any]) -> str:
 
 def _linear_lines(linears: dict[str, Any]) -> list[str]:
     refusal, training = linears["packed"]["reason"], linears["training"]
-    product = {"blas": "F.linear", "onednn": "oneDNN", "parts": "AMX tiles", None: "none"}[training["product"]]
+    product = {"blas": "F.linear", "onednn": "oneDNN", "split_bf16": "AMX tiles", None: "none"}[training["product"]]
     return [
         f"packed linears: {'oneDNN' if refusal is None else f'no: {refusal}'}",
         f"linears of training on cpu in float32: {product} ({training['reason']})",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.cpu_linear import onednn, split_bf16
 from ..ops.dispatch import availability
-from ..ops.functorch import linear_gelu
+from ..ops.linear_gelu import linear_gelu
 from .folding import Affine
 
 
@@ -64,7 +64,7 @@ class PackedLinear(InferenceLinear):
         return self._weight_bytes
 
 
-class PartsLinear(InferenceLinear):
+class SplitBf16Linear(InferenceLinear):
     """fp32 on a CPU's bf16 tiles, by the package's own kernel; exact GELU and the residual are part of the product."""
 
     library = "c++"
@@ -72,15 +72,15 @@ class PartsLinear(InferenceLinear):
 
     def __init__(self, affine: Affine, activation: nn.Module | None) -> None:
         super().__init__(affine, activation)
-        self.outputs, self.parts = affine.weight.shape[0], split_bf16.parts_for_precision()
-        self.weight = split_bf16.pack_parts(affine.weight, self.parts)
+        self.outputs, self.terms = affine.weight.shape[0], split_bf16.terms_for_precision()
+        self.weight = split_bf16.pack(affine.weight, self.terms)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = split_bf16.linear_parts(x, self.weight, self.outputs, self.parts, self.bias, gelu=self.gelu)
+        out = split_bf16.linear(x, self.weight, self.outputs, self.terms, self.bias, gelu=self.gelu)
         return out if self.activation is None else self.activation(out)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return split_bf16.linear_parts(x, self.weight, self.outputs, self.parts, self.bias, residual)
+        return split_bf16.linear(x, self.weight, self.outputs, self.terms, self.bias, residual)
 
 
 class GeluLinear(InferenceLinear):
@@ -103,8 +103,8 @@ def build_linear(affine: Affine, rows: int, activation: nn.Module | None = None)
     device, dtype = affine.weight.device, affine.weight.dtype
     if is_exact_gelu(activation) and not availability.linear_gelu_refusals(device, dtype, affine.weight.shape[0]):
         return GeluLinear(affine, activation)
-    if device.type == "cpu" and dtype == torch.float32 and split_bf16.refusal() is None:
-        return PartsLinear(affine, activation)
+    if device.type == "cpu" and dtype == torch.float32 and split_bf16.unsupported_reason() is None:
+        return SplitBf16Linear(affine, activation)
     if onednn.packing_refusal(device, dtype) is None:
         return PackedLinear(affine, activation, rows)
     return InferenceLinear(affine, activation)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.attention import rel_pos_attention
 from ..ops.dispatch import attention
-from ..ops.functorch import rel_pos_attention
 from ..position_bias import Window, gather_bias
 
 

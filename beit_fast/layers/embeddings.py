@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..configuration.beit_config import BeitConfig
 from ..ops.dispatch import patch_embed as patch_embed_dispatch
 from ..ops.fallback.patch_embed import normalize_pixels
-from ..ops.functorch import patch_embed
+from ..ops.patch_embed import patch_embed
 from ..position_bias import Window, resize_position_embeddings
 from .module_hooks import hook_obstacles
 

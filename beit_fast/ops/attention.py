@@ -1,232 +1,199 @@
-"""The operators `torch.ops.beit_fast.*`: schemas, fakes, devices, autograd, autocast and vmap. Torch only.
+"""`beit_fast::rel_pos_attention`: attention with BEiT's relative position bias (arXiv 2106.08254).
 
-`rel_pos_attention` is attention with BEiT's relative position bias (arXiv 2106.08254) read from its table:
-`softmax(scale * q k^T + bias) v`, with the log-sum-exp of every row beside it for the backward pass.
-`patch_embed` turns pixels into tokens: patches, projection, mask tokens, CLS and position embeddings.
-
-Both are opaque to `torch.compile` and `torch.export`. CUDA runs Triton's attention and `_C_cuda`'s patch embedding,
-which are imported and loaded at the first call. CPU runs the kernels of `_C`, the composites where that was not built,
-or Triton's interpreter where `TRITON_INTERPRET=1` was set before this import.
+`softmax(scale * q k^T + bias) v`, with the bias read from its table. The second result is the log-sum-exp of every row,
+for the backward pass. CUDA runs Triton kernels, which are imported at the first call. CPU runs the kernels of `_C`, the
+fallback if `_C` was not built, or Triton's interpreter if `TRITON_INTERPRET=1` was set before this import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import native
 from ..position_bias import Window
-from .dispatch import availability
-from .fallback import attention, patch_embed
-from .validation import check_attention, check_attention_backward, check_patch_embed
-
-library = torch.library.Library("beit_fast", "FRAGMENT")
-
-SCHEMAS = (
-    "rel_pos_attention(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? key_mask, SymInt[2] window, "
-    "float scale, float dropout_p=0., SymInt seed=0) -> (Tensor out, Tensor lse)",
-    "rel_pos_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? key_mask, "
-    "Tensor out, Tensor lse, SymInt[2] window, float scale, float dropout_p, SymInt seed, bool[4] output_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "patch_embed(Tensor pixels, Tensor weight, Tensor? bias, Tensor? cls, Tensor? mask, Tensor? mask_token, "
-    "Tensor? pos, float[]? mean, float[]? std) -> Tensor",
-    "_patch_embed_cuda(Tensor pixels, Tensor weight, Tensor? bias, Tensor? cls, Tensor? mask, Tensor? mask_token, "
-    "Tensor? pos, float[]? mean, float[]? std, bool allow_tf32) -> Tensor",
+from .arguments import (
+    REL_POS_ATTENTION,
+    REL_POS_ATTENTION_BACKWARD,
+    AttentionArguments,
+    AttentionBackwardArguments,
 )
-for _schema in SCHEMAS:
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+from .dispatch import availability
+from .fallback import attention as fallback
+from .functorch import autograd_function, refuse_forward_mode, transforms_are_active
+from .library import Autograd, Kernel, register_op
+from .transforms import cast_first, fold, map_entries, unfold
+from .validation import attention_backward_errors, attention_errors, attention_tensor_errors, raise_errors
 
-attention_op = torch.ops.beit_fast.rel_pos_attention.default
-attention_backward_op = torch.ops.beit_fast.rel_pos_attention_backward.default
-patch_embed_op = torch.ops.beit_fast.patch_embed.default
 
-
-def _attention(
+def rel_pos_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    table: Tensor | None,
-    key_mask: Tensor | None,
-    window: Window,
-    scale: float,
+    table: Tensor | None = None,
+    window: Window | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    check_attention(q, k, v, table, key_mask, window, dropout_p, seed)
-    return attention.attention_forward(q, k, v, table, key_mask, window, scale, dropout_p, seed)
+) -> Tensor:
+    """Attention with a learned 2-D relative position bias, `softmax(scale * q k^T + bias) v`.
+
+    Args:
+        q, k, v: `[B, N, H, D]`, one dtype, any strides; slices of one packed projection are not copied.
+        table: bias table `[(2 * height - 1) * (2 * width - 1) + 3, H]` in any float dtype, or None for no bias.
+        window: `(height, width)` in patches, with `N = height * width + 1`; required with a table.
+        key_mask: bool `[B, N]`, True where a key may be attended to. A query without any such key gives zeros.
+        scale: factor of `q k^T`; `D ** -0.5` if None.
+        dropout_p: probability of dropping an attention weight, in `[0, 1)`.
+        seed: selects the dropped weights, the same ones in the backward pass, in `[0, 2**63)`.
+
+    Returns:
+        `[B, N, H, D]`, contiguous, in the dtype of q. Arithmetic is fp32 (fp64 for fp64 inputs, on CPU).
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit, or no kernel serves them; the error lists every reason.
+        RuntimeError: If forward-mode or double differentiation is requested.
+    """
+    if table is not None and window is None:
+        errors = [*attention_tensor_errors(q, k, v, table, key_mask), "a table needs window=(height, width)"]
+        raise_errors("rel_pos_attention", errors, AttentionArguments(q, k, v, table, key_mask, (1, 1), 1.0))
+    refuse_forward_mode(q, k, v, table)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.ndim == 4 and q.shape[-1] != 0 else 1.0  # the operator rejects any other q
+    window = (1, 1) if window is None else window
+    if torch.jit.is_tracing():  # sizes are tensors there, and an operator's integers must be constants
+        window = (int(window[0]), int(window[1]))
+    arguments = (q, k, v, table, key_mask, window, scale, dropout_p, seed)
+    if transforms_are_active():
+        return _RelPosAttention.apply(*arguments)[0]
+    return attention_op(*arguments)[0]
 
 
-def _attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_attention_backward(*args)
-    return attention.attention_backward(*args)
-
-
-def _attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    key_mask: Tensor | None,
-    window: Window,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    check_attention(q, k, v, table, key_mask, window, dropout_p, seed, refusals=_triton_refusals(q))
-    from ..kernels.attention import launch
-
-    return launch.attention_forward(q, k, v, table, key_mask, window, scale, dropout_p, seed)
-
-
-def _attention_backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_attention_backward(*args, refusals=_triton_refusals(args[1]))
-    from ..kernels.attention import launch
-
-    return launch.attention_backward(*args)
-
-
-def _triton_refusals(q: Tensor) -> tuple[str, ...]:
+def _unsupported_reasons(arguments: AttentionArguments | AttentionBackwardArguments) -> Sequence[str]:
+    q = arguments.q
     kernel = "triton/cuda" if q.is_cuda else "triton/interpreter"
     return availability.kernel_refusals(kernel, q.device, q.dtype, q.shape[-1] if q.ndim else 0)
 
 
-def _patch_embed(*arguments: Any) -> Tensor:
-    check_patch_embed(*arguments)
-    return patch_embed.patch_embed(*arguments)
+def _launch(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:
+    from ..kernels.attention import launch
+
+    return launch.attention_forward(*arguments)
 
 
-def _patch_embed_cuda(*arguments: Any) -> Tensor:
-    check_patch_embed(*arguments)
-    pixels, weight, bias, cls, _, mask_token, pos, mean, std = arguments
-    tensors = (weight, bias, cls, mask_token, pos, None if pixels.dtype == torch.uint8 else pixels)
-    dtypes = [x.dtype for x in tensors if x is not None]
-    normalized = 0 if mean is None and std is None else pixels.shape[1]
-    kernel = availability.patch_embed_kernel(pixels.device, dtypes, normalized)
-    if kernel == "fused/cuda" and native.load("_C_cuda"):
-        allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return torch.ops.beit_fast._patch_embed_cuda.default(*arguments, allow_tf32)
-    return patch_embed.patch_embed(*arguments)
+def _launch_backward(arguments: AttentionBackwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels.attention import launch
+
+    return launch.attention_backward(*arguments)
 
 
-# CompositeExplicitAutograd rather than CPU: the native library adds CPU kernels without overriding anything.
-library.impl("rel_pos_attention", _attention, "CompositeExplicitAutograd")
-library.impl("rel_pos_attention_backward", _attention_backward, "CompositeExplicitAutograd")
-library.impl("patch_embed", _patch_embed, "CompositeExplicitAutograd")
-for _key in ("CUDA", "CPU") if availability.INTERPRETED else ("CUDA",):
-    library.impl("rel_pos_attention", _attention_triton, _key)
-    library.impl("rel_pos_attention_backward", _attention_backward_triton, _key)
-library.impl("patch_embed", _patch_embed_cuda, "CUDA")
-native.load("_C")
-
-
-@torch.library.register_fake("beit_fast::rel_pos_attention", lib=library)
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    key_mask: Tensor | None,
-    window: Window,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    check_attention(q, k, v, table, key_mask, window, dropout_p, seed)
+def _fake(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:
+    q = arguments.q
     batch, tokens, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=lse_dtype)
 
 
-@torch.library.register_fake("beit_fast::rel_pos_attention_backward", lib=library)
-def _attention_backward_fake(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: Window,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_attention_backward(grad_out, q, k, v, table, key_mask, out, lse, window, scale, dropout_p, seed, output_mask)
-    inputs = (q, k, v, table)
+def _fake_backward(arguments: AttentionBackwardArguments) -> tuple[Tensor, ...]:
+    q = arguments.q
+    inputs = (q, arguments.k, arguments.v, arguments.table)
     return tuple(
         q.new_empty(0) if x is None else x.new_empty(x.shape if needed else 0)
-        for x, needed in zip(inputs, output_mask, strict=True)
-    )  # type: ignore[return-value]
+        for x, needed in zip(inputs, arguments.output_mask, strict=True)
+    )
 
 
-@torch.library.register_fake("beit_fast::patch_embed", lib=library)
-def _patch_embed_fake(
-    pixels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cls: Tensor | None,
-    mask: Tensor | None,
-    mask_token: Tensor | None,
-    pos: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
-    check_patch_embed(pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
-    patches = (pixels.shape[2] // weight.shape[2]) * (pixels.shape[3] // weight.shape[3])
-    dtype = weight.dtype
-    for other in (mask_token, cls, pos):
-        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-    return weight.new_empty(pixels.shape[0], patches + (cls is not None), weight.shape[0], dtype=dtype)
+_GRADIENTS = 4  # q, k, v and table, the first arguments
+_TENSORS = 5  # and key_mask
 
 
-def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.window, ctx.scale, ctx.dropout_p, ctx.seed = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.options = inputs[_TENSORS:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
 
 
-def attention_grad(
-    ctx: Any,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    backward: Callable[..., Any] = attention_backward_op,
-) -> tuple[Tensor | None, ...]:
-    needed = [bool(flag) for flag in ctx.needs_input_grad[:4]]
-    if grad_out is None or not any(needed):
-        return (None,) * 9
-    q, k, v, table, key_mask, out, lse = ctx.saved_tensors
-    grads = backward(
-        grad_out, q, k, v, table, key_mask, out, lse, ctx.window, ctx.scale, ctx.dropout_p, ctx.seed, needed
-    )
-    return (*(grad if flag else None for grad, flag in zip(grads, needed, strict=True)), *(None,) * 5)
+def _gradient(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward function that calls `op`, the backward operator or its `autograd.Function`."""
+
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        others = (None,) * (len(AttentionArguments._fields) - _GRADIENTS)
+        needed = [bool(flag) for flag in ctx.needs_input_grad[:_GRADIENTS]]
+        if grad_out is None or not any(needed):
+            return (None,) * _GRADIENTS + others
+        grads = op(grad_out, *ctx.saved_tensors, *ctx.options, needed)
+        return (*(grad if flag else None for grad, flag in zip(grads, needed, strict=True)), *others)
+
+    return backward
 
 
-def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "beit_fast::rel_pos_attention has no second derivative; use attn_implementation='eager' for double backward"
     )
 
 
-torch.library.register_autograd(
-    "beit_fast::rel_pos_attention", attention_grad, setup_context=save_attention, lib=library
+def _check_randomness(info: Any, dropout_p: float) -> None:
+    if dropout_p > 0 and info.randomness != "same":
+        raise RuntimeError(
+            f"beit_fast::rel_pos_attention drops the same weights for one seed: with dropout_p={dropout_p} call "
+            f"torch.vmap(..., randomness='same'), not {info.randomness!r}"
+        )
+
+
+def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    given = AttentionArguments(*args)
+    _check_randomness(info, given.dropout_p)
+    size = info.batch_size
+    dims = dict(zip(AttentionArguments._fields, in_dims, strict=False))
+    if dims["table"] is not None or given.dropout_p > 0:  # a table per entry, or masks that depend on the batch index
+        return map_entries(attention_op, size, in_dims, args)
+    folded = {name: fold(getattr(given, name), dims[name], size) for name in ("q", "k", "v", "key_mask")}
+    out, lse = attention_op(*given._replace(**folded))
+    return (unfold(out, size), unfold(lse, size)), (0, 0)
+
+
+def _vmap_backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    given, dims = AttentionBackwardArguments(*args), AttentionBackwardArguments(*in_dims)
+    _check_randomness(info, given.dropout_p)
+    size = info.batch_size
+    if dims.table is not None or given.dropout_p > 0 or given.output_mask[3]:  # a table gradient per entry
+        return map_entries(attention_backward_op, size, in_dims, args)
+    names = ("grad_out", "q", "k", "v", "key_mask", "out", "lse")
+    folded = {name: fold(getattr(given, name), getattr(dims, name), size) for name in names}
+    grads = attention_backward_op(*given._replace(**folded))
+    split = tuple(unfold(grad, size) if flag else grad for grad, flag in zip(grads, given.output_mask, strict=True))
+    return split, tuple(0 if flag else None for flag in given.output_mask)
+
+
+attention_backward_op = register_op(
+    REL_POS_ATTENTION_BACKWARD,
+    AttentionBackwardArguments,
+    errors=attention_backward_errors,
+    fallback=Kernel(fallback.attention_backward),
+    triton=Kernel(_launch_backward, _unsupported_reasons),
+    fake=_fake_backward,
+    autograd=Autograd(_refuse_double_backward),
+    vmap=_vmap_backward,
 )
-torch.library.register_autograd("beit_fast::rel_pos_attention_backward", refuse_double_backward, lib=library)
-
-
-def save_patch_embed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.mean, ctx.std = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def patch_embed_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    pixels, weight, *optional = ctx.saved_tensors
-    return patch_embed.patch_embed_backward(grad, pixels, weight, optional, ctx.mean, ctx.std, ctx.needs_input_grad)
-
-
-torch.library.register_autograd("beit_fast::patch_embed", patch_embed_grad, setup_context=save_patch_embed, lib=library)
+attention_op = register_op(
+    REL_POS_ATTENTION,
+    AttentionArguments,
+    errors=attention_errors,
+    fallback=Kernel(fallback.attention_forward),
+    triton=Kernel(_launch, _unsupported_reasons),
+    fake=_fake,
+    autograd=Autograd(_gradient(attention_backward_op), _setup_context),
+    vmap=_vmap,
+    autocast=cast_first(3),  # q, k and v as autocast casts a matrix product; the bias table stays
+)
+_RelPosAttentionBackward = autograd_function(
+    "RelPosAttentionBackward", attention_backward_op, Autograd(_refuse_double_backward)
+)
+_RelPosAttention = autograd_function(
+    "RelPosAttention", attention_op, Autograd(_gradient(_RelPosAttentionBackward.apply), _setup_context)
+)

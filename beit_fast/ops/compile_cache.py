@@ -1,8 +1,8 @@
-"""Makes the disk caches of `torch.compile` see the Python behind the operators.
+"""Add a digest of this package's operators to the cache keys of `torch.compile`.
 
-AOTAutograd keys a compiled graph by the operators' names and keeps the traced backward with it: after a change of ours
-to autograd, fakes or autocast it would go on to serve the old one without a word (seen in torch 2.13). Its keys hold a
-tag that is there to break caches, so a digest of our source is added to what the user has put there.
+AOTAutograd keys a compiled graph by the operators' names and stores the traced backward with it. After a change to the
+autograd, fake or autocast functions here it would silently reuse the old backward (seen in torch 2.13). Its keys
+include a user-defined tag, so a digest of the source is appended to that tag.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .._version import __version__
 
 
 def source_tag() -> str:
-    """A name for the code that compiled graphs are traced through; the version where there are no source files."""
+    """Digest of the operators' source; the package's version if there are no source files."""
     folder = Path(__file__).parent
     source = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     if not source:

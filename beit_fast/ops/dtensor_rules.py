@@ -1,40 +1,42 @@
-"""How the operators are sharded: rules for `torch.distributed.tensor`, registered when somebody imports that.
+"""Sharding rules of the operators for `torch.distributed.tensor`, registered when that module is imported.
 
-Attention needs no communication where samples or heads are spread over a mesh dimension:
+Attention needs no communication if samples or heads are sharded over a mesh dimension:
 
 | sharded | q, k, v, out and their gradients | lse | key_mask | table | gradient of table |
 |---|---|---|---|---|---|
 | samples | `Shard(0)` | `Shard(0)` | `Shard(0)` | `Replicate()` | `Partial("sum")` |
 | heads | `Shard(2)` | `Shard(1)` | `Replicate()` | `Shard(1)` | `Shard(1)` |
 
-The rules combine over the dimensions of a mesh. Inputs placed otherwise are redistributed first; tokens and head
+The rules combine over the dimensions of a mesh. Inputs with other placements are redistributed first; tokens and head
 dimensions are never sharded. `patch_embed` shards samples.
 
-Attention dropout numbers the (sample, head) pairs that one process sees, so shards would repeat each other's masks:
-with `dropout_p > 0` everything is replicated, and the mask is that of one process.
+Attention dropout numbers the (sample, head) pairs of one process, so two shards would use the same masks. With
+`dropout_p > 0` everything is replicated, and the mask is that of one process.
 
-What else a model does to its tables goes through `map_columns`; how a model is spread is said in `parallel.py`.
+Models apply other functions to their tables by `map_columns`. `parallel.py` shards a whole model.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import attention_backward_op, attention_op, patch_embed_op
+from .arguments import AttentionArguments, AttentionBackwardArguments, PatchEmbedArguments
+from .attention import attention_backward_op, attention_op
 from .import_hooks import when_imported
+from .patch_embed import patch_embed_op
 
 _Sharding = tuple[list[Any], list[Any]]
 """Placements of an operator's outputs, then of those of its inputs that are tensors."""
 
 
 class _Placements(NamedTuple):
-    """Where the tensors of attention lie along one dimension of a mesh."""
+    """Placements of attention's tensors along one mesh dimension."""
 
     tokens: Any  # q, k, v, out, their gradients [B, N, H, D]
     lse: Any  # [B, H, N]
@@ -43,7 +45,7 @@ class _Placements(NamedTuple):
     grad_table: Any  # [rows, H]
 
     def inputs(self, table: Any, key_mask: Any) -> list[Any]:
-        """q, k, v, and of table and key_mask those that are there."""
+        """Placements of q, k, v, and of table and key_mask unless they are None."""
         optional = ((table, self.table), (key_mask, self.key_mask))
         return [self.tokens] * 3 + [placement for tensor, placement in optional if tensor is not None]
 
@@ -59,69 +61,40 @@ def _attention_placements(dropout_p: float) -> list[_Placements]:
     return [replicated, samples, heads]
 
 
-def _shard_attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    table: Any,
-    key_mask: Any,
-    window: Any,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-) -> list[_Sharding]:
-    return [([at.tokens, at.lse], at.inputs(table, key_mask)) for at in _attention_placements(dropout_p)]
+def _shard_attention(*args: Any) -> list[_Sharding]:
+    given = AttentionArguments(*args)
+    return [
+        ([at.tokens, at.lse], at.inputs(given.table, given.key_mask)) for at in _attention_placements(given.dropout_p)
+    ]
 
 
-def _shard_attention_backward(
-    grad_out: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    table: Any,
-    key_mask: Any,
-    out: Any,
-    lse: Any,
-    window: Any,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    output_mask: Sequence[bool],
-) -> list[_Sharding]:
+def _shard_attention_backward(*args: Any) -> list[_Sharding]:
     from torch.distributed.tensor import Replicate
 
+    given = AttentionBackwardArguments(*args)
     shardings = []
-    for at in _attention_placements(dropout_p):
-        gradients = [at.tokens] * 3 + [at.grad_table if table is not None else Replicate()]
-        # A gradient that nobody asked for has no elements, the same everywhere.
-        outputs = [place if needed else Replicate() for place, needed in zip(gradients, output_mask, strict=True)]
-        shardings.append((outputs, [at.tokens, *at.inputs(table, key_mask), at.tokens, at.lse]))
+    for at in _attention_placements(given.dropout_p):
+        gradients = [at.tokens] * 3 + [at.grad_table if given.table is not None else Replicate()]
+        # Gradients that are not needed are empty tensors, the same on every device.
+        outputs = [place if needed else Replicate() for place, needed in zip(gradients, given.output_mask, strict=True)]
+        shardings.append((outputs, [at.tokens, *at.inputs(given.table, given.key_mask), at.tokens, at.lse]))
     return shardings
 
 
-def _shard_patch_embed(
-    pixels: Any,
-    weight: Any,
-    bias: Any,
-    cls: Any,
-    mask: Any,
-    mask_token: Any,
-    pos: Any,
-    mean: Any,
-    std: Any,
-) -> list[_Sharding]:
+def _shard_patch_embed(*args: Any) -> list[_Sharding]:
     from torch.distributed.tensor import Replicate, Shard
 
+    given = PatchEmbedArguments(*args)
+    tensors = {name: x for name, x in given._asdict().items() if x is not None and name not in ("mean", "std")}
     shardings: list[_Sharding] = []
     for samples in (Replicate(), Shard(0)):
-        tensors: list[tuple[Any, Any]] = [(weight, Replicate()), (bias, Replicate()), (cls, Replicate())]
-        tensors += [(mask, samples), (mask_token, Replicate()), (pos, Replicate())]
-        shardings.append(([samples], [samples, *(place for tensor, place in tensors if tensor is not None)]))
+        inputs = [samples if name in ("pixels", "mask") else Replicate() for name in tensors]
+        shardings.append(([samples], inputs))
     return shardings
 
 
 def map_columns(function: Callable[[Tensor], Tensor], table: Any) -> Any:
-    """`function` of a table `[rows, H]`, each column of which it treats alike: of a DTensor where its columns are."""
+    """Apply a column-wise function to a table `[rows, H]`; a DTensor keeps its columns sharded."""
     if not hasattr(table, "device_mesh"):
         return function(table)
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -133,7 +106,7 @@ def map_columns(function: Callable[[Tensor], Tensor], table: Any) -> Any:
 
 
 def _register(distributed_tensor: ModuleType) -> None:
-    """Hand the rules to DTensor; in a torch that registers rules in another way, DTensor will refuse the operators."""
+    """Register the rules with DTensor; without them DTensor rejects the operators."""
     try:
         from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
         from torch.distributed.tensor.experimental import register_sharding
@@ -145,8 +118,8 @@ def _register(distributed_tensor: ModuleType) -> None:
     register_sharding(patch_embed_op)(_shard_patch_embed)
     for op, rule in ((attention_op, _shard_attention), (attention_backward_op, _shard_attention_backward)):
         register_sharding(op)(rule)
-        # Rules are cached by the arguments from here on. register_sharding says from the first integer, which is the
-        # seed: a call with dropout would then be served the shardings of one without.
+        # Rules are cached by the arguments from `static_argnum` on. The default of register_sharding is the first
+        # integer, the seed: a call with dropout would then reuse the shardings of a call without.
         names = [argument.name for argument in op._schema.arguments]
         schema_infos[op] = RuntimeSchemaInfo(static_argnum=names.index("dropout_p"))
 

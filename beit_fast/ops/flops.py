@@ -1,6 +1,6 @@
 """Floating-point operations of the operators, for `torch.utils.flop_counter`.
 
-That module imports Triton, so it is not imported here: the formulas are handed over when somebody else imports it.
+That module imports Triton, so the formulas are registered only once something else imports it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from .attention import attention_backward_op, attention_op, patch_embed_op
+from .attention import attention_backward_op, attention_op
 from .import_hooks import when_imported
 from .linear_gelu import linear_gelu_op
+from .patch_embed import patch_embed_op
 
 
 def attention_flops(batch: int, tokens: int, heads: int, head_dim: int, matmuls: int = 2) -> int:

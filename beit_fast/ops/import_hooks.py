@@ -1,4 +1,4 @@
-"""Doing something when somebody else imports a module that is too slow, or too rarely there, to import ourselves."""
+"""Run a callback when an optional dependency is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
-    """Call `action` with the module `name`: now if it has been imported, else when its import has finished."""
+    """Call `action` with the module `name`: now if it is already imported, else right after its import."""
     if name in sys.modules:
         action(sys.modules[name])
     else:
@@ -18,7 +18,7 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
 
 
 class _ActAfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module as Python would, and acts once that module has been executed."""
+    """Finder that locates one module as Python would, and runs the action after executing it."""
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name = name
@@ -36,7 +36,7 @@ class _ActAfterImport(importlib.abc.MetaPathFinder):
 
             def execute_and_act(module: ModuleType) -> None:
                 execute(module)
-                if self in sys.meta_path:  # else another thread or a reload was first
+                if self in sys.meta_path:  # otherwise another thread or a reload was first
                     sys.meta_path.remove(self)
                     self.action(module)
 

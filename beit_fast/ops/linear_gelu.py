@@ -1,47 +1,63 @@
-"""The operator `beit_fast::linear_gelu`: a linear layer with the exact GELU behind it, for inference.
+"""`beit_fast::linear_gelu`: a linear layer followed by the exact GELU, for inference.
 
-CUDA runs one Triton kernel, imported at the first call; other devices run PyTorch's two operations, or Triton's
-interpreter where `TRITON_INTERPRET=1` was set before this import. BEiT's GELU has the error function; the one that
-cuBLASLt fuses has the tanh form.
+CUDA runs one Triton kernel, which is imported at the first call. Other devices run PyTorch's two operations, or
+Triton's interpreter if `TRITON_INTERPRET=1` was set before this import. BEiT's GELU uses the error function; the GELU
+that cuBLASLt fuses uses the tanh approximation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import library
+from .arguments import LINEAR_GELU, LinearGeluArguments
 from .dispatch import availability
-from .validation import check_linear_gelu
-
-library.define("linear_gelu(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-linear_gelu_op = torch.ops.beit_fast.linear_gelu.default
-
-
-def _composite(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check_linear_gelu(x, weight, bias)
-    return F.gelu(F.linear(x, weight, bias)).contiguous()
+from .functorch import refuse_forward_mode
+from .library import Autograd, Kernel, register_op
+from .transforms import cast_first, map_entries
+from .validation import linear_gelu_errors
 
 
-def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    outputs = weight.shape[0] if weight.ndim == 2 else 0
-    check_linear_gelu(x, weight, bias, refusals=availability.linear_gelu_refusals(x.device, x.dtype, outputs))
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gelu(x @ weight.T + bias)` with the exact GELU, for inference.
+
+    Args:
+        x: `[..., inputs]`, any strides.
+        weight: `[outputs, inputs]` in the dtype of x, any strides.
+        bias: `[outputs]` in the dtype of x, or None.
+
+    Returns:
+        `[..., outputs]`, contiguous, in the dtype of x. On CUDA sums and GELU are fp32 and rounded once; products of
+        fp32 follow `torch.backends.cuda.matmul.fp32_precision`.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit, or no kernel serves them; the error lists every reason.
+        RuntimeError: If a derivative is requested, backward or forward.
+    """
+    refuse_forward_mode(x, weight, bias)
+    return linear_gelu_op(x, weight, bias)
+
+
+def _fallback(arguments: LinearGeluArguments) -> Tensor:
+    return F.gelu(F.linear(*arguments)).contiguous()
+
+
+def _unsupported_reasons(arguments: LinearGeluArguments) -> Sequence[str]:
+    x, weight, _ = arguments
+    return availability.linear_gelu_refusals(x.device, x.dtype, weight.shape[0] if weight.ndim == 2 else 0)
+
+
+def _launch(arguments: LinearGeluArguments) -> Tensor:
     from ..kernels.linear_gelu import launch
 
-    return launch.linear_gelu(x, weight, bias)
+    return launch.linear_gelu(*arguments)
 
 
-library.impl("linear_gelu", _composite, "CompositeExplicitAutograd")
-for _key in ("CUDA", "CPU") if availability.INTERPRETED else ("CUDA",):
-    library.impl("linear_gelu", _triton, _key)
-
-
-@torch.library.register_fake("beit_fast::linear_gelu", lib=library)
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check_linear_gelu(x, weight, bias)
+def _fake(arguments: LinearGeluArguments) -> Tensor:
+    x, weight, _ = arguments
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -51,4 +67,21 @@ def _refuse_backward(ctx: Any, grad: Tensor) -> None:
     )
 
 
-torch.library.register_autograd("beit_fast::linear_gelu", _refuse_backward, lib=library)
+def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    x_dim, weight_dim, bias_dim = in_dims
+    if weight_dim is not None or bias_dim is not None:
+        return map_entries(linear_gelu_op, info.batch_size, in_dims, args)
+    return linear_gelu_op(args[0].movedim(x_dim, 0), *args[1:]), 0
+
+
+linear_gelu_op = register_op(
+    LINEAR_GELU,
+    LinearGeluArguments,
+    errors=linear_gelu_errors,
+    fallback=Kernel(_fallback),
+    triton=Kernel(_launch, _unsupported_reasons),
+    fake=_fake,
+    autograd=Autograd(_refuse_backward),
+    vmap=_vmap,
+    autocast=cast_first(3),  # as autocast casts a linear layer
+)

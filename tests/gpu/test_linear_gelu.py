@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit_fast.ops.functorch import linear_gelu
+from beit_fast.ops.linear_gelu import linear_gelu
 
 from ..kernels.cases import DTYPES, assert_same_bits, bitwise_equal
 from ..support.linear_gelu import check_layer, make_layer

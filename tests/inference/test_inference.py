@@ -12,7 +12,7 @@ from torch import nn
 import beit_fast
 from beit_fast import optimize_for_inference
 from beit_fast.inference.cuda_graphs import GraphCache
-from beit_fast.inference.linear import InferenceLinear, PackedLinear, PartsLinear
+from beit_fast.inference.linear import InferenceLinear, PackedLinear, SplitBf16Linear
 from beit_fast.ops.cpu_linear import onednn, split_bf16
 
 from ..support.models import MEAN, STD, build, byte_images, images
@@ -135,13 +135,13 @@ def test_float64():
     assert relative_error(optimized(pixels).logits, model(pixels).logits) < 1e-12
 
 
-LIBRARIES = {"torch": InferenceLinear, "onednn": PackedLinear, "c++": PartsLinear}
+LIBRARIES = {"torch": InferenceLinear, "onednn": PackedLinear, "c++": SplitBf16Linear}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_library_of_linear_layers(monkeypatch, library):
     """Each where it can serve, the others refusing: the kind, the outputs, and the sizes that are told."""
-    checks = {"onednn": (onednn, "packing_refusal"), "c++": (split_bf16, "refusal")}
+    checks = {"onednn": (onednn, "packing_refusal"), "c++": (split_bf16, "unsupported_reason")}
     for name, (module, function) in checks.items():
         if name == library:
             refusal = getattr(module, function)(*(("cpu", torch.float32) if name == "onednn" else ()))
@@ -157,12 +157,12 @@ def test_every_library_of_linear_layers(monkeypatch, library):
     report = optimized.inference_report()
     assert report.linears == library
     assert report.windows == 1, "the example was run"
-    largest = 2.5 if library == "c++" else 1.1  # three parts of bf16, and rows of 32 that are filled up
+    largest = 2.5 if library == "c++" else 1.1  # three bf16 terms, and rows of 32 that are filled up
     assert 0.9 * report.original_bytes < report.optimized_bytes <= largest * report.original_bytes
     assert f"{library} linear layers" in str(report)
 
 
-@pytest.mark.skipif(split_bf16.refusal() is not None, reason=f"{split_bf16.refusal()}")
+@pytest.mark.skipif(split_bf16.unsupported_reason() is not None, reason=f"{split_bf16.unsupported_reason()}")
 def test_two_parts_where_high_precision_is_enough():
     model, pixels = build(), images()
     exact = copy.deepcopy(model).double()(pixels.double()).logits
@@ -172,7 +172,7 @@ def test_two_parts_where_high_precision_is_enough():
         optimized = optimize_for_inference(model)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert {linear.parts for linear in optimized._folded_encoder.linears()} == {2}
+    assert {linear.terms for linear in optimized._folded_encoder.linears()} == {2}
     smaller = optimized.inference_report().optimized_bytes
     assert smaller < optimize_for_inference(model).inference_report().optimized_bytes
     assert relative_error(optimized(pixels).logits, exact) <= FP32_LIMIT

@@ -14,7 +14,7 @@ from torch.library import opcheck
 from beit_fast.kernels.common.gpu import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from beit_fast.kernels.linear_gelu import configs, launch
 from beit_fast.kernels.linear_gelu.kernel import grouped_blocks, half_precision_gelu
-from beit_fast.ops.functorch import linear_gelu
+from beit_fast.ops.linear_gelu import linear_gelu
 
 from ..support.linear_gelu import check_layer, make_layer
 from .cases import DTYPES, HALF_DTYPES, bitwise_equal, device

@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.layers import linear
-from beit_fast.layers.linear import CpuLinear, multiply_packed, multiply_parts
-from beit_fast.ops.cpu_linear import onednn, split_bf16
+from beit_fast.ops.cpu_linear import choice, onednn, split_bf16
 
 from ..support.models import build, images
 from ..support.oracle import assert_within_budget
@@ -22,11 +21,11 @@ from ..support.transformers_reference import CLASSES, main_output, random_inputs
 SHAPES = [((1,), 768, 768), ((197,), 768, 96), ((4, 197), 64, 192), ((5,), 7, 3), ((2, 3), 1, 1), ((2, 2, 31), 33, 65)]
 
 
-@pytest.fixture(params=["onednn", "parts"])
+@pytest.fixture(params=["onednn", "split_bf16"])
 def products(monkeypatch, request):
     """What is named multiplies whatever the CPU and however few the rows; yields the list of its products' shapes."""
-    refusals = {"onednn": onednn.packing_refusal("cpu", torch.float32), "parts": split_bf16.refusal()}
-    functions = {"onednn": multiply_packed, "parts": multiply_parts}
+    refusals = {"onednn": onednn.packing_refusal("cpu", torch.float32), "split_bf16": split_bf16.unsupported_reason()}
+    functions = {"onednn": choice.gemm_onednn, "split_bf16": choice.gemm_split_bf16}
     if refusals[request.param] is not None:
         pytest.skip(refusals[request.param])
     products = []
@@ -35,8 +34,8 @@ def products(monkeypatch, request):
         products.append((tuple(left.shape), tuple(right.shape)))
         return functions[request.param](left, right, bias)
 
-    choice = linear.ProductChoice(request.param, "a test asks for it", multiply)
-    monkeypatch.setattr(linear, "_preferred", lambda requested: choice)
+    preferred = choice.GemmChoice(request.param, "requested by a test", multiply)
+    monkeypatch.setattr(choice, "_preferred", lambda requested: preferred)
     return products
 
 
@@ -257,8 +256,8 @@ def test_compiled_code_holds_the_module(products):
 
 
 def test_few_rows_call_the_module(products, monkeypatch):
-    choice = dataclasses.replace(linear.choose_product(), fewest_rows=5)
-    monkeypatch.setattr(linear, "_preferred", lambda requested: choice)
+    preferred = dataclasses.replace(choice.choose_gemm(), min_rows=5)
+    monkeypatch.setattr(choice, "_preferred", lambda requested: preferred)
     module = nn.Linear(24, 8)
     applied(module, torch.randn(4, 24))
     assert products == []
@@ -317,51 +316,9 @@ def test_a_failed_check_leaves_the_modules_at_work(products, monkeypatch):
     model.set_attn_implementation("triton")
     inputs = {"pixel_values": images(), "labels": torch.tensor([0, 1])}
     monkeypatch.setattr(onednn, "_check", lambda dtype: "the check failed")
-    monkeypatch.setattr(split_bf16, "refusal", lambda: "the check failed")
+    monkeypatch.setattr(split_bf16, "unsupported_reason", lambda: "the check failed")
     expected = train(model, inputs)
     assert products == []
-    assert linear.choose_product() == linear.ProductChoice("blas", "the check failed")
+    assert choice.choose_gemm() == choice.GemmChoice("blas", "the check failed")
     monkeypatch.undo()
     assert all(map(torch.equal, train(model, inputs), expected))
-
-
-@pytest.mark.parametrize(
-    ("identity", "capability", "mkl", "name", "reason"),
-    [
-        (("AuthenticAMD", 26), "AVX512", True, "onednn", "MKL runs AVX2 kernels on AMD CPUs, oneDNN AVX-512"),
-        (("AuthenticAMD", 25), "AVX512", True, "blas", "AVX-512 is no wider than AVX2 on AMD CPUs of family 25"),
-        (("AuthenticAMD", 26), "AVX2", True, "blas", "the CPU has no AVX-512"),
-        (("AuthenticAMD", 26), "AVX512", False, "blas", "torch's BLAS is not MKL"),
-        (("GenuineIntel", 6), "AVX512", True, "blas", "MKL is no slower than oneDNN on CPUs of GenuineIntel"),
-    ],
-)
-def test_the_machine_decides_unless_somebody_asks(monkeypatch, identity, capability, mkl, name, reason):
-    monkeypatch.setattr(split_bf16, "refusal", lambda: "no tiles")
-    monkeypatch.setattr(linear, "_cpu_identity", lambda: identity)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    decide = linear._preferred.__wrapped__
-    assert (decide(None).name, decide(None).reason) == (name, reason)
-    for asked in linear.PRODUCTS:
-        assert decide(asked).name == asked
-        assert (decide(asked).multiply is None) is (asked == "blas")
-        assert f"BEIT_FAST_CPU_LINEAR={asked}" in decide(asked).reason
-    monkeypatch.setattr(split_bf16, "refusal", lambda: None)
-    assert decide(None).name == "parts"
-    assert "AMX" in decide(None).reason
-    with pytest.raises(ValueError, match="BEIT_FAST_CPU_LINEAR is 'mkl'; accepted are 'blas', 'onednn', 'parts'"):
-        decide("mkl")
-
-
-def test_the_cpu_is_read_from_the_system():
-    vendor, family = linear._cpu_identity()
-    assert vendor
-    assert family >= 0
-
-
-def test_the_function_serves_any_product():
-    x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
-    out = CpuLinear.apply(x, weight, None, F.linear)
-    assert torch.equal(out, F.linear(x, weight))
-    grads = torch.autograd.grad(out.sum(), [x, weight])
-    assert all(map(torch.equal, grads, torch.autograd.grad(F.linear(x, weight).sum(), [x, weight])))

@@ -13,7 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import beit_fast
-from beit_fast.ops import attention, compile_cache
+from beit_fast.ops import compile_cache
+from beit_fast.ops.arguments import AttentionArguments
+from beit_fast.ops.fallback.attention import attention_forward
 from beit_fast.position_bias import table_rows
 
 from ..support.cases import attention_case
@@ -29,12 +31,12 @@ def _nothing_compiled_before():
 
 @pytest.fixture
 def calls():
-    """Grows by one whenever attention is computed forward, by the composite in place of any other kernel."""
+    """Grows by one whenever attention is computed forward, by the fallback in place of any other kernel."""
     seen = []
 
     def counted(*args):
         seen.append(args[0].shape)
-        return attention._attention(*args)
+        return attention_forward(AttentionArguments(*args))
 
     library = torch.library.Library("beit_fast", "IMPL")
     library.impl("rel_pos_attention", counted, "CPU", allow_override=True)
@@ -200,10 +202,11 @@ print(counters["autograd_cache_saved"], counters["autograd_cache_hit"], plain.no
 DOUBLED_GRADIENT = """
 
 def _doubled(ctx, *grads):
-    return tuple(None if grad is None else 2 * grad for grad in attention_grad(ctx, *grads))
+    return tuple(None if grad is None else 2 * grad for grad in _gradient(attention_backward_op)(ctx, *grads))
 
 
-torch.library.register_autograd("beit_fast::rel_pos_attention", _doubled, setup_context=save_attention, lib=library)
+from .library import library
+torch.library.register_autograd("beit_fast::rel_pos_attention", _doubled, setup_context=_setup_context, lib=library)
 """
 
 

@@ -10,7 +10,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.ops.dispatch import availability
-from beit_fast.ops.functorch import linear_gelu
+from beit_fast.ops.linear_gelu import linear_gelu
 
 from ..support.linear_gelu import make_layer, plain
 

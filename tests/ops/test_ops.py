@@ -169,6 +169,7 @@ def test_vector_math_is_resolved_by_one_thread_first():
     code = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from beit_fast.ops.arguments import AttentionArguments
 from beit_fast.ops.fallback.attention import attention_forward
 
 first = {}
@@ -182,7 +183,7 @@ class Spy(TorchDispatchMode):
 
 q = torch.randn(1, 5, 2, 8)
 with Spy():
-    attention_forward(q, q, q, None, None, (1, 1), 0.3, 0.0, 0)
+    attention_forward(AttentionArguments(q, q, q, None, None, (1, 1), 0.3, 0.0, 0))
 assert first == {(name, dtype): 1 for name in ("exp", "log") for dtype in (torch.float32, torch.float64)}, first
 """
     subprocess.run([sys.executable, "-c", code], check=True)

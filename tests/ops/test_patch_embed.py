@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import beit_fast
-from beit_fast.ops.fallback import patch_embed
+from beit_fast.ops.arguments import PatchEmbedArguments
+from beit_fast.ops.fallback import patch_embed as fallback
 
 from ..support.oracle import assert_within_budget
 from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_inputs
@@ -15,7 +16,13 @@ from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_i
 operator = torch.ops.beit_fast.patch_embed.default
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-IMPLEMENTATIONS = {"operator": beit_fast.patch_embed, "composite": patch_embed.patch_embed}
+
+
+def fallback_patch_embed(*args, **kwargs):
+    return fallback.patch_embed(PatchEmbedArguments(*args, **kwargs))
+
+
+IMPLEMENTATIONS = {"operator": beit_fast.patch_embed, "fallback": fallback_patch_embed}
 
 
 def with_leaves(arguments):
@@ -85,8 +92,8 @@ def test_drawn_inputs(arguments):
 
 @given(drawn_inputs())
 @settings(max_examples=30, deadline=None)
-def test_drawn_inputs_of_the_composite(arguments):
-    assert_right(arguments, patch_embed.patch_embed)
+def test_drawn_inputs_of_the_fallback(arguments):
+    assert_right(arguments, fallback_patch_embed)
 
 
 @pytest.mark.parametrize("embed", [1, 15, 16, 17, 31, 32, 33, 64])

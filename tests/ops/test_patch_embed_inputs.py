@@ -5,7 +5,8 @@ import torch
 
 import beit_fast
 from beit_fast.ops import validation
-from beit_fast.ops.fallback.patch_embed import patch_embed as composite
+from beit_fast.ops.arguments import PatchEmbedArguments
+from beit_fast.ops.fallback import patch_embed as fallback
 
 from ..support.patch_embedding import convolution, make_inputs
 
@@ -91,12 +92,17 @@ def described(arguments):
     )
 
 
+def python_checks(*arguments):
+    given = PatchEmbedArguments(*arguments)
+    validation.raise_errors("patch_embed", validation.patch_embed_errors(given), given)
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_one_error_with_every_reason(name):
     changes, reasons = REFUSALS[name]
     arguments = make_inputs((8, 8), (4, 4), embed=6) | changes
     expected = f"beit_fast::patch_embed cannot serve {described(arguments)}: {reasons}"
-    for check in (operator, beit_fast.patch_embed, validation.check_patch_embed):
+    for check in (operator, beit_fast.patch_embed, python_checks):
         with pytest.raises(ValueError, match="cannot serve") as error:
             check(*arguments.values())
         assert str(error.value) == expected
@@ -114,7 +120,7 @@ def test_floating_point_pixels_may_come_without_mean_or_std(absent):
     arguments = make_inputs((8, 8), (4, 4), embed=6, dtype=torch.float64, pixel_dtype=torch.float64, absent=(absent,))
     expected = convolution(**arguments)
     torch.testing.assert_close(beit_fast.patch_embed(**arguments), expected)
-    torch.testing.assert_close(composite(**arguments), expected)
+    torch.testing.assert_close(fallback.patch_embed(PatchEmbedArguments(**arguments)), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (0, 3, 4, 4)])
@@ -236,7 +242,7 @@ def test_products_of_torch_in_between_stay_right():
 @pytest.mark.parametrize(("batch", "image"), [(1, (64, 64)), (3, (70, 51)), (5, (224, 224))], ids=str)
 def test_threads_give_the_same_bits(batch, image, dtype):
     if not torch._C._dispatch_has_kernel_for_dispatch_key("beit_fast::patch_embed", "CPU"):
-        pytest.skip("the composite leaves its products to torch, whose sums depend on the threads")
+        pytest.skip("the fallback leaves its products to torch, whose sums depend on the threads")
     arguments = make_inputs(image, (16, 16), batch=batch, embed=200, dtype=dtype)
     results = []
     try:

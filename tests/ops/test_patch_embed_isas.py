@@ -10,7 +10,7 @@ import pytest
 from beit_fast import native
 
 TESTS = Path(__file__).parent / "test_patch_embed.py"
-CHOSEN = "patches_of_a_beit or any_layout or output_channels or long_sums or drawn_inputs and not composite"
+CHOSEN = "patches_of_a_beit or any_layout or output_channels or long_sums or drawn_inputs and not fallback"
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])

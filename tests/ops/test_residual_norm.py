@@ -149,7 +149,7 @@ def test_one_error_lists_every_reason() -> None:
         "residual float32[2, 3, 8] on cpu",
         "branch must have the shape of residual",
         "scale must be [E] = [8]",
-        "keep must be float32 [B] = [2]",
+        "drop_path_scale must be float32 [B] = [2]",
         "bias must be floating point",
         "all tensors must be on one device",
         "eps is -1.0, not at least 0",
@@ -163,9 +163,9 @@ def test_one_error_lists_every_reason() -> None:
     [
         ((torch.zeros(2, 3),), "residual must be [B, N, E] with at least one number a token"),
         ((torch.zeros(2, 3, 0),), "at least one number a token"),
-        ((torch.zeros(2, 3, 8), None, torch.zeros(8)), "scale and keep need a branch"),
-        ((torch.zeros(2, 3, 8), None, None, torch.zeros(2)), "scale and keep need a branch"),
-        ((torch.zeros(2, 3, 8),) * 2 + (None, torch.zeros(2).half()), "keep must be float32"),
+        ((torch.zeros(2, 3, 8), None, torch.zeros(8)), "scale and drop_path_scale need a branch"),
+        ((torch.zeros(2, 3, 8), None, None, torch.zeros(2)), "scale and drop_path_scale need a branch"),
+        ((torch.zeros(2, 3, 8),) * 2 + (None, torch.zeros(2).half()), "drop_path_scale must be float32"),
         ((torch.zeros(2, 3, 8), None, None, None, None, None, float("nan")), "eps is nan"),
     ],
 )

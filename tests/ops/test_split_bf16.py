@@ -14,11 +14,12 @@ from torch.library import opcheck
 
 from beit_fast import native
 from beit_fast.ops.cpu_linear import split_bf16
-from beit_fast.ops.cpu_linear.split_bf16 import linear_parts, linear_parts_op, matmul_parts, pack_parts, pack_parts_op
 
 from ..support.oracle import assert_within_budget, relative_error
 
-needs_tiles = pytest.mark.skipif(split_bf16.refusal() is not None, reason=f"{split_bf16.refusal()}")
+needs_tiles = pytest.mark.skipif(
+    split_bf16.unsupported_reason() is not None, reason=f"{split_bf16.unsupported_reason()}"
+)
 
 LAYOUTS = {
     "rows": lambda x: x,
@@ -28,7 +29,7 @@ LAYOUTS = {
     "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
 }
 PRODUCT_ERROR = {2: 3 * 2**-16, 3: 2**-23}
-"""The most by which a product can be off, relative to itself: see `test_two_parts`. Of three parts,
+"""The most by which a product can be off, relative to itself: see `test_two_parts`. Of three terms,
 two products are left out that are at most 2**-8 * 2**-16 each, and one that is far less."""
 
 
@@ -58,7 +59,7 @@ def in_fp64(*tensors):
 def test_three_parts_are_as_good_as_fp32(rows, depth, columns, gelu):
     given = make(rows, depth, columns)
     x, weight, bias, residual = given
-    result = linear_parts(x, pack_parts(weight, 3), columns, 3, bias, residual, gelu=gelu)
+    result = split_bf16.linear(x, split_bf16.pack(weight, 3), columns, 3, bias, residual, gelu=gelu)
     assert_within_budget("result", result, plain(*in_fp64(*given), gelu), plain(*given, gelu), 2)
 
 
@@ -74,7 +75,7 @@ def test_two_parts(rows, depth, columns):
     twice as much. At most each is 2**-16 of the product, together 3 * 2**-16.
     """
     x, weight, _, _ = make(rows, depth, columns)
-    result = linear_parts(x, pack_parts(weight, 2), columns, 2)
+    result = split_bf16.linear(x, split_bf16.pack(weight, 2), columns, 2)
     error = relative_error(result, F.linear(x.double(), weight.double()))
     assert 2**-20 < error <= 2**-17
 
@@ -85,7 +86,7 @@ def drawn_calls(draw):
     depth = draw(sizes | st.sampled_from([895, 896, 897, 928, 1800]))
     return {
         "given": make(draw(sizes | st.just(270)), depth, draw(sizes), seed=draw(st.integers(0, 2**31))),
-        "parts": draw(st.sampled_from([2, 3])),
+        "terms": draw(st.sampled_from([2, 3])),
         "layouts": draw(st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS)))),
         "transposed": draw(st.booleans()),
         "absent": draw(st.sets(st.sampled_from(["bias", "residual"]))),
@@ -103,15 +104,15 @@ def test_drawn_calls(call):
     bias = None if "bias" in call["absent"] else bias
     residual = None if "residual" in call["absent"] else residual
     x_view, weight_view = LAYOUTS[call["layouts"][0]](x), LAYOUTS[call["layouts"][1]](weight)
-    packed = pack_parts(
-        weight_view.t() if call["transposed"] else weight_view, call["parts"], transposed=call["transposed"]
+    packed = split_bf16.pack(
+        weight_view.t() if call["transposed"] else weight_view, call["terms"], transposed=call["transposed"]
     )
-    result = linear_parts(x_view, packed, len(weight), call["parts"], bias, residual, gelu=call["gelu"])
+    result = split_bf16.linear(x_view, packed, len(weight), call["terms"], bias, residual, gelu=call["gelu"])
 
     exact = in_fp64(x, weight, bias, residual)
     sums = plain(*(y if y is None else y.abs() for y in exact))
     eps = torch.finfo(torch.float32).eps
-    allowed = 1.13 * (PRODUCT_ERROR[call["parts"]] + (x.shape[1] + 4) * eps) * sums + 4 * eps * sums
+    allowed = 1.13 * (PRODUCT_ERROR[call["terms"]] + (x.shape[1] + 4) * eps) * sums + 4 * eps * sums
     assert ((result.double() - plain(*exact, call["gelu"])).abs() <= allowed).all()
     assert result.is_contiguous()
 
@@ -122,7 +123,7 @@ def test_gelu_over_its_whole_range():
     x = torch.cat(
         [torch.linspace(-30, 30, 200_001), torch.randn(50_000) * 1e-3, torch.tensor([0.0, -0.0, 1e30, -1e30])]
     )
-    result = linear_parts(x[:, None], pack_parts(torch.ones(1, 1), 3), 1, 3, gelu=True)[:, 0]
+    result = split_bf16.linear(x[:, None], split_bf16.pack(torch.ones(1, 1), 3), 1, 3, gelu=True)[:, 0]
     exact = F.gelu(x.double())
     error, usual = (result.double() - exact).abs(), (F.gelu(x).double() - exact).abs()
     eps = torch.finfo(torch.float32).eps
@@ -132,97 +133,108 @@ def test_gelu_over_its_whole_range():
     assert (error <= eps)[x <= -1].all()
     assert (error <= 2**-16 * eps)[x <= -5.5].all()
     assert relative_error(result[:-2], exact[:-2]) <= relative_error(F.gelu(x)[:-2], exact[:-2]) * 2
-    assert linear_parts(torch.tensor([[torch.nan]]), pack_parts(torch.ones(1, 1), 3), 1, 3, gelu=True).isnan().all()
+    assert (
+        split_bf16.linear(torch.tensor([[torch.nan]]), split_bf16.pack(torch.ones(1, 1), 3), 1, 3, gelu=True)
+        .isnan()
+        .all()
+    )
 
 
 @needs_tiles
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("parts", [2, 3])
-def test_layouts_and_leading_dimensions_change_no_bit(parts, layout):
+@pytest.mark.parametrize("terms", [2, 3])
+def test_layouts_and_leading_dimensions_change_no_bit(terms, layout):
     x, weight, bias, residual = make(3 * 67, 72, 40)
-    packed = pack_parts(weight, parts)
-    expected = linear_parts(x, packed, 40, parts, bias, residual)
-    assert torch.equal(pack_parts(LAYOUTS[layout](weight), parts), packed)
-    assert torch.equal(pack_parts(LAYOUTS[layout](weight.t()), parts, transposed=True), packed)
-    assert torch.equal(linear_parts(LAYOUTS[layout](x), packed, 40, parts, bias, LAYOUTS[layout](residual)), expected)
-    result = linear_parts(LAYOUTS[layout](x.view(3, 67, 72)), packed, 40, parts, bias, residual.view(3, 67, 40))
+    packed = split_bf16.pack(weight, terms)
+    expected = split_bf16.linear(x, packed, 40, terms, bias, residual)
+    assert torch.equal(split_bf16.pack(LAYOUTS[layout](weight), terms), packed)
+    assert torch.equal(split_bf16.pack(LAYOUTS[layout](weight.t()), terms, transposed=True), packed)
+    assert torch.equal(
+        split_bf16.linear(LAYOUTS[layout](x), packed, 40, terms, bias, LAYOUTS[layout](residual)), expected
+    )
+    result = split_bf16.linear(LAYOUTS[layout](x.view(3, 67, 72)), packed, 40, terms, bias, residual.view(3, 67, 40))
     assert torch.equal(result.flatten(0, 1), expected)
     uneven = LAYOUTS[layout](x.view(3, 67, 72))[:, 1:]
-    assert torch.equal(linear_parts(uneven, packed, 40, parts), linear_parts(uneven.clone(), packed, 40, parts))
+    assert torch.equal(
+        split_bf16.linear(uneven, packed, 40, terms), split_bf16.linear(uneven.clone(), packed, 40, terms)
+    )
 
 
 @needs_tiles
 def test_expanded_and_single_rows():
     x, weight, bias, _ = make(1, 72, 40)
-    packed = pack_parts(weight, 3)
-    row = linear_parts(x, packed, 40, 3, bias[:1].expand(40))
-    assert torch.equal(linear_parts(x[0], packed, 40, 3, bias[:1].expand(40)), row[0])
+    packed = split_bf16.pack(weight, 3)
+    row = split_bf16.linear(x, packed, 40, 3, bias[:1].expand(40))
+    assert torch.equal(split_bf16.linear(x[0], packed, 40, 3, bias[:1].expand(40)), row[0])
     assert torch.equal(
-        linear_parts(x.expand(50, 72), packed, 40, 3, bias[:1].expand(40), row.expand(50, 40)), 2 * row.expand(50, 40)
+        split_bf16.linear(x.expand(50, 72), packed, 40, 3, bias[:1].expand(40), row.expand(50, 40)),
+        2 * row.expand(50, 40),
     )
     far = x.as_strided((1, 72), (2**62, 1))  # a row that is never stepped over
     assert torch.equal(
-        linear_parts(far, packed, 40, 3, bias[:1].expand(40), row.as_strided((1, 40), (2**62, 1))), 2 * row
+        split_bf16.linear(far, packed, 40, 3, bias[:1].expand(40), row.as_strided((1, 40), (2**62, 1))), 2 * row
     )
-    assert torch.equal(pack_parts(far, 3), pack_parts(x, 3))
+    assert torch.equal(split_bf16.pack(far, 3), split_bf16.pack(x, 3))
 
 
 @needs_tiles
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("terms", [2, 3])
 @pytest.mark.parametrize(("rows", "depth"), [(37, 1000), (270, 96), (700, 64), (1100, 1000)])
-def test_bits_depend_on_neither_threads_nor_other_rows(rows, depth, parts):
+def test_bits_depend_on_neither_threads_nor_other_rows(rows, depth, terms):
     x, weight, bias, residual = make(rows, depth, 100)
-    packed = pack_parts(weight, parts)
+    packed = split_bf16.pack(weight, terms)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            assert torch.equal(pack_parts(weight, parts), packed)
-            results.append(linear_parts(x, packed, 100, parts, bias, residual, gelu=True))
+            assert torch.equal(split_bf16.pack(weight, terms), packed)
+            results.append(split_bf16.linear(x, packed, 100, terms, bias, residual, gelu=True))
         finally:
             torch.set_num_threads(1)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    few = linear_parts(x[-21:], packed, 100, parts, bias, residual[-21:], gelu=True)
+    few = split_bf16.linear(x[-21:], packed, 100, terms, bias, residual[-21:], gelu=True)
     assert torch.equal(few, results[0][-21:])
-    columns = linear_parts(x, pack_parts(weight[64:], parts), 36, parts, bias[64:], residual[:, 64:], gelu=True)
+    columns = split_bf16.linear(
+        x, split_bf16.pack(weight[64:], terms), 36, terms, bias[64:], residual[:, 64:], gelu=True
+    )
     assert torch.equal(columns, results[0][:, 64:])
 
 
 @needs_tiles
-@pytest.mark.parametrize("parts", [2, 3])
-def test_empty(parts):
+@pytest.mark.parametrize("terms", [2, 3])
+def test_empty(terms):
     x, weight, bias, residual = make(5, 40, 33)
-    assert linear_parts(x[:0], pack_parts(weight, parts), 33, parts, bias).shape == (0, 33)
-    assert linear_parts(x, pack_parts(weight[:0], parts), 0, parts, bias[:0]).shape == (5, 0)
-    nothing = linear_parts(x[:, :0], pack_parts(weight[:, :0], parts), 33, parts, bias, residual)
+    assert split_bf16.linear(x[:0], split_bf16.pack(weight, terms), 33, terms, bias).shape == (0, 33)
+    assert split_bf16.linear(x, split_bf16.pack(weight[:0], terms), 0, terms, bias[:0]).shape == (5, 0)
+    nothing = split_bf16.linear(x[:, :0], split_bf16.pack(weight[:, :0], terms), 33, terms, bias, residual)
     assert torch.equal(nothing, bias + residual)
-    assert linear_parts(torch.empty(2, 0, 40), pack_parts(weight, parts), 33, parts).shape == (2, 0, 33)
+    assert split_bf16.linear(torch.empty(2, 0, 40), split_bf16.pack(weight, terms), 33, terms).shape == (2, 0, 33)
 
 
 @needs_tiles
-@pytest.mark.parametrize("parts", [2, 3])
-def test_no_number_is_left_as_it_was_in_memory(parts):
+@pytest.mark.parametrize("terms", [2, 3])
+def test_no_number_is_left_as_it_was_in_memory(terms):
     """Fresh memory is NaN under deterministic algorithms."""
     given = make(37, 50, 45)
     torch.use_deterministic_algorithms(True)
     try:
-        result = linear_parts(given[0], pack_parts(given[1], parts), 45, parts)
+        result = split_bf16.linear(given[0], split_bf16.pack(given[1], terms), 45, terms)
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.isfinite(result).all()
 
 
 @needs_tiles
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("terms", [2, 3])
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x3FFFFF])
-def test_any_nan_stays_in_its_row_or_column(bits, parts):
+def test_any_nan_stays_in_its_row_or_column(bits, terms):
     x, weight, _, _ = make(40, 70, 50)
-    clean = linear_parts(x, pack_parts(weight, parts), 50, parts)
+    clean = split_bf16.linear(x, split_bf16.pack(weight, terms), 50, terms)
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     x[17, 33] = nan
     weight[35, 69] = nan
-    result = linear_parts(x, pack_parts(weight, parts), 50, parts, gelu=False)
+    result = split_bf16.linear(x, split_bf16.pack(weight, terms), 50, terms, gelu=False)
     expected = torch.zeros(40, 50, dtype=torch.bool)
     expected[17] = expected[:, 35] = True
     assert torch.equal(result.isnan(), expected)
@@ -230,30 +242,30 @@ def test_any_nan_stays_in_its_row_or_column(bits, parts):
 
 
 @needs_tiles
-@pytest.mark.parametrize("parts", [2, 3])
-def test_infinities_become_nan(parts):
+@pytest.mark.parametrize("terms", [2, 3])
+def test_infinities_become_nan(terms):
     for number in (torch.inf, -torch.inf, torch.finfo(torch.float32).max):
         x, weight, _, _ = make(4, 40, 6)
         x[2, 5] = number
-        result = linear_parts(x, pack_parts(weight, parts), 6, parts)
+        result = split_bf16.linear(x, split_bf16.pack(weight, terms), 6, terms)
         assert result[2].isnan().all()
         assert torch.isfinite(result[[0, 1, 3]]).all()
 
 
 @needs_tiles
-@pytest.mark.parametrize("parts", [2, 3])
-def test_the_ends_of_the_range(parts):
+@pytest.mark.parametrize("terms", [2, 3])
+def test_the_ends_of_the_range(terms):
     """Up to 3.396e38 all is as anywhere; from 2**-110 downwards last bits are lost; below 2**-126 there is nothing."""
-    one = pack_parts(torch.ones(1, 1), parts)
-    accuracy = {2: 2**-16, 3: 0.0}[parts]
+    one = split_bf16.pack(torch.ones(1, 1), terms)
+    accuracy = {2: 2**-16, 3: 0.0}[terms]
     numbers = torch.tensor([3.396e38, -3.396e38, 1.2345678e-32, 1.2345678]).double()
-    result = linear_parts(numbers.float()[:, None], one, 1, parts)[:, 0].double()
+    result = split_bf16.linear(numbers.float()[:, None], one, 1, terms)[:, 0].double()
     assert ((result - numbers.float()).abs() <= accuracy * numbers.abs()).all()
-    assert linear_parts(torch.tensor([[2.0**-127]]), one, 1, parts).item() == 0.0
+    assert split_bf16.linear(torch.tensor([[2.0**-127]]), one, 1, terms).item() == 0.0
     small = torch.tensor([[1.2345678e-37]])
-    assert linear_parts(small, one, 1, parts).item() == pytest.approx(small.item(), rel=2**-7)
+    assert split_bf16.linear(small, one, 1, terms).item() == pytest.approx(small.item(), rel=2**-7)
     large = torch.tensor([[1e30]])
-    assert not torch.isfinite(linear_parts(large, pack_parts(large, parts), 1, parts))
+    assert not torch.isfinite(split_bf16.linear(large, split_bf16.pack(large, terms), 1, terms))
 
 
 GOOD = {"x": (4, 40), "packed": None, "bias": (6,), "residual": (4, 6)}
@@ -264,15 +276,15 @@ BAD_CALLS = {
     "depth": ({"x": torch.zeros(4, 65)}, ["packed must be what _pack_parts makes of [6, 65] in 3 parts"]),
     "columns": ({"out_features": 33}, ["[33, 40] in 3 parts, uint8 [2, 12288]", "bias must be [N] = [33]"]),
     "negative columns": ({"out_features": -1}, ["out_features must not be negative"]),
-    "other parts": ({"parts": 2}, ["packed must be what _pack_parts makes of [6, 40] in 2 parts"]),
-    "number of parts": ({"parts": 4}, ["parts is 4, not 2 or 3"]),
+    "other terms": ({"terms": 2}, ["packed must be what _pack_parts makes of [6, 40] in 2 parts"]),
+    "number of terms": ({"terms": 4}, ["parts is 4, not 2 or 3"]),
     "floats for bytes": ({"packed": torch.zeros(1, 12288)}, ["packed must be what _pack_parts makes of"]),
     "bias": ({"bias": torch.zeros(1, 6)}, ["bias must be [N] = [6]"]),
     "bias of halves": ({"bias": torch.zeros(6).half()}, ["bias must be float32"]),
     "residual": ({"residual": torch.zeros(6)}, ["residual must be [..., N] = [4, 6]"]),
     "device": ({"bias": torch.zeros(6, device="meta")}, ["all tensors must be on one device"]),
     "all at once": (
-        {"x": torch.zeros(4, 40).half(), "bias": torch.zeros(5), "parts": 1},
+        {"x": torch.zeros(4, 40).half(), "bias": torch.zeros(5), "terms": 1},
         ["x must be float32", "bias must be [N] = [6]", "parts is 1, not 2 or 3"],
     ),
 }
@@ -284,42 +296,42 @@ def test_bad_calls_are_one_error_with_every_reason(name):
     changes, reasons = BAD_CALLS[name]
     good = {
         "x": torch.zeros(4, 40),
-        "packed": pack_parts(torch.zeros(6, 40), 3),
+        "packed": split_bf16.pack(torch.zeros(6, 40), 3),
         "out_features": 6,
-        "parts": 3,
+        "terms": 3,
         "bias": torch.zeros(6),
         "residual": torch.zeros(4, 6),
     }
     with pytest.raises(ValueError, match=r"beit_fast::_linear_parts cannot serve x ") as raised:
-        linear_parts(**good | changes)
+        split_bf16.linear(**good | changes)
     for reason in reasons:
         assert reason in str(raised.value)
 
 
 @needs_tiles
 @pytest.mark.parametrize(
-    ("matrix", "parts", "reason"),
+    ("matrix", "terms", "reason"),
     [
         (torch.zeros(4, 40, dtype=torch.float64), 3, "matrix must be float32"),
         (torch.zeros(4, 40, 2), 3, "matrix must be [N, K], or [K, N] where it is transposed"),
         (torch.zeros(4, 40), 1, "parts is 1, not 2 or 3"),
     ],
 )
-def test_bad_matrices(matrix, parts, reason):
+def test_bad_matrices(matrix, terms, reason):
     with pytest.raises(ValueError, match="beit_fast::_pack_parts cannot serve matrix ") as raised:
-        pack_parts(matrix, parts)
+        split_bf16.pack(matrix, terms)
     assert reason in str(raised.value)
 
 
 @needs_tiles
-@pytest.mark.parametrize("parts", [2, 3])
-def test_opcheck(parts):
+@pytest.mark.parametrize("terms", [2, 3])
+def test_opcheck(terms):
     x, weight, bias, residual = make(37, 50, 45)
     for transposed in (False, True):
-        opcheck(pack_parts_op, (weight.t() if transposed else weight, transposed, parts))
-    packed = pack_parts(weight, parts)
-    opcheck(linear_parts_op, (x, packed, 45, parts, None, None, False))
-    opcheck(linear_parts_op, (x.view(1, 37, 50), packed, 45, parts, bias, residual.view(1, 37, 45), True))
+        opcheck(split_bf16.pack_op, (weight.t() if transposed else weight, transposed, terms))
+    packed = split_bf16.pack(weight, terms)
+    opcheck(split_bf16.linear_op, (x, packed, 45, terms, None, None, False))
+    opcheck(split_bf16.linear_op, (x.view(1, 37, 50), packed, 45, terms, bias, residual.view(1, 37, 45), True))
 
 
 @needs_tiles
@@ -329,8 +341,8 @@ def test_the_gradients_of_a_linear_layer():
     wanted = [grad.double() @ weight.double(), grad.double().t() @ x.double()]
     eager = [grad @ weight, grad.t() @ x]
     results = [
-        linear_parts(grad, pack_parts(weight, 3, transposed=True), 70, 3),
-        linear_parts(grad.t(), pack_parts(x, 3, transposed=True), 70, 3),
+        split_bf16.linear(grad, split_bf16.pack(weight, 3, transposed=True), 70, 3),
+        split_bf16.linear(grad.t(), split_bf16.pack(x, 3, transposed=True), 70, 3),
     ]
     for name, result, exact, usual in zip(("dX", "dW"), results, wanted, eager, strict=True):
         assert_within_budget(name, result, exact, usual, 2)
@@ -340,13 +352,13 @@ REFUSED = """
 import json, torch
 from beit_fast.ops.cpu_linear import split_bf16
 errors = []
-for call in (lambda: split_bf16.pack_parts(torch.zeros(3, 4), 3),
-             lambda: split_bf16.linear_parts(torch.zeros(2, 4), torch.zeros(1, 6144, dtype=torch.uint8), 3, 3)):
+for call in (lambda: split_bf16.pack(torch.zeros(3, 4), 3),
+             lambda: split_bf16.linear(torch.zeros(2, 4), torch.zeros(1, 6144, dtype=torch.uint8), 3, 3)):
     try:
         call()
     except ValueError as error:
         errors.append(str(error))
-print(json.dumps([split_bf16.refusal(), errors]))
+print(json.dumps([split_bf16.unsupported_reason(), errors]))
 """
 
 
@@ -383,7 +395,7 @@ def test_an_older_library_is_noticed(monkeypatch):
     monkeypatch.setattr(native, "refusal", lambda name: None)
     monkeypatch.setattr(native, "is_loaded", lambda name: True)
     monkeypatch.setattr(native, "ask", lambda function: None)
-    assert "was built before it had linear layers in parts" in split_bf16.refusal()
+    assert "was built before it had split-bf16 linear layers" in split_bf16.unsupported_reason()
 
 
 @pytest.mark.skipif(not native.is_loaded("_C"), reason="the native library is not loaded")
@@ -394,23 +406,23 @@ def test_the_library_answers_what_it_knows():
 
 
 def test_other_devices_are_refused_and_meta_has_shapes():
-    packed = pack_parts(torch.empty(33, 40, device="meta"), 3)
+    packed = split_bf16.pack(torch.empty(33, 40, device="meta"), 3)
     assert (packed.shape, packed.dtype) == ((2, 2 * 3 * 2048), torch.uint8)
-    assert linear_parts(torch.empty(5, 7, 40, device="meta"), packed, 33, 3).shape == (5, 7, 33)
+    assert split_bf16.linear(torch.empty(5, 7, 40, device="meta"), packed, 33, 3).shape == (5, 7, 33)
 
 
 @needs_tiles
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("terms", [2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_product_for_once_gives_the_bits_of_a_packed_one(parts, transposed):
+def test_a_product_for_once_gives_the_bits_of_a_packed_one(terms, transposed):
     """Sizes go up and down, so that memory that is kept is larger than needed and then too small."""
     for rows, depth, columns in ((5, 40, 33), (3, 7, 2), (70, 96, 100), (0, 8, 4), (4, 0, 4), (6, 9, 0)):
         x = torch.randn(2, rows, depth)
         matrix = torch.randn(depth, columns).t() if transposed else torch.randn(columns, depth)
         bias = torch.randn(columns)
-        expected = linear_parts(x, pack_parts(matrix, parts), columns, parts, bias)
-        assert torch.equal(matmul_parts(x, matrix, parts, bias), expected)
-        opcheck(split_bf16.matmul_parts_op, (x, matrix, parts, bias))
+        expected = split_bf16.linear(x, split_bf16.pack(matrix, terms), columns, terms, bias)
+        assert torch.equal(split_bf16.matmul(x, matrix, terms, bias), expected)
+        opcheck(split_bf16.matmul_op, (x, matrix, terms, bias))
 
 
 @needs_tiles
@@ -423,14 +435,14 @@ def test_a_product_for_once_gives_the_bits_of_a_packed_one(parts, transposed):
         ({"matrix": torch.randn(8)}, "matrix must be [N, K], or [K, N]"),
         ({"matrix": torch.randn(4, 8).half()}, "matrix must be float32"),
         ({"bias": torch.randn(5)}, "bias must be [N] = [4]"),
-        ({"parts": 1}, "parts is 1, not 2 or 3"),
+        ({"terms": 1}, "parts is 1, not 2 or 3"),
     ],
 )
 def test_bad_products_for_once(change, reason):
-    call = {"x": torch.randn(2, 8), "matrix": torch.randn(4, 8), "parts": 3, "bias": torch.randn(4)} | change
+    call = {"x": torch.randn(2, 8), "matrix": torch.randn(4, 8), "terms": 3, "bias": torch.randn(4)} | change
     messages = []
     for move in (lambda x: x, lambda x: x.to("meta") if torch.is_tensor(x) else x):
         with pytest.raises(ValueError, match="_matmul_parts cannot serve") as raised:
-            matmul_parts(**{name: move(value) for name, value in call.items()})
+            split_bf16.matmul(**{name: move(value) for name, value in call.items()})
         messages.append(str(raised.value))
     assert all(reason in message for message in messages)

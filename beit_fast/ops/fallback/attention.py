@@ -1,7 +1,7 @@
-"""Attention with relative position bias in PyTorch: what serves CPU tensors where no native kernel is built.
+"""Fallback of attention with relative position bias: PyTorch operations for CPU tensors without a native kernel.
 
-Arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs' dtype. It runs one sample and a few heads at a
-time, so scratch is a few megabytes, or a few `[N, N]` matrices where those are larger, and never `[H, N, N]`.
+Arithmetic is fp32 (fp64 for fp64 inputs) for any input dtype. One sample and a few heads are computed at a time, so the
+temporary memory is a few megabytes, or a few `[N, N]` matrices if these are larger, and never `[H, N, N]`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,15 @@ import functools
 import torch
 from torch import Tensor
 
-from ...position_bias import Window, gather_bias, reduce_bias, relative_position_index
+from ...position_bias import gather_bias, reduce_bias, relative_position_index
+from ..arguments import AttentionArguments, AttentionBackwardArguments
 
 _GROUP_ELEMENTS = 2**20
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    key_mask: Tensor | None,
-    window: Window,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """`beit_fast::rel_pos_attention`: see `beit_fast.ops.functorch` for shapes and meaning."""
+def attention_forward(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:
+    """`beit_fast::rel_pos_attention`: see `beit_fast.rel_pos_attention` for shapes and meaning."""
+    q, k, v, table, key_mask, window, scale, dropout_p, seed = arguments
     _resolve_vector_math()
     batch, tokens, heads, _ = q.shape
     compute = _compute_dtype(q)
@@ -51,22 +43,9 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: Window,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`beit_fast::rel_pos_attention_backward`: gradients of q, k, v and table, empty where not asked for."""
+def attention_backward(arguments: AttentionBackwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of q, k, v and table; those that are not needed are returned as empty tensors."""
+    grad_out, q, k, v, table, key_mask, out, lse, window, scale, dropout_p, seed, output_mask = arguments
     _resolve_vector_math()
     need_q, need_k, need_v, need_table = output_mask
     batch, tokens, heads, _ = q.shape
@@ -106,10 +85,10 @@ def attention_backward(
 
 @functools.cache
 def _resolve_vector_math() -> None:
-    """Call exp and log on one element first, which takes one thread.
+    """Call exp and log once on a single element, in one thread.
 
-    oneMKL chooses the kernel of such a function at its first call; where several threads make that call together, one
-    of them may run a low-precision kernel, once (pytorch/pytorch#188792).
+    oneMKL selects the kernel of such a function at its first call. If several threads make that call together, one of
+    them may run a low-precision kernel, once (pytorch/pytorch#188792).
     """
     for dtype in (torch.float32, torch.float64):
         one = torch.ones(1, dtype=dtype)
@@ -118,7 +97,7 @@ def _resolve_vector_math() -> None:
 
 
 def _head_groups(heads: int, tokens: int) -> list[slice]:
-    """Heads that are worked on together: as many as keep their `[G, N, N]` scores near a core's cache."""
+    """Group the heads so that the `[G, N, N]` scores of a group stay close to a core's cache in size."""
     size = max(1, min(heads, _GROUP_ELEMENTS // (tokens * tokens)))
     return [slice(start, min(start + size, heads)) for start in range(0, heads, size)]
 
@@ -132,7 +111,7 @@ def _heads_first(tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
-    """`scale * query @ key^T + bias`, minus infinity at masked keys, a fresh `[H, N, N]`."""
+    """`scale * query @ key^T + bias`, minus infinity at masked keys, a new `[H, N, N]`."""
     if bias is None:
         scores = torch.bmm(query * scale, key.transpose(1, 2))
     else:

@@ -1,4 +1,4 @@
-"""Patch embedding in PyTorch: the backward pass everywhere, the forward wherever no native kernel is built."""
+"""Fallback of patch embedding in PyTorch operations, and the backward pass on every device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import PatchEmbedArguments
 
-def patch_embed(
-    pixels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cls: Tensor | None,
-    mask: Tensor | None,
-    mask_token: Tensor | None,
-    pos: Tensor | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> Tensor:
-    """`beit_fast::patch_embed`: see `beit_fast.ops` for shapes and meaning."""
+
+def patch_embed(arguments: PatchEmbedArguments) -> Tensor:
+    """`beit_fast::patch_embed`: see `beit_fast.patch_embed` for shapes and meaning."""
+    pixels, weight, bias, cls, mask, mask_token, pos, mean, std = arguments
     patches = extract_patches(normalize_pixels(pixels, mean, std, weight.dtype), weight.shape[2:])
     bias = None if bias is None else bias.reshape(-1).to(weight.dtype)
     tokens = F.linear(patches, weight.flatten(1), bias)  # [B, P, E]
@@ -33,8 +26,13 @@ def patch_embed(
     return tokens if pos is None else tokens + pos
 
 
-def normalize_pixels(pixels: Tensor, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype) -> Tensor:
-    """`(pixels - mean) / std` per channel in fp32 at least, then in `dtype`; mean and std in the pixels' own units."""
+def normalize_pixels(
+    pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
+) -> Tensor:
+    """`(pixels - mean) / std` per channel, computed in at least fp32 and returned in `dtype`.
+
+    `mean` and `std` are in the units of the pixels.
+    """
     if mean is None and std is None:
         return pixels.to(dtype)
     precise = pixels.to(torch.promote_types(dtype, torch.float32))
@@ -47,7 +45,7 @@ def normalize_pixels(pixels: Tensor, mean: list[float] | None, std: list[float] 
 
 
 def extract_patches(pixels: Tensor, patch: tuple[int, int] | torch.Size) -> Tensor:
-    """Non-overlapping patches as rows, `[B, C, H, W]` to `[B, P, C * ph * pw]`; what fills no patch is cropped."""
+    """Non-overlapping patches as rows, `[B, C, H, W]` to `[B, P, C * ph * pw]`; incomplete patches are cropped."""
     batch, channels, height, width = pixels.shape
     rows, columns = height // patch[0], width // patch[1]
     cropped = pixels[:, :, : rows * patch[0], : columns * patch[1]]
@@ -56,7 +54,7 @@ def extract_patches(pixels: Tensor, patch: tuple[int, int] | torch.Size) -> Tens
 
 
 def merge_patches(patches: Tensor, pixels_shape: torch.Size, patch: tuple[int, int] | torch.Size) -> Tensor:
-    """The adjoint of `extract_patches`: `[B, P, C * ph * pw]` back to `[B, C, H, W]`, zeros where it was cropped."""
+    """Adjoint of `extract_patches`: `[B, P, C * ph * pw]` to `[B, C, H, W]`, with zeros in the cropped part."""
     batch, channels, height, width = pixels_shape
     rows, columns = height // patch[0], width // patch[1]
     blocks = patches.reshape(batch, rows, columns, channels, patch[0], patch[1]).permute(0, 3, 1, 4, 2, 5)
@@ -66,19 +64,10 @@ def merge_patches(patches: Tensor, pixels_shape: torch.Size, patch: tuple[int, i
 
 
 def patch_embed_backward(
-    grad: Tensor,
-    pixels: Tensor,
-    weight: Tensor,
-    optional: Sequence[Tensor | None],
-    mean: list[float] | None,
-    std: list[float] | None,
-    needed: Sequence[bool],
+    grad: Tensor, arguments: PatchEmbedArguments, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the nine arguments of `patch_embed` for `grad` `[B, tokens, E]`, None where not `needed`.
-
-    `optional` is (bias, cls, mask, mask_token, pos).
-    """
-    bias, cls, mask, mask_token, pos = optional
+    """Compute the gradients of all arguments from `grad` `[B, tokens, E]`; None for those not `needed`."""
+    pixels, weight, bias, cls, mask, mask_token, pos, mean, std = arguments
     need_pixels, need_weight, need_bias, need_cls, _, need_mask_token, need_pos = needed[:7]
     grad_pos = grad.sum(0, keepdim=True).to(pos.dtype) if need_pos and pos is not None else None
     grad_cls = grad[:, 0].sum(0).view(cls.shape).to(cls.dtype) if need_cls and cls is not None else None

@@ -1,6 +1,6 @@
-"""Residual, layer scale, drop path and LayerNorm in plain torch: what the operators run where no kernel serves.
+"""Fallback of residual, layer scale, drop path and LayerNorm in PyTorch operations.
 
-Arithmetic is fp32, or fp64 where a tensor is.
+Arithmetic is fp32, or fp64 if a tensor is fp64.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from torch import Tensor
 
 
 def sum_dtype(residual: Tensor, branch: Tensor | None, scale: Tensor | None) -> torch.dtype:
-    """The type of `residual + scale * branch`, as torch promotes it."""
+    """The type of `residual + scale * branch`, by PyTorch's type promotion."""
     dtype = residual.dtype
     for other in (branch, scale):
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
     return dtype
 
 
-def residual_add(residual: Tensor, branch: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
-    """`residual + keep * scale * branch`, `[B, N, E]`."""
+def residual_add(residual: Tensor, branch: Tensor, scale: Tensor | None, drop_path_scale: Tensor | None) -> Tensor:
+    """`residual + drop_path_scale * scale * branch`, `[B, N, E]`."""
     dtype = sum_dtype(residual, branch, scale)
     wide = _wide(dtype)
-    return (residual.to(wide) + _scaled(branch.to(wide), scale, keep)).to(dtype, memory_format=torch.contiguous_format)
+    return (residual.to(wide) + _scaled(branch.to(wide), scale, drop_path_scale)).to(
+        dtype, memory_format=torch.contiguous_format
+    )
 
 
 def layer_norm(
     total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The LayerNorm of the rows in `dtype`, their mean and the inverse of their deviation, `[B, N]`."""
+    """LayerNorm of the rows in `dtype`, their mean and their inverse standard deviation, `[B, N]`."""
     wide = _wide(total.dtype)
     variance, mean = torch.var_mean(total.to(wide), -1, correction=0, keepdim=True)
     rstd = (variance + eps).rsqrt()
@@ -45,7 +47,7 @@ def layer_norm(
 def layer_norm_backward(
     grad_normalized: Tensor, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what was normalised, of weight and of bias, not yet rounded."""
+    """Gradients of the input rows, of weight and of bias, not yet rounded."""
     grad = grad_normalized.to(mean.dtype)
     x = (total.to(mean.dtype) - mean[..., None]) * rstd[..., None]
     weighted = grad if weight is None else grad * weight.to(mean.dtype)
@@ -55,19 +57,23 @@ def layer_norm_backward(
 
 
 def branch_backward(
-    grad: Tensor, branch: Tensor | None, scale: Tensor | None, keep: Tensor | None, output_mask: Sequence[bool]
+    grad: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of branch and of scale from that of the sum, not yet rounded; None where unwanted."""
-    grad = _scaled(grad.to(_wide(grad.dtype)), None, keep)
-    want_branch, want_scale = output_mask
-    grad_scale = (grad * branch).sum((0, 1)) if want_scale and branch is not None else None
-    return _scaled(grad, scale, None) if want_branch else None, grad_scale
+    """Gradients of branch and of scale from that of the sum, not yet rounded; None if not needed."""
+    grad = _scaled(grad.to(_wide(grad.dtype)), None, drop_path_scale)
+    needs_branch, needs_scale = output_mask
+    grad_scale = (grad * branch).sum((0, 1)) if needs_scale and branch is not None else None
+    return _scaled(grad, scale, None) if needs_branch else None, grad_scale
 
 
-def _scaled(branch: Tensor, scale: Tensor | None, keep: Tensor | None) -> Tensor:
+def _scaled(branch: Tensor, scale: Tensor | None, drop_path_scale: Tensor | None) -> Tensor:
     if scale is not None:
         branch = branch * scale.to(branch.dtype)
-    return branch if keep is None else branch * keep.to(branch.dtype)[:, None, None]
+    return branch if drop_path_scale is None else branch * drop_path_scale.to(branch.dtype)[:, None, None]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

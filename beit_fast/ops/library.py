@@ -1,0 +1,118 @@
+"""The operator library `beit_fast`, and the one helper that registers an operator in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from .dispatch.availability import INTERPRETED
+from .validation import raise_errors
+
+library = torch.library.Library("beit_fast", "FRAGMENT")
+
+Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
+"""A typed tuple of an operator's arguments, see `arguments.py`."""
+
+
+def _no_reasons(arguments: Any) -> Sequence[str]:
+    return ()
+
+
+class Kernel(NamedTuple):
+    """A function of an operator's argument tuple, and the reasons why it cannot serve these arguments."""
+
+    run: Callable[[Any], Any]
+    unsupported_reasons: Callable[[Any], Sequence[str]] = _no_reasons
+
+
+class Autograd(NamedTuple):
+    """The backward function of an operator and what it saves, as `torch.library.register_autograd` takes them."""
+
+    backward: Callable[..., Any]
+    setup_context: Callable[..., None] | None = None
+
+
+def register_op(
+    schema: str,
+    arguments: type[Arguments],
+    *,
+    errors: Callable[[Arguments], list[str]],
+    fallback: Kernel,
+    fake: Callable[[Arguments], Any],
+    triton: Kernel | None = None,
+    cuda: Kernel | None = None,
+    autograd: Autograd | None = None,
+    vmap: Callable[..., tuple[Any, Any]] | None = None,
+    autocast: Callable[[Arguments, torch.dtype], tuple[Any, ...]] | None = None,
+) -> Any:
+    """Define an operator and register its kernels and rules.
+
+    Args:
+        schema: `name(arguments) -> results`.
+        arguments: tuple type with the schema's names, order and defaults. Every function below takes one.
+        errors: what is wrong with the arguments; checked before each kernel and in the fake.
+        fallback: PyTorch operations for any device without a kernel of its own.
+        fake: empty results, for tracing.
+        triton: kernel for CUDA; also for CPU in Triton's interpreter.
+        cuda: kernel for CUDA that is not Triton's.
+        autograd: backward function. Without one the operator has no gradient formula.
+        vmap: rule for `torch.vmap`, as `torch.library.register_vmap` takes it.
+        autocast: the arguments cast to autocast's dtype.
+
+    Returns:
+        The operator `torch.ops.beit_fast.<name>.default`.
+    """
+    name = schema.partition("(")[0]
+    qualified_name = f"beit_fast::{name}"
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.beit_fast, name).default
+
+    def checked(kernel: Kernel) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = arguments(*args, **kwargs)
+            reasons = [*errors(given), *kernel.unsupported_reasons(given)]
+            if reasons:
+                raise_errors(name, reasons, given)
+            return kernel.run(given)
+
+        return call
+
+    # CompositeExplicitAutograd rather than CPU: the native library adds CPU kernels without overriding anything.
+    library.impl(name, checked(fallback), "CompositeExplicitAutograd")
+    if cuda is not None:
+        library.impl(name, checked(cuda), "CUDA")
+    if triton is not None:
+        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            library.impl(name, checked(triton), key)
+    torch.library.register_fake(qualified_name, checked(Kernel(fake)), lib=library)
+    if autograd is not None:
+        torch.library.register_autograd(
+            qualified_name, autograd.backward, setup_context=autograd.setup_context, lib=library
+        )
+    if vmap is not None:
+        torch.library.register_vmap(qualified_name, vmap, lib=library)
+    if autocast is not None:
+        for device_type in ("cpu", "cuda"):
+            _register_autocast(op, name, arguments, autocast, device_type)
+    return op
+
+
+def _register_autocast(
+    op: Any,
+    name: str,
+    arguments: type[Arguments],
+    autocast: Callable[[Arguments, torch.dtype], tuple[Any, ...]],
+    device_type: str,
+) -> None:
+    """Register by hand: torch's helper casts every tensor, the bias table too, and to a fixed dtype."""
+    key = f"Autocast{torch._C._dispatch_key_for_device(device_type)}"
+    autocast_keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
+            return op(*autocast(arguments(*args, **kwargs), dtype))
+
+    library.impl(name, call, key)
