@@ -1,4 +1,4 @@
-"""What `accelerate` and `restore` did to a model, module by module."""
+"""Report of the changes that `accelerate` and `restore` made to a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IMPLEMENTATIONS = ("triton", None)
 
 @dataclass(frozen=True)
 class ModuleChange:
-    """One module: its name in the model, its class before, what happened, and why where nothing did."""
+    """The name of a module, its library class, the change, and the reason if there was none."""
 
     name: str
     kind: str
@@ -30,12 +30,12 @@ class ModuleChange:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What happened to each attention and bias module of a model; `str()` is for people.
+    """The change of each attention and bias module of a model; `str()` returns a readable summary.
 
     Attributes:
         model: the model's class.
-        modules: every module that was looked at, in the model's order.
-        kernels: what will run attention for the parameters' device and dtype, and why faster kernels will not.
+        modules: every attention and bias module, in the model's order.
+        kernels: the kernel that will run for the parameters' device and dtype, and why faster kernels cannot.
     """
 
     model: str
@@ -43,9 +43,10 @@ class AccelerationReport:
     kernels: tuple[str, ...] = ()
 
     def named(self, change: str) -> dict[str, str]:
-        """The modules of one kind of change, `"replaced"`, `"restored"`, `"already fast"` or `"left alone"`.
+        """Return the reason, or an empty string, of each module with a given change.
 
-        Each with the reason, empty where there is none.
+        Args:
+            change: `"replaced"`, `"restored"`, `"already fast"` or `"left alone"`.
         """
         return {module.name: module.reason for module in self.modules if module.change == change}
 
@@ -79,30 +80,30 @@ class AccelerationReport:
 
 
 def check_request(caller: str, model: nn.Module, attn_implementation: str | None = None) -> None:
-    """Raise TypeError or ValueError for what `accelerate` and `restore` take from nobody."""
+    """Raise TypeError or ValueError for unsupported arguments of `accelerate` and `restore`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller} takes a torch.nn.Module, not a {type(model).__name__}")
     if attn_implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation is {attn_implementation!r}; accepted are 'triton' and None")
+        raise ValueError(f"attn_implementation is {attn_implementation!r}; expected 'triton' or None")
 
 
 def check_some_change(model: nn.Module, changes: Iterable[ModuleChange]) -> None:
-    """Raise ValueError with every reason where all modules would be left alone."""
+    """Raise ValueError with every reason if no module can be replaced."""
     changes = list(changes)
     if all(change.change == LEFT_ALONE for change in changes):
-        refusals = "".join(f"\n  {change.name or 'it'} ({change.kind}): {change.reason}" for change in changes)
-        raise ValueError(f"accelerate can replace none of the BEiT layers of {type(model).__name__}:{refusals}")
+        reasons = "".join(f"\n  {change.name or 'it'} ({change.kind}): {change.reason}" for change in changes)
+        raise ValueError(f"accelerate cannot replace any BEiT layer of {type(model).__name__}:{reasons}")
 
 
 def kernel_lines(places: Iterable[tuple[str | None, torch.device, torch.dtype, int]]) -> tuple[str, ...]:
-    """What will run attention for each implementation, device, dtype and head dimension, once each.
+    """Describe the kernel for each distinct implementation, device, dtype and head dimension.
 
-    Where that is no fused kernel the line tells why none serves.
+    If the kernel is not fused, the line lists why fused kernels cannot run.
     """
     lines = []
     for implementation, device, dtype, head_dim in dict.fromkeys(places):
         if device.type == "meta":
-            lines.append("attention: chosen at the call, since the parameters are on the meta device now")
+            lines.append("attention: chosen at the call, because the parameters are on the meta device")
             continue
         report = attention.report(implementation, (), device, dtype, head_dim)
         refusals = (f"\n    {name}: {'; '.join(reasons)}" for name, reasons in report.refusals.items() if reasons)

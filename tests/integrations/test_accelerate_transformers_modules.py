@@ -147,7 +147,7 @@ def test_a_model_that_is_unlike_transformers_is_left_alone(how):
     model = build("BeitModel")
     spoil(model, how)
     kinds = [type(x) for x in model.modules()]
-    with pytest.raises(ValueError, match="can replace none") as error:
+    with pytest.raises(ValueError, match="cannot replace any") as error:
         accelerate(model)
     assert SPOILT[how] in str(error.value)
     assert [type(x) for x in model.modules()] == kinds
@@ -186,7 +186,7 @@ def test_models_without_such_layers_are_refused_by_name():
             assert name in str(error.value)
         with pytest.raises(TypeError, match=r"takes a torch.nn.Module, not a dict"):
             function({})
-    with pytest.raises(ValueError, match="accepted are 'triton' and None"):
+    with pytest.raises(ValueError, match="expected 'triton' or None"):
         accelerate(build("BeitModel"), "sdpa")
 
 
@@ -196,7 +196,7 @@ def test_our_own_layers_are_fast_already():
     report = accelerate(ours)
     assert report.replaced == []
     assert len(report.already_fast) == 2
-    assert "beit_fast's own" in str(report)
+    assert "is a layer of beit_fast" in str(report)
 
 
 def hook_as_accelerate_does(module):

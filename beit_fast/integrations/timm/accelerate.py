@@ -1,14 +1,12 @@
-"""timm's BEiT, sped up where it stands or converted.
+"""Accelerate timm's BEiT in place.
 
-`accelerate` changes the class of some of timm's modules and nothing else: parameters, names, hooks and settings stay,
-so `features_only`, `set_input_size`, `forward_intermediates`, `reset_classifier`, optimizers and checkpoints go on as
-before. `to_timm` and `from_timm` copy an image classifier from one package to the other.
+`accelerate` changes the class of some timm modules and nothing else: no parameter, name, hook or setting. Therefore
+`features_only`, `set_input_size`, `forward_intermediates`, `reset_classifier`, optimizers and checkpoints keep working.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,40 +16,31 @@ from torch import Tensor, nn
 from ...layers.attention_backends import attend
 from ...layers.module_hooks import clone_if_hooked, runs_as_written
 from ...position_bias import Window
-from ..report import (
-    ALREADY,
-    LEFT_ALONE,
-    REPLACED,
-    RESTORED,
-    AccelerationReport,
-    ModuleChange,
-    check_request,
-    check_some_change,
-    kernel_lines,
-)
+from ..class_swap import ClassSwap, Modules, Place
+from ..report import AccelerationReport
 from .conversion import timm_beit
 
 _FORWARD_ARGUMENTS = ("self", "x", "shared_rel_pos_bias")
 
 
 class SharedTable(NamedTuple):
-    """What blocks are handed in place of a dense shared bias."""
+    """The shared bias as its table, in place of a dense tensor."""
 
     table: Tensor  # [(2Wh-1)(2Ww-1)+3, H]
     window: Window
 
 
 class TableRelativePositionBias(timm_beit.RelativePositionBias):
-    """timm's shared bias, which hands its table to the blocks and gathers nothing."""
+    """timm's shared bias, which returns its table and gathers nothing."""
 
     def forward(self) -> SharedTable:
         return SharedTable(clone_if_hooked(self, self.relative_position_bias_table), self.window_size)
 
 
 class FusedAttention(timm_beit.Attention):
-    """timm's attention by `beit_fast.rel_pos_attention`, which reads the bias from its table.
+    """timm's attention with `beit_fast.rel_pos_attention`, which reads the bias from its table.
 
-    As under timm's own fused attention, `attn_drop` is not called: its probability is read.
+    `attn_drop` is not called, as in timm's own fused attention: only its probability is read.
     """
 
     attn_implementation: str | None = None
@@ -72,11 +61,11 @@ class FusedAttention(timm_beit.Attention):
         return self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
 
     def _table(self, shared: SharedTable | None) -> tuple[Tensor | None, Window | None]:
-        """The gather is linear, so two biases are one gather from the sum of their tables."""
+        """Return the sum of the tables, since the gather is linear, and its window."""
         if isinstance(shared, Tensor):
             raise ValueError(
-                f"an accelerated Attention was given a dense shared_rel_pos_bias {list(shared.shape)}: accelerate the "
-                "whole Beit, whose shared bias then hands out its table, or restore() this part of it"
+                f"an accelerated Attention got a dense shared_rel_pos_bias {list(shared.shape)}: accelerate the whole "
+                "Beit, so that its shared bias returns a table, or restore() this part of it"
             )
         own = self.relative_position_bias_table
         if shared is None:
@@ -92,67 +81,95 @@ _REPLACEMENTS = {original: replacement for replacement, original in _ORIGINALS.i
 
 
 def accelerate(model: nn.Module, attn_implementation: str | None = None) -> AccelerationReport:
-    """Let the attention of timm's BEiT read its bias from the table inside the kernel, in place.
+    """Make the attention of timm's BEiT read its bias inside the kernel, in place.
 
         model = timm.create_model("beit_base_patch16_224", pretrained=True)
         print(accelerate(model))
 
-    Outputs and gradients stay as they were but for rounding, and no `[H, N, N]` bias is made any more. All that timm
-    does with the model works as before, but for `torch.jit.script`, which takes it after `restore`.
+    Outputs and gradients change only by rounding, and no `[H, N, N]` bias is built. Everything that timm does with the
+    model works as before, except `torch.jit.script`, which needs `restore` first.
 
     Args:
-        model: a `timm.models.beit.Beit`, or any module that contains one, such as what `features_only=True` gives.
-        attn_implementation: None for a fused kernel where one serves the device and dtype at the time of a call, else
-            PyTorch's attention with a dense bias; `"triton"` for the kernel, an error at the call where none serves.
+        model: a `timm.models.beit.Beit`, or a module that contains one, such as the result of `features_only=True`.
+        attn_implementation: None for a fused kernel if one supports the device and dtype of a call, else PyTorch's
+            attention with a dense bias. `"triton"` for the operator; the call raises an error if no kernel supports it.
 
     Returns:
-        What was replaced, what was left alone and why, and which kernel will run where the parameters are now. A second
-        call replaces nothing and takes over `attn_implementation`. Left alone is an attention or shared bias of another
-        class, with a forward of its own or with hooks that would not be called as before, and all that shares a bias
-        with such a one.
+        What was replaced, what was left alone and why, and which kernel will run for the present device and dtype. A
+        second call replaces nothing and sets `attn_implementation`. Modules of another class, with a forward of their
+        own, or with hooks that would not be called are left alone, and so are the modules that share a bias with them.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: there is no attention of timm's BEiT, with what was looked for and found; none could be replaced; or
-            timm's attention takes other arguments than those known here. The model is as it was.
+        TypeError: If `model` is not a module.
+        ValueError: If there is no attention of timm's BEiT, none can be replaced, or timm's attention takes other
+            arguments than in timm 1.0.31. The model does not change.
     """
-    check_request("accelerate", model, attn_implementation)
     _check_version()
-    found = _find(model, "accelerate")
-    reasons = _reasons_against(model, found)
-    changes = [_change_of(name, module, reasons.get(name, "")) for name, module in found.items()]
-    check_some_change(model, changes)
-    for change in changes:
-        module = found[change.name]
-        if change.change == REPLACED:
-            module.__class__ = _REPLACEMENTS[type(module)]
-        if isinstance(module, FusedAttention):
-            module.attn_implementation = attn_implementation
-    return AccelerationReport(type(model).__name__, tuple(changes), kernel_lines(_places(found.values())))
+    return _SWAP.accelerate(model, attn_implementation)
 
 
 def restore(model: nn.Module) -> AccelerationReport:
-    """Undo `accelerate`: the layers are again what timm made them.
+    """Undo `accelerate`: give the layers their timm classes again.
 
     Returns:
-        What was restored; nothing where `accelerate` had done nothing.
+        What was restored; nothing if `accelerate` was not called.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: there is no attention of timm's BEiT, or an accelerated module was given a forward of its own since;
-            the model is as it was.
+        TypeError: If `model` is not a module.
+        ValueError: If there is no attention of timm's BEiT, or an accelerated module was given a forward of its own
+            since. The model does not change.
     """
-    check_request("restore", model)
-    found = _find(model, "restore")
-    replaced = {name: module for name, module in found.items() if type(module) in _ORIGINALS}
-    held = [name for name, module in replaced.items() if "forward" in vars(module)]
-    if held:
-        raise ValueError(f"restore cannot undo what came after accelerate: a forward of its own of {', '.join(held)}")
-    for module in replaced.values():
-        vars(module).pop("attn_implementation", None)
-        module.__class__ = _ORIGINALS[type(module)]
-    changes = (ModuleChange(name, type(module).__name__, RESTORED) for name, module in replaced.items())
-    return AccelerationReport(type(model).__name__, tuple(changes))
+    return _SWAP.restore(model)
+
+
+class _TimmSwap(ClassSwap):
+    originals = _ORIGINALS
+
+    def find(self, model: nn.Module, caller: str) -> Modules:
+        known = tuple(_REPLACEMENTS)
+        found: Modules = {name: module for name, module in model.named_modules() if isinstance(module, known)}
+        if not any(isinstance(module, timm_beit.Attention) for module in found.values()):
+            wanted = ", ".join(_class_name(original) for original in _REPLACEMENTS)
+            present = ", ".join(sorted({_class_name(type(module)) for module in model.modules()}))
+            raise ValueError(
+                f"{caller} finds no attention of timm's BEiT in {type(model).__name__}.\n"
+                f"Expected: {wanted}.\nFound: {present}."
+            )
+        return found
+
+    def unsupported_reasons(self, model: nn.Module, found: Modules) -> dict[str, str]:
+        """Return the reasons; a shared bias and the attention modules that take it go together."""
+        reasons = {name: reason for name, module in found.items() if (reason := _unsupported_reason(module))}
+        for bias in [name for name, module in found.items() if isinstance(module, timm_beit.RelativePositionBias)]:
+            prefix = bias.rpartition(".")[0]
+            owner = model.get_submodule(prefix)
+            if type(owner) is not timm_beit.Beit:
+                reasons.setdefault(bias, f"belongs to a {_class_name(type(owner))}, which may read the dense bias")
+            together = [name for name in found if name.startswith(f"{prefix}." if prefix else "")]
+            cause = next((name for name in together if name in reasons), None)
+            if cause is not None:
+                for name in together:
+                    reasons.setdefault(name, f"shares a bias with {cause}, which {reasons[cause]}")
+        return reasons
+
+    def library_class(self, module: nn.Module) -> type[nn.Module]:
+        return next(original for original in _REPLACEMENTS if isinstance(module, original))
+
+    def replacement(self, module: nn.Module, found: Modules) -> type[nn.Module]:
+        return _REPLACEMENTS[type(module)]
+
+    def place(self, module: nn.Module) -> Place | None:
+        if not isinstance(module, FusedAttention):
+            return None
+        weight = next(module.parameters())
+        return module.attn_implementation, weight.device, weight.dtype, round(module.scale**-2)
+
+    def restore_error(self, module: nn.Module) -> str:
+        held = type(module) in _ORIGINALS and "forward" in vars(module)
+        return "has a forward of its own" if held else ""
+
+
+_SWAP = _TimmSwap()
 
 
 def _check_version() -> None:
@@ -161,50 +178,13 @@ def _check_version() -> None:
         import timm
 
         raise ValueError(
-            f"the attention of BEiT in timm {timm.__version__} takes ({', '.join(arguments[1:])}); accepted: "
+            f"the attention of BEiT in timm {timm.__version__} takes ({', '.join(arguments[1:])}); expected "
             f"({', '.join(_FORWARD_ARGUMENTS[1:])}), as in timm 1.0.31"
         )
 
 
-def _find(model: nn.Module, caller: str) -> dict[str, nn.Module]:
-    """Attentions and shared biases by name, or an error that says what was looked for and what is there."""
-    known = tuple(_REPLACEMENTS)
-    found: dict[str, nn.Module] = {name: x for name, x in model.named_modules() if isinstance(x, known)}
-    if not any(isinstance(module, timm_beit.Attention) for module in found.values()):
-        wanted = ", ".join(_class_name(original) for original in _REPLACEMENTS)
-        there = ", ".join(sorted({_class_name(type(module)) for module in model.modules()}))
-        raise ValueError(
-            f"{caller} finds no attention of timm's BEiT in {type(model).__name__}.\n"
-            f"Looked for: {wanted}.\nFound: {there}."
-        )
-    return found
-
-
-def _change_of(name: str, module: nn.Module, reason: str) -> ModuleChange:
-    kind = next(original for original in _REPLACEMENTS if isinstance(module, original)).__name__
-    if type(module) in _ORIGINALS:
-        return ModuleChange(name, kind, ALREADY)
-    return ModuleChange(name, kind, LEFT_ALONE if reason else REPLACED, reason)
-
-
-def _reasons_against(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why modules are to be left alone: a shared bias and the attentions that are handed it go together."""
-    reasons = {name: reason for name, module in found.items() if (reason := _obstacle(module))}
-    for bias in [name for name, module in found.items() if isinstance(module, timm_beit.RelativePositionBias)]:
-        prefix = bias.rpartition(".")[0]
-        owner = model.get_submodule(prefix)
-        if type(owner) is not timm_beit.Beit:
-            reasons.setdefault(bias, f"belongs to a {_class_name(type(owner))}, which may read the dense bias")
-        together = [name for name in found if name.startswith(f"{prefix}." if prefix else "")]
-        culprit = next((name for name in together if name in reasons), None)
-        if culprit is not None:
-            for name in together:
-                reasons.setdefault(name, f"shares a bias with {culprit}, which {reasons[culprit]}")
-    return reasons
-
-
-def _obstacle(module: nn.Module) -> str:
-    """What this module does unlike its class in timm, so that it cannot be replaced."""
+def _unsupported_reason(module: nn.Module) -> str:
+    """Return how a module differs from its timm class, so that it cannot be replaced."""
     if type(module) in _ORIGINALS:
         return ""
     if type(module) not in _REPLACEMENTS:
@@ -215,16 +195,8 @@ def _obstacle(module: nn.Module) -> str:
         return "has a forward of its own"
     drop = module.attn_drop
     if type(drop) is not nn.Dropout or drop.p >= 1:
-        return f"has {drop} as attn_drop; accepted: Dropout with p below 1"
+        return f"has {drop} as attn_drop (expected Dropout with p below 1)"
     return "" if runs_as_written(drop) else "has hooks or a forward of its own on attn_drop, which would not be called"
-
-
-def _places(modules: Iterable[nn.Module]) -> Iterator[tuple[str | None, torch.device, torch.dtype, int]]:
-    """Implementation, device, dtype and head dimension of each accelerated attention."""
-    for module in modules:
-        if isinstance(module, FusedAttention):
-            weight = next(module.parameters())
-            yield module.attn_implementation, weight.device, weight.dtype, round(module.scale**-2)
 
 
 def _class_name(cls: type[nn.Module]) -> str:

@@ -1,0 +1,122 @@
+"""The engine under `accelerate` and `restore`: exchange the classes of modules for subclasses, in place."""
+
+from __future__ import annotations
+
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from .report import (
+    ALREADY,
+    LEFT_ALONE,
+    REPLACED,
+    RESTORED,
+    AccelerationReport,
+    ModuleChange,
+    check_request,
+    check_some_change,
+    kernel_lines,
+)
+
+Modules = dict[str, nn.Module]
+"""Modules by their name in the model."""
+
+Place = tuple[str | None, torch.device, torch.dtype, int]
+"""Attention implementation, device, dtype and head dimension."""
+
+
+class ClassSwap(ABC):
+    """A library's BEiT modules, and the subclasses that take their place.
+
+    Attributes:
+        originals: the library's class for each replacement.
+    """
+
+    originals: Mapping[type[nn.Module], type[nn.Module]]
+
+    @abstractmethod
+    def find(self, model: nn.Module, caller: str) -> Modules:
+        """Return attention and bias modules; ValueError if there are none."""
+
+    @abstractmethod
+    def unsupported_reasons(self, model: nn.Module, found: Modules) -> dict[str, str]:
+        """Return the reason for each module that cannot be replaced."""
+
+    @abstractmethod
+    def library_class(self, module: nn.Module) -> type[nn.Module]:
+        """Return the class of the library that a module is an instance of."""
+
+    @abstractmethod
+    def replacement(self, module: nn.Module, found: Modules) -> type[nn.Module]:
+        """Return the subclass that takes the place of a module's class."""
+
+    @abstractmethod
+    def place(self, module: nn.Module) -> Place | None:
+        """Return where an accelerated attention module runs, or None for other modules."""
+
+    @abstractmethod
+    def restore_error(self, module: nn.Module) -> str:
+        """Return why an accelerated module cannot be restored, or an empty string."""
+
+    def already_fast(self, module: nn.Module) -> str | None:
+        """Return a note on a module that needs no replacement, or None if it needs one."""
+        return "" if isinstance(module, tuple(self.originals)) else None
+
+    def accelerate(self, model: nn.Module, attn_implementation: str | None) -> AccelerationReport:
+        """Exchange the classes of a model's attention and bias modules; see an integration's `accelerate`."""
+        check_request("accelerate", model, attn_implementation)
+        found = self.find(model, "accelerate")
+        reasons = self.unsupported_reasons(model, found)
+        changes = [self._change(name, module, reasons.get(name, "")) for name, module in found.items()]
+        check_some_change(model, changes)
+        replacements = {c.name: self.replacement(found[c.name], found) for c in changes if c.change == REPLACED}
+        for name, module in found.items():
+            if name in replacements:
+                exchange_class(module, replacements[name])
+            if hasattr(type(module), "attn_implementation"):
+                vars(module)["attn_implementation"] = attn_implementation
+        return AccelerationReport(type(model).__name__, tuple(changes), kernel_lines(self._places(found)))
+
+    def restore(self, model: nn.Module) -> AccelerationReport:
+        """Give every accelerated module its own class again; see an integration's `restore`."""
+        check_request("restore", model)
+        found = self.find(model, "restore")
+        errors = [f"\n  {name} {error}" for name, module in found.items() if (error := self.restore_error(module))]
+        if errors:
+            raise ValueError(f"restore cannot undo changes made after accelerate:{''.join(errors)}")
+        changes = []
+        for name, module in found.items():
+            if type(module) in self.originals:
+                exchange_class(module, self.originals[type(module)])
+                vars(module).pop("attn_implementation", None)
+                changes.append(ModuleChange(name, type(module).__name__, RESTORED))
+        return AccelerationReport(type(model).__name__, tuple(changes))
+
+    def _change(self, name: str, module: nn.Module, reason: str) -> ModuleChange:
+        kind, note = self.library_class(module).__name__, self.already_fast(module)
+        if note is not None:
+            return ModuleChange(name, kind, ALREADY, note)
+        return ModuleChange(name, kind, LEFT_ALONE if reason else REPLACED, reason)
+
+    def _places(self, found: Modules) -> Iterator[Place]:
+        return (place for module in found.values() if (place := self.place(module)) is not None)
+
+
+def exchange_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Set a module's class, and rebind the copies of its forward that hooks of the library accelerate hold."""
+    held = held_forwards(module)
+    module.__class__ = cls
+    for name in held:
+        vars(module)[name] = types.MethodType(cls.forward, module)
+
+
+def held_forwards(module: nn.Module) -> list[str]:
+    """Return the attributes of a module that hold the forward of its class."""
+    return [
+        name
+        for name in ("forward", "_old_forward")
+        if getattr(vars(module).get(name), "__func__", None) is type(module).forward
+    ]
