@@ -109,11 +109,13 @@ def _plan_cpu(folder: Path) -> Plan:
     isas = [name for name in wanted if _knows(compiler, name)]
     given = shlex.split(os.environ.get("CXXFLAGS", ""))
 
+    known = f"-DBEIT_FAST_FOR_EACH_ISA(X)={' '.join(f'X({name})' for name in isas)}"
+
     def command(*flags: str) -> list[str]:
-        return [*compiler, standard, *_CPU_FLAGS.split(), *flags, *_includes(torch), *given, "-fno-lto", "-c"]
+        return [*compiler, standard, *_CPU_FLAGS.split(), known, *flags, *_includes(torch), *given, "-fno-lto", "-c"]
 
     sources = [source for source in _sources("_C") if not source.name.endswith(".isa.cpp")]
-    objects = _objects(folder, command(*(f"-DBEIT_FAST_HAS_{name.upper()}" for name in isas)), sources)
+    objects = _objects(folder, command(), sources)
     sources = [source for source in _sources("_C") if source.name.endswith(".isa.cpp")]
     for name in isas:
         compile_one = command("-O3", *ISAS[name][0].split(), f"-DBEIT_FAST_ISA={name}")

@@ -1,11 +1,28 @@
 // Tiles of AMX: eight registers of 16 rows of 64 bytes. C[16][16] fp32 += A[16][32 bf16] * B[16 pairs][16 columns].
 #pragma once
 
-#include "cpu/half.h"
-#include "cpu/tile_session.h"
+#include <cstdint>
 
 namespace beit_fast {
 namespace {
+
+struct alignas(64) TileConfiguration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Configures the tiles of this thread, and releases them: a thread with live tiles is slow to switch.
+class TileSession {
+public:
+    TileSession() {
+        const TileConfiguration configuration;
+        asm volatile("ldtilecfg %0" ::"m"(configuration));
+    }
+    ~TileSession() { asm volatile("tilerelease" ::: "memory"); }
+    TileSession(const TileSession&) = delete;
+    TileSession& operator=(const TileSession&) = delete;
+};
 
 constexpr int64_t kTileRows = 16, kTileWords = 256, kStepDepth = 32;  // depth: bf16 numbers that one product contracts
 

@@ -36,53 +36,51 @@ uint64_t saved_states() {
     return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// Linux gives a process tiles when it asks.
-bool may_use_tiles() {
+bool saves(uint64_t states) { return (saved_states() & states) == states; }
+
+// Linux grants a process the use of tiles on request.
+bool request_tiles() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-bool runs(Isa isa) {
-    const Registers one = cpuid(1, 0), seven = cpuid(7, 0), more = cpuid(7, 1);
-    const uint64_t states = saved_states();
-    switch (isa) {
-        case Isa::portable: return true;
-        case Isa::avx2:
-            return (states & 0x6) == 0x6 && has(one.c, 12) && has(one.c, 28) && has(one.c, 29) && has(seven.b, 5);
-        case Isa::avx512:
-            return runs(Isa::avx2) && (states & 0xe6) == 0xe6 && has(seven.b, 16) && has(seven.b, 17) &&
-                   has(seven.b, 30) && has(seven.b, 31);
-        case Isa::avx512_bf16: return runs(Isa::avx512) && has(more.a, 5);
-        case Isa::amx:
-            return runs(Isa::avx512_bf16) && has(seven.c, 1) && has(seven.d, 22) && has(seven.d, 24) &&
-                   (states & 0x60000) == 0x60000 && may_use_tiles();
-    }
-    return false;
+// One function for each instruction set of csrc/build.py: whether this machine supports it.
+[[maybe_unused]] bool supports_portable() { return true; }
+
+[[maybe_unused]] bool supports_avx2() {
+    const Registers one = cpuid(1, 0);
+    return saves(0x6) && has(one.c, 12) && has(one.c, 28) && has(one.c, 29) && has(cpuid(7, 0).b, 5);
+}
+
+[[maybe_unused]] bool supports_avx512() {
+    const Registers seven = cpuid(7, 0);
+    return supports_avx2() && saves(0xe6) && has(seven.b, 16) && has(seven.b, 17) && has(seven.b, 30) &&
+           has(seven.b, 31);
+}
+
+[[maybe_unused]] bool supports_avx512_bf16() { return supports_avx512() && has(cpuid(7, 1).a, 5); }
+
+[[maybe_unused]] bool supports_amx() {
+    const Registers seven = cpuid(7, 0);
+    return supports_avx512_bf16() && has(seven.c, 1) && has(seven.d, 22) && has(seven.d, 24) && saves(0x60000) &&
+           request_tiles();
 }
 
 #else
 
-bool runs(Isa isa) { return isa == Isa::portable; }
+bool supports_portable() { return true; }
 
 #endif
 
-constexpr Isa kCompiled[] = {
-#if defined(BEIT_FAST_HAS_PORTABLE)
-    Isa::portable,
-#endif
-#if defined(BEIT_FAST_HAS_AVX2)
-    Isa::avx2,
-#endif
-#if defined(BEIT_FAST_HAS_AVX512)
-    Isa::avx512,
-#endif
-#if defined(BEIT_FAST_HAS_AVX512_BF16)
-    Isa::avx512_bf16,
-#endif
-#if defined(BEIT_FAST_HAS_AMX)
-    Isa::amx,
-#endif
+struct Entry {
+    Isa isa;
+    const char* name;
+    bool (*supported)();
 };
+
+#define BEIT_FAST_ENTRY(isa) {Isa::isa, #isa, supports_##isa},
+constexpr Entry kCompiled[] = {BEIT_FAST_FOR_EACH_ISA(BEIT_FAST_ENTRY)};
+#undef BEIT_FAST_ENTRY
 
 std::string names_of(const std::vector<Isa>& isas) {
     std::string names;
@@ -105,22 +103,13 @@ Isa choose() {
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-    switch (isa) {
-        case Isa::portable: return "portable";
-        case Isa::avx2: return "avx2";
-        case Isa::avx512: return "avx512";
-        case Isa::avx512_bf16: return "avx512_bf16";
-        case Isa::amx: return "amx";
-    }
-    return "unknown";
-}
+const char* isa_name(Isa isa) { return kCompiled[static_cast<size_t>(isa)].name; }
 
 const std::vector<Isa>& available_isas() {
     static const std::vector<Isa> isas = [] {
         std::vector<Isa> found;
-        for (const Isa isa : kCompiled) {
-            if (runs(isa)) found.push_back(isa);
+        for (const Entry& entry : kCompiled) {
+            if (entry.supported()) found.push_back(entry.isa);
         }
         return found;
     }();
@@ -134,7 +123,7 @@ Isa current_isa() {
 
 }  // namespace beit_fast
 
-// For `beit-fast info`: the instruction set in use, empty where BEIT_FAST_CPU_ISA names one that is not available.
+// For `beit-fast info`: the instruction set in use, empty if BEIT_FAST_CPU_ISA names one that is not available.
 extern "C" __attribute__((visibility("default"))) const char* beit_fast_cpu_isa() {
     try {
         return beit_fast::isa_name(beit_fast::current_isa());

@@ -13,13 +13,11 @@ TESTS = Path(__file__).parent / "test_patch_embed.py"
 CHOSEN = "patches_of_a_beit or any_layout or output_channels or long_sums or drawn_inputs and not fallback"
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
+IN_USE, AVAILABLE = native.instruction_sets()  # all other tests run the one in use
+
+
+@pytest.mark.parametrize("isa", [isa for isa in AVAILABLE if isa != IN_USE])
 def test_instruction_set(isa):
-    used, usable = native.instruction_sets()
-    if isa not in usable:
-        pytest.skip(f"{isa} is not among what runs here: {', '.join(usable) or native.refusal('_C')}")
-    if isa == used:
-        pytest.skip(f"{isa} is what all other tests run")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), "-k", CHOSEN]
     done = subprocess.run(
         command,

@@ -7,6 +7,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/attention/tokens.h"
+#include "cpu/split_bf16.h"
 
 namespace beit_fast {
 namespace {
@@ -19,18 +20,6 @@ constexpr int64_t kTileSize = kParts * kTileWords;  // words of a tile in all it
 template <int kParts>
 constexpr int last_partner(int a) {
     return std::min(kParts - 1, 2 - a);
-}
-
-// Two vectors as one row of pairs in each part, `stride` words apart, `low` in the lower halves; one part alone is
-// rounded to nearest.
-template <int kParts>
-inline void put_pairs(uint32_t* to, int64_t stride, Vector<float> low, Vector<float> high) {
-#pragma GCC unroll 3
-    for (int part = 0; part < kParts; ++part) {
-        const Words first = kParts == 1 ? reinterpret<Words>(low) + kHalfUnit : split_leading(low);
-        const Words second = kParts == 1 ? reinterpret<Words>(high) + kHalfUnit : split_leading(high);
-        store(to + part * stride, pair_upper_halves(first, second));
-    }
 }
 
 // Loads a square of words, rows `stride` apart, and transposes it.
@@ -54,7 +43,7 @@ inline void put_transposed(uint32_t* tile, const float* low_rows, const float* h
     Vector<float> low[kTileRows], high[kTileRows];
     load_transposed(low, low_rows, stride);
     load_transposed(high, high_rows, stride);
-    for (int row = 0; row < kTileRows; ++row) put_pairs<kParts>(tile + row * 16, kTileWords, low[row], high[row]);
+    for (int row = 0; row < kTileRows; ++row) split_bf16<kParts>(tile + row * 16, kTileWords, low[row], high[row]);
 }
 
 // 16 rows of `length` numbers as A: [length / 32].
@@ -63,7 +52,7 @@ BEIT_FAST_FLAT inline void pack_left(uint32_t* to, const float* rows, int64_t st
     for (int row = 0; row < kTileRows; ++row) {
         for (int64_t i = 0; i < length; i += 32) {
             uint32_t* tile = to + i / 32 * kTileSize<kParts> + row * 16;
-            put_pairs<kParts>(tile, kTileWords, load(rows + row * stride + i), load(rows + row * stride + i + 16));
+            split_bf16<kParts>(tile, kTileWords, load(rows + row * stride + i), load(rows + row * stride + i + 16));
         }
     }
 }
@@ -88,7 +77,7 @@ BEIT_FAST_FLAT inline void pack_right(uint32_t* to, const float* rows, int64_t s
         const float* row = rows + pair * stride;
         for (int64_t i = 0; i < length; i += 16) {
             uint32_t* tile = to + i / 16 * kTileSize<kParts> + pair * 16;
-            put_pairs<kParts>(tile, kTileWords, load(row + i), load(row + kTileRows * stride + i));
+            split_bf16<kParts>(tile, kTileWords, load(row + i), load(row + kTileRows * stride + i));
         }
     }
 }

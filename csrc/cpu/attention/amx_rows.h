@@ -63,8 +63,8 @@ public:
                 Words even[kTileRows], odd[kTileRows];  // dims
                 for (int pair = 0; pair < kTileRows; ++pair) {
                     const Words low = load_words(2 * pair, dim), high = load_words(2 * pair + 1, dim);
-                    even[pair] = (low & ~kUpperHalf) | (high << 16);
-                    odd[pair] = pair_upper_halves(low, high);
+                    even[pair] = (low & 0xffffu) | (high << 16);
+                    odd[pair] = (low >> 16) | (high & 0xffff0000u);
                 }
                 put_square(tile, 32, even);
                 put_square(tile + 16, 32, odd);

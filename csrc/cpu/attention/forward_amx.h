@@ -113,7 +113,7 @@ private:
         const int64_t pairs = kKnown ? kPairs : some;
         int64_t turn = 0, due = 0;
         const auto take = [=](int64_t pair, int, Vector<float> low, Vector<float> high) mutable {
-            put_pairs<kParts>(to + pair / kTileRows * kTileSize + pair % kTileRows * 16, kTileWords, low, high);
+            split_bf16<kParts>(to + pair / kTileRows * kTileSize + pair % kTileRows * 16, kTileWords, low, high);
             for (due += turns; due >= (kKnown ? kPairs : pairs); due -= kKnown ? kPairs : pairs) take_turn(turn++);
         };
         return softmax.add_keys(scores_of(block), block * kBlockKeys, pairs, take);

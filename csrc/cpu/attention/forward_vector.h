@@ -8,6 +8,7 @@
 #include "cpu/attention/scratch.h"
 #include "cpu/attention/softmax.h"
 #include "cpu/attention/tokens.h"
+#include "cpu/split_bf16.h"
 
 namespace beit_fast {
 namespace {
@@ -48,13 +49,10 @@ struct PairOperands {
     }
     // Neighbours in a column.
     static void pack_pair(uint32_t* to, const float* first, const float* second, int64_t length) {
-        for (int64_t i = 0; i < length; i += 16) store(to + i, join(load(first + i), load(second + i)));
+        for (int64_t i = 0; i < length; i += 16) store(to + i, pair_bf16(load(first + i), load(second + i)));
     }
     static void put_pair(uint32_t* to, int64_t, Vector<float> first, Vector<float> second) {
-        store(to, join(first, second));
-    }
-    static Words join(Vector<float> low, Vector<float> high) {
-        return pair_upper_halves(reinterpret<Words>(low) + kHalfUnit, reinterpret<Words>(high) + kHalfUnit);
+        store(to, pair_bf16(first, second));
     }
 };
 #endif

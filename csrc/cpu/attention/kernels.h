@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/attention/params.h"
+#include "cpu/isa.h"
 
 namespace beit_fast {
 
@@ -14,5 +15,14 @@ struct AttentionKernels {
     // Sums what the items of the backward left in its partial results, for heads `begin` to `end`.
     void (*reduce)(const BackwardProblem&, int64_t begin, int64_t end);
 };
+
+#define BEIT_FAST_DECLARE(isa)                         \
+    namespace isa {                                    \
+    extern const AttentionKernels attention_kernels;   \
+    }
+BEIT_FAST_FOR_EACH_ISA(BEIT_FAST_DECLARE)
+#undef BEIT_FAST_DECLARE
+
+extern const AttentionKernels attention_kernels_f64;  // for checks: compiled once
 
 }  // namespace beit_fast

@@ -74,11 +74,6 @@ void reduce(const BackwardProblem& problem, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define BEIT_FAST_JOIN(a, b) a##b
-#define BEIT_FAST_NAME(a, b) BEIT_FAST_JOIN(a, b)
-
-extern const AttentionKernels BEIT_FAST_NAME(attention_kernels_, BEIT_FAST_ISA);
-const AttentionKernels BEIT_FAST_NAME(attention_kernels_, BEIT_FAST_ISA) = {forward_items, forward, backward_items,
-                                                                          backward, reduce};
+const AttentionKernels BEIT_FAST_ISA::attention_kernels = {forward_items, forward, backward_items, backward, reduce};
 
 }  // namespace beit_fast

@@ -25,7 +25,6 @@ void reduce(const BackwardProblem& problem, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const AttentionKernels attention_kernels_f64;
 const AttentionKernels attention_kernels_f64 = {forward_items, forward, backward_items, backward, reduce};
 
 }  // namespace beit_fast

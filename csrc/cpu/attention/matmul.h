@@ -1,7 +1,7 @@
 // Small matrix products on vectors: C[M, columns] (+)= A[M, depth] * B[depth, columns], A read number by number.
 #pragma once
 
-#include "cpu/half.h"
+#include "cpu/simd.h"
 
 namespace beit_fast {
 namespace {

@@ -15,9 +15,6 @@
 
 namespace beit_fast {
 
-extern const AttentionKernels attention_kernels_portable, attention_kernels_avx2, attention_kernels_avx512,
-    attention_kernels_avx512_bf16, attention_kernels_amx, attention_kernels_f64;
-
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -25,23 +22,11 @@ using Window = std::vector<int64_t>;
 using Problems = std::vector<std::string>;
 
 const AttentionKernels& kernels_of(Scalar type) {
+#define BEIT_FAST_ADDRESS(isa) &isa::attention_kernels,
+    static constexpr const AttentionKernels* kernels[] = {BEIT_FAST_FOR_EACH_ISA(BEIT_FAST_ADDRESS)};
+#undef BEIT_FAST_ADDRESS
     const Isa isa = current_isa();
-    if (type == Scalar::f64) return attention_kernels_f64;
-    switch (isa) {
-#if defined(BEIT_FAST_HAS_AMX)
-        case Isa::amx: return attention_kernels_amx;
-#endif
-#if defined(BEIT_FAST_HAS_AVX512_BF16)
-        case Isa::avx512_bf16: return attention_kernels_avx512_bf16;
-#endif
-#if defined(BEIT_FAST_HAS_AVX512)
-        case Isa::avx512: return attention_kernels_avx512;
-#endif
-#if defined(BEIT_FAST_HAS_AVX2)
-        case Isa::avx2: return attention_kernels_avx2;
-#endif
-        default: return attention_kernels_portable;
-    }
+    return type == Scalar::f64 ? attention_kernels_f64 : *kernels[static_cast<size_t>(isa)];
 }
 
 Scalar scalar_of(const Tensor& tensor) {

@@ -6,7 +6,7 @@
 // the queries of a key are a slice of band[cj] that starts at u = Wh - 1 - rj. All values are in units of log2(e).
 #pragma once
 
-#include "cpu/half.h"
+#include "cpu/attention/rows.h"
 
 namespace beit_fast {
 namespace {

@@ -1,10 +1,11 @@
 #pragma once
 
+#include "cpu/isa.h"
 #include "cpu/linear/params.h"
 
 namespace beit_fast::linear {
 
-// The kernels of the one instruction set that has them. Each works on the thread that calls it.
+// The kernels of an instruction set. Each works on the thread that calls it.
 struct Kernels {
     // Panels `begin` to `end` of the right operand, whose columns are the rows of `matrix`.
     void (*pack)(const Matrix& matrix, int64_t parts, uint32_t* packed, int64_t begin, int64_t end);
@@ -16,8 +17,12 @@ struct Kernels {
     void (*run)(const Problem& problem, const Block& block);
 };
 
-namespace amx {
-extern const Kernels kernels;
-}
+// Null for an instruction set without tiles.
+#define BEIT_FAST_DECLARE(isa)               \
+    namespace isa {                          \
+    extern const Kernels* const kernels;     \
+    }
+BEIT_FAST_FOR_EACH_ISA(BEIT_FAST_DECLARE)
+#undef BEIT_FAST_DECLARE
 
 }  // namespace beit_fast::linear

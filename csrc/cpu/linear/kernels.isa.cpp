@@ -141,7 +141,11 @@ void run(const Problem& problem, const Block& block) {
 
 }  // namespace
 
-const Kernels amx::kernels = {pack, split, multiply, run};
+static constexpr Kernels kernels_on_tiles = {pack, split, multiply, run};
+const Kernels* const BEIT_FAST_ISA::kernels = &kernels_on_tiles;
 
 }  // namespace beit_fast::linear
+
+#else
+const beit_fast::linear::Kernels* const beit_fast::linear::BEIT_FAST_ISA::kernels = nullptr;
 #endif

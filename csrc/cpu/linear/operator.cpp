@@ -22,29 +22,27 @@ constexpr int64_t least_work = 1 << 15;   // multiplications that are worth a th
 
 using Problems = std::vector<std::string>;
 
-// Why no kernel serves here; empty where one does.
-std::string refusal() {
-#if defined(BEIT_FAST_HAS_AMX)
-    if (current_isa() == Isa::amx) return "";
-    return std::string("the instruction set is ") + isa_name(current_isa()) + ", and only amx has tiles";
-#else
-    return "the library was built without the instruction set amx";
-#endif
+// The kernels of the instruction set in use, or null.
+const Kernels* current_kernels() {
+#define BEIT_FAST_KERNELS(isa) isa::kernels,
+    static const Kernels* const kernels[] = {BEIT_FAST_FOR_EACH_ISA(BEIT_FAST_KERNELS)};
+#undef BEIT_FAST_KERNELS
+    return kernels[static_cast<size_t>(current_isa())];
 }
 
-const Kernels& kernels() {
-#if defined(BEIT_FAST_HAS_AMX)
-    return amx::kernels;
-#else
-    throw std::invalid_argument(refusal());
-#endif
+// Why there are no kernels for this machine; empty if there are.
+std::string unsupported_reason() {
+    if (current_kernels() != nullptr) return "";
+    return std::string("the instruction set is ") + isa_name(current_isa()) + ", and only amx has tiles";
 }
+
+const Kernels& kernels() { return *current_kernels(); }
 
 bool is_fp32(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
 
 void check_parts(int64_t parts, Problems& problems) {
     if (parts != 2 && parts != 3) problems.push_back("parts is " + std::to_string(parts) + ", not 2 or 3");
-    if (const std::string reason = refusal(); !reason.empty()) problems.push_back(reason);
+    if (const std::string reason = unsupported_reason(); !reason.empty()) problems.push_back(reason);
 }
 
 void check_matrix(const Tensor& matrix, Problems& problems) {
@@ -288,7 +286,7 @@ STABLE_TORCH_LIBRARY_IMPL(beit_fast, CPU, m) {
 extern "C" __attribute__((visibility("default"))) const char* beit_fast_parts_refusal() {
     static const std::string reason = [] {
         try {
-            return beit_fast::linear::refusal();
+            return beit_fast::linear::unsupported_reason();
         } catch (const std::invalid_argument& error) {
             return std::string(error.what());
         }

@@ -4,34 +4,17 @@
 
 #include <cstring>
 
-#include "cpu/simd.h"
 #include "cpu/linear/params.h"
+#include "cpu/split_bf16.h"
 
 namespace beit_fast::linear {
 namespace {
-
-// Two vectors as a line of words in each part, `low` in the lower halves; lines are `stride` words apart.
-template <int kParts>
-inline void put_parts(uint32_t* to, int64_t stride, Vector<float> low, Vector<float> high) {
-    alignas(64) static constexpr uint16_t kInterleaved[] = {
-        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i order = _mm512_load_si512(kInterleaved);
-#pragma GCC unroll 3
-    for (int part = 0; part < kParts; ++part) {
-        const __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-        const auto words = (Words)_mm512_permutexvar_epi16(order, (__m512i)rounded);
-        store(to + part * stride, words);
-        low -= reinterpret<Vector<float>>(words << 16);
-        high -= reinterpret<Vector<float>>(words & 0xffff0000u);
-    }
-}
 
 // 16 lines of a tile in all its parts. A line's words are two vectors, `distance` numbers apart; lines `stride`.
 template <int kParts>
 inline void put_tile(uint32_t* to, const float* lines, int64_t stride, int64_t distance) {
     for (int line = 0; line < side; ++line, lines += stride) {
-        put_parts<kParts>(to + line * side, pair_words, load(lines), load(lines + distance));
+        split_bf16<kParts>(to + line * side, pair_words, load(lines), load(lines + distance));
     }
 }
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/patch_embed/numbers.h"
+#include "cpu/half.h"
 #include "cpu/patch_embed/params.h"
 
 // Patches from the pixels into rows [C * patch height * patch width], normalised and converted on the way.

@@ -1,24 +1,15 @@
 #pragma once
 
+#include "cpu/isa.h"
 #include "cpu/patch_embed/params.h"
 
 namespace beit_fast::patch_embed {
 
-// One for each instruction set that was compiled; the caller knows that this machine has it.
-namespace portable {
-Kernel kernel_for(const Problem& problem);
-}
-namespace avx2 {
-Kernel kernel_for(const Problem& problem);
-}
-namespace avx512 {
-Kernel kernel_for(const Problem& problem);
-}
-namespace avx512_bf16 {
-Kernel kernel_for(const Problem& problem);
-}
-namespace amx {
-Kernel kernel_for(const Problem& problem);
-}
+#define BEIT_FAST_DECLARE(isa)                      \
+    namespace isa {                                 \
+    Kernel kernel_for(const Problem& problem);      \
+    }
+BEIT_FAST_FOR_EACH_ISA(BEIT_FAST_DECLARE)
+#undef BEIT_FAST_DECLARE
 
 }  // namespace beit_fast::patch_embed

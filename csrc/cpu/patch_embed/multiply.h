@@ -5,10 +5,6 @@
 
 #include "cpu/patch_embed/pack.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 // Rows of patches times one panel of the weight, some units of K at a time. Every sum is added up in the order of K,
 // whatever tile it falls into, so that results do not depend on how the rows are divided among threads.
 
@@ -44,7 +40,7 @@ inline void multiply_by_height(int64_t height, const typename Multiplier::Tile& 
 
 template <typename Sum>
 inline void add_vector(Vector<Sum> part, bool is_first, Sum* target) {
-    store<Sum>(is_first ? part : load(target) + part, target);
+    store(target, is_first ? part : load(target) + part);
 }
 
 // In the type of the sums. What is summed up in one go is short, so that the part of the panel that is reused stays in
@@ -67,7 +63,7 @@ struct Multiply {
 
     template <int height>
     static void multiply(const Tile& tile) {
-        constexpr int lanes = lanes_of<Sum>;
+        constexpr int lanes = kLanes<Sum>;
         Vector<Sum> total[height][panel_vectors] = {};
         for (int64_t k = tile.begin; k < tile.end; ++k) {
             const Vector<Sum> first = load(tile.panel + k * columns);

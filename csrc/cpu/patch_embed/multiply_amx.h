@@ -1,7 +1,7 @@
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/patch_embed/multiply.h"
-#include "cpu/tile_session.h"
 
 #include <immintrin.h>
 

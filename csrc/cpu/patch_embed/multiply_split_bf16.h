@@ -1,12 +1,13 @@
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/patch_embed/multiply.h"
-#include "cpu/tile_session.h"
+#include "cpu/split_bf16.h"
 
 #include <immintrin.h>
 
-// fp32 on tiles of bfloat16: a number is the exact sum of three parts, cut off and not rounded, and the six products of
-// parts that matter give fp32's accuracy. Rows and panels hold, for every 32 of K, a line of 16 words for each part;
+// fp32 on tiles of bfloat16: a number is the exact sum of three parts, and the six products of parts that matter give
+// fp32's accuracy. Rows and panels hold, for every 32 of K, a line of 16 words for each part;
 // word i has the parts of numbers i and i + 16.
 
 namespace beit_fast::patch_embed {
@@ -15,17 +16,6 @@ namespace {
 constexpr int step_words = 16;  // of one part of 32 numbers
 constexpr int float_parts = 3;
 
-// The parts of two vectors as lines of words, `stride` words apart.
-inline void put_parts(Vector<float> low, Vector<float> high, uint32_t* target, int64_t stride) {
-    using Words = Vector<uint32_t>;
-    for (int part = 0; part < float_parts; ++part) {
-        const Words first = (Words)low & 0xffff0000u, second = (Words)high & 0xffff0000u;
-        store<uint32_t>(second | first >> 16, target + part * stride);
-        low -= (Vector<float>)first;
-        high -= (Vector<float>)second;
-    }
-}
-
 // Turns `steps` steps of 32 numbers that end where the row of words ends into the words of their parts, in place: what
 // is written never passes what is still to be read.
 inline void split_row(uint32_t* row, int64_t steps) {
@@ -33,7 +23,7 @@ inline void split_row(uint32_t* row, int64_t steps) {
     for (int64_t step = 0; step < steps; ++step) {
         Vector<float> halves[2];
         std::memcpy(halves, numbers + step * sizeof halves, sizeof halves);
-        put_parts(halves[0], halves[1], row + step * float_parts * step_words, step_words);
+        split_bf16<float_parts>(row + step * float_parts * step_words, step_words, halves[0], halves[1]);
     }
 }
 
@@ -63,7 +53,7 @@ void pack_parts(const Problem& problem, int64_t panel, int64_t units, uint32_t* 
             transpose<float>(high);
             for (int word = 0; word < step_words; ++word) {
                 uint32_t* line = target + (step * float_parts * step_words + word) * columns;
-                put_parts(low[word], high[word], line, step_words * columns);
+                split_bf16<float_parts>(line, step_words * columns, low[word], high[word]);
             }
         }
     }

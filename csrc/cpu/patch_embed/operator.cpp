@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "cpu/half.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/patch_embed/arguments.h"
 #include "cpu/patch_embed/kernel.h"
-#include "cpu/patch_embed/numbers.h"
 
 namespace beit_fast::patch_embed {
 
@@ -84,21 +84,10 @@ std::vector<double> factors(const Arguments& given) {
 }
 
 Kernel kernel_for(const Problem& problem) {
-    switch (current_isa()) {
-#if defined(BEIT_FAST_HAS_AMX)
-        case Isa::amx: return amx::kernel_for(problem);
-#endif
-#if defined(BEIT_FAST_HAS_AVX512_BF16)
-        case Isa::avx512_bf16: return avx512_bf16::kernel_for(problem);
-#endif
-#if defined(BEIT_FAST_HAS_AVX512)
-        case Isa::avx512: return avx512::kernel_for(problem);
-#endif
-#if defined(BEIT_FAST_HAS_AVX2)
-        case Isa::avx2: return avx2::kernel_for(problem);
-#endif
-        default: return portable::kernel_for(problem);
-    }
+#define BEIT_FAST_FUNCTION(isa) isa::kernel_for,
+    static constexpr decltype(&portable::kernel_for) functions[] = {BEIT_FAST_FOR_EACH_ISA(BEIT_FAST_FUNCTION)};
+#undef BEIT_FAST_FUNCTION
+    return functions[static_cast<size_t>(current_isa())](problem);
 }
 
 int64_t ceil_divide(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
