@@ -1,4 +1,4 @@
-"""A model spread over devices, host memory and disk, by the package accelerate: what `device_map` asks for."""
+"""Split a model over devices, host memory and disk with accelerate: the argument `device_map`."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from .protocol import PretrainedModel
 DeviceMap = str | int | torch.device | Mapping[str, int | str | torch.device]
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Names that have accelerate decide; any other string is a device."""
+"""Strategies of accelerate; any other string is a device."""
 
 
 def check(device: Any, device_map: DeviceMap | None, **only_with_a_map: Any) -> None:
-    """Refuse what does not go together, before anything is loaded.
+    """Check arguments that depend on `device_map`, before a file is read.
+
+    Args:
+        device: The argument `device`.
+        device_map: The argument `device_map`.
+        only_with_a_map: Arguments without effect if there is no `device_map`.
 
     Raises:
-        ValueError: `device` beside `device_map`, or an argument that does nothing without `device_map`.
-        ImportError: accelerate is not installed.
+        ValueError: If both `device` and `device_map` are set, or an argument has no effect.
+        ImportError: If accelerate is not installed.
     """
     if device_map is None:
-        idle = [name for name, value in only_with_a_map.items() if value is not None]
-        if idle:
-            raise ValueError(f"{' and '.join(idle)} say how device_map spreads a model; without it they do nothing")
+        unused = [name for name, value in only_with_a_map.items() if value is not None]
+        if unused:
+            raise ValueError(f"{' and '.join(unused)} have no effect without device_map")
         return
     if device is not None:
-        raise ValueError(f"{device=} and {device_map=} both say where the parameters go; give one")
+        raise ValueError(f"{device=} and {device_map=} both place the parameters; pass one of them")
     if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("device_map needs the package accelerate: pip install accelerate")
+        raise ImportError("device_map requires accelerate: pip install accelerate")
 
 
 def dispatch(
@@ -41,16 +46,18 @@ def dispatch(
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Place the model's layers, and have hooks bring inputs, and weights from host memory or disk, to where they run.
+    """Place the layers of a model on devices, and add hooks that move inputs and offloaded weights.
 
-    `model.hf_device_map` tells the place of every part afterwards. Modules with hooks are called as modules: what else
-    stands in for them in one operator, such as patch embedding, does not.
+    `model.hf_device_map` is the device of every module afterwards. Modules with hooks are called as modules, so
+    operators that replace several modules, such as patch embedding, are not used.
 
     Args:
-        device_map: `"auto"`, `"balanced"`, `"balanced_low_0"` or `"sequential"`, which fill the devices that are there
-            and never split a block; a device for all; or devices, `"cpu"` or `"disk"` by names of modules.
-        max_memory: what those strategies may take of each device, by index or `"cpu"`, in bytes or as in `"10GB"`.
-        offload_folder: where weights go that are placed on `"disk"`.
+        model: A model whose parameters have values.
+        device_map: `"auto"`, `"balanced"`, `"balanced_low_0"` or `"sequential"`, which fill the available devices
+            and never split a block; one device; or a mapping from module names to devices, `"cpu"` or `"disk"`.
+        max_memory: Maximum memory of each device for these strategies, by index or `"cpu"`, in bytes or as in
+            `"10GB"`.
+        offload_folder: The folder for weights on `"disk"`.
     """
     import accelerate
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, locally or on the hub, and what they hold: safetensors, shards, pickled tensors."""
+"""Find the files of a checkpoint and read their tensors: safetensors, shards and pickles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..utils.files import CONFIG_NAME, read_json_object
 from ..utils.hub import PICKLE_SUFFIXES, WEIGHT_NAMES, HubOptions, Repository
+from ..utils.messages import join_choices
 
 SAFE_PICKLE_VERSION = (2, 10)
-"""Before torch 2.10 `weights_only=True` could be made to run code (GHSA-63cw-57p8-fm3p)."""
+"""Before torch 2.10, a file could run code despite `weights_only=True` (GHSA-63cw-57p8-fm3p)."""
 
 _WRAPPERS = ("model", "module", "state_dict")
 _LARGE = 1 << 30
@@ -24,7 +25,13 @@ _LARGE = 1 << 30
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A checkpoint's files on this machine; `weights` are all shards, `config` is None where there is none."""
+    """Local files of a checkpoint.
+
+    Attributes:
+        name: The path or repository that the user passed.
+        config: `config.json`, or None if there is none.
+        weights: All shards.
+    """
 
     name: str
     config: Path | None
@@ -32,11 +39,11 @@ class CheckpointFiles:
 
 
 def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> CheckpointFiles:
-    """The files of a folder, a file of weights or a hub repository (`"org/name"`), fetched where need be.
+    """Find the files of a folder, a weights file or a hub repository (`"org/name"`); download them if needed.
 
     Raises:
-        FileNotFoundError: nothing is there; says what was looked for and where a local folder goes.
-        ValueError: a file is of no known kind.
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If an index of shards is not valid.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -54,10 +61,11 @@ def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> Ch
 
 
 def read_tensors(files: Sequence[Path], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Every tensor of the files, on `device`. Several files, or more than 1 GiB, show a progress bar.
+    """Read all tensors to `device`, with a progress bar for several files or more than 1 GiB.
 
     Raises:
-        ValueError: a file is damaged, of no known kind, holds more than tensors, or repeats a name.
+        ValueError: If a file is damaged, has an unknown format, contains objects other than tensors and plain data, or
+            repeats a name.
     """
     from tqdm import tqdm
 
@@ -69,7 +77,7 @@ def read_tensors(files: Sequence[Path], device: torch.device | str = "cpu") -> d
             read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
             for key, tensor in read(file, device):
                 if key in state:
-                    raise ValueError(f"{os.fspath(file)!r} holds {key!r}, which another shard held already")
+                    raise ValueError(f"{os.fspath(file)!r} contains {key!r}, which another shard also contains")
                 state[key] = tensor
                 bar.update(tensor.nbytes)
     return state
@@ -83,7 +91,7 @@ def _read_safetensors(file: Path, device: torch.device | str) -> Iterator[tuple[
             for key in stored.keys():  # noqa: SIM118
                 yield key, stored.get_tensor(key)
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(file)!r} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"{os.fspath(file)!r} is damaged or not a safetensors file: {error}") from error
 
 
 def _read_pickle(file: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
@@ -96,28 +104,32 @@ def _read_pickle(file: Path, device: torch.device | str) -> Iterator[tuple[str, 
             content = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{os.fspath(file)!r} holds more than tensors and plain data, and is not run: {error}. Convert it where "
-            "you trust it: torch.load(...) there, then safetensors.torch.save_file(state_dict, ...)"
+            f"{os.fspath(file)!r} contains objects other than tensors and plain data, and was not loaded: {error}. If "
+            "you trust the file, convert it: torch.load(...), then safetensors.torch.save_file(state_dict, ...)"
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{os.fspath(file)!r} is damaged or no file of torch.save: {error}") from error
+        raise ValueError(f"{os.fspath(file)!r} is damaged or not a file of torch.save: {error}") from error
     yield from _unwrapped(content, file).items()
 
 
 def check_pickle_is_safe(file: Path) -> None:
-    """ValueError for a suffix that is no weights file's, and for a torch that cannot read pickles safely."""
+    """Check the suffix of a pickle and that this torch reads pickles safely.
+
+    Raises:
+        ValueError: If the file is not a weights file, or torch is too old.
+    """
     if file.suffix not in PICKLE_SUFFIXES:
-        accepted = ", ".join((".safetensors", ".index.json", *PICKLE_SUFFIXES))
-        raise ValueError(f"{os.fspath(file)!r} is no file of weights; accepted: {accepted}")
+        *suffixes, last = (".safetensors", ".index.json", *PICKLE_SUFFIXES)
+        raise ValueError(f"{os.fspath(file)!r} is not a weights file (expected {', '.join(suffixes)} or {last})")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_PICKLE_VERSION:
         raise ValueError(
-            f"{os.fspath(file)!r} is a pickle, which torch {torch.__version__} cannot read without risk "
-            "(GHSA-63cw-57p8-fm3p); accepted: safetensors, or torch 2.10 and later"
+            f"{os.fspath(file)!r} is a pickle, and torch {torch.__version__} cannot read pickles safely "
+            "(GHSA-63cw-57p8-fm3p; expected a safetensors file, or torch 2.10 or later)"
         )
 
 
 def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
-    """The state dict inside what training scripts save around it."""
+    """Find the state dict in the dictionary that a training script saved."""
     while isinstance(content, Mapping):
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
@@ -126,13 +138,13 @@ def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
                 return tensors
             break
         content = inner
-    raise ValueError(f"{os.fspath(file)!r} holds no state dict, also not under {', '.join(map(repr, _WRAPPERS))}")
+    raise ValueError(f"{os.fspath(file)!r} does not contain a state dict, nor does its {join_choices(_WRAPPERS)}")
 
 
 def _in_folder(name: str, folder: Path) -> CheckpointFiles:
     found = next((folder / weights for weights in WEIGHT_NAMES if (folder / weights).is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"the folder {name!r} holds no weights; looked for {', '.join(WEIGHT_NAMES)}")
+        raise FileNotFoundError(f"the folder {name!r} does not contain weights (expected {' or '.join(WEIGHT_NAMES)})")
     config = folder / CONFIG_NAME
     return CheckpointFiles(name, config if config.is_file() else None, _shards(found))
 
@@ -143,14 +155,18 @@ def _shards(file: Path) -> list[Path]:
     shards = [file.parent / name for name in _shard_names(file)]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise FileNotFoundError(f"{os.fspath(file)!r} names shards that are not beside it: {', '.join(missing)}")
+        raise FileNotFoundError(f"{os.fspath(file)!r} lists shards that are not in its folder: {', '.join(missing)}")
     return shards
 
 
 def _shard_names(index: Path) -> list[str]:
-    """Files that an index names; ValueError where it leads out of its folder."""
+    """Names of the files that an index lists.
+
+    Raises:
+        ValueError: If there are none, or a name leads out of the folder.
+    """
     weight_map = read_json_object(index).get("weight_map")
     names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"{os.fspath(index)!r} has no weight_map from parameters to file names beside it")
+        raise ValueError(f"{os.fspath(index)!r} does not have a weight_map from parameters to files of its folder")
     return names

@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint: from its `config.json`, or from shapes where a format has none."""
+"""Read the configuration of a checkpoint, or infer it from shapes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _FIRST = "beit.encoder.layer.0."
 _TRAINED_EPS = 1e-6
 _POOL_SCALES = (1, 2, 3, 6)
 _STAGES = {12: [3, 5, 7, 11], 24: [7, 11, 15, 23]}
-"""`out_indices` by depth, as the files on the hub have them that were converted from unilm's."""
+"""`out_indices` by depth, as in files on the hub that were converted from unilm."""
 
 
 def read_config(file: Path | None) -> BeitConfig | None:
-    """The configuration in a `config.json`; None without one, or where it is timm's, which has no fields of BEiT."""
+    """Read a `config.json`; return None if there is none or if timm wrote it."""
     if file is None:
         return None
     values = read_json_object(file)
@@ -37,15 +37,16 @@ def copy_config(config: BeitConfig, **overrides: Any) -> BeitConfig:
 
 
 def infer_config(state: Mapping[str, Tensor], name: str, overrides: Mapping[str, Any]) -> BeitConfig:
-    """What shapes tell of a model, for timm, unilm and mmsegmentation, whose files carry no configuration.
+    """Infer a configuration from shapes: files of timm, unilm and mmsegmentation contain none.
 
     Args:
-        state: tensors under full hub names.
-        name: what errors call the checkpoint.
-        overrides: fields that the caller gives; they win, and some cannot be told otherwise.
+        state: Tensors by their full hub names.
+        name: The checkpoint, for errors.
+        overrides: Fields that take precedence. Some fields cannot be inferred.
 
     Raises:
-        ValueError: `num_attention_heads`, `image_size`, `out_indices` or `pool_scales` is neither told nor given.
+        ValueError: If `num_attention_heads`, `image_size`, `out_indices` or `pool_scales` can neither be inferred nor
+            was passed.
     """
     fields: dict[str, Any] = _trunk_fields(state)
     fields |= _position_fields(state, fields, name, overrides)
@@ -60,7 +61,7 @@ def _trunk_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     missing = [key for key in needed.values() if key not in state]
     if missing:
-        raise ValueError(f"no configuration can be told from a file without {', '.join(missing)}")
+        raise ValueError(f"a configuration cannot be inferred from a checkpoint without {', '.join(missing)}")
     size, channels, patch, _ = state[needed["projection"]].shape
     layers = {int(found[1]) for found in map(_LAYER.match, state) if found is not None}
     token_pooling = "beit.layernorm.weight" in state and "beit.pooler.layernorm.weight" not in state
@@ -89,7 +90,8 @@ def _position_fields(
     }
     if not tables and "num_attention_heads" not in overrides:
         raise ValueError(
-            f"{name!r} has neither a config.json nor a bias table that tells the heads: pass num_attention_heads"
+            f"num_attention_heads can neither be inferred from {name!r}, which has no config.json and no bias table, "
+            "nor was passed: pass num_attention_heads"
         )
     heads = overrides.get("num_attention_heads", tables[0].shape[1] if tables else None)
     inner = state[f"{_FIRST}attention.attention.query.weight"].shape[0]
@@ -101,8 +103,8 @@ def _position_fields(
         window = square_window(key, tensor)
         if window is None:
             raise ValueError(
-                f"{name!r} has no config.json, and {key} {list(tensor.shape)} is of no square image: "
-                "pass config=BeitConfig(...) with image_size=(height, width)"
+                f"image_size cannot be inferred from {name!r}, which has no config.json: {key} {list(tensor.shape)} is "
+                "not for a square image. Pass config=BeitConfig(...) with image_size=(height, width)"
             )
         fields["image_size"] = window[0] * trunk["patch_size"]
     return fields
@@ -128,11 +130,15 @@ def _segmentation_fields(
 ) -> dict[str, Any]:
     scales = {key.split(".")[2] for key in state if key.startswith("decode_head.psp_modules.")}
     if len(scales) != len(_POOL_SCALES) and "pool_scales" not in overrides:
-        raise ValueError(f"{name!r} pools at {len(scales)} scales that nothing tells: pass pool_scales")
+        raise ValueError(
+            f"pool_scales cannot be inferred from {name!r}, which has {len(scales)} scales: pass pool_scales"
+        )
     fields: dict[str, Any] = {"pool_scales": _POOL_SCALES}
     if not {"out_indices", "out_features"} & set(overrides):
         if layers not in _STAGES:
-            raise ValueError(f"{name!r} has {layers} layers, and nothing tells which feed the head: pass out_indices")
+            raise ValueError(
+                f"out_indices cannot be inferred from {name!r}, which has {layers} layers: pass out_indices"
+            )
         fields["out_indices"] = _STAGES[layers]
     convolutions = {key.split(".")[2] for key in state if key.startswith("auxiliary_head.convs.")}
     auxiliary = state.get("auxiliary_head.classifier.weight")

@@ -1,16 +1,22 @@
-"""Names of parameters in every format that holds a BEiT, brought to those of the hub.
+"""Map the parameter names of every checkpoint format to those of the hub.
 
-The target is the full name on the hub: the trunk under `beit.`, heads beside it. Formats: Transformers 4.x (what is on
-the hub) and 5.x (in memory), Data2VecVision, DiT (plain BEiT), timm and unilm, mmsegmentation and unilm's ADE20k.
+Full hub names have the prefix `beit.` for the trunk and none for heads. Formats: Transformers 4.x (files on the hub)
+and 5.x (in memory), Data2VecVision, DiT (plain BEiT), timm and unilm, mmsegmentation and unilm's ADE20k.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ..utils.messages import join_some
+
+CheckpointFormat = Literal["transformers", "transformers5", "data2vec", "timm", "mmseg"]
+"""Formats by their names of parameters; `"timm"` includes unilm, and `"mmseg"` unilm's ADE20k."""
 
 TRUNK_PREFIX = "beit."
 _TRUNK_PARTS = ("embeddings.", "encoder.", "pooler.")
@@ -105,32 +111,33 @@ OTHER_TASKS = (
     "beit.embeddings.mask_token",
     "cls_pt_",
 )
-"""Full names that start so belong to a head or to pooling: a model of another task starts without them."""
+"""Prefixes of the full names of heads and pooling, which a model of another task does not have."""
 
 
-def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The tensors under full hub names, less the index buffers, and the format that they came in.
+def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], CheckpointFormat]:
+    """Rename tensors to full hub names and drop index buffers.
 
-    Formats: `"transformers"`, `"transformers5"`, `"data2vec"`, `"timm"` (unilm too), `"mmseg"` (unilm's ADE20k too).
+    Returns:
+        The tensors and their format.
 
     Raises:
-        ValueError: the names are of no format that holds a BEiT.
+        ValueError: If the names are not those of a supported format.
     """
     state = {key: tensor for key, tensor in tensors.items() if not key.endswith("relative_position_index")}
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    form = format_of(state)
-    if form in ("timm", "mmseg"):
-        state = _from_unilm(_renamed(state, (*_HEADS_OF_MMSEG, *_MMSEG_BLOCK) if form == "mmseg" else ()))
+    checkpoint_format = format_of(state)
+    if checkpoint_format in ("timm", "mmseg"):
+        state = _from_unilm(_renamed(state, (*_HEADS_OF_MMSEG, *_MMSEG_BLOCK) if checkpoint_format == "mmseg" else ()))
     else:
-        # Names of version 4 match no rule; Data2VecVision mixes both versions.
+        # Names of version 4 match no rule. Data2VecVision mixes both versions.
         state = _renamed(state, ((r"^data2vec_vision\.", TRUNK_PREFIX), *_TRANSFORMERS_5))
     masked_modelling = any(key.startswith("lm_head.") for key in state)
-    return {full_name(key, masked_modelling): tensor for key, tensor in state.items()}, form
+    return {full_name(key, masked_modelling): tensor for key, tensor in state.items()}, checkpoint_format
 
 
 def to_timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under full hub names as timm has them, query, key and value packed: the way back from `to_hub_names`."""
+    """Rename tensors from full hub names to timm's, with packed query, key and value."""
     state = dict(tensors)
     for key in [key for key in state if key.endswith(".attention.attention.query.weight")]:
         parts = [state.pop(key.replace("query", name)) for name in ("query", "key", "value")]
@@ -139,8 +146,12 @@ def to_timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _renamed(state, _TO_TIMM)
 
 
-def format_of(keys: Iterable[str]) -> str:
-    """Which format has such names; ValueError, with some of the names, where none has."""
+def format_of(keys: Iterable[str]) -> CheckpointFormat:
+    """Detect the format of a checkpoint from its names.
+
+    Raises:
+        ValueError: If no supported format has such names.
+    """
     keys = list(keys)
 
     def has(pattern: str) -> bool:
@@ -156,17 +167,17 @@ def format_of(keys: Iterable[str]) -> str:
         return "data2vec"
     if has(r"(beit\.)?encoder\.layer\.\d+\.attention\."):
         return "transformers"
-    shown = ", ".join(keys[:5]) or "none at all"
+    shown = join_some(keys, 5) or "no names"
     raise ValueError(
-        "the file holds no BEiT: its names are neither those of Transformers (encoder.layer.0.attention...) or "
-        f"Data2VecVision, nor of timm, unilm (blocks.0.attn...) or mmsegmentation (backbone.layers.0.attn...): {shown}"
+        "the checkpoint is not a BEiT model: expected names of Transformers (encoder.layer.0.attention...), "
+        f"Data2VecVision, timm or unilm (blocks.0.attn...) or mmsegmentation (backbone.layers.0.attn...), got {shown}"
     )
 
 
 def full_name(key: str, masked_modelling: bool = False) -> str:
-    """The full name of a parameter of a bare trunk or backbone; other names are full already.
+    """Add the prefix of the trunk to names of a bare trunk or backbone.
 
-    Beside an `lm_head` a plain `layernorm` is that head's, else the trunk's.
+    `layernorm` belongs to the head of masked image modeling if there is one, and to the trunk otherwise.
     """
     trunk = key.startswith(_TRUNK_PARTS) or (key.startswith("layernorm.") and not masked_modelling)
     return TRUNK_PREFIX + key if trunk else key
@@ -191,7 +202,7 @@ def _renamed(state: Mapping[str, Tensor], rules: _Rules) -> dict[str, Tensor]:
 
 
 def _from_unilm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Packed projections become three; `norm` is the head's beside an `lm_head`, else the trunk's."""
+    """Rename from unilm and split packed projections; `norm` belongs to an `lm_head` if there is one."""
     norm = "layernorm." if any(key.startswith("lm_head.") for key in state) else "beit.layernorm."
     unpacked: dict[str, Tensor] = {}
     for key, tensor in state.items():

@@ -30,7 +30,7 @@ Model = TypeVar("Model", bound=PretrainedModel)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What `from_pretrained` was asked for besides a name and a configuration."""
+    """Arguments of `from_pretrained` except the checkpoint, the configuration and its overrides."""
 
     attn_implementation: str | None = None
     patch_embed_implementation: str | None = None
@@ -44,14 +44,20 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class KeyReport:
-    """How a file's parameters compare with a model's: names to shapes (file's, model's)."""
+    """Parameters that differ between a checkpoint and a model, with their shapes.
+
+    Attributes:
+        missing: Parameters that only the model has.
+        unexpected: Parameters that only the checkpoint has.
+        mismatched: Parameters whose shapes differ: (in the checkpoint, in the model).
+    """
 
     missing: dict[str, Sequence[int]]
     unexpected: dict[str, Sequence[int]]
     mismatched: dict[str, tuple[Sequence[int], Sequence[int]]]
 
     def loading_info(self) -> dict[str, list[Any]]:
-        """Transformers' `output_loading_info`."""
+        """Format the report as Transformers' `output_loading_info`."""
         return {
             "missing_keys": list(self.missing),
             "unexpected_keys": list(self.unexpected),
@@ -67,7 +73,11 @@ def load_model(
     options: LoadOptions,
     overrides: Mapping[str, Any],
 ) -> tuple[Model, dict[str, list[Any]]]:
-    """A model with a checkpoint's parameters, in evaluation mode, and what was missing or left over."""
+    """Load a checkpoint into a new model; see `BeitPreTrainedModel.from_pretrained`.
+
+    Returns:
+        The model in evaluation mode, and its loading info.
+    """
     if options.position_interpolation not in POSITION_INTERPOLATIONS:
         raise ValueError(
             f"position_interpolation={options.position_interpolation!r} is not supported "
@@ -78,13 +88,13 @@ def load_model(
     file_config = read_config(files.config)
     device = torch.get_default_device() if options.device is None else torch.device(options.device)
     state, _ = to_hub_names(read_tensors(files.weights, device))
-    native = file_config or _given_config(config, options)
+    native = file_config or _requested_config(config, options)
     if native is None:
         native = infer_config(state, files.name, overrides)
-    target = _target_config(native if config is None else _given_config(config, options), overrides, options)
+    target = _target_config(native if config is None else _requested_config(config, options), overrides, options)
     target.name_or_path = files.name
     if options.image_size is not None:
-        old_window = _window_of_file(state, native, files.name)
+        old_window = _stored_window(state, native, files.name)
         if old_window is not None:
             state = resize_positions(state, old_window, target.window, options.position_interpolation)
     state = _with_tables_of_layers(state, target)
@@ -98,13 +108,13 @@ def load_model(
             **model_arguments,
         )
     report, fitting = _compare(model, state)
-    _refuse(report, files.name, model, options.ignore_mismatched_sizes)
-    fresh = [*report.missing, *report.mismatched]
-    _fill(model, fitting, fresh, target.dtype, device)
-    if fresh:
+    _check(report, files.name, model, options.ignore_mismatched_sizes)
+    uninitialized = [*report.missing, *report.mismatched]
+    _fill(model, fitting, uninitialized, target.dtype, device)
+    if uninitialized:
         warnings.warn(
-            f"{model_class.__name__} was initialised anew where {files.name!r} has nothing that fits: "
-            f"{join_some(fresh)}. Train it before you use what it says.",
+            f"some parameters of {model_class.__name__} are not in {files.name!r} and were initialized: "
+            f"{join_some(uninitialized)}. Train the model before you use its predictions.",
             stacklevel=3,
         )
     return model.eval(), report.loading_info()
@@ -113,21 +123,25 @@ def load_model(
 def _split_overrides(
     model_class: type[PretrainedModel], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What goes to the model's constructor and what to the configuration; TypeError for what goes nowhere."""
+    """Split overrides into arguments of the constructor and fields of the configuration.
+
+    Raises:
+        TypeError: If an override is neither.
+    """
     taken = set(inspect.signature(model_class).parameters) - {"config", *IMPLEMENTATION_FIELDS}
     fields = {*RULES, *ALIASES, *LABEL_FIELDS, *STAGE_FIELDS}
     unknown = sorted(set(overrides) - taken - fields)
     if unknown:
         raise TypeError(
-            f"{model_class.__name__}.from_pretrained does not know {', '.join(unknown)}; accepted besides its own "
-            f"arguments: fields of BeitConfig{''.join(f', {name}' for name in sorted(taken))}"
+            f"{model_class.__name__}.from_pretrained got unexpected arguments {', '.join(unknown)} (expected fields of "
+            f"BeitConfig{''.join(f', {name}' for name in sorted(taken))})"
         )
     model_arguments = {name: value for name, value in overrides.items() if name in taken}
     return model_arguments, {name: value for name, value in overrides.items() if name not in taken}
 
 
-def _given_config(config: Any, options: LoadOptions) -> BeitConfig | None:
-    """The `config` argument: a `BeitConfig`, one of Transformers, a dict of fields, or where to find one."""
+def _requested_config(config: Any, options: LoadOptions) -> BeitConfig | None:
+    """Convert the `config` argument: a `BeitConfig`, one of Transformers, a dict, or a path."""
     if config is None:
         return None
     if isinstance(config, (str, os.PathLike)):
@@ -144,17 +158,17 @@ def _target_config(config: BeitConfig | None, overrides: Mapping[str, Any], opti
 
 
 def _dtype_to_load(
-    asked: torch.dtype | str | None, config: BeitConfig, state: Mapping[str, Tensor]
+    requested: torch.dtype | str | None, config: BeitConfig, state: Mapping[str, Tensor]
 ) -> torch.dtype | None:
-    """The dtype asked for, else the configuration's, else the file's own."""
-    if asked is not None and asked != "auto":
-        return BeitConfig(dtype=asked).dtype
+    """The requested dtype, or that of the configuration, or that of the checkpoint."""
+    if requested is not None and requested != "auto":
+        return BeitConfig(dtype=requested).dtype
     stored = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
     return stored if config.dtype is None else config.dtype
 
 
-def _window_of_file(state: Mapping[str, Tensor], native: BeitConfig, name: str) -> Window | None:
-    """The window that a file's positions are for; None where it has none."""
+def _stored_window(state: Mapping[str, Tensor], native: BeitConfig, name: str) -> Window | None:
+    """The window of the position parameters in `state`, or None if there are none."""
     positions = {key: tensor for key, tensor in state.items() if is_position(key)}
     if not positions:
         return None
@@ -163,8 +177,8 @@ def _window_of_file(state: Mapping[str, Tensor], native: BeitConfig, name: str) 
     wrong = [key for key, tensor in positions.items() if window is None or not fits_window(key, tensor, window)]
     if window is None or wrong:
         raise ValueError(
-            f"{name!r} cannot be resized: {', '.join(wrong or [key])} is of another window than the rest, or of one "
-            f"that is neither square nor that of image_size={native.image_size} in its configuration"
+            f"{name!r} cannot be resized: the window of {', '.join(wrong or [key])} differs from the others, or it is "
+            f"neither square nor that of image_size={native.image_size} in its configuration"
         )
     return window
 
@@ -172,41 +186,48 @@ def _window_of_file(state: Mapping[str, Tensor], native: BeitConfig, name: str) 
 def _with_tables_of_layers(state: dict[str, Tensor], config: BeitConfig) -> dict[str, Tensor]:
     has_shared = f"{TRUNK_PREFIX}encoder.relative_position_bias.{TABLE}" in state
     has_own = any(key.startswith(f"{TRUNK_PREFIX}encoder.layer.") and key.endswith(TABLE) for key in state)
-    wants_own = config.use_relative_position_bias and not config.use_shared_relative_position_bias
-    copies = has_shared and not has_own and wants_own
+    needs_own = config.use_relative_position_bias and not config.use_shared_relative_position_bias
+    copies = has_shared and not has_own and needs_own
     return share_table_among_layers(state, config.num_hidden_layers) if copies else state
 
 
 def _compare(model: PretrainedModel, state: Mapping[str, Tensor]) -> tuple[KeyReport, dict[str, Tensor]]:
-    """The report, and the tensors that fit under the model's own names."""
+    """Compare names and shapes.
+
+    Returns:
+        The report, and the tensors that fit, by their names in `model`.
+    """
     head_is_modelling = hasattr(model, "lm_head")
-    wanted = model.state_dict()
-    stored = {key: state.get(full_name(key, head_is_modelling)) for key in wanted}
-    used = {full_name(key, head_is_modelling) for key in wanted}
+    expected = model.state_dict()
+    stored = {key: state.get(full_name(key, head_is_modelling)) for key in expected}
+    used = {full_name(key, head_is_modelling) for key in expected}
     found = {key: tensor for key, tensor in stored.items() if tensor is not None}
     report = KeyReport(
-        missing={key: list(wanted[key].shape) for key, tensor in stored.items() if tensor is None},
+        missing={key: list(expected[key].shape) for key, tensor in stored.items() if tensor is None},
         unexpected={key: list(tensor.shape) for key, tensor in state.items() if key not in used},
         mismatched={
-            key: (list(tensor.shape), list(wanted[key].shape))
+            key: (list(tensor.shape), list(expected[key].shape))
             for key, tensor in found.items()
-            if tensor.shape != wanted[key].shape
+            if tensor.shape != expected[key].shape
         },
     )
     return report, {key: tensor for key, tensor in found.items() if key not in report.mismatched}
 
 
 def _head_of(name: str) -> str | None:
-    """The head, as in `OTHER_TASKS`, that a full name belongs to."""
+    """The prefix in `OTHER_TASKS` that a full name has."""
     return next((head for head in OTHER_TASKS if name.startswith(head)), None)
 
 
-def _refuse(report: KeyReport, name: str, model: PretrainedModel, ignore_mismatched_sizes: bool) -> None:
-    """Raise one error for what is missing from the trunk or half a head, left over, or of another shape."""
+def _check(report: KeyReport, name: str, model: PretrainedModel, ignore_mismatched_sizes: bool) -> None:
+    """Raise one error that lists all parameters that do not fit.
+
+    A head may be missing as a whole. Parameters of other heads may be unexpected.
+    """
     head_is_modelling = hasattr(model, "lm_head")
     heads = {key: _head_of(full_name(key, head_is_modelling)) for key in model.state_dict()}
-    begun = {heads[key] for key in heads if key not in report.missing}
-    missing = {k: shape for k, shape in report.missing.items() if heads[k] is None or heads[k] in begun}
+    present = {heads[key] for key in heads if key not in report.missing}
+    missing = {k: shape for k, shape in report.missing.items() if heads[k] is None or heads[k] in present}
     unexpected = {key: shape for key, shape in report.unexpected.items() if _head_of(key) is None}
     mismatched = {} if ignore_mismatched_sizes else report.mismatched
     lines = []
@@ -215,7 +236,9 @@ def _refuse(report: KeyReport, name: str, model: PretrainedModel, ignore_mismatc
     if unexpected:
         lines.append(f"- unexpected: {join_some(f'{key} {shape}' for key, shape in unexpected.items())}")
     if mismatched:
-        shown = (f"{key} is {file} in the file and {own} in the model" for key, (file, own) in mismatched.items())
+        shown = (
+            f"{key} is {stored} in the checkpoint and {own} in the model" for key, (stored, own) in mismatched.items()
+        )
         lines.append(f"- mismatched: {join_some(shown)}")
         lines += _advice(mismatched, model.config)
     if lines:
@@ -227,12 +250,14 @@ def _advice(mismatched: Mapping[str, tuple[Sequence[int], Sequence[int]]], confi
     window = next((w for key, (shape, _) in mismatched.items() if (w := _window_of_shape(key, shape))), None)
     if window is not None and window != config.window:
         lines.append(
-            f"- the file's positions are for image_size={window[0] * config.patch_size} ({window[0]}x{window[1]} "
-            f"patches of {config.patch_size} pixels), the configuration says image_size={config.image_size}: pass "
-            f"image_size={config.image_size} to from_pretrained to have them resized"
+            f"- the checkpoint is for image_size={window[0] * config.patch_size} ({window[0]}x{window[1]} patches of "
+            f"{config.patch_size} pixels) and the configuration has image_size={config.image_size}: pass "
+            f"image_size={config.image_size} to from_pretrained to resize its position parameters"
         )
     if any(_head_of(key) is not None for key in mismatched):
-        lines.append("- ignore_mismatched_sizes=True initialises anew what is of another shape, such as a classifier")
+        lines.append(
+            "- pass ignore_mismatched_sizes=True to initialize parameters of another shape, such as a classifier"
+        )
     return lines
 
 
@@ -244,12 +269,12 @@ def _window_of_shape(key: str, shape: Sequence[int]) -> Window | None:
 def _fill(
     model: PretrainedModel,
     tensors: Mapping[str, Tensor],
-    fresh: Sequence[str],
+    uninitialized: Sequence[str],
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    """Give a model on the meta device its tensors, and initialise those named in `fresh`."""
-    empty = {key: tensor for key, tensor in model.state_dict().items() if key in set(fresh)}
+    """Assign tensors to a model on the meta device and initialize the parameters in `uninitialized`."""
+    empty = {key: tensor for key, tensor in model.state_dict().items() if key in set(uninitialized)}
     state = dict(tensors) | {key: torch.empty(t.shape, dtype=t.dtype, device=device) for key, t in empty.items()}
     state = {key: t.to(dtype) if dtype is not None and t.is_floating_point() else t for key, t in state.items()}
     model.load_state_dict(state, strict=True, assign=True)

@@ -1,4 +1,4 @@
-"""Position parameters of a checkpoint brought to another window: tables and absolute embeddings, when loading."""
+"""Resize the position parameters of a checkpoint: bias tables and absolute embeddings."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ EMBEDDINGS = "position_embeddings"
 
 
 def is_position(key: str) -> bool:
-    """Whether `key` names a parameter whose shape depends on the window."""
+    """Whether the shape of the parameter `key` depends on the window."""
     return key.endswith((TABLE, EMBEDDINGS))
 
 
 def fits_window(key: str, tensor: Tensor, window: Window) -> bool:
-    """Whether a table `[rows, H]` or embeddings `[1, N, E]` belong to `window`."""
+    """Whether a table `[rows, H]` or embeddings `[1, N, E]` have the shape for `window`."""
     return tensor.shape[0] == table_rows(window) if key.endswith(TABLE) else tensor.shape[1] == token_count(window)
 
 
 def square_window(key: str, tensor: Tensor) -> Window | None:
-    """The square window that a table or embeddings belong to; None where no square has that many rows."""
+    """Infer the square window of a table or embeddings; None if there is none of that size."""
     if key.endswith(TABLE):
         side = (math.isqrt(max(tensor.shape[0] - CLS_ROWS, 0)) + 1) // 2
     else:
@@ -36,12 +36,15 @@ def square_window(key: str, tensor: Tensor) -> Window | None:
 def resize_positions(
     state: Mapping[str, Tensor], old_window: Window, new_window: Window, interpolation: str
 ) -> dict[str, Tensor]:
-    """`state` with every table and every absolute embedding resized; CLS rows are kept, dtypes too.
+    """Resize all tables and absolute embeddings in `state`. CLS rows and dtypes do not change.
 
     Args:
-        interpolation: `"bilinear"` resamples tables evenly, as MiDaS and Transformers do (arXiv 2307.14460);
-            `"geometric"` as unilm and timm do, see `resize_table_geometric`. Absolute embeddings are resampled
-            bicubically by either.
+        state: Tensors by their names.
+        old_window: (Wh, Ww) of `state`.
+        new_window: (Wh, Ww) of the result.
+        interpolation: `"bilinear"` resamples tables uniformly, as in MiDaS and Transformers (arXiv 2307.14460).
+            `"geometric"` resamples them as in unilm and timm, see `resize_table_geometric`. Absolute embeddings
+            are always resampled bicubically.
     """
     resize = resize_table_geometric if interpolation == "geometric" else resize_table
     resized = dict(state)
@@ -54,10 +57,10 @@ def resize_positions(
 
 
 def resize_table_geometric(table: Tensor, old_window: Window, new_window: Window) -> Tensor:
-    """A table `[rows(old), H]` for `new_window`, its old rows placed in geometric progression around the centre.
+    """Resize a table `[rows(old), H]` by placing its rows in geometric progression around the center.
 
-    Neighbouring offsets stay one patch apart and far ones spread out, so that short distances keep their bias
-    (microsoft/unilm, `beit/run_class_finetuning.py`); between them linear, as in timm.
+    Neighboring offsets stay one patch apart and distant ones spread out, so the bias of short distances does not
+    change (microsoft/unilm, `beit/run_class_finetuning.py`). Interpolation is linear, as in timm.
     """
     if tuple(old_window) == tuple(new_window):
         return table
@@ -71,7 +74,7 @@ def resize_table_geometric(table: Tensor, old_window: Window, new_window: Window
 
 
 def _interpolation_matrix(old: int, new: int) -> Tensor:
-    """Linear interpolation of `old` values in geometric progression at `new` evenly spaced places, `[new, old]`."""
+    """Matrix `[new, old]` that interpolates values in geometric progression at evenly spaced positions."""
     known = torch.tensor(_geometric_coordinates(old, new), dtype=torch.float64)
     if old == 1:
         return known.new_ones(new, 1)
@@ -86,7 +89,7 @@ def _interpolation_matrix(old: int, new: int) -> Tensor:
 
 
 def _geometric_coordinates(old: int, new: int) -> list[float]:
-    """`old` places around 0 whose steps grow by one ratio, chosen such that the last is near `new // 2`."""
+    """`old` coordinates around 0 whose steps grow by a constant ratio, up to about `new // 2`."""
     low, high, ratio = 1.01, 1.5, 1.255
     while high - low > 1e-6:
         ratio = (low + high) / 2

@@ -117,7 +117,7 @@ def test_pooling_by_cls(name, tmp_path):
 def test_fine_tuning_starts_from_a_masked_model(tmp_path):
     """The pre-trained head is left out and said so; the new head is drawn, and warned about once."""
     trained = write_theirs("BeitForMaskedImageModeling", tmp_path, **POSITIONS["shared"])
-    with pytest.warns(UserWarning, match=r"initialised anew.*classifier\.weight") as caught:
+    with pytest.warns(UserWarning, match=r"were initialized.*classifier\.weight") as caught:
         model, info = beit_fast.BeitForImageClassification.from_pretrained(
             tmp_path, num_labels=7, output_loading_info=True
         )
@@ -200,7 +200,7 @@ def test_another_window_is_refused_with_the_size_it_is_for(tmp_path):
     with pytest.raises(ValueError, match="does not fit BeitModel") as refusal:
         beit_fast.BeitModel.from_pretrained(tmp_path, config=config)
     message = str(refusal.value)
-    assert "relative_position_bias_table is [52, 4] in the file and [228, 4] in the model" in message
+    assert "relative_position_bias_table is [52, 4] in the checkpoint and [228, 4] in the model" in message
     assert "image_size=32 (4x4 patches of 8 pixels)" in message
     assert "pass image_size=64 to from_pretrained" in message
     resized = beit_fast.BeitModel.from_pretrained(tmp_path, config=config, image_size=64)
@@ -220,7 +220,10 @@ def test_one_error_lists_missing_unexpected_and_mismatched(tmp_path):
     missing, unexpected, mismatched = str(refusal.value).splitlines()[1:4]
     assert missing == "- missing: beit.encoder.layer.1.output.dense.bias [32], classifier.bias [5]"
     assert unexpected == "- unexpected: beit.encoder.layer.1.extra [2, 3]"
-    assert mismatched == "- mismatched: beit.embeddings.cls_token is [1, 1, 31] in the file and [1, 1, 32] in the model"
+    assert (
+        mismatched
+        == "- mismatched: beit.embeddings.cls_token is [1, 1, 31] in the checkpoint and [1, 1, 32] in the model"
+    )
 
 
 def test_another_number_of_labels(tmp_path):
@@ -264,7 +267,7 @@ def test_dtype_device_and_attention(tmp_path):
 
 def test_wrong_arguments_are_refused(tmp_path):
     write_theirs("BeitModel", tmp_path)
-    with pytest.raises(TypeError, match=re.escape("does not know imagesize; accepted")):
+    with pytest.raises(TypeError, match=re.escape("got unexpected arguments imagesize (expected")):
         beit_fast.BeitModel.from_pretrained(tmp_path, imagesize=64)
     with pytest.raises(
         ValueError, match=r"position_interpolation='cubic' is not supported \(expected 'bilinear' or 'geometric'\)"

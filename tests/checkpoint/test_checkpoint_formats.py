@@ -196,7 +196,7 @@ def test_segmentation_files(package, tmp_path):
     )
     assert not any(info.values())
     assert (model.config.num_labels, model.config.auxiliary_channels, model.config.num_attention_heads) == (5, 6, 4)
-    with pytest.raises(ValueError, match=r"has 4 layers.*pass out_indices"):
+    with pytest.raises(ValueError, match="which has 4 layers: pass out_indices"):
         beit_fast.BeitForSemanticSegmentation.from_pretrained(tmp_path / "segmentation.pth")
     own = model.state_dict()
     assert_equal_trunks(own, {key: x for key, x in head.state_dict().items() if not key.startswith("beit.")})
@@ -254,9 +254,9 @@ def test_index_buffers_of_converted_files_are_dropped(tmp_path):
 
 def test_a_file_of_another_network_is_refused(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"holds no BEiT.*blocks\.0\.attn.*conv1\.weight"):
+    with pytest.raises(ValueError, match=r"is not a BEiT model.*blocks\.0\.attn.*conv1\.weight"):
         beit_fast.BeitModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="none at all"):
+    with pytest.raises(ValueError, match="got no names"):
         format_of([])
 
 
@@ -271,7 +271,7 @@ def test_stages_of_segmentation_files_are_those_on_the_hub(depth, stages):
     assert config.pool_scales == (1, 2, 3, 6)
     assert not config.use_auxiliary_head
     del head["decode_head.psp_modules.3.1.conv.weight"]
-    with pytest.raises(ValueError, match="3 scales that nothing tells: pass pool_scales"):
+    with pytest.raises(ValueError, match="which has 3 scales: pass pool_scales"):
         infer_config(trunk | head, "a file", {})
     assert infer_config(trunk | head, "a file", {"pool_scales": (1, 2, 3)}).pool_scales == (1, 2, 3)
 
@@ -279,7 +279,7 @@ def test_stages_of_segmentation_files_are_those_on_the_hub(depth, stages):
 def test_a_rectangular_table_without_a_configuration_needs_one(tmp_path):
     theirs = timm_reference.build(use_rel_pos_bias=True, img_size=(24, 40))
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
-    with pytest.raises(ValueError, match=r"\[48, 4\] is of no square image: pass config=BeitConfig"):
+    with pytest.raises(ValueError, match=r"\[48, 4\] is not for a square image\. Pass config=BeitConfig"):
         Classifier.from_pretrained(tmp_path / "timm.pth")
     ours = Classifier.from_pretrained(tmp_path / "timm.pth", config=rectangular_config((24, 40)))
     pixels = torch.randn(2, 3, 24, 40)

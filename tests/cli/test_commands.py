@@ -134,7 +134,7 @@ def test_convert_rewrites_and_resizes(tmp_path, photographs, capsys):
 
 def test_convert_refuses_to_write_random_parameters(tmp_path, capsys):
     save(BeitForImageClassification, tmp_path / "model")
-    with pytest.warns(UserWarning, match="initialised anew"):
+    with pytest.warns(UserWarning, match="were initialized"):
         code, _, err = run(capsys, "convert", tmp_path / "model", tmp_path / "out", "--task", "masked-image-modeling")
     assert code == 2
     assert "would be random" in err

@@ -134,7 +134,7 @@ def test_features_of_any_checkpoint(name, images, tmp_path, capsys):
     save_checkpoint(tmp_path / "model", name, **(options if "Segmentation" in name else {}))
     out = tmp_path / "out.jsonl"
     if name == "BeitForSemanticSegmentation":
-        with pytest.warns(UserWarning, match="initialised anew"):  # the norm of the pooler
+        with pytest.warns(UserWarning, match="were initialized"):  # the norm of the pooler
             code, _, _ = predict(capsys, images, out, "--model", tmp_path / "model", "--features", "--device", "cpu")
     else:
         code, _, _ = predict(capsys, images, out, "--model", tmp_path / "model", "--features", "--device", "cpu")
@@ -347,7 +347,7 @@ def test_an_out_that_cannot_be(arguments, message, model, images, tmp_path, caps
 
 def test_a_checkpoint_without_the_head_is_refused(images, tmp_path, capsys):
     save_checkpoint(tmp_path / "model", "BeitForMaskedImageModeling")
-    with pytest.warns(UserWarning, match="initialised anew"):
+    with pytest.warns(UserWarning, match="were initialized"):
         code, out, err = predict(capsys, images, tmp_path / "out.jsonl", "--model", tmp_path / "model")
     assert (code, out) == (2, "")
     assert "has no classifier" in err
