@@ -1,15 +1,11 @@
-"""What `beit-fast classify`, `segment` and `convert` do with their parsed arguments; each returns an exit code.
-
-0: all done; 1: done, but some images could not be read; 2: nothing done, with one line on stderr that says why.
-"""
+"""The commands `beit-fast classify`, `segment` and `convert`."""
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..utils.files import atomic_write
-
-DONE, SOME_FAILED, REFUSED = 0, 1, 2
-TASKS = {
-    "model": "BeitModel",
-    "masked-image-modeling": "BeitForMaskedImageModeling",
-    "image-classification": "BeitForImageClassification",
-    "semantic-segmentation": "BeitForSemanticSegmentation",
-    "backbone": "BeitBackbone",
-}
-"""Names of `--task` and the class behind each."""
+from .options import TASKS, ClassifyOptions, ConvertOptions, ExitCode, ModelOptions, SegmentOptions
 
 
-def refusing(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Turn the errors of bad input, which say all there is to say, into one message and exit code 2."""
-
-    def run(options: argparse.Namespace) -> int:
-        try:
-            return command(options)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            print(f"beit-fast {options.command}: {error}", file=sys.stderr)
-            return REFUSED
-
-    return run
-
-
-@refusing
-def classify(options: argparse.Namespace) -> int:
-    """Print the most probable classes of every image."""
+def classify(options: ClassifyOptions) -> int:
+    """Print the most probable classes of every image, and return the exit code."""
     model, processor = load(options, TASKS["image-classification"])
     results, failures = [], []
     with tqdm(total=len(options.images), unit="image", disable=None if len(options.images) > 1 else True) as bar:
@@ -61,12 +34,11 @@ def classify(options: argparse.Namespace) -> int:
                 ]
             bar.update(len(images) + len(unreadable))
     _report(options, model, {"results": results}, failures, _classification_lines(results))
-    return SOME_FAILED if failures else DONE
+    return ExitCode.SOME_FAILED if failures else ExitCode.DONE
 
 
-@refusing
-def segment(options: argparse.Namespace) -> int:
-    """Write the photograph with its classes in colours over it, and print how much of it each class covers."""
+def segment(options: SegmentOptions) -> int:
+    """Draw the classes over the image, print the share of each, and return the exit code."""
     from PIL import Image
 
     model, processor = load(options, TASKS["semantic-segmentation"])
@@ -81,12 +53,11 @@ def segment(options: argparse.Namespace) -> int:
     shares = class_shares(classes, model.config.id2label)
     lines = [f"{100 * share['share']:6.2f} %  {share['index']:4d}  {share['label']}" for share in shares]
     _report(options, model, {"out": str(options.out), "classes": shares}, [], [*lines, f"picture: {options.out}"])
-    return DONE
+    return ExitCode.DONE
 
 
-@refusing
-def convert(options: argparse.Namespace) -> int:
-    """Read a checkpoint of any known format and write it as the hub has it."""
+def convert(options: ConvertOptions) -> int:
+    """Rewrite a checkpoint of any known format in the hub's layout, and return the exit code."""
     import beit_fast
 
     name = TASKS[options.task] if options.task else _architecture_of(options.source)
@@ -100,16 +71,16 @@ def convert(options: argparse.Namespace) -> int:
     )
     if info["missing_keys"]:
         raise ValueError(
-            f"{options.source} lacks {len(info['missing_keys'])} parameters of {name}, which would be random: "
+            f"{options.source} misses {len(info['missing_keys'])} parameters of {name}, which would be random: "
             f"{', '.join(sorted(info['missing_keys'])[:8])}; choose another --task ({', '.join(TASKS)})"
         )
     model.save_pretrained(options.target)
     print(f"{options.target}: {name}, {model.num_parameters():,} parameters, {model.dtype}")
-    return DONE
+    return ExitCode.DONE
 
 
-def load(options: argparse.Namespace, class_name: str) -> tuple[Any, Any]:
-    """The model and the image processor of `options.model`, on the device and in the dtype asked for."""
+def load(options: ModelOptions, class_name: str) -> tuple[Any, Any]:
+    """Load the model `class_name` and the image processor of the checkpoint `options.model`."""
     import beit_fast
 
     model = getattr(beit_fast, class_name).from_pretrained(
@@ -123,7 +94,7 @@ def load(options: argparse.Namespace, class_name: str) -> tuple[Any, Any]:
 
 
 def processor_of(name_or_path: str, config: Any, local_files_only: bool = False) -> Any:
-    """The checkpoint's own image processor, or one for the model's image size where the checkpoint has none."""
+    """Load the checkpoint's image processor, or create one for the model's image size if it has none."""
     from ..image_processing.processor import BeitImageProcessor
 
     path = Path(name_or_path)
@@ -137,14 +108,18 @@ def processor_of(name_or_path: str, config: Any, local_files_only: bool = False)
 
 
 def read_image(path: str) -> Any:
-    """An image file as RGB bytes `[3, height, width]`, upright."""
+    """Read an image file as RGB bytes `[3, height, width]`, with its EXIF orientation applied."""
     from ..image_processing.inputs import read_images
 
     return next(iter(read_images([path], convert_rgb=True, input_data_format=None)))
 
 
 def batches_of(paths: Sequence[str], size: int) -> Iterator[tuple[list[str], list[Any], list[dict[str, str]]]]:
-    """Images in batches of `size` as (paths, images read, those that could not be read and why)."""
+    """Read images in batches of `size`.
+
+    Yields:
+        The paths and the images that could be read, and the path and reason of each that could not.
+    """
     for start in range(0, len(paths), size):
         names, images, unreadable = [], [], []
         for path in paths[start : start + size]:
@@ -167,7 +142,7 @@ def top_classes(logits: Tensor, id2label: dict[int, str], count: int) -> list[di
 
 
 def class_shares(classes: Tensor, id2label: dict[int, str]) -> list[dict[str, Any]]:
-    """What part of the pixels each class covers, largest first."""
+    """The share of the pixels of each class, largest first."""
     indices, counts = classes.unique(return_counts=True)
     shares = [
         {"index": index, "label": id2label.get(index, str(index)), "share": count / classes.numel()}
@@ -177,7 +152,7 @@ def class_shares(classes: Tensor, id2label: dict[int, str]) -> list[dict[str, An
 
 
 def overlay(photograph: Any, classes: Tensor, count: int, opacity: float) -> Any:
-    """The photograph with every pixel tinted by the colour of its class."""
+    """Tint every pixel of the photograph by the colour of its class."""
     from PIL import Image
 
     palette = torch.tensor([class_colour(index) for index in range(count)], dtype=torch.float32)
@@ -186,7 +161,7 @@ def overlay(photograph: Any, classes: Tensor, count: int, opacity: float) -> Any
 
 
 def class_colour(index: int) -> tuple[float, float, float]:
-    """A colour for a class: hues a golden angle apart, so that neighbours in number differ most."""
+    """The colour of a class: the hues of consecutive classes are a golden angle apart."""
     return colorsys.hsv_to_rgb((index * 0.6180339887) % 1.0, 0.85, 1.0 - 0.25 * (index // 8 % 3))
 
 
@@ -203,7 +178,9 @@ def _architecture_of(source: str) -> str:
     named = BeitConfig.from_pretrained(source).architectures if config.exists() else None
     known = [name for name in named or [] if name in TASKS.values()]
     if not known:
-        raise ValueError(f"{source} does not say which model it holds: give --task, one of {', '.join(TASKS)}")
+        raise ValueError(
+            f"the task of {source} cannot be inferred from its config.json; pass --task (one of {', '.join(TASKS)})"
+        )
     return known[0]
 
 
@@ -218,7 +195,7 @@ def _classification_lines(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _report(
-    options: argparse.Namespace, model: Any, facts: dict[str, Any], failures: list[dict[str, str]], lines: list[str]
+    options: ModelOptions, model: Any, facts: dict[str, Any], failures: list[dict[str, str]], lines: list[str]
 ) -> None:
     kernel = model.attention_report().kernel
     if options.json:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
+from .options import ExitCode, InfoOptions
 
-def info(options: argparse.Namespace) -> int:
+
+def info(options: InfoOptions) -> int:
+    """Print versions, devices and kernels, and return the exit code."""
     facts = gather_facts()
     print(json.dumps(facts, indent=1) if options.json else format_facts(facts))
-    return 0
+    return ExitCode.DONE
 
 
 def gather_facts() -> dict[str, Any]:
-    """What `beit-fast info` says, for JSON: environment, devices, kernels, libraries, instruction sets, linears."""
+    """Collect environment, devices, kernels, libraries, instruction sets and linear layers, for JSON."""
     from .. import native
     from ..ops.dispatch import attention
     from .collect_env import environment
@@ -74,7 +76,7 @@ def _devices() -> list[dict[str, str]]:
 
 
 def format_facts(facts: dict[str, Any]) -> str:
-    """`gather_facts` as aligned text."""
+    """Format the result of `gather_facts` as aligned text."""
     environment = facts["environment"]
     versions = {name: environment[name] for name in ("python", "torch", "cuda", "triton", "transformers")}
     commit = f" (commit {environment['commit']})" if environment["commit"] else ""

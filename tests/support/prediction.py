@@ -1,13 +1,18 @@
-"""Small data sets and checkpoints for `beit-fast predict`, and the command itself."""
+"""Small data sets and checkpoints for `beit-fast predict`, and ways to run it."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.process
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 import beit_fast
@@ -16,6 +21,7 @@ from beit_fast.cli import main
 from .transformers_reference import TINY, randomize
 
 LABELS = {index: f"class {index}" for index in range(5)}
+COUNT, BATCH_SIZE = 20, 3
 SIZES = ((40, 30), (33, 50), (32, 32))
 
 
@@ -43,12 +49,49 @@ def save_images(folder: Path, count: int) -> list[str]:
     return sorted(Path(name).as_posix() for name in names)
 
 
+def main_predict(*arguments: Any) -> int:
+    """The exit code of the command in this process."""
+    return main.main(["predict", *map(str, arguments)])
+
+
 def predict(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command on the CPU."""
-    code = main.main(["predict", *(os.fspath(part) if isinstance(part, Path) else str(part) for part in arguments)])
+    """Exit code, stdout and stderr of the command in this process."""
+    code = main_predict(*arguments)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
+def fork(
+    function: Callable[[], Any], output: Path | None = None, **environment: Any
+) -> multiprocessing.process.BaseProcess:
+    """Start `function` in a fork of this process, which has already imported torch.
+
+    Its exit code is what `function` returns; stdout and stderr go to `output` with the suffixes .out and .err.
+    """
+
+    def run() -> None:
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        base = Path(os.devnull) if output is None else output
+        sys.stdout = base.open("w") if output is None else base.with_suffix(".out").open("w")
+        sys.stderr = base.open("w") if output is None else base.with_suffix(".err").open("w")
+        sys.exit(function())
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def done_in(run_folder: Path) -> list[int]:
+    """The batches that a run has done."""
+    return sorted(int(file.stem) for file in (run_folder / "batches").glob("[0-9]*.json"))
+
+
+def names_in(number: int, images: Path) -> list[str]:
+    """The names of the images of a batch."""
+    names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+    return [name.rpartition("/")[2] for name in names[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]]

@@ -1,66 +1,72 @@
-"""Which images a data set has: all that lie below a folder, or those that a text file lists."""
+"""The images of a data set, and reading them as batches of pixels."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
-"""What the names of images in a folder end in, in any case."""
+"""Suffixes of the images of a folder, in any case."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images by their paths, each once and sorted.
+    """Images by their paths, sorted and without repetitions.
 
     Attributes:
-        root: the folder that relative paths start from.
-        paths: of the images, with slashes; as in the list, where a list names them.
-        remark: what was left out, for people; empty where nothing was.
+        source: The absolute path of the folder or list.
+        root: The folder that relative paths start from.
+        paths: The paths of the images, with slashes.
+        note: What was left out, or an empty string.
     """
 
     source: Path
     root: Path
     paths: tuple[str, ...]
-    remark: str
+    note: str
 
     def digest(self) -> str:
-        """A number that changes with the paths, in hexadecimals."""
+        """A hash of the paths, in hexadecimal."""
         return hashlib.sha256("\0".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
 
-    def batches(self, size: int) -> int:
-        """How many batches of `size` there are, the last one perhaps smaller."""
+    def num_batches(self, size: int) -> int:
+        """The number of batches of `size` images; the last one may be smaller."""
         return -(-len(self.paths) // size)
 
     def batch(self, number: int, size: int) -> tuple[str, ...]:
-        """The paths of one batch, which is the same whoever asks."""
+        """The paths of one batch; they depend on the data set only."""
         return self.paths[number * size : (number + 1) * size]
 
 
 def find_images(source: str | os.PathLike[str]) -> Dataset:
-    """The images below the folder `source`, hidden ones left out, or those that the text file `source` lists.
+    """Find the images below a folder, or those that a text file lists.
 
-    A list has a path in each line, relative to the folder of the list; empty lines count for nothing.
+    Hidden files of a folder are left out. A list has one path per line, relative to its own folder; empty lines are
+    ignored.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or a folder below cannot be listed.
-        ValueError: there is no image, or the file is no list.
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If there are no images, or the file is not a list.
     """
     path = Path(source)
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():
         return _in_list(path)
-    accepted = "a folder, or a text file with the path of an image in each line"
-    raise FileNotFoundError(
-        f"no data set at {os.fspath(source)!r}: there is no such file or folder; accepted: {accepted}"
-    )
+    expected = "expected a folder, or a text file with one path per line"
+    raise FileNotFoundError(f"no data set at {os.fspath(source)!r}: there is no such file or folder ({expected})")
 
 
 def _in_folder(folder: Path) -> Dataset:
@@ -68,16 +74,16 @@ def _in_folder(folder: Path) -> Dataset:
     images = sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
     if not images:
         raise ValueError(
-            f"the folder {os.fspath(folder)!r} holds no image: it has {len(files)} files, none of which ends in "
+            f"the folder {os.fspath(folder)!r} does not contain images: none of its {len(files)} files ends in "
             f"{', '.join(IMAGE_SUFFIXES)}"
         )
-    return Dataset(
-        folder.resolve(), folder, tuple(images), _left_out(len(files) - len(images), "files with other endings")
-    )
+    left_out = len(files) - len(images)
+    note = f"{left_out} files with other suffixes are left out" if left_out else ""
+    return Dataset(folder.resolve(), folder, tuple(images), note)
 
 
 def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """Files of a folder and of those in it, also by links; a link to a folder that it lies in is not followed."""
+    """Yield the files below a folder, through links too; a link to a parent folder is not followed."""
     status = folder.stat()
     identity = status.st_dev, status.st_ino
     if identity in above:
@@ -93,19 +99,91 @@ def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Pa
 
 def _in_list(file: Path) -> Dataset:
     name = os.fspath(file)
+    expected = "expected a folder of images, or a text file with one path per line"
     if name.lower().endswith(IMAGE_SUFFIXES):
-        raise ValueError(f"{name!r} is an image; accepted: a folder of images, or a text file that lists some")
+        raise ValueError(f"{name!r} is an image ({expected})")
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     if "\0" in text:
-        raise ValueError(f"{name!r} is no text file; accepted: a folder of images, or a text file that lists some")
+        raise ValueError(f"{name!r} is not a text file ({expected})")
     lines = [PurePath(line.rstrip("\r")).as_posix() for line in text.split("\n") if line.strip()]
     if not lines:
-        raise ValueError(f"the list {name!r} is empty; accepted: the path of an image in each line")
+        raise ValueError(f"the list {name!r} is empty (expected one path per line)")
     images = sorted(set(lines))
-    return Dataset(
-        file.resolve(), file.parent, tuple(images), _left_out(len(lines) - len(images), "lines that repeat others")
-    )
+    left_out = len(lines) - len(images)
+    note = f"{left_out} repeated lines are left out" if left_out else ""
+    return Dataset(file.resolve(), file.parent, tuple(images), note)
 
 
-def _left_out(count: int, what: str) -> str:
-    return f"{count} {what} are left out" if count else ""
+class ImageBatch(NamedTuple):
+    """One batch as it is read.
+
+    Attributes:
+        number: The number of the batch.
+        groups: The pixels of all images of one size, float `[n, C, H, W]`, and their indices in the batch.
+        errors: Why an image could not be read, by its index in the batch.
+    """
+
+    number: int
+    groups: list[tuple[list[int], Tensor]]
+    errors: dict[int, str]
+
+
+class ImageBatches(TorchDataset[ImageBatch]):
+    """Batches of a data set by number, for the workers of a DataLoader.
+
+    Args:
+        dataset: The images.
+        batch_size: Images in a batch.
+        processor: The image processor, which turns a file into `pixel_values`.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, processor: Any) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return self.dataset.num_batches(self.batch_size)
+
+    def __getitem__(self, number: int) -> ImageBatch:
+        pixels: dict[torch.Size, list[Tensor]] = {}
+        indices: dict[torch.Size, list[int]] = {}
+        errors = {}
+        for index, path in enumerate(self.dataset.batch(number, self.batch_size)):
+            image = self.read(self.dataset.root / path)
+            if isinstance(image, str):
+                errors[index] = image
+            else:
+                pixels.setdefault(image.shape, []).append(image)
+                indices.setdefault(image.shape, []).append(index)
+        groups = [(indices[shape], torch.cat(images)) for shape, images in pixels.items()]
+        return ImageBatch(number, groups, errors)
+
+    def read(self, file: Path) -> Tensor | str:
+        """Read an image as pixels `[1, C, H, W]`, or return the reason why it cannot be read."""
+        try:
+            return self.processor(file, do_convert_rgb=True, return_tensors="pt")["pixel_values"]
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises nearly any exception for a damaged file
+            return _reason(error, file)
+
+    def read_ahead(self, numbers: Sequence[int], workers: int) -> DataLoader[ImageBatch]:
+        """Read the batches `numbers` in this order, the next ones in `workers` processes."""
+        workers = min(workers, max(len(numbers) - 1, 0))  # a single batch has nothing to read ahead of
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            prefetch_factor=1 if workers else None,  # shared memory is 64 MiB in a container
+        )
+
+
+def _reason(error: Exception, file: Path) -> str:
+    """The error without the folder of the data set, so that results do not depend on its location."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    name = os.fspath(file)
+    text = str(error).removeprefix(f"image 0 ({name!r}) ").replace(name, file.name)
+    return text or type(error).__name__

@@ -1,14 +1,14 @@
-"""A run of `beit-fast predict` on the disk: what is done survives a kill at any moment, and the end is one whole file.
+"""The progress of a run of `beit-fast predict` on disk, so that it can resume after a kill.
 
-Beside OUT lies the folder OUT.run:
+Beside OUT is the folder OUT.run:
 
-    manifest.json    what the results depend on, and once OUT is complete, how many there are
-    1-of-4.part      what rank 1 of 4 has done, a line for each batch: checksum, number, failures, records
-    lock             held by whoever starts, joins or ends the run
+    manifest.json           the options that the results depend on, and the counts when OUT is complete
+    batches/00000012.json   the records of one batch
+    0-of-4.lock             held by rank 0 of 4 while it runs
+    lock                    held while a process starts, joins or finishes the run
 
-A batch is the unit that is done or not. Which images it has follows from the data set alone, so the same images go
-through the model together whichever process takes them, and numbers do not depend on kills or on how many ranks
-there are. A line is written at once and flushed; what of it a kill left behind fails its checksum and is cut off.
+A batch is either done or not: its file appears by an atomic rename. The images of a batch depend on the data set only.
+Hence the results do not depend on kills or on the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,215 +17,221 @@ import fcntl
 import json
 import os
 import re
-import zlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self, TypeAlias
 
-from ...utils.files import atomic_write_text, flush_to_disk, json_text, read_json_object, replace_files
+from ...utils.files import atomic_write_text, json_text, read_json_object, replace_files
 
 Record: TypeAlias = dict[str, Any]
 Writer: TypeAlias = Callable[[Path, Iterator[Sequence[Record]]], None]
 
-_MANIFEST, _LOCK, _MERGED = "manifest.json", "lock", "merged.unfinished"
-_LINE = re.compile(rb"([0-9a-f]{8}) ((\d+) (\d+) (.*\n))", re.DOTALL)
+_MANIFEST, _LOCK, _BATCHES, _MERGED = "manifest.json", "lock", "batches", "merged.unfinished"
+_BATCH_NAME = re.compile(r"(\d{8,})\.json")
 
 
 class Outcome(NamedTuple):
-    """What a complete run came to: how many images there are, and how many of them have an error."""
+    """Counts of a complete run: all images, and those with an error."""
 
     images: int
     failures: int
 
 
-class Batch(NamedTuple):
-    """Where a finished batch lies in a part, and how many of its images have an error."""
+class Share:
+    """The batches that one rank writes; a context manager that locks the rank against other processes.
 
-    number: int
-    failures: int
-    part: Path
-    offset: int
-    size: int
+    Attributes:
+        done: The batches that any process has done.
+    """
 
-
-def read_part(part: Path) -> tuple[list[Batch], int]:
-    """The finished batches of a part, and where they end: what comes after was being written at a kill."""
-    batches, end = [], 0
-    with part.open("rb") as stream:
-        for line in stream:
-            match = _LINE.fullmatch(line)
-            if match is None or int(match[1], 16) != zlib.crc32(match[2]):
-                break
-            batches.append(Batch(int(match[3]), int(match[4]), part, end + match.start(5), len(match[5])))
-            end += len(line)
-    return batches, end
-
-
-def part_line(number: int, records: Sequence[Record]) -> bytes:
-    """A finished batch as it is written."""
-    failures = sum(record["error"] is not None for record in records)
-    # A name that is not UTF-8 holds surrogates, of which backslashreplace makes what JSON escapes them to.
-    text = json.dumps(list(records), ensure_ascii=False).encode("utf-8", "backslashreplace")
-    line = b"%d %d %s\n" % (number, failures, text)
-    return b"%08x %s" % (zlib.crc32(line), line)
-
-
-class Part:
-    """The part that this process appends to, locked against all others until it is closed."""
-
-    def __init__(self, path: Path, done: frozenset[int]) -> None:
+    def __init__(self, lock: Path, batches: Path, done: frozenset[int]) -> None:
         self.done = done
-        self._stream = path.open("ab")
-        if not _try_lock(self._stream):
-            self._stream.close()
-            raise BlockingIOError(f"another process is writing {os.fspath(path)!r}: is this command running already?")
-        self._stream.truncate(read_part(path)[1])
-        flush_to_disk(path.parent)
+        self._batches = batches
+        self._lock = lock.open("ab")
+        if not _try_lock(self._lock):
+            self._lock.close()
+            raise BlockingIOError(f"another process holds {os.fspath(lock)!r}: is this command already running?")
 
-    def append(self, number: int, records: Sequence[Record]) -> None:
-        """Add a finished batch; it is on the disk when this returns."""
-        self._stream.write(part_line(number, records))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+    def write(self, number: int, records: Sequence[Record]) -> None:
+        """Save a finished batch; it is on disk when this returns."""
+        # Escaped to ASCII: a name that is not UTF-8 contains surrogates.
+        atomic_write_text(_batch_file(self._batches, number), json.dumps(list(records)))
 
-    def close(self) -> None:
-        """Let go of the part, whose lines others can read from then on, on network file systems too."""
-        self._stream.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
 
 
 class Run:
     """The run that writes `out`.
 
     Args:
-        options: all that the results depend on, in JSON's types; a run goes on under the same options only.
-        batches: how many there are.
+        out: The file of the results.
+        options: All that the results depend on, in JSON's types. A run resumes under equal options only.
+        num_batches: The number of batches.
     """
 
-    def __init__(self, out: Path, options: Mapping[str, Any], batches: int) -> None:
+    def __init__(self, out: Path, options: Mapping[str, Any], num_batches: int) -> None:
         self.out = out
         self.folder = out.with_name(f"{out.name}.run")
         self.options = dict(options)
-        self.batches = batches
+        self.num_batches = num_batches
 
-    def forget(self) -> None:
-        """Begin anew: drop all that was done. The old results stay until the new ones are complete.
+    def restart(self) -> None:
+        """Discard all progress; an existing `out` stays until the new results are complete.
 
         Raises:
-            BlockingIOError: processes are at work.
+            BlockingIOError: If other processes are running.
         """
         with self._locked():
-            self._refuse_writers(self._parts())
-            self._remove_parts()
+            self._check_not_running(self._rank_locks())
+            self._remove_batches()
             self._write_manifest(None)
 
-    def forget_failures(self) -> None:
-        """Drop the batches in which an image has an error, so that they are done again.
+    def drop_failures(self) -> None:
+        """Discard the batches in which an image has an error.
 
         Raises:
-            BlockingIOError: processes are at work.
-            ValueError: the run has other options.
+            BlockingIOError: If other processes are running.
+            ValueError: If the run has other options.
         """
-        if not self._is_begun():
+        if not self._is_started():
             return
         with self._locked():
             outcome = self._outcome()
             if outcome is not None and outcome.failures == 0:
                 return
-            self._refuse_writers(self._parts())
+            self._check_not_running(self._rank_locks())
             self._write_manifest(None)
-            for part in self._parts():
-                _drop_failures(part)
+            for number in self._done():
+                if any(record["error"] is not None for record in self._records(number)):
+                    _batch_file(self.folder / _BATCHES, number).unlink()
 
-    def join(self, rank: int, world: int) -> Part | Outcome:
-        """A part to write, with the batches that any process has done; or how the run ended, where it did.
+    def join(self, rank: int, world: int) -> Share | Outcome:
+        """Start or resume the run as one rank, or return its outcome if it is complete.
 
         Raises:
-            BlockingIOError: other processes are at work, and not as ranks of the same `world`.
-            FileExistsError: there is an `out` that no run has made.
-            ValueError: the run was begun with other options.
+            BlockingIOError: If other processes are running that are not ranks of the same `world`.
+            FileExistsError: If `out` exists and was not made by a run.
+            ValueError: If the run has other options.
         """
-        if self.out.exists() and not self._is_begun():
+        if self.out.exists() and not self._is_started():
             raise FileExistsError(
-                f"{os.fspath(self.out)!r} exists, and no {self.folder.name} beside it tells how it was made; give "
-                "another OUT, or --overwrite"
+                f"{os.fspath(self.out)!r} exists, but {self.folder.name!r} beside it does not, so it cannot be "
+                "resumed; choose another OUT, or pass --overwrite"
             )
         with self._locked():
-            outcome = self._outcome() if self._is_begun() else None
+            outcome = self._outcome() if self._is_started() else None
             if outcome is not None and self.out.exists():
                 self._clean_up(outcome)
                 return outcome
-            self._refuse_writers([part for part in self._parts() if not part.name.endswith(f"-of-{world}.part")])
-            if outcome is not None:  # and somebody has removed what it made
-                self._remove_parts()
-            if outcome is not None or not self._is_begun():
+            self._check_not_running(
+                [lock for lock in self._rank_locks() if not lock.name.endswith(f"-of-{world}.lock")]
+            )
+            if outcome is not None or not self._is_started():  # `out` was removed, or the run is new
                 self._write_manifest(None)
-            return Part(self.folder / f"{rank}-of-{world}.part", frozenset(self._finished()))
+            (self.folder / _BATCHES).mkdir(exist_ok=True)
+            return Share(self.folder / f"{rank}-of-{world}.lock", self.folder / _BATCHES, frozenset(self._done()))
 
     def finish(self, write: Writer) -> Outcome | None:
-        """Make `out` of the parts if all batches are done, by whichever process; None if some are not.
+        """Write `out` if all batches are done, by whichever process; return None if some are not.
 
-        Of processes that end together one writes and the others wait for it; if it dies, the next one writes.
+        Of several processes that finish at the same time one writes and the others wait. If it is killed, the next one
+        writes.
+
+        Raises:
+            ValueError: If the file of a batch is damaged.
         """
         with self._locked():
             outcome = self._outcome()
             if outcome is not None:
                 return outcome
-            finished = self._finished()
-            if len(finished) < self.batches:
+            if len(self._done()) < self.num_batches:
                 return None
-            unfinished = self.folder / _MERGED
-            counted = _Counted(_records_of(finished[number]) for number in range(self.batches))
-            write(unfinished, iter(counted))
-            replace_files([(unfinished, self.out)])
-            self._write_manifest(counted.outcome)
-            self._clean_up(counted.outcome)
-            return counted.outcome
+            images = failures = 0
+
+            def batches() -> Iterator[list[Record]]:
+                nonlocal images, failures
+                for number in range(self.num_batches):
+                    records = self._records(number)
+                    images += len(records)
+                    failures += sum(record["error"] is not None for record in records)
+                    yield records
+
+            merged = self.folder / _MERGED
+            write(merged, batches())
+            replace_files([(merged, self.out)])
+            outcome = Outcome(images, failures)
+            self._write_manifest(outcome)
+            self._clean_up(outcome)
+            return outcome
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / _LOCK).open("ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
+            fcntl.lockf(stream, fcntl.LOCK_EX)  # released by the system when the process ends
             yield
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("*-of-*.part"))
+    def _rank_locks(self) -> list[Path]:
+        return sorted(self.folder.glob("*-of-*.lock"))
 
-    def _remove_parts(self) -> None:
-        for part in [*self._parts(), *self.folder.glob("*.unfinished")]:
-            part.unlink()
-
-    def _clean_up(self, outcome: Outcome) -> None:
-        if outcome.failures == 0:  # else the parts are needed to do these alone again
-            self._remove_parts()
-
-    def _finished(self) -> dict[int, Batch]:
-        return {batch.number: batch for part in self._parts() for batch in read_part(part)[0]}
-
-    def _refuse_writers(self, parts: Sequence[Path]) -> None:
-        for part in parts:
-            with part.open("ab") as stream:
+    def _check_not_running(self, locks: Sequence[Path]) -> None:
+        for lock in locks:
+            with lock.open("ab") as stream:
                 if not _try_lock(stream):
                     raise BlockingIOError(
-                        f"another process is writing {os.fspath(part)!r}; wait until it has ended, or end it"
+                        f"another process holds {os.fspath(lock)!r}; wait until it has ended, or stop it"
                     )
 
-    def _is_begun(self) -> bool:
+    def _remove_batches(self) -> None:
+        shutil.rmtree(self.folder / _BATCHES, ignore_errors=True)
+        for file in [*self._rank_locks(), self.folder / _MERGED]:
+            file.unlink(missing_ok=True)
+
+    def _clean_up(self, outcome: Outcome) -> None:
+        if outcome.failures == 0:  # else --retry-failed needs the other batches
+            self._remove_batches()
+
+    def _done(self) -> list[int]:
+        try:
+            names = os.listdir(self.folder / _BATCHES)
+        except FileNotFoundError:
+            return []
+        return sorted(int(match[1]) for match in map(_BATCH_NAME.fullmatch, names) if match)
+
+    def _records(self, number: int) -> list[Record]:
+        file = _batch_file(self.folder / _BATCHES, number)
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(file)!r} is damaged; delete it and rerun the same command") from error
+
+    def _is_started(self) -> bool:
         return (self.folder / _MANIFEST).exists()
 
     def _outcome(self) -> Outcome | None:
-        """How the run ended, None where it did not; ValueError where its options are others."""
+        """The outcome of a complete run, or None; ValueError if the run has other options."""
         manifest = read_json_object(self.folder / _MANIFEST)
-        if not isinstance(begun := manifest.get("options"), dict) or "complete" not in manifest:
-            raise ValueError(f"{os.fspath(self.folder / _MANIFEST)!r} is damaged; give another OUT, or --overwrite")
-        names = sorted(begun.keys() | self.options.keys())
-        changed = [name for name in names if begun.get(name) != self.options.get(name)]
+        if not isinstance(before := manifest.get("options"), dict) or "complete" not in manifest:
+            name = os.fspath(self.folder / _MANIFEST)
+            raise ValueError(f"{name!r} is damaged; choose another OUT, or pass --overwrite")
+        names = sorted(before.keys() | self.options.keys())
+        changed = [name for name in names if before.get(name) != self.options.get(name)]
         if changed:
-            shown = "; ".join(f"{name}: {begun.get(name)!r} then, {self.options.get(name)!r} now" for name in changed)
+            shown = "; ".join(
+                f"{name}: {before.get(name)!r} before, {self.options.get(name)!r} now" for name in changed
+            )
             raise ValueError(
-                f"{os.fspath(self.out)!r} was begun with other options ({shown}); give the same ones, another OUT, or "
-                "--overwrite to begin anew"
+                f"{os.fspath(self.out)!r} was started with other options ({shown}); pass the same ones, choose another "
+                "OUT, or pass --overwrite to start from the beginning"
             )
         return None if manifest["complete"] is None else Outcome(**manifest["complete"])
 
@@ -235,38 +241,14 @@ class Run:
         atomic_write_text(self.folder / _MANIFEST, text)
 
 
-class _Counted:
-    """Batches of records as they come, counted."""
-
-    def __init__(self, batches: Iterator[Sequence[Record]]) -> None:
-        self.batches = batches
-        self.outcome = Outcome(0, 0)
-
-    def __iter__(self) -> Iterator[Sequence[Record]]:
-        for records in self.batches:
-            failures = sum(record["error"] is not None for record in records)
-            self.outcome = Outcome(self.outcome.images + len(records), self.outcome.failures + failures)
-            yield records
-
-
-def _records_of(batch: Batch) -> list[Record]:
-    with batch.part.open("rb") as stream:
-        stream.seek(batch.offset)
-        return json.loads(stream.read(batch.size))
+def _batch_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:08}.json"
 
 
 def _try_lock(stream: IO[bytes]) -> bool:
+    # A lock by record: DataLoader's workers do not inherit it, so it ends with this process.
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # both mean that another process has it
         return False
     return True
-
-
-def _drop_failures(part: Path) -> None:
-    unfinished = part.with_suffix(".unfinished")
-    with unfinished.open("wb") as stream:
-        for batch in read_part(part)[0]:
-            if batch.failures == 0:
-                stream.write(part_line(batch.number, _records_of(batch)))
-    replace_files([(unfinished, part)])

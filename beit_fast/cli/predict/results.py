@@ -1,4 +1,4 @@
-"""The files that `beit-fast predict` writes: JSON Lines, and Parquet with the same fields."""
+"""The result files of `beit-fast predict`: JSON Lines, and Parquet with the same fields."""
 
 from __future__ import annotations
 
@@ -8,48 +8,49 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..options import Format, Output
 from .journal import Record, Writer
 
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
-"""Endings of names, and the format that each stands for."""
-
-FORMATS = ("jsonl", "parquet")
-OUTPUTS = ("classes", "logits", "features")
-"""What is recorded of an image: its field in the results."""
+SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+"""Suffixes of OUT and the format of each."""
 
 _ROW_GROUP = 8192
 
 
-def format_of(out: Path, asked: str | None) -> str:
-    """The format of `out`, by its name or as asked for.
+def format_of(out: Path, requested: Format | None) -> Format:
+    """Infer the format of `out` from its name, or check that it matches the requested one.
 
     Raises:
-        ImportError: it is Parquet and there is no pyarrow.
-        ValueError: the name says nothing, or something else.
+        ImportError: If the format is Parquet and pyarrow is not installed.
+        ValueError: If the format cannot be inferred, or differs from the requested one.
     """
-    named = SUFFIXES.get(out.suffix.lower())
-    if asked is not None and named is not None and asked != named:
-        raise ValueError(f"{str(out)!r} ends as {named} does, and --format is {asked}; give one of them")
-    kind = named if asked is None else asked
-    if kind is None:
-        raise ValueError(f"{str(out)!r} has none of the endings {', '.join(SUFFIXES)}; give --format")
-    if kind == "parquet":
+    inferred = SUFFIXES.get(out.suffix.lower())
+    if requested is not None and inferred is not None and requested != inferred:
+        raise ValueError(f"the suffix of {str(out)!r} means {inferred}, but --format is {requested}")
+    file_format = inferred if requested is None else requested
+    if file_format is None:
+        raise ValueError(f"the suffix of {str(out)!r} is not supported (expected {', '.join(SUFFIXES)}, or --format)")
+    if file_format == "parquet":
         _pyarrow()
-    return kind
+    return file_format
 
 
-def writer(kind: str, output: str) -> Writer:
-    """A function that writes batches of records, with the fields path, `output` and error, to a file."""
-    return functools.partial(_write_parquet, output=output) if kind == "parquet" else _write_jsonl
+def writer(file_format: Format, output: Output) -> Writer:
+    """A function that writes batches of records to a file; their fields are path, `output` and error."""
+    return functools.partial(_write_parquet, output=output) if file_format == "parquet" else _write_jsonl
 
 
-def check_names(kind: str, paths: Sequence[str]) -> None:
-    """ValueError for names that the format cannot hold."""
-    refused = [path for path in paths if kind == "parquet" and not _is_unicode(path)]
-    if refused:
+def check_names(file_format: Format, paths: Sequence[str]) -> None:
+    """Check that the format can store all paths.
+
+    Raises:
+        ValueError: If the format is Parquet and a path is not UTF-8.
+    """
+    errors = [path for path in paths if file_format == "parquet" and not _is_unicode(path)]
+    if errors:
         raise ValueError(
-            f"Parquet holds no names that are not UTF-8, as {len(refused)} are here, {refused[0]!r} for one; rename "
-            "them, or write .jsonl"
+            f"Parquet cannot store the {len(errors)} paths that are not UTF-8, such as {errors[0]!r}; rename them, or "
+            "write .jsonl"
         )
 
 
@@ -68,23 +69,23 @@ def _write_jsonl(path: Path, batches: Iterator[Sequence[Record]]) -> None:
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _write_parquet(path: Path, batches: Iterator[Sequence[Record]], output: str) -> None:
+def _write_parquet(path: Path, batches: Iterator[Sequence[Record]], output: Output) -> None:
     pyarrow = _pyarrow()
     from pyarrow.parquet import ParquetWriter
 
     schema = _schema(pyarrow, output)
     with ParquetWriter(path, schema) as table:
-        waiting: list[Record] = []
+        rows: list[Record] = []
         for records in batches:
-            waiting += records
-            if len(waiting) >= _ROW_GROUP:
-                table.write_table(pyarrow.Table.from_pylist(waiting, schema))
-                waiting = []
-        if waiting:
-            table.write_table(pyarrow.Table.from_pylist(waiting, schema))
+            rows += records
+            if len(rows) >= _ROW_GROUP:
+                table.write_table(pyarrow.Table.from_pylist(rows, schema))
+                rows = []
+        if rows:
+            table.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 
-def _schema(pyarrow: Any, output: str) -> Any:
+def _schema(pyarrow: Any, output: Output) -> Any:
     value = pyarrow.float32()
     if output == "classes":
         names = {"index": pyarrow.int32(), "label": pyarrow.string(), "probability": pyarrow.float32()}

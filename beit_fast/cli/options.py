@@ -1,0 +1,118 @@
+"""Options and exit codes of the commands; `main` fills them from the command line."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Format: TypeAlias = Literal["jsonl", "parquet"]
+Output: TypeAlias = Literal["classes", "logits", "features"]
+Start: TypeAlias = Literal["resume", "overwrite", "retry-failed"]
+
+TASKS = {
+    "model": "BeitModel",
+    "masked-image-modeling": "BeitForMaskedImageModeling",
+    "image-classification": "BeitForImageClassification",
+    "semantic-segmentation": "BeitForSemanticSegmentation",
+    "backbone": "BeitBackbone",
+}
+"""Values of `--task` and the class of each."""
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of all commands; argparse exits with `REFUSED` by itself."""
+
+    DONE = 0
+    SOME_FAILED = 1
+    REFUSED = 2
+    INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Options of `beit-fast info`."""
+
+    json: bool
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options that every command with a model has.
+
+    Attributes:
+        model: A folder, a file or a name on the hub.
+        attn: The attention implementation, or None to choose it by device and dtype.
+        device: The device, or None for CUDA if it is available, else the CPU.
+        dtype: The dtype of the weights, or None for the checkpoint's.
+        local_files_only: If True, never use the network.
+        json: If True, print one JSON object instead of text.
+    """
+
+    model: str
+    attn: str | None
+    device: str | None
+    dtype: str | None
+    local_files_only: bool
+    json: bool
+
+
+@dataclass(frozen=True)
+class ClassifyOptions(ModelOptions):
+    """Options of `beit-fast classify`."""
+
+    images: Sequence[str]
+    top: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class SegmentOptions(ModelOptions):
+    """Options of `beit-fast segment`."""
+
+    image: str
+    out: Path
+    labels: Path | None
+    opacity: float
+
+
+@dataclass(frozen=True)
+class PredictOptions(ModelOptions):
+    """Options of `beit-fast predict`.
+
+    Attributes:
+        dataset: A folder of images, or a text file with one path per line.
+        out: The file to write.
+        format: The format of `out`, or None to infer it from the name.
+        output: What to record of each image.
+        top: The number of classes to record.
+        batch_size: Images in one forward.
+        workers: Processes that read images, or None for the default; 0 reads them in the main process.
+        optimize: If True, run the model through `optimize_for_inference`.
+        start: Resume the run, start it from the beginning, or run the batches with failed images again.
+    """
+
+    dataset: str
+    out: Path
+    format: Format | None
+    output: Output
+    top: int
+    batch_size: int
+    workers: int | None
+    optimize: bool
+    start: Start
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `beit-fast convert`."""
+
+    source: str
+    target: Path
+    task: str | None
+    image_size: int | tuple[int, int] | None
+    position_interpolation: str
+    dtype: str | None
+    local_files_only: bool
