@@ -1,7 +1,6 @@
-"""BEiT as mmsegmentation builds and calls its backbones; mmsegmentation itself is not needed.
+"""A backbone with the arguments, files and outputs of mmsegmentation's `BEiT`; mmsegmentation is not required.
 
-`MmsegBeit` takes the arguments of mmsegmentation's `BEiT`, reads its files and gives what its `forward` gives. To make
-a project build it instead, without a change to its configuration:
+To make a project build it without a change of its configuration:
 
     from mmseg.registry import MODELS
     from beit_fast.integrations.mmseg import MmsegBeit
@@ -24,20 +23,20 @@ from ..utils.names import POSITION_INTERPOLATIONS
 
 _ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu"}
 _NORM_EPS = 1e-5
-"""What mmcv gives a norm whose configuration names no eps."""
+"""The default eps of mmcv's norms."""
 _FIXED = {"qv_bias": True, "patch_norm": False, "final_norm": False, "num_fcs": 2}
-"""Arguments of mmsegmentation that have one value here."""
+"""Arguments of mmsegmentation that support one value here."""
 
 
 class MmsegBeit(nn.Module):
     """BEiT's feature maps for mmsegmentation: the arguments of its `BEiT`, and a few more.
 
     The network is `trunk`, a `BeitBackbone`, which has `set_attn_implementation`, `attention_report`,
-    `gradient_checkpointing_enable` and `save_pretrained`. Where mmsegmentation takes images of `img_size` only, this
-    one takes any, with bias tables resized bilinearly.
+    `gradient_checkpointing_enable` and `save_pretrained`. Images of any size are supported: bias tables are resized
+    bilinearly. (mmsegmentation supports `img_size` only.)
 
-    `load_state_dict` takes the names of mmsegmentation and unilm too, beside its own; `pretrained` takes
-    every file that `from_pretrained` takes.
+    `load_state_dict` accepts parameter names of mmsegmentation and unilm. `pretrained` accepts every file that
+    `from_pretrained` accepts.
 
     Args:
         img_size: native size in pixels, an int or (height, width).
@@ -48,17 +47,17 @@ class MmsegBeit(nn.Module):
         norm_cfg: `dict(type="LN")`, with `eps` (1e-5 as in mmcv; BEiT was trained with 1e-6) and `requires_grad`.
         act_cfg: `dict(type="GELU")` or `"ReLU"`.
         qv_bias, patch_norm, final_norm, num_fcs: True, False, False and 2.
-        norm_eval: without effect, as the norms are LayerNorms.
-        pretrained, init_cfg: what `init_weights` reads: a path, or `dict(type="Pretrained", checkpoint=path)`.
-        init_values: where layer scale starts.
-        feature_pyramid: bring four maps to 4, 2, 1 and 1/2 times the resolution, as the neck
-            `Feature2Pyramid(rescales=[4, 2, 1, 0.5])` does in mmsegmentation and the backbone itself in unilm.
-        position_interpolation: how bias tables of `pretrained` are resized, `"geometric"` (mmsegmentation and unilm,
-            linear between the places as in timm) or `"bilinear"`.
+        norm_eval: ignored, because the norms are LayerNorms.
+        pretrained, init_cfg: the file for `init_weights`: a path, or `dict(type="Pretrained", checkpoint=path)`.
+        init_values: initial value of layer scale.
+        feature_pyramid: resize four maps by 4, 2, 1 and 1/2, as the neck `Feature2Pyramid(rescales=[4, 2, 1, 0.5])` of
+            mmsegmentation and the backbone of unilm do.
+        position_interpolation: resizing of bias tables of `pretrained`: `"geometric"` (mmsegmentation, unilm and timm)
+            or `"bilinear"`.
         attn_implementation, patch_embed_implementation: as in `BeitBackbone`.
 
     Raises:
-        TypeError, ValueError: what cannot be built, with every reason.
+        TypeError, ValueError: If the backbone cannot be built, with every reason.
     """
 
     def __init__(
@@ -94,13 +93,11 @@ class MmsegBeit(nn.Module):
         activation = dict(act_cfg or {"type": "GELU"})
         indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
         fixed = {"qv_bias": qv_bias, "patch_norm": patch_norm, "final_norm": final_norm, "num_fcs": num_fcs}
-        problems = _fixed_problems(fixed) + _layer_problems(norm, activation)
-        problems += _index_problems(indices, num_layers, feature_pyramid)
-        problems += _pretrained_problems(pretrained, init_cfg, position_interpolation)
-        if not init_values > 0:
-            problems.append(f"init_values={init_values}; accepted: above 0")
-        if problems:
-            raise ValueError("MmsegBeit cannot be built:\n" + "\n".join(f"- {problem}" for problem in problems))
+        errors = _fixed_errors(fixed) + _layer_errors(norm, activation, init_values)
+        errors += _index_errors(indices, num_layers, feature_pyramid)
+        errors += _pretrained_errors(pretrained, init_cfg, position_interpolation)
+        if errors:
+            raise ValueError("MmsegBeit cannot be built:\n" + "\n".join(f"- {error}" for error in errors))
         self.out_indices = [index % num_layers for index in indices]
         self.embed_dims = embed_dims
         self.norm_eval = norm_eval
@@ -124,22 +121,21 @@ class MmsegBeit(nn.Module):
             add_fpn=feature_pyramid,
         )
         self.trunk = BeitBackbone(config, attn_implementation, patch_embed_implementation)
-        for module in self.trunk.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.requires_grad_(norm.get("requires_grad", True))
+        if not norm.get("requires_grad", True):
+            _freeze_norms(self.trunk)
         self.register_load_state_dict_pre_hook(_take_other_names)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Images `[B, C, H, W]` to one contiguous map `[B, E, h, w]` for every block of `out_indices`."""
+        """Return one contiguous map `[B, E, h, w]` per block of `out_indices` for images `[B, C, H, W]`."""
         return self.trunk(inputs, return_dict=True).feature_maps
 
     def init_weights(self, pretrained: str | os.PathLike[str] | None = None) -> None:
-        """Read `pretrained`, or the file given to the constructor, or draw every parameter anew where there is none.
+        """Load `pretrained` or the constructor's file; without a file initialise all parameters.
 
-        Bias tables are resized to `img_size`. Parameters are changed in place, as mmengine wants it.
+        Bias tables are resized to `img_size`. Parameters change in place, as mmengine requires.
 
         Raises:
-            FileNotFoundError, ValueError: as `BeitBackbone.from_pretrained`; the parameters are as they were.
+            FileNotFoundError, ValueError: As in `BeitBackbone.from_pretrained`; the parameters do not change.
         """
         source = self.pretrained if pretrained is None else pretrained
         if source is None:
@@ -155,50 +151,63 @@ class MmsegBeit(nn.Module):
         self.trunk.load_state_dict(loaded.state_dict())
 
 
-def _fixed_problems(given: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={value}; accepted: {_FIXED[name]}" for name, value in given.items() if value != _FIXED[name]]
+def _fixed_errors(given: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}={value} is not supported (expected {_FIXED[name]})"
+        for name, value in given.items()
+        if value != _FIXED[name]
+    ]
 
 
-def _layer_problems(norm: Mapping[str, Any], activation: Mapping[str, Any]) -> list[str]:
-    problems = []
+def _freeze_norms(trunk: nn.Module) -> None:
+    for module in trunk.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(False)
+
+
+def _layer_errors(norm: Mapping[str, Any], activation: Mapping[str, Any], init_values: float) -> list[str]:
+    errors = []
     if norm["type"] != "LN" or set(norm) - {"type", "eps", "requires_grad"}:
-        problems.append(f"norm_cfg={dict(norm)}; accepted: type 'LN', with eps and requires_grad")
+        errors.append(f"norm_cfg={dict(norm)} is not supported (expected type 'LN' with eps and requires_grad)")
     if set(activation) != {"type"} or activation["type"] not in _ACTIVATIONS:
-        problems.append(f"act_cfg={dict(activation)}; accepted: type {' or '.join(map(repr, _ACTIVATIONS))}")
-    return problems
+        accepted = " or ".join(map(repr, _ACTIVATIONS))
+        errors.append(f"act_cfg={dict(activation)} is not supported (expected type {accepted})")
+    if not init_values > 0:
+        errors.append(f"init_values={init_values} is not supported (expected a number above 0)")
+    return errors
 
 
-def _index_problems(indices: Sequence[int], layers: int, feature_pyramid: bool) -> list[str]:
-    problems = []
+def _index_errors(indices: Sequence[int], layers: int, feature_pyramid: bool) -> list[str]:
+    errors = []
     counted = [index % layers for index in indices if -layers <= index < layers]
     if len(counted) != len(indices) or counted != sorted(set(counted)) or not counted:
-        problems.append(f"out_indices={list(indices)}; accepted: blocks from 0 to {layers - 1} in ascending order")
+        errors.append(f"out_indices={list(indices)} is not supported (expected 0 to {layers - 1}, ascending)")
     if feature_pyramid and len(indices) != 4:
-        problems.append(f"feature_pyramid=True with {len(indices)} out_indices; accepted: 4")
-    return problems
+        errors.append(f"feature_pyramid=True with {len(indices)} out_indices is not supported (expected 4)")
+    return errors
 
 
-def _pretrained_problems(pretrained: Any, init_cfg: Any, interpolation: str) -> list[str]:
-    problems = []
+def _pretrained_errors(pretrained: Any, init_cfg: Any, interpolation: str) -> list[str]:
+    errors = []
     if init_cfg and pretrained is not None:
-        problems.append("both pretrained and init_cfg; accepted: one of them")
+        errors.append("pretrained and init_cfg were both passed (expected one of them)")
     is_mapping = isinstance(init_cfg, Mapping)
     if init_cfg and not (is_mapping and init_cfg.get("type") == "Pretrained" and "checkpoint" in init_cfg):
-        problems.append(f"init_cfg={init_cfg}; accepted: dict(type='Pretrained', checkpoint=...)")
+        errors.append(f"init_cfg={init_cfg} is not supported (expected dict(type='Pretrained', checkpoint=...))")
     if interpolation not in POSITION_INTERPOLATIONS:
         accepted = " or ".join(map(repr, POSITION_INTERPOLATIONS))
-        problems.append(f"position_interpolation={interpolation!r}; accepted: {accepted}")
-    return problems
+        errors.append(f"position_interpolation={interpolation!r} is not supported (expected {accepted})")
+    return errors
 
 
 def _take_other_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Parameters under names of mmsegmentation, unilm, timm or the hub, brought to those of `MmsegBeit`."""
+    """Rename parameters of mmsegmentation, unilm, timm or the hub to those of `MmsegBeit`."""
     given = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     if any(key.startswith("trunk.") for key in given):
         return
     try:
         renamed, _ = to_hub_names(given)
-    except ValueError:  # of no known format: load_state_dict says which names it misses
+    except ValueError:  # not a known format: load_state_dict lists the missing names
         return
     for key in given:
         del state_dict[prefix + key]

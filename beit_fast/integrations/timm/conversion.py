@@ -1,4 +1,4 @@
-"""Image classifiers from timm's `Beit` to `BeitForImageClassification` and back, parameters copied."""
+"""Convert image classifiers between timm's `Beit` and `BeitForImageClassification`."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ _LARGE_LAYERS = 24
 _TRAINED_EPS = 1e-6
 _EXACT_GELU = ("gelu", "gelu_python")
 _POOLINGS: dict[tuple[str, ...], bool] = {("avg", "fc_norm"): True, ("token", "norm"): False}
-"""timm's pooling and the norm it goes with, and `use_mean_pooling` for each."""
+"""timm's pooling with its norm, and the matching `use_mean_pooling`."""
 _SHOWN = 8
 
 
 def to_timm(model: BeitForImageClassification) -> timm_beit.Beit:
-    """timm's `Beit` with a copy of these parameters, on their device, in their dtype and in the model's mode.
+    """Convert to timm's `Beit` with copied parameters, on the same device, in the same dtype and mode.
 
-    Its `pretrained_cfg` has the image size and, where the configuration has them, mean and standard deviation, else
-    BEiT's 0.5. timm has no place for the names of classes.
+    Its `pretrained_cfg` has the image size and the configuration's mean and standard deviation (BEiT's 0.5 by default).
+    Names of classes are dropped, because timm does not store them.
 
     Raises:
-        TypeError: not a `BeitForImageClassification`.
-        ValueError: timm has no such network, with every reason.
+        TypeError: If `model` is not a `BeitForImageClassification`.
+        ValueError: If timm cannot represent the model, with every reason.
     """
     if not isinstance(model, BeitForImageClassification):
         raise TypeError(f"to_timm takes a BeitForImageClassification, not a {type(model).__name__}")
     config = model.config
-    _refuse("timm's Beit", _obstacles_to_timm(model))
+    _raise_errors("timm's Beit", _errors_to_timm(model))
     created = create_model(
         "beit_large_patch16_224" if config.num_hidden_layers == _LARGE_LAYERS else "beit_base_patch16_224",
         pretrained_cfg=_pretrained_options(config),
         **_timm_arguments(config),
     )
     for block in created.blocks:
-        block.mlp.drop1.p = 0.0  # ours has no dropout inside the MLP
+        block.mlp.drop1.p = 0.0  # our MLP has no dropout here
     created = created.to(model.device, model.dtype).train(model.training)
     state = to_timm_names(model.state_dict())
-    _refuse("timm's Beit", _parameter_problems(created.state_dict(), state))
+    _raise_errors("timm's Beit", _parameter_errors(created.state_dict(), state))
     created.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
     return created
 
@@ -62,9 +62,9 @@ def to_timm(model: BeitForImageClassification) -> timm_beit.Beit:
 def from_timm(
     model: timm_beit.Beit, attn_implementation: str | None = None, patch_embed_implementation: str | None = None
 ) -> BeitForImageClassification:
-    """`BeitForImageClassification` with a copy of these parameters, on their device, in their dtype and the same mode.
+    """Convert to `BeitForImageClassification` with copied parameters, on the same device, in the same dtype and mode.
 
-    An accelerated model is taken too. Mean and standard deviation are no part of timm's network: for uint8 images give
+    An accelerated model is accepted. timm's network does not hold mean and standard deviation: for uint8 images pass
     those of its `pretrained_cfg` to `set_pixel_normalization`.
 
     Args:
@@ -72,34 +72,36 @@ def from_timm(
         attn_implementation, patch_embed_implementation: as in `BeitForImageClassification`.
 
     Raises:
-        TypeError: not a `timm.models.beit.Beit`.
-        ValueError: the network is unlike ours, with every reason.
+        TypeError: If `model` is not a `timm.models.beit.Beit`.
+        ValueError: If this package cannot represent the model, with every reason.
     """
     if not isinstance(model, timm_beit.Beit):
         raise TypeError(f"from_timm takes a Beit of timm.models.beit, not a {type(model).__name__}")
-    _refuse("BeitForImageClassification", _obstacles_from_timm(model))
+    _raise_errors("BeitForImageClassification", _errors_from_timm(model))
     with torch.device("meta"):
         ours = BeitForImageClassification(_config_of(model), attn_implementation, patch_embed_implementation)
     state, _ = to_hub_names(model.state_dict())
-    _refuse("BeitForImageClassification", _parameter_problems(ours.state_dict(), state))
+    _raise_errors("BeitForImageClassification", _parameter_errors(ours.state_dict(), state))
     ours.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
     return ours.train(model.training)
 
 
-def _obstacles_to_timm(model: BeitForImageClassification) -> list[str]:
+def _errors_to_timm(model: BeitForImageClassification) -> list[str]:
     config = model.config
-    problems = []
+    errors = []
     if config.attention_head_dim * config.num_attention_heads != config.hidden_size:
-        problems.append(f"head_dim={config.head_dim}; accepted: hidden_size / num_attention_heads")
+        errors.append(f"head_dim={config.head_dim} is not supported (expected hidden_size / num_attention_heads)")
     if config.hidden_act not in _EXACT_GELU:
-        problems.append(f"hidden_act={config.hidden_act!r}; accepted: {', '.join(map(repr, _EXACT_GELU))}")
+        errors.append(
+            f"hidden_act={config.hidden_act!r} is not supported (expected {' or '.join(map(repr, _EXACT_GELU))})"
+        )
     if config.use_mask_token:
-        problems.append("a mask token, which timm has not: from_pretrained(..., use_mask_token=False) leaves it out")
-    return problems + _meta_problems(model)
+        errors.append("a mask token, which timm does not have: from_pretrained(..., use_mask_token=False) drops it")
+    return errors + _meta_errors(model)
 
 
 def _pretrained_options(config: BeitConfig) -> dict[str, Any]:
-    """What timm's `pretrained_cfg` says of images and of the head."""
+    """Return the entries of timm's `pretrained_cfg` for images and the head."""
     channels = config.num_channels
     return {
         "input_size": (channels, *config.image_height_width),
@@ -114,7 +116,7 @@ def _pretrained_options(config: BeitConfig) -> dict[str, Any]:
 
 
 def _timm_arguments(config: BeitConfig) -> dict[str, Any]:
-    """Arguments of timm's `Beit`."""
+    """Return the arguments of timm's `Beit`."""
     dropout = config.hidden_dropout_prob
     arguments = {
         "img_size": config.image_height_width,
@@ -141,7 +143,7 @@ def _timm_arguments(config: BeitConfig) -> dict[str, Any]:
 
 
 def _mlp_ratio(size: int, inner: int) -> float:
-    """The ratio of which timm's `int(size * ratio)` makes `inner`."""
+    """Return the ratio for which timm's `int(size * ratio)` is `inner`."""
     ratio = inner / size
     return ratio if int(size * ratio) == inner else math.nextafter(ratio, math.inf)
 
@@ -164,7 +166,7 @@ def _config_of(model: timm_beit.Beit) -> BeitConfig:
         layer_scale_init_value=first.init_values or 0.0,
         hidden_dropout_prob=model.pos_drop.p,
         attention_probs_dropout_prob=first.attn.attn_drop.p,
-        drop_path_rate=round(_drop_path_rates(model)[-1], 6),  # timm's comes from an fp32 linspace
+        drop_path_rate=round(_drop_path_rates(model)[-1], 6),  # timm computes it in fp32
         use_mean_pooling=_POOLINGS[_pooling_of(model)],
         use_absolute_position_embeddings=model.pos_embed is not None,
         use_relative_position_bias=first.attn.relative_position_bias_table is not None,
@@ -172,37 +174,37 @@ def _config_of(model: timm_beit.Beit) -> BeitConfig:
     )
 
 
-def _obstacles_from_timm(model: timm_beit.Beit) -> list[str]:
-    problems = _meta_problems(model)
+def _errors_from_timm(model: timm_beit.Beit) -> list[str]:
+    errors = _meta_errors(model)
     patches = model.patch_embed
     if len(set(patches.patch_size)) != 1 or patches.dynamic_img_pad:
-        problems.append(
-            f"patches of {tuple(patches.patch_size)}, dynamic_img_pad={patches.dynamic_img_pad}; accepted: square "
-            "patches, images that are not padded"
+        errors.append(
+            f"patches of {tuple(patches.patch_size)} with dynamic_img_pad={patches.dynamic_img_pad} are not supported "
+            "(expected square patches and dynamic_img_pad=False)"
         )
     pooling = _pooling_of(model)
     if pooling not in _POOLINGS:
-        problems.append(
-            f"global_pool={pooling[0]!r} with {' and '.join(pooling[1:]) or 'no norm'}; accepted: 'avg' with fc_norm, "
-            "'token' with norm"
+        errors.append(
+            f"global_pool={pooling[0]!r} with {' and '.join(pooling[1:]) or 'no norm'} is not supported "
+            "(expected 'avg' with fc_norm or 'token' with norm)"
         )
     unlike = [
         f"blocks.{index}.mlp ({block.mlp})" for index, block in enumerate(model.blocks) if not _is_plain(block.mlp)
     ]
     if unlike:
-        problems.append(f"{_listed(unlike)}; accepted: Mlp with GELU()")
+        errors.append(f"{_listed(unlike)}: not supported (expected Mlp with GELU())")
     eps = sorted({module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)})
     if len(eps) > 1:
-        problems.append(f"norms with an eps of {_listed(eps)}; accepted: one for all")
-    return problems + _dropout_problems(model)
+        errors.append(f"norms with eps {_listed(eps)}: not supported (expected one eps)")
+    return errors + _dropout_errors(model)
 
 
 def _is_plain(mlp: nn.Module) -> bool:
     return type(mlp) is Mlp and type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
 
 
-def _dropout_problems(model: timm_beit.Beit) -> list[str]:
-    """Ours drops after the embeddings, after both branches and in attention, and drops paths linearly from 0."""
+def _dropout_errors(model: timm_beit.Beit) -> list[str]:
+    """Return the dropout rates that differ from this package's scheme."""
     after_branches, in_attention = model.pos_drop.p, model.blocks[0].attn.attn_drop.p
     accepted = {
         "head_drop": 0.0,
@@ -211,16 +213,16 @@ def _dropout_problems(model: timm_beit.Beit) -> list[str]:
         "mlp.drop2": after_branches,
         "attn.attn_drop": in_attention,
     }
-    problems = []
+    errors = []
     for name, rate in accepted.items():
         found = sorted({module.p for path, module in model.named_modules() if path.endswith(name)} - {rate})
         if found:
-            problems.append(f"{name} with p={_listed(found)}; accepted here: {rate}")
+            errors.append(f"{name} with p={_listed(found)} is not supported (expected {rate})")
     rates = _drop_path_rates(model)
     last = max(len(rates) - 1, 1)
     if any(abs(rate - rates[-1] * index / last) > 1e-6 for index, rate in enumerate(rates)):
-        problems.append(f"drop path with rates {_listed(rates)}; accepted: linear from 0")
-    return problems
+        errors.append(f"drop path rates {_listed(rates)} are not supported (expected linear from 0)")
+    return errors
 
 
 def _drop_path_rates(model: timm_beit.Beit) -> list[float]:
@@ -228,18 +230,18 @@ def _drop_path_rates(model: timm_beit.Beit) -> list[float]:
 
 
 def _pooling_of(model: timm_beit.Beit) -> tuple[str, ...]:
-    """How timm pools, and which of its two final norms are there."""
+    """Return timm's pooling and its final norms that are not Identity."""
     norms = (name for name in ("norm", "fc_norm") if not isinstance(getattr(model, name), nn.Identity))
     return model.global_pool, *norms
 
 
-def _meta_problems(model: nn.Module) -> list[str]:
+def _meta_errors(model: nn.Module) -> list[str]:
     on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    return [f"parameters on the meta device, which have no values: {_listed(on_meta)}"] if on_meta else []
+    return [f"parameters on the meta device have no values: {_listed(on_meta)}"] if on_meta else []
 
 
-def _parameter_problems(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """How parameters under the wanted model's names differ from it."""
+def _parameter_errors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Return how the given parameters differ from the target model's."""
     missing = [key for key in wanted if key not in given]
     left_over = [key for key in given if key not in wanted]
     shapes = [
@@ -247,13 +249,17 @@ def _parameter_problems(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor
         for key in wanted
         if key in given and given[key].shape != wanted[key].shape
     ]
-    groups = {"lacks": missing, "has beyond it": left_over, "has in another shape": shapes}
+    groups = {
+        "lacks parameters": missing,
+        "has unexpected parameters": left_over,
+        "has parameters of another shape": shapes,
+    }
     return [f"the model {what}: {_listed(names)}" for what, names in groups.items() if names]
 
 
-def _refuse(target: str, problems: list[str]) -> None:
-    if problems:
-        raise ValueError(f"{target} cannot be this model:\n" + "\n".join(f"- {problem}" for problem in problems))
+def _raise_errors(target: str, errors: list[str]) -> None:
+    if errors:
+        raise ValueError(f"this model cannot be converted to {target}:\n" + "\n".join(f"- {error}" for error in errors))
 
 
 def _listed(items: Iterable[object]) -> str:

@@ -1,7 +1,7 @@
-"""`attn_implementation="triton"` for Transformers' own BEiT and Data2VecVision: what `register()` enters and patches.
+"""`attn_implementation="triton"` for Transformers' own BEiT and Data2VecVision classes.
 
-Their layers hand a bias to the attention function of that name as a dense mask, so the bias modules are patched as
-well: where the configuration says "triton" they give their table, which is what the function reads.
+`register()` adds the name and patches the bias modules. Transformers' layers pass the bias to an attention function as
+a dense mask. If the configuration says "triton", the patched modules return their table, and the function reads it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME = "triton"
 
 
 def enter_attention(undo: ExitStack) -> None:
-    """Make the name valid, until `undo` is closed."""
+    """Register the name until `undo` is closed."""
     set_item(undo, AttentionInterface._global_mapping, NAME, triton_attention)
     set_item(undo, AttentionMaskInterface._global_mapping, NAME, padding_mask)
     _enter_family(undo, modeling_beit, "Beit", "BEIT")
@@ -37,11 +37,11 @@ def _enter_family(undo: ExitStack, modeling: ModuleType, family: str, constant: 
     bias = getattr(modeling, f"{family}RelativePositionBias")
     base = getattr(modeling, f"{family}PreTrainedModel")
     replace_attribute(undo, bias, "__init__", _keeping_config(bias.__init__))
-    replace_attribute(undo, bias, "forward", _giving_table(bias.forward))
+    replace_attribute(undo, bias, "forward", _returning_table(bias.forward))
     choose = base.get_correct_attn_implementation
-    replace_attribute(undo, base, "get_correct_attn_implementation", _telling_biases(choose, bias))
+    replace_attribute(undo, base, "get_correct_attn_implementation", _configuring_biases(choose, bias))
     classes = getattr(modeling, f"{constant}_SELF_ATTENTION_CLASSES", None)
-    if classes is not None:  # layers that choose their class, not their function
+    if classes is not None:  # split layers choose a class, not a function
         set_item(undo, classes, NAME, SELF_ATTENTION[classes["eager"]])
 
 
@@ -55,12 +55,12 @@ def triton_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transformers' attention function: q, k, v `[B, H, N, D]` to `[B, N, H, D]`, and the weights where asked for.
+    """Compute attention as Transformers calls it: q, k, v `[B, H, N, D]` to `[B, N, H, D]`.
 
-    A call that asks for `output_attentions` takes the eager path, which has them.
+    With `output_attentions` the eager path runs, which also returns the attention weights.
     """
     if not isinstance(module, modeling_beit.BeitAttention):
-        raise ValueError(f"attn_implementation={NAME!r} is for BEiT, not for {type(module).__name__}")
+        raise ValueError(f"attn_implementation={NAME!r} supports BEiT, not {type(module).__name__}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     table, window, key_mask = _parts(attention_mask, query.shape[1])
     if key_mask is not None:
@@ -72,21 +72,21 @@ def triton_attention(
 
 
 def _parts(mask: TableBias | Tensor | None, heads: int) -> tuple[Tensor | None, Window | None, Tensor | None]:
-    """Table, window and key mask."""
+    """Return the table, window and key mask of an attention mask."""
     if isinstance(mask, TableBias):
         return mask.table, mask.window, mask.key_mask
     if mask is None:
         return None, None, None
     if mask.ndim == 4 and mask.shape[1] == heads > 1:
         raise ValueError(
-            f"attention got a dense bias {list(mask.shape)}: the model was built before register(), and its "
-            f"configuration was changed afterwards; use model.set_attn_implementation({NAME!r})"
+            f"attention got a dense bias {list(mask.shape)}: the model was built before register() and its "
+            f"configuration was changed afterwards; call model.set_attn_implementation({NAME!r})"
         )
     return None, None, key_mask_of(mask)
 
 
 def padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Transformers' mask function: the keys that may be attended to, bool `[B, 1, 1, N]`; None where all may."""
+    """Build the mask as Transformers calls it: bool `[B, 1, 1, N]`, True = attend; None without a mask."""
     return None if attention_mask is None else attention_mask[:, None, None, :]
 
 
@@ -98,7 +98,7 @@ def _keeping_config(init: Callable[..., None]) -> Callable[..., None]:
     return init_and_keep_config
 
 
-def _giving_table(forward: Callable[..., Tensor]) -> Callable[..., TableBias | Tensor]:
+def _returning_table(forward: Callable[..., Tensor]) -> Callable[..., TableBias | Tensor]:
     def forward_of_implementation(self: Any, window_size: Any, *args: Any, **kwargs: Any) -> TableBias | Tensor:
         if getattr(getattr(self, "config", None), "_attn_implementation", None) != NAME:
             return forward(self, window_size, *args, **kwargs)
@@ -107,8 +107,8 @@ def _giving_table(forward: Callable[..., Tensor]) -> Callable[..., TableBias | T
     return forward_of_implementation
 
 
-def _telling_biases(choose: Callable[..., str], bias: type[nn.Module]) -> Callable[..., str]:
-    """What every way to set an implementation asks; bias modules that were built before get their configuration."""
+def _configuring_biases(choose: Callable[..., str], bias: type[nn.Module]) -> Callable[..., str]:
+    """Patch the choice of an implementation: bias modules built before get their configuration."""
 
     def get_correct_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> str:
         implementation = choose(self, *args, **kwargs)
@@ -122,7 +122,7 @@ def _telling_biases(choose: Callable[..., str], bias: type[nn.Module]) -> Callab
 
 
 class TritonSelfAttentionMixin(nn.Module):
-    """Self-attention of split layers that is built to read its table, and a shared one."""
+    """Self-attention of split layers that reads its own and a shared table."""
 
     attn_implementation = NAME
     has_relative_position_bias: bool
@@ -138,7 +138,7 @@ def _subclass(eager: type[nn.Module]) -> type[nn.Module]:
     name = f"Triton{eager.__name__}"
     attributes = {"__module__": __name__, "__doc__": TritonSelfAttentionMixin.__doc__}
     made = type(name, (TritonSelfAttentionMixin, FUSED[eager]), attributes)
-    globals()[name] = made  # where pickle looks for it
+    globals()[name] = made  # pickle looks it up here
     return made
 
 
@@ -150,4 +150,4 @@ SELF_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
     )
     if hasattr(modeling, name)
 }
-"""What split layers build for the name, by Transformers' eager class."""
+"""The class that split layers build for the name, by Transformers' eager class."""

@@ -1,7 +1,4 @@
-"""This package's models as Transformers' Auto classes build them: its arguments in, its output classes out.
-
-Importing this imports Transformers.
-"""
+"""This package's models with the arguments and output classes that Transformers' Auto classes expect."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ try:
 except ImportError:  # 4.57
     from transformers.utils.backbone_utils import BackboneType
 
-# What an Auto class or a pipeline passes on that says nothing about what to load.
+# Arguments of Auto classes and pipelines that do not change what is loaded.
 _UNUSED = (
     "_from_auto",
     "_from_pipeline",
@@ -34,16 +31,16 @@ _UNUSED = (
 
 
 class BeitFastConfig(transformers.BeitConfig):
-    """Transformers' `BeitConfig` under a model type of its own, which after `register()` always means this package.
+    """Transformers' `BeitConfig` with `model_type="beit_fast"`, which after `register()` means this package.
 
-    For one process that has both backbones, or a `config.json` that names this one: `{"model_type": "beit_fast", ...}`.
+    Use it in a process with both backbones, or in a `config.json`: `{"model_type": "beit_fast", ...}`.
     """
 
     model_type = "beit_fast"
 
 
 def own_config(config: Any) -> beit_fast.BeitConfig:
-    """A configuration of Transformers as this package's, with the attention implementation that was asked for."""
+    """Convert a Transformers configuration, with its requested attention implementation."""
     if isinstance(config, beit_fast.BeitConfig):
         return config
     values = config.to_dict() | {"model_type": beit_fast.BeitConfig.model_type}
@@ -52,7 +49,7 @@ def own_config(config: Any) -> beit_fast.BeitConfig:
 
 
 class TransformersConventions(beit_fast.BeitPreTrainedModel):
-    """Classmethods with the arguments that Transformers' Auto classes pass."""
+    """Class methods with the arguments that Transformers' Auto classes pass."""
 
     @classmethod
     def _from_config(
@@ -72,10 +69,10 @@ class TransformersConventions(beit_fast.BeitPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *, config: Any = None, **kwargs: Any
     ) -> Any:
-        """See `beit_fast.BeitPreTrainedModel.from_pretrained`; arguments of Transformers that are None do not count."""
+        """See `beit_fast.BeitPreTrainedModel.from_pretrained`; arguments of Transformers that are None are ignored."""
         _refuse_adapter(kwargs.pop("adapter_kwargs", None))
         if kwargs.get("use_safetensors"):
-            del kwargs["use_safetensors"]  # safetensors come first here too
+            del kwargs["use_safetensors"]  # safetensors are preferred anyway
         given = {name: value for name, value in kwargs.items() if name not in _UNUSED and value is not None}
         config = own_config(config) if isinstance(config, transformers.PretrainedConfig) else config
         return super().from_pretrained(pretrained_model_name_or_path, config=config, **given)
@@ -85,13 +82,13 @@ def _refuse_adapter(adapter_kwargs: Mapping[str, Any] | None) -> None:
     path = (adapter_kwargs or {}).get("_adapter_model_path")
     if path is not None:
         raise ValueError(
-            f"{os.fspath(path)!r} holds a PEFT adapter: load the model that it was trained on, "
-            "then peft.PeftModel.from_pretrained(model, path)"
+            f"{os.fspath(path)!r} holds a PEFT adapter: load the model that it was trained on, then call "
+            "peft.PeftModel.from_pretrained(model, path)"
         )
 
 
-def _giving(output_class: type, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with Transformers' output class, which its pipelines look for; tuples stay tuples."""
+def _returning(output_class: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a forward to return Transformers' output class; tuples stay tuples."""
 
     @functools.wraps(forward)
     def forward_with_their_output(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,32 +99,32 @@ def _giving(output_class: type, forward: Callable[..., Any]) -> Callable[..., An
 
 
 class BeitModel(TransformersConventions, beit_fast.BeitModel):
-    """`beit_fast.BeitModel` that gives Transformers' output class."""
+    """`beit_fast.BeitModel` that returns Transformers' output class."""
 
-    forward = _giving(BeitModelOutputWithPooling, beit_fast.BeitModel.forward)
+    forward = _returning(BeitModelOutputWithPooling, beit_fast.BeitModel.forward)
 
 
 class BeitForImageClassification(TransformersConventions, beit_fast.BeitForImageClassification):
-    """`beit_fast.BeitForImageClassification` that gives Transformers' output class."""
+    """`beit_fast.BeitForImageClassification` that returns Transformers' output class."""
 
-    forward = _giving(modeling_outputs.ImageClassifierOutput, beit_fast.BeitForImageClassification.forward)
+    forward = _returning(modeling_outputs.ImageClassifierOutput, beit_fast.BeitForImageClassification.forward)
 
 
 class BeitForSemanticSegmentation(TransformersConventions, beit_fast.BeitForSemanticSegmentation):
-    """`beit_fast.BeitForSemanticSegmentation` that gives Transformers' output class."""
+    """`beit_fast.BeitForSemanticSegmentation` that returns Transformers' output class."""
 
-    forward = _giving(modeling_outputs.SemanticSegmenterOutput, beit_fast.BeitForSemanticSegmentation.forward)
+    forward = _returning(modeling_outputs.SemanticSegmenterOutput, beit_fast.BeitForSemanticSegmentation.forward)
 
 
 class BeitBackbone(TransformersConventions, beit_fast.BeitBackbone):
-    """`beit_fast.BeitBackbone` that gives Transformers' output class."""
+    """`beit_fast.BeitBackbone` that returns Transformers' output class."""
 
     backbone_type = BackboneType.TRANSFORMERS
-    forward = _giving(modeling_outputs.BackboneOutput, beit_fast.BeitBackbone.forward)
+    forward = _returning(modeling_outputs.BackboneOutput, beit_fast.BeitBackbone.forward)
 
 
 def adopt(model: Any) -> Any:
-    """Exchange the class of a model of this package for the one here that gives Transformers' output class."""
+    """Set a model's class to the one here that returns Transformers' output class."""
     made: dict[type, type] = {
         cls.__bases__[-1]: cls
         for cls in (BeitModel, BeitForImageClassification, BeitForSemanticSegmentation, BeitBackbone)
@@ -136,7 +133,7 @@ def adopt(model: Any) -> Any:
         if type(model) not in made:
             accepted = ", ".join(cls.__name__ for cls in made)
             raise TypeError(
-                f"a {type(model).__module__}.{type(model).__name__} was given; accepted: {accepted} of beit_fast"
+                f"{type(model).__module__}.{type(model).__name__} is not supported (expected {accepted} of beit_fast)"
             )
         model.__class__ = made[type(model)]
     return model

@@ -1,12 +1,11 @@
-"""Transformers' BEiT attention and bias modules with other forwards: subclasses that take the place of their classes.
+"""Subclasses of Transformers' BEiT attention and bias modules that read the bias from its table.
 
-An instance whose class is exchanged keeps its parameters, hooks and names, and is still an instance of the class that
-Transformers made. A bias module then gives its table (`TableBias`) where it gave the dense bias, and attention reads
-the table in `beit_fast::rel_pos_attention`.
+`accelerate` sets them as the class of existing modules, which keep their parameters, hooks and names. A bias module
+then returns its table (`TableBias`) in place of the dense bias. Attention passes the table to `rel_pos_attention`.
 
-Transformers has two shapes of these layers. Data2VecVision, and BEiT before 5.8, are "split": a `SelfAttention` in an
-`Attention`, each with its own bias, and an encoder with the shared one. BEiT is "joined" since 5.8: one `Attention`,
-the bias beside it in the layer or in the model, added up with a padding mask.
+Transformers has two layouts of these layers. Data2VecVision, and BEiT before 5.8, are "split": a `SelfAttention` inside
+an `Attention`, each with its own bias, and an encoder with the shared bias. BEiT since 5.8 is "joined": one
+`Attention`, with the bias in the layer or in the model, added to a padding mask.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ def attend(
     implementation: str | None,
     scale: float,
 ) -> Tensor:
-    """Attention from the projections to queries, keys and values, `[B, N, E]` to `[B, N, H * D]`.
-
-    `bias` may be a mask alone; see `key_mask_of`.
-    """
+    """Project and attend, `[B, N, E]` to `[B, N, H * D]`; `bias` may be only a mask, see `key_mask_of`."""
     q, k, v = (  # [B, N, H, D]
         apply_linear(linear, hidden_states, implementation).unflatten(-1, (-1, head_dim)) for linear in projections
     )
@@ -54,12 +50,12 @@ def attend(
 
 
 def dense(bias: TableBias | Tensor | None) -> Tensor | None:
-    """What Transformers' own attention takes."""
+    """Return the bias as Transformers' own attention takes it."""
     return bias.dense() if isinstance(bias, TableBias) else bias
 
 
 class TableMixin(nn.Module):
-    """A relative position bias that gives its table, resized for the window of the image."""
+    """A relative position bias that returns its table, resized to the window of the image."""
 
     window_size: Window
     relative_position_bias_table: nn.Parameter
@@ -71,7 +67,7 @@ class TableMixin(nn.Module):
 
 
 class TableOrDenseMixin(TableMixin):
-    """The same for a bias inside a `SelfAttention`, and the dense bias where that runs as Transformers wrote it."""
+    """A bias inside a `SelfAttention`: its table, or the dense bias for Transformers' own forward."""
 
     def forward(
         self,
@@ -85,7 +81,7 @@ class TableOrDenseMixin(TableMixin):
 
 
 class JoinedAttentionMixin(nn.Module):
-    """`BeitAttention` since 5.8. A call that asks for attention weights is left to Transformers' forward."""
+    """`BeitAttention` since 5.8; with `output_attentions` Transformers' forward runs."""
 
     attn_implementation: str | None = None
     config: Any
@@ -115,7 +111,7 @@ class JoinedAttentionMixin(nn.Module):
 
 
 class SplitAttentionBase(nn.Module):
-    """What the `SelfAttention` classes of split layers have in common."""
+    """Common base of the `SelfAttention` classes of split layers."""
 
     attn_implementation: str | None = None
     config: Any
@@ -148,7 +144,7 @@ class SplitAttentionBase(nn.Module):
 
 
 class SplitAttentionMixin(SplitAttentionBase):
-    """Split layers of 5.x. A call that asks for attention weights is left to Transformers' forward."""
+    """Split layers of 5.x; with `output_attentions` Transformers' forward runs."""
 
     def forward(
         self,
@@ -165,7 +161,7 @@ class SplitAttentionMixin(SplitAttentionBase):
 
 
 class HeadMaskAttentionMixin(SplitAttentionBase):
-    """Split layers of 4.57: a head mask is left to Transformers' forward as well."""
+    """Split layers of 4.57; with `output_attentions` or a head mask Transformers' forward runs."""
 
     def forward(
         self,
@@ -185,22 +181,22 @@ class HeadMaskAttentionMixin(SplitAttentionBase):
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {}
-"""Transformers' classes and those that take their place."""
+"""Transformers' classes and their replacements."""
 
 INNER_BIASES: dict[type[nn.Module], type[nn.Module]] = {}
 """The same for bias modules inside a `SelfAttention`."""
 
 CARRIERS: list[type[nn.Module]] = []
-"""Classes whose forwards add biases up and hand them on."""
+"""Classes whose forwards add biases and pass them on."""
 
 TRUNKS: list[type[nn.Module]] = []
-"""Classes within which all biases and all attention are accelerated, or none."""
+"""Classes in which all bias and attention modules are accelerated, or none."""
 
 
 def _subclass(mixin: type[nn.Module], original: type[nn.Module], prefix: str = "Fused", **attributes: Any) -> type:
     name = f"{prefix}{original.__name__}"
     made = type(name, (mixin, original), {"__module__": __name__, "__doc__": mixin.__doc__, **attributes})
-    globals()[name] = made  # where pickle looks for it
+    globals()[name] = made  # pickle looks it up here
     return made
 
 
@@ -230,4 +226,4 @@ _register(modeling_data2vec_vision, "Data2VecVision")
 CARRIERS.extend(TRUNKS)
 
 ORIGINALS = {made: original for table in (FUSED, INNER_BIASES) for original, made in table.items()}
-"""Whose place each class takes."""
+"""The Transformers class of each replacement."""

@@ -1,6 +1,6 @@
-"""`register()`: Transformers' Auto classes build this package's models, and its own BEiT takes `"triton"`.
+"""`register()`: Transformers' Auto classes build this package's models, and Transformers' BEiT accepts `"triton"`.
 
-Each part keeps how it is undone. Nothing is touched before `register()` is called.
+Nothing is patched before `register()` is called, and `unregister()` undoes every patch.
 """
 
 from __future__ import annotations
@@ -30,47 +30,46 @@ _registered: dict[str, ExitStack] = {}
 
 
 def register(*, models: bool = True, backbones: bool = True, attention: bool = True) -> None:
-    """Let Transformers build and run BEiT by this package, from now on in this process; `unregister` undoes it.
+    """Make Transformers build and run BEiT with this package, in this process; `unregister` undoes it.
 
-    A second call adds what the first left out, and is otherwise without effect. Models that exist already stay what
-    they are, and can be given `"triton"` by `set_attn_implementation`.
+    A second call adds the parts that the first left out. Existing models do not change, but accept `"triton"` in
+    `set_attn_implementation`.
 
     Args:
-        models: `AutoModel`, `AutoModelForImageClassification` and `AutoModelForSemanticSegmentation`, and pipelines
-            through them, give this package's classes for `model_type="beit"`, so for every BEiT on the hub, with
-            Transformers' output classes. Transformers' own stay under their names, such as `transformers.BeitModel`.
-        backbones: `AutoBackbone`, and through it UperNet, DPT, ZoeDepth and whatever else takes a `backbone_config`,
-            likewise. `model_type="beit_fast"` in a configuration then also means this package's classes. Transformers
-            5.23 writes a backbone's shared bias table under a name that 4.57 and this do not know: where a file is of
-            that kind, give `from_pretrained` the argument `key_mapping={r"^backbone\\.beit\\.": "backbone."}`.
-        attention: `attn_implementation="triton"` is valid for Transformers' own BEiT: attention is
-            `rel_pos_attention`, which reads bias tables, and no dense bias is built. With Transformers 5 anywhere that
-            it takes the argument; with 4.57, and for Data2VecVision, where a layer's class follows from it, for models
-            built afterwards.
+        models: `AutoModel`, `AutoModelForImageClassification`, `AutoModelForSemanticSegmentation` and pipelines build
+            this package's classes for `model_type="beit"`, with Transformers' output classes. Transformers' own classes
+            keep their names, such as `transformers.BeitModel`.
+        backbones: `AutoBackbone` does the same, and with it UperNet, DPT, ZoeDepth and other models with a
+            `backbone_config`. `model_type="beit_fast"` in a configuration then means this package's classes.
+            Transformers 5.23 saves a backbone's shared bias table under a name that 4.57 and this package do not read.
+            For such a file pass `key_mapping={r"^backbone\\.beit\\.": "backbone."}` to `from_pretrained`.
+        attention: `attn_implementation="triton"` is valid for Transformers' own BEiT classes. Attention is then
+            `rel_pos_attention`, and no dense bias is built. With 4.57, and for Data2VecVision, it takes effect for
+            models that are built afterwards.
     """
     asked = {"models": models, "backbones": backbones, "attention": attention}
     with _lock:
         for part, enter in _ENTRANCES.items():
             if asked[part] and part not in _registered:
-                with ExitStack() as undo:  # undoes what was done where the rest fails
+                with ExitStack() as undo:  # undone if a later step fails
                     enter(undo)
                     _registered[part] = undo.pop_all()
 
 
 def unregister() -> None:
-    """Undo `register()`. Models that were built in between stay and work on, but for Transformers' with `"triton"`."""
+    """Undo `register()`. Models built in between keep working, except Transformers' models with `"triton"`."""
     with _lock:
         while _registered:
             _registered.popitem()[1].close()
 
 
 def with_transformers_outputs(model: BeitPreTrainedModel) -> BeitPreTrainedModel:
-    """The model itself, giving Transformers' output classes from now on, as what `register()` has Auto classes build.
+    """Make a model of this package return Transformers' output classes; returns the model.
 
-    For code that asks for the class, such as the image segmentation pipeline.
+    For code that checks the class of outputs, such as the image segmentation pipeline.
 
     Raises:
-        TypeError: a model that no Auto class builds.
+        TypeError: If the model's class is not one that `register()` adds to the Auto classes.
     """
     return auto_classes.adopt(model)
 
@@ -86,7 +85,7 @@ def _enter_backbones(undo: ExitStack) -> None:
     _enter_config(undo)
     _enter_class(undo, transformers.AutoBackbone, auto_classes.BeitBackbone)
     draw = transformers.PreTrainedModel._initialize_weights
-    replace_attribute(undo, transformers.PreTrainedModel, "_initialize_weights", _drawing_ours_too(draw))
+    replace_attribute(undo, transformers.PreTrainedModel, "_initialize_weights", _initialising_our_modules(draw))
 
 
 _ENTRANCES = {"models": _enter_models, "backbones": _enter_backbones, "attention": enter_attention}
@@ -98,22 +97,22 @@ def _enter_config(undo: ExitStack) -> None:
 
 
 def _enter_class(undo: ExitStack, auto_class: Any, model_class: type) -> None:
-    """What `auto_class.register` does with `exist_ok=True`, which has no way back."""
+    """Register a class as `auto_class.register(exist_ok=True)` does, but so that it can be undone."""
     for config_class in (transformers.BeitConfig, auto_classes.BeitFastConfig):
         set_item(undo, auto_class._model_mapping._extra_content, config_class, model_class)
 
 
-def _drawing_ours_too(draw: Callable[..., None]) -> Callable[..., None]:
-    """Transformers' initialisation of what a checkpoint lacks, for parameters of this package's modules as well.
+def _initialising_our_modules(draw: Callable[..., None]) -> Callable[..., None]:
+    """Patch Transformers' initialisation of missing parameters to cover this package's modules.
 
-    It builds a model without values, fills in those of the checkpoint, and has its own submodels draw the rest; our
-    backbone is none of them, and what it lacks would stay uninitialised memory.
+    Transformers builds a model without values, loads the checkpoint, and initialises the rest only in submodels of its
+    own classes. Missing parameters of our backbone would stay uninitialised memory.
     """
 
     def initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         if isinstance(module, _PARAMETER_OWNERS) and not getattr(module, "_is_hf_initialized", False):
             for owner in _models_around(module, self):
-                _draw_missing(owner, module)
+                _initialise_missing(owner, module)
         draw(self, module, *args, **kwargs)
 
     return initialize_weights
@@ -125,8 +124,8 @@ def _models_around(module: nn.Module, outermost: nn.Module) -> Iterator[BeitPreT
 
 
 @torch.no_grad()
-def _draw_missing(owner: BeitPreTrainedModel, module: nn.Module) -> None:
-    """Initialise the module's own parameters but those that Transformers marks as loaded."""
+def _initialise_missing(owner: BeitPreTrainedModel, module: nn.Module) -> None:
+    """Initialise a module's own parameters, except those that Transformers marks as loaded."""
     loaded = [
         (parameter, parameter.clone())
         for parameter in module.parameters(recurse=False)

@@ -1,4 +1,4 @@
-"""A relative position bias on its way through somebody else's layers, as its table."""
+"""A relative position bias as its table, for layers of other libraries that pass biases on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from ...position_bias import Window, gather_bias
 
 _MASKED = -1e4
-"""What is added to the score of a key that is not to be seen: this much or less leaves it no weight in any dtype."""
+"""Added to the score of a masked key; this value or less leaves no weight in any dtype."""
 
 
 class TableBias:
-    """What takes the place of a dense bias `[1, H, N, N]` where layers only add biases up and hand them on.
+    """A stand-in for a dense bias `[1, H, N, N]` in layers that only add biases and pass them on.
 
-    The gather is linear, so the sum of two biases of one window is that of the sum of their tables; a padding mask
-    that is added is kept as a key mask.
+    The gather is linear, so the sum of two biases of one window is the bias of the sum of their tables. A padding mask
+    that is added becomes the key mask.
 
     Attributes:
         table: `[(2 * height - 1) * (2 * width - 1) + 3, H]`.
         window: `(height, width)` in patches.
-        key_mask: bool `[B, N]` or `[1, N]`, True where a key may be attended to, or None.
+        key_mask: bool `[B, N]` or `[1, N]`, True = attend, or None.
     """
 
     def __init__(self, table: Tensor, window: Window, key_mask: Tensor | None = None) -> None:
@@ -37,19 +37,19 @@ class TableBias:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The sum with a mask once more: torch.compile, and a mask on the left, ask here for it."""
+        """Handle the sum under torch.compile, and with the mask on the left."""
         if func.__name__ not in ("add", "__add__", "__radd__"):
             return NotImplemented
         first, second = args
         return first.__add__(second) if isinstance(first, TableBias) else second.__add__(first)
 
     def to(self, *args: Any, **kwargs: Any) -> TableBias:
-        """As `Tensor.to`: libraries that place layers on several devices move what is handed between them."""
+        """Move or cast as `Tensor.to`, for libraries that place layers on several devices."""
         key_mask = None if self.key_mask is None else self.key_mask.to(*args, **kwargs)
         return TableBias(self.table.to(*args, **kwargs), self.window, key_mask)
 
     def dense(self) -> Tensor:
-        """`[1, H, N, N]`, or with a key mask `[B, H, N, N]`: what this stands for, for attention that needs it."""
+        """Return the dense bias `[1, H, N, N]`, with a key mask `[B, H, N, N]`."""
         bias = gather_bias(self.table, self.window).unsqueeze(0)
         if self.key_mask is None:
             return bias
@@ -57,30 +57,30 @@ class TableBias:
 
 
 def key_mask_of(mask: Tensor) -> Tensor:
-    """The keys that a mask `[B, 1, N, N]` lets every query attend to, bool `[B, N]`.
+    """Convert an attention mask `[B, 1, N, N]` to a key mask, bool `[B, N]`.
 
-    A bool mask is True where a key may be attended to; a floating-point one is added to scores and is 0 there, -1e4 or
-    less elsewhere.
+    A bool mask is True for keys to attend to. A floating-point mask is added to scores: 0 for keys to attend to, -1e4
+    or less for others.
 
     Raises:
-        ValueError: the mask is of another shape or type, differs between queries, or holds other numbers.
+        ValueError: If the shape or dtype is not supported, or the mask differs between queries or has other values.
     """
     if mask.ndim != 4 or mask.shape[1] != 1 or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
-            "attention with a relative position bias in its kernel takes a mask [batch, 1, queries, keys], bool or "
-            f"floating-point, not {mask.dtype} {list(mask.shape)}; a dense bias comes from layers that were not "
-            "accelerated: accelerate the whole model"
+            f"an attention mask of {mask.dtype} {list(mask.shape)} is not supported (expected [batch, 1, queries, "
+            "keys], bool or floating-point). Layers that are not accelerated pass a dense bias: accelerate the whole "
+            "model"
         )
     keep = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool:
-        _require((keep | (mask <= _MASKED)).all(), f"is neither 0 nor {_MASKED:g} or less somewhere")
+        _require((keep | (mask <= _MASKED)).all(), f"has values other than 0 and {_MASKED:g} or less")
     if keep.shape[2] > 1 and keep.stride(2) != 0:
         _require((keep == keep[:, :, :1]).all(), "differs between queries")
     return keep[:, 0, 0]
 
 
 def _require(condition: Tensor, otherwise: str) -> None:
-    message = f"the attention mask {otherwise}, and the kernel takes a mask of keys alone"
+    message = f"the attention mask {otherwise}; the kernel supports key masks only"
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not condition:
