@@ -1,4 +1,4 @@
-"""Image processors: pixels in, normalised tensors out, and segmentation maps back."""
+"""Image processors: preprocessing of images and label maps, postprocessing of segmentation."""
 
 from .processor import BatchFeature, BeitFeatureExtractor, BeitImageProcessor
 from .processor_fast import BeitImageProcessorFast

@@ -1,18 +1,23 @@
-"""What each option of the image processors accepts, in the spellings of Transformers 4 and 5, and its one form here."""
+"""Options of the image processors: defaults, rules and older names."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..configuration.fields import Rule, is_integer, to_integer
-from ..utils.messages import FieldError, raise_errors
+from ..utils.messages import FieldError, join_choices, raise_errors
 
-RESAMPLING_NAMES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""Filters by Pillow's number for each."""
+Resampling = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+RESAMPLING_NAMES: tuple[Resampling, ...] = get_args(Resampling)
+"""Names of filters; the index is Pillow's number."""
 
-CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
+DataFormat = Literal["channels_first", "channels_last"]
+CHANNELS_FIRST, CHANNELS_LAST = DATA_FORMATS = get_args(DataFormat)
+
+TensorType = Literal["pt", "np"]
+TENSOR_TYPES: tuple[TensorType, ...] = get_args(TensorType)
 
 _SIZE_KEYS = (
     {"height", "width"},
@@ -23,7 +28,7 @@ _SIZE_KEYS = (
 
 
 def _enum_value(value: Any) -> Any:
-    """A member of Transformers' or torchvision's string enumerations as its string."""
+    """Convert a member of a string enumeration of Transformers or torchvision to its string."""
     inner = getattr(value, "value", value)
     return inner if isinstance(inner, str) else value
 
@@ -37,7 +42,7 @@ def _to_resample(value: Any) -> Any:
 
 
 def _to_size(value: Any) -> Any:
-    """An int or a (height, width) pair as a dict; Transformers 5's `SizeDict` without its unset keys."""
+    """Convert an int, a (height, width) pair or a `SizeDict` of Transformers 5 to a dict."""
     if isinstance(value, (list, tuple)):
         return dict(zip(("height", "width"), map(to_integer, value), strict=True)) if len(value) == 2 else value
     if isinstance(value, Mapping) or hasattr(value, "keys"):
@@ -82,9 +87,9 @@ def _is_flag(value: Any) -> bool:
 _FLAG = Rule("True or False", _is_flag)
 _OPTIONAL_FLAG = Rule("True, False or None", lambda value: value is None or _is_flag(value))
 _DATA_FORMAT = Rule(
-    f"None, {CHANNELS_FIRST!r} or {CHANNELS_LAST!r}",
+    join_choices((*DATA_FORMATS, None)),
     lambda value: value is None or isinstance(value, str),
-    lambda value: value in (None, CHANNELS_FIRST, CHANNELS_LAST),
+    lambda value: value in (None, *DATA_FORMATS),
     _enum_value,
 )
 
@@ -92,14 +97,14 @@ RULES: dict[str, Rule] = {
     "do_resize": _FLAG,
     "size": Rule(
         "a positive int, a (height, width) pair, or a dict of positive ints with the keys height and width; "
-        "shortest_edge, with or without a longest_edge that is no shorter; or max_height and max_width",
+        "shortest_edge, optionally with a longest_edge at least as long; or max_height and max_width",
         lambda value: isinstance(value, (dict, list, tuple)) or is_integer(value),
         _is_size,
         _to_size,
     ),
     "default_to_square": _FLAG,
     "resample": Rule(
-        f"a filter of Pillow, its number from 0 to 5 or its name ({', '.join(RESAMPLING_NAMES)})",
+        f"a filter of Pillow: a number from 0 to 5 or {join_choices(RESAMPLING_NAMES)}",
         lambda value: is_integer(value) or isinstance(value, str),
         lambda value: is_integer(value) and 0 <= value < len(RESAMPLING_NAMES),
         _to_resample,
@@ -121,16 +126,16 @@ RULES: dict[str, Rule] = {
     "do_reduce_labels": _FLAG,
     "do_convert_rgb": _OPTIONAL_FLAG,
     "return_tensors": Rule(
-        "None, 'pt' or 'np'",
+        join_choices((*TENSOR_TYPES, None)),
         lambda value: value is None or isinstance(value, str),
-        lambda value: value in (None, "pt", "np"),
+        lambda value: value in (None, *TENSOR_TYPES),
         _enum_value,
     ),
     "data_format": _DATA_FORMAT,
     "input_data_format": _DATA_FORMAT,
     "disable_grouping": _OPTIONAL_FLAG,
 }
-"""Every option and what it accepts; `device` is torch's to judge."""
+"""Rules of all options except `device`, which torch checks."""
 
 DEFAULTS: dict[str, Any] = {
     "do_resize": True,
@@ -152,11 +157,15 @@ DEFAULTS: dict[str, Any] = {
     "disable_grouping": None,
     "device": None,
 }
-"""Every option and its default, which is that of Transformers 5."""
+"""Defaults of all options, as in Transformers 5."""
 
 
 def checked(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` in their one form (`size` as a dict, filters as numbers); one error lists all that is refused."""
+    """Convert options to their stored forms (`size` to a dict, filters to numbers).
+
+    Raises:
+        TypeError, ValueError: If options are not valid; the error lists all of them.
+    """
     forms = {name: RULES[name].coerce(value) if name in RULES else value for name, value in values.items()}
     if is_integer(values.get("size")) and values.get("default_to_square") is False:
         forms["size"] = {"shortest_edge": values["size"]}
@@ -166,7 +175,7 @@ def checked(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_current_names(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `reduce_labels`, the name of Transformers before 4.29, as `do_reduce_labels`."""
+    """Rename `reduce_labels`, the name in Transformers before 4.29, to `do_reduce_labels`."""
     renamed = {name: value for name, value in values.items() if name != "reduce_labels"}
     old = values.get("reduce_labels")
     if old is None:
@@ -179,9 +188,9 @@ def with_current_names(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_contradiction(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a file, where labels are reduced if either name says so.
+    """Merge `reduce_labels` and `do_reduce_labels` of a file: labels are reduced if either is true.
 
-    Transformers 5 ignores `reduce_labels` in a file of the 4.x series, adds `do_reduce_labels: false` and writes both.
+    Transformers 5 ignores `reduce_labels` in files of Transformers 4, adds `do_reduce_labels: false` and writes both.
     """
     names = ("reduce_labels", "do_reduce_labels")
     if not all(isinstance(values.get(name), bool) for name in names):

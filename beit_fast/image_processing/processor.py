@@ -1,4 +1,4 @@
-"""Images to pixel values and label maps to labels by Pillow and numpy, with the options and files of Transformers."""
+"""Image processor based on Pillow and NumPy, with the options and files of Transformers."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Options: TypeAlias = dict[str, Any]
 
 
 class BatchFeature(dict[str, Any]):
-    """A dict whose values are attributes too: `features.pixel_values`, `features["labels"]`, `model(**features)`."""
+    """Dict with attribute access: `features.pixel_values`, `features["labels"]`, `model(**features)`."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
-        raise AttributeError(f"{type(self).__name__} holds {list(self)}, not {name!r}")
+        raise AttributeError(f"{type(self).__name__} has {list(self)}, not {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move every tensor as `Tensor.to` does, in place; a dtype applies to floating-point ones alone."""
+        """Apply `Tensor.to` to every tensor in place. A dtype applies to floating-point tensors only."""
         for name, value in self.items():
             self[name] = [_moved(item, args, kwargs) for item in value] if type(value) is list else value
             if isinstance(value, Tensor):
@@ -58,34 +58,38 @@ def _moved(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class BeitImageProcessor:
-    """Images and label maps to what the models take, one by one, resized by Pillow.
+    """Preprocess images and label maps one by one with Pillow.
 
     Args:
-        do_resize, size, resample: resize to `size` (an int, a (height, width) pair, or a dict of height and width, of
-            shortest_edge and perhaps longest_edge, or of max_height and max_width) by a filter of Pillow.
-        default_to_square: whether an int `size` is both edges, not the shortest one.
-        do_center_crop, crop_size: cut out the middle; where the image is smaller, black is added around it.
-        do_rescale, rescale_factor: multiply by the factor.
-        do_normalize, image_mean, image_std: subtract and divide, by one number or by one for each channel.
-        do_reduce_labels: class ids less 1 in label maps: 0 becomes 255, 255 stays. Its old name is `reduce_labels`.
-        do_convert_rgb: None turns Pillow images and files into RGB, True arrays of 1 or 4 channels too, False nothing.
-        return_tensors: `"pt"` or `"np"` for one tensor or array, None for a list of them.
-        data_format, input_data_format: `"channels_first"` or `"channels_last"`, of the pixel values (first if None)
-            and of arrays handed over (found from their shape if None).
-        device: where tensors go; needs `return_tensors="pt"` here.
-        disable_grouping: for `BeitImageProcessorFast`; here images are always processed one by one.
+        do_resize, size, resample: Resize to `size` with a filter of Pillow. `size` is an int, a (height, width)
+            pair, or a dict of height and width, of shortest_edge and optionally longest_edge, or of max_height and
+            max_width.
+        default_to_square: Whether an int `size` is both edges rather than the shortest one.
+        do_center_crop, crop_size: Crop the center. Smaller images are padded with zeros.
+        do_rescale, rescale_factor: Multiply by the factor.
+        do_normalize, image_mean, image_std: Normalize by one number, or one for each channel.
+        do_reduce_labels: Subtract 1 from class ids. 0 becomes 255, and 255 does not change. The old name is
+            `reduce_labels`.
+        do_convert_rgb: What to convert to RGB. None: Pillow images and files. True: also arrays of 1 or 4 channels.
+            False: nothing.
+        return_tensors: `"pt"` or `"np"` for one tensor or array, None for a list.
+        data_format: `"channels_first"` (None) or `"channels_last"`, for pixel values.
+        input_data_format: The same for arrays that are passed; None infers it from the shape.
+        device: The device of tensors. This class requires `return_tensors="pt"` with it.
+        disable_grouping: An option of `BeitImageProcessorFast` without effect here.
 
-    Other fields, as files may have, are kept in `other_fields` and written back. Each option is an attribute and may
-    be set. Conversion to RGB lays what is transparent over white and scales 16 bits to 8; Pillow images and files are
-    first turned as their EXIF orientation says. Floating-point arrays may hold 0 to 1 or whole numbers to 255, and
-    are rounded to 8 bits where they are resized.
+    Each option is an attribute that can be set. Other fields of a file are in `other_fields` and are saved again.
 
-    Label maps are resized by nearest neighbour, cropped like the images, with 255 (which the loss ignores) where
-    they do not reach; the caller's array stays as it is. Transformers 5 resizes them by `resample`, which invents
-    class ids, fills with 0 and overwrites the caller's array.
+    The EXIF orientation of Pillow images and files is applied first. Conversion to RGB blends transparent pixels
+    over white and scales 16 bits to 8. Floating-point arrays have values from 0 to 1, or integers up to 255. They
+    are rounded to 8 bits if they are resized.
+
+    Label maps are resized by nearest neighbor and cropped like the images. They are padded with 255, which the loss
+    ignores. The array passed is not modified. Transformers 5 resizes label maps with `resample`, which creates new
+    class ids, pads them with 0, and modifies the array.
 
     Raises:
-        TypeError, ValueError: options are not accepted, all of them listed.
+        TypeError, ValueError: If options are not valid; the error lists all of them.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
@@ -104,27 +108,29 @@ class BeitImageProcessor:
         return self.preprocess(images, segmentation_maps, **overrides)
 
     def preprocess(self, images: Any, segmentation_maps: Any = None, **overrides: Any) -> BatchFeature:
-        """Pixel values, and labels if there are label maps.
+        """Compute pixel values, and labels if label maps are passed.
 
         Args:
             images: Pillow images, paths, arrays or tensors `[H, W]`, `[H, W, C]` or `[C, H, W]`, batches or lists.
-            segmentation_maps: one map of class ids `[H, W]` for each image, in any of the same forms.
-            overrides: any option of the constructor, for this call; None leaves it as it is.
+            segmentation_maps: One map of class ids `[H, W]` for each image, in any of these forms.
+            overrides: Options of the constructor for this call. None does not override.
 
         Returns:
-            `pixel_values` `[B, C, H, W]`, float32 if rescaled or normalised, and `labels` int64 `[B, H, W]`.
+            `pixel_values` `[B, C, H, W]`, float32 if rescaled or normalized, and `labels` int64 `[B, H, W]`.
 
         Raises:
-            FileNotFoundError, OSError: a file is not there or cannot be decoded.
-            TypeError, ValueError: images or options are not accepted, or results of several sizes are to be stacked.
+            FileNotFoundError: If a file does not exist.
+            OSError: If a file cannot be decoded.
+            TypeError: If images or options have a wrong type.
+            ValueError: If images or options are not valid, or results of several sizes would be stacked.
         """
         options = self._options(overrides)
         were_rescaled: list[bool] = []
-        pixel_values = self._pixel_values(_watched(images, options, were_rescaled), options)
+        pixel_values = self._pixel_values(_read_and_record(images, options, were_rescaled), options)
         if len(pixel_values) == 0:
-            raise ValueError(f"{type(self).__name__} was given no image")
+            raise ValueError(f"{type(self).__name__} got no images")
         if any(were_rescaled):
-            message = "images of floating-point values from 0 to 1 are rescaled once more; pass do_rescale=False"
+            message = "images with floating-point values from 0 to 1 are rescaled again; pass do_rescale=False"
             warnings.warn(message, UserWarning, stacklevel=2)
         count = len(pixel_values)
         if options["data_format"] == CHANNELS_LAST:
@@ -139,14 +145,14 @@ class BeitImageProcessor:
         overrides = with_current_names(owner, overrides)
         unknown = [name for name in overrides if name not in DEFAULTS]
         if unknown:
-            raise TypeError(f"{owner} has no option {', '.join(unknown)}; accepted: {', '.join(DEFAULTS)}")
+            raise TypeError(f"{owner} has no option {', '.join(unknown)} (expected {', '.join(DEFAULTS)})")
         given = {name: value for name, value in overrides.items() if value is not None}
         return checked(owner, {name: getattr(self, name) for name in DEFAULTS} | given)
 
     def _pixel_values(self, images: Iterable[Array], options: Options) -> Sequence[Any] | Tensor:
-        """Arrays or tensors `[C, H, W]` of any size and dtype to finished ones, or one batch of them."""
+        """Process arrays or tensors `[C, H, W]` of any size and dtype to a list or one batch."""
         if options["device"] is not None and options["return_tensors"] != "pt":
-            raise ValueError(f"device={options['device']} needs return_tensors='pt': arrays are on no device")
+            raise ValueError(f"device={options['device']} requires return_tensors='pt'")
         return [self._process(as_array(image), options) for image in images]
 
     def _process(self, pixels: np.ndarray, options: Options) -> np.ndarray:
@@ -176,7 +182,7 @@ class BeitImageProcessor:
     @staticmethod
     def _check_count(label_maps: Sequence[Tensor], images: int) -> None:
         if len(label_maps) != images:
-            raise ValueError(f"{images} images need as many segmentation maps; {len(label_maps)} were given")
+            raise ValueError(f"expected {images} segmentation maps for {images} images, got {len(label_maps)}")
 
     def _process_labels(self, label_maps: Sequence[Tensor], options: Options) -> list[Tensor]:
         processed = []
@@ -193,23 +199,23 @@ class BeitImageProcessor:
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
     ) -> list[Any]:
-        """Class ids int64 `[h, w]` of each image.
+        """Compute class ids int64 `[h, w]` of each image.
 
         Args:
-            outputs: of `BeitForSemanticSegmentation`, with logits `[B, num_labels, h, w]`; a mapping will do.
-            target_sizes: (height, width) of each result, pairs or a tensor `[B, 2]`, to which logits are resized
-                bilinearly; None for the logits' own size.
-            return_segmentation_scores: give for each image a `BatchFeature` of `segmentation` and the resized logits,
-                `segmentation_scores` `[num_labels, h, w]`.
+            outputs: Outputs of `BeitForSemanticSegmentation`, or a mapping, with logits `[B, num_labels, h, w]`.
+            target_sizes: (height, width) of each result, as pairs or a tensor `[B, 2]`. Logits are resized
+                bilinearly; None does not resize them.
+            return_segmentation_scores: Return a `BatchFeature` for each image, with `segmentation` and the resized
+                logits `segmentation_scores` `[num_labels, h, w]`.
 
         Raises:
-            ValueError: there are not as many sizes as images.
+            ValueError: If the number of sizes is not the number of images.
         """
         scores = list(outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits)
         if target_sizes is not None:
             sizes = [(int(height), int(width)) for height, width in target_sizes]
             if len(sizes) != len(scores):
-                raise ValueError(f"{len(scores)} images need as many target_sizes; {len(sizes)} were given")
+                raise ValueError(f"expected {len(scores)} target_sizes for {len(scores)} images, got {len(sizes)}")
             scores = [
                 F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
                 for logits, size in zip(scores, sizes, strict=True)
@@ -220,7 +226,7 @@ class BeitImageProcessor:
         return [BatchFeature(segmentation=m, segmentation_scores=s) for m, s in zip(maps, scores, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option that is not None and the other fields, in JSON's types; a deep copy."""
+        """Copy every option that is not None, and the other fields, with JSON's types."""
         values = {name: getattr(self, name) for name in DEFAULTS}
         values = {name: value for name, value in values.items() if value is not None}
         if values["default_to_square"]:
@@ -237,11 +243,11 @@ class BeitImageProcessor:
         return json_text(self.to_dict(), owner=type(self).__name__)
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json_string` to `path`, which holds either its old text or all of the new one."""
+        """Write `to_json_string()` to `path` atomically."""
         atomic_write_text(Path(path), self.to_json_string())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> list[str]:
-        """Write `preprocessor_config.json` into `folder`, which is made if need be; its path is returned."""
+        """Write `preprocessor_config.json` to `folder`, which is created if needed; return its path."""
         text = self.to_json_string()
         file = Path(folder) / PREPROCESSOR_NAME
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -250,25 +256,25 @@ class BeitImageProcessor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], /, **overrides: Any) -> Self:
-        """A processor from what `to_dict`, here or in Transformers 4 or 5, gave, with `overrides` on top.
+        """Create a processor from `to_dict()` of this package or of Transformers 4 or 5, with `overrides`.
 
         Raises:
-            ValueError: the fields are those of another model's processor, which may mean other steps.
+            ValueError: If another class wrote the fields, whose steps may differ.
         """
         if not isinstance(values, Mapping):
-            raise TypeError(f"{cls.__name__}.from_dict takes a dict of options, not a {type(values).__name__}")
+            raise TypeError(f"{cls.__name__}.from_dict expects a dict of options, not a {type(values).__name__}")
         written_by = next((values[name] for name in _WRITER_FIELDS if values.get(name)), "Beit")
         if not str(written_by).startswith(_SAME_OPTIONS):
             raise ValueError(
-                f"these are the options of a {written_by}, whose steps may differ; {cls.__name__} reads those of "
-                "BeitImageProcessor, BeitFeatureExtractor, ViTImageProcessor and ViTFeatureExtractor"
+                f"options of {written_by} are not supported, its steps may differ (expected options of "
+                "BeitImageProcessor, BeitFeatureExtractor, ViTImageProcessor or ViTFeatureExtractor)"
             )
         overrides = with_current_names(cls.__name__, overrides)
         return cls(**(with_current_names(cls.__name__, without_contradiction(values)) | overrides))
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
-        """A processor from a JSON file of Transformers 4 or 5 or of this package."""
+        """Read a processor from a JSON file of Transformers 4 or 5 or of this package."""
         return cls.from_dict(read_json_object(Path(path)), **overrides)
 
     @classmethod
@@ -283,10 +289,10 @@ class BeitImageProcessor:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """A processor from a folder with a `preprocessor_config.json`, a JSON file, or a hub repository ("org/name").
+        """Read a processor from a folder, a JSON file or a hub repository such as "org/name".
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: If there is no `preprocessor_config.json`.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         file = find_options(name_or_path, PREPROCESSOR_NAME, "image processor", hub)
@@ -300,7 +306,7 @@ class BeitFeatureExtractor(BeitImageProcessor):
     """Transformers' name for `BeitImageProcessor` before 4.26."""
 
     def __init__(self, **options: Any) -> None:
-        message = "BeitFeatureExtractor is the old name of BeitImageProcessor; use that one"
+        message = "BeitFeatureExtractor is the old name of BeitImageProcessor; use BeitImageProcessor"
         warnings.warn(message, FutureWarning, stacklevel=2)
         super().__init__(**options)
 
@@ -309,15 +315,15 @@ class BeitFeatureExtractor(BeitImageProcessor):
 
 
 def reduce_labels(labels: Tensor) -> Tensor:
-    """Class ids less 1 in a new tensor; 0, the background, and 255 become 255, which the loss ignores."""
+    """Subtract 1 from class ids; 0 (background) and 255 become 255, which the loss ignores."""
     return torch.where((labels == 0) | (labels == IGNORED_LABEL), IGNORED_LABEL, labels - 1)
 
 
 def affine(options: Options, channels: int, was_unit_range: bool) -> tuple[list[float], list[float]] | None:
-    """Factor and summand of each channel for rescaling and normalising at once; None if pixels stay as they are.
+    """Scale and shift of each channel that rescale and normalize in one step; None if neither is done.
 
     Raises:
-        ValueError: there are not as many means or standard deviations as channels.
+        ValueError: If the number of means or standard deviations is not the number of channels.
     """
     if not (options["do_rescale"] or options["do_normalize"] or was_unit_range):
         return None
@@ -333,13 +339,13 @@ def _for_channels(name: str, numbers: Any, channels: int) -> list[float]:
     if not isinstance(numbers, list):
         return [float(numbers)] * channels
     if len(numbers) != channels:
-        hint = "; do_convert_rgb=True makes RGB of it" if channels in (1, 4) and len(numbers) == 3 else ""
-        raise ValueError(f"{name} has {len(numbers)} numbers, and an image has {channels} channels{hint}")
+        hint = "; pass do_convert_rgb=True to convert it to RGB" if channels in (1, 4) and len(numbers) == 3 else ""
+        raise ValueError(f"{name} has {len(numbers)} numbers but an image has {channels} channels{hint}")
     return numbers
 
 
-def _watched(images: Any, options: Options, were_rescaled: list[bool]) -> Iterator[Array]:
-    """Read images one at a time, noting of each whether it is to be rescaled for a second time."""
+def _read_and_record(images: Any, options: Options, were_rescaled: list[bool]) -> Iterator[Array]:
+    """Read images one at a time, and append to `were_rescaled` whether each is rescaled a second time."""
     for image in read_images(images, options["do_convert_rgb"], options["input_data_format"]):
         were_rescaled.append(options["do_rescale"] and is_unit_range(image))
         yield image
@@ -350,21 +356,21 @@ def size_pair(size: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _channels_last(image: Any) -> Any:
-    """`[C, H, W]` to a contiguous `[H, W, C]`."""
+    """Convert `[C, H, W]` to a contiguous `[H, W, C]`."""
     if isinstance(image, Tensor):
         return image.permute(1, 2, 0).contiguous()
     return np.ascontiguousarray(np.moveaxis(image, 0, -1))
 
 
 def _collect(items: Sequence[Any] | Tensor, name: str, options: Options) -> Any:
-    """A list of arrays or tensors, or a batch, as `return_tensors` says."""
+    """Return a list, or stack a batch, by `return_tensors`."""
     kind = options["return_tensors"]
     if kind is None:
         return list(items)
     if not isinstance(items, Tensor) and len({tuple(item.shape) for item in items}) > 1:
         shapes = ", ".join(sorted({str(list(item.shape)) for item in items}))
         raise ValueError(
-            f"{name} of the shapes {shapes} cannot be one batch; resize to one height and width, crop, or pass "
+            f"{name} of the shapes {shapes} cannot be stacked: resize or crop to one size, or pass "
             "return_tensors=None for a list"
         )
     if not isinstance(items, Tensor) and isinstance(items[0], np.ndarray):

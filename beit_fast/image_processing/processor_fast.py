@@ -1,4 +1,4 @@
-"""Images to pixel values by tensor operations, on the device where they are."""
+"""Image processor based on tensor operations, on any device."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .resampling import center_crop, resize_tensor, resized_size
 
 
 class BeitImageProcessorFast(BeitImageProcessor):
-    """`BeitImageProcessor` by tensor operations: on a CPU several times faster, and on any device.
+    """`BeitImageProcessor` with tensor operations, several times faster on a CPU.
 
-    Options, inputs and results are the same; pixels differ by 2 levels of 255 at most. Results are tensors on the
-    device of each image, or on `device` (Pillow images, files and arrays are on the CPU). Images are resized as 8-bit
-    pixels: no gradient reaches the input. Off the CPU, images of one size are processed together, unless
-    `disable_grouping`; it is the default to do so (None), and False does it on the CPU too.
+    Options, inputs and results are those of `BeitImageProcessor`. Pixels differ by at most 2 of 255 levels. Results
+    are tensors on the device of each image, or on `device`; Pillow images, files and arrays are on the CPU. Images
+    are resized as 8-bit pixels, so the input gets no gradient. `disable_grouping` controls whether images of one
+    size are processed in a batch. None: except on the CPU. False: always. True: never.
     """
 
     def _pixel_values(self, images: Iterable[Array], options: Options) -> Sequence[Any] | Tensor:
@@ -43,7 +43,7 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _resize(images: Iterable[Tensor], options: Options) -> list[tuple[Tensor, bool]]:
-    """`[C, H, W]` each to its size as uint8, with whether it held values from 0 to 1; alike ones where it pays."""
+    """Resize every `[C, H, W]` as uint8 and return it with whether it had values from 0 to 1."""
     resized: list[tuple[Tensor, bool]] = []
     waiting: dict[tuple[Any, ...], list[int]] = {}
     disable_grouping = options["disable_grouping"]
@@ -68,7 +68,7 @@ def _resize_batch(batch: Tensor, options: Options) -> Tensor:
 
 
 def _finish(images: Sequence[Tensor], options: Options, was_unit_range: bool) -> Tensor:
-    """Rescale and normalise `[C, H, W]` of one size by a multiplication and an addition, as `[B, C, H, W]`."""
+    """Rescale and normalize images of one size by one multiplication and one addition, to `[B, C, H, W]`."""
     first = images[0]
     scale_and_shift = affine(options, len(first), was_unit_range)
     if scale_and_shift is None:
@@ -77,7 +77,7 @@ def _finish(images: Sequence[Tensor], options: Options, was_unit_range: bool) ->
         torch.tensor(numbers, dtype=torch.float32, device=first.device)[:, None, None] for numbers in scale_and_shift
     )
     values = torch.empty((len(images), *first.shape), dtype=torch.float32, device=first.device)
-    is_on_cpu = first.device.type == "cpu"  # where one image at a time stays in the cache
+    is_on_cpu = first.device.type == "cpu"  # one image at a time fits in the cache
     for part, source in zip(values, images, strict=True) if is_on_cpu else [(values, torch.stack(list(images)))]:
         part.copy_(source).mul_(scale).add_(shift)
     return values

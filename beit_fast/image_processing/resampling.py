@@ -1,4 +1,4 @@
-"""Sizes, filters and crops: the geometry of both image processors, in Pillow's arithmetic."""
+"""Resizing and cropping as in Pillow, for arrays and tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INTERPOLATE_MODES = {RESAMPLING_NAMES.index(mode): mode for mode in ("bilinear"
 
 
 def resized_size(height: int, width: int, size: Mapping[str, int]) -> Size:
-    """(height, width) after resizing an image to `size`, by Transformers' rules for each set of keys."""
+    """(height, width) of an image after resizing, by the rules of Transformers for the keys of `size`."""
     if "height" in size:
         return size["height"], size["width"]
     if "max_height" in size:
@@ -30,7 +30,7 @@ def resized_size(height: int, width: int, size: Mapping[str, int]) -> Size:
     short, long = sorted((height, width))
     target, target_long = size["shortest_edge"], float(size["shortest_edge"])
     if long / short * target > size.get("longest_edge", math.inf):
-        target_long = size["longest_edge"] * short / long  # what the short edge must be for the long one to fit
+        target_long = size["longest_edge"] * short / long  # the short edge for which the long one fits
         target = max(1, round(target_long))
     if short == target:
         return height, width
@@ -39,22 +39,22 @@ def resized_size(height: int, width: int, size: Mapping[str, int]) -> Size:
 
 
 def nearest_positions(source: int, target: int, device: torch.device | None = None) -> Tensor:
-    """int64 `[target]`: for each place of a resized axis, the one of the source under its centre."""
+    """Source index int64 `[target]` at the center of each pixel of a resized axis."""
     steps = np.full(target, source / target)
     steps[0] /= 2
-    centres = np.add.accumulate(steps)  # Pillow's sum, whose rounding decides centres that fall between two pixels
+    centres = np.add.accumulate(steps)  # Pillow sums, and rounding decides between two pixels
     return torch.from_numpy(np.minimum(centres.astype(np.int64), source - 1)).to(device)
 
 
 def resize_nearest(images: Tensor, size: Size) -> Tensor:
-    """`[..., H, W]` of any dtype to `[..., *size]`; only values that were there come out."""
+    """Resize `[..., H, W]` of any dtype to `[..., *size]` by nearest neighbor."""
     rows = nearest_positions(images.shape[-2], size[0], images.device)
     columns = nearest_positions(images.shape[-1], size[1], images.device)
     return images[..., rows[:, None], columns]
 
 
 def resize_array(pixels: np.ndarray, size: Size, resample: int) -> np.ndarray:
-    """uint8 `[H, W, C]` to `[*size, C]` by Pillow; channels other than RGB are resized one by one."""
+    """Resize uint8 `[H, W, C]` to `[*size, C]` with Pillow; channels other than RGB one by one."""
     from PIL import Image
 
     filter_ = Image.Resampling(resample)
@@ -68,7 +68,7 @@ def resize_array(pixels: np.ndarray, size: Size, resample: int) -> np.ndarray:
 
 
 def resize_tensor(images: Tensor, size: Size, resample: int) -> Tensor:
-    """uint8 `[B, C, H, W]` to `[B, C, *size]` on its device, at most 2 levels from Pillow, mostly none."""
+    """Resize uint8 `[B, C, H, W]` to `[B, C, *size]`, within 2 levels of Pillow."""
     if tuple(images.shape[-2:]) == size:
         return images
     if resample == NEAREST:
@@ -85,9 +85,10 @@ def _interpolate(images: Tensor, size: Size, resample: int) -> Tensor:
 
 
 def is_resized_vertically_first(height: int, width: int, size: Size) -> bool:
-    """Whether Pillow resizes columns before rows, which shows where filters overshoot black or white.
+    """Whether Pillow resizes the height before the width.
 
-    Since Pillow 13 (python-pillow/Pillow#9549) it does if that leaves clearly less to do; before, never.
+    The order changes pixels if a filter overshoots black or white. Pillow 13 and later (python-pillow/Pillow#9549)
+    resize the height first if that is much less work; earlier versions never do.
     """
     from PIL import __version__
 
@@ -95,7 +96,7 @@ def is_resized_vertically_first(height: int, width: int, size: Size) -> bool:
 
 
 def resize_by_matrices(images: Tensor, size: Size, resample: int) -> Tensor:
-    """`resize_tensor` as two matrix products, in the order of Pillow and rounded between them as there."""
+    """`resize_tensor` by two matrix products, with the order and the intermediate rounding of Pillow."""
     height, width = images.shape[-2:]
     rows = resampling_matrix(height, size[0], resample, images.device)  # [h, H]
     columns = resampling_matrix(width, size[1], resample, images.device)  # [w, W]
@@ -111,7 +112,7 @@ def resize_by_matrices(images: Tensor, size: Size, resample: int) -> Tensor:
 
 
 def resampling_matrix(source: int, target: int, resample: int, device: torch.device | None = None) -> Tensor:
-    """float32 `[target, source]`: Pillow's weights of each source pixel, widened by the factor of reduction."""
+    """Pillow's filter weights float32 `[target, source]`; the support grows with the scale."""
     kernel, support = _FILTERS[resample]
     scale = source / target
     stretch = max(scale, 1.0)
@@ -156,9 +157,9 @@ _FILTERS: dict[int, tuple[Callable[[Tensor], Tensor], float]] = {
 
 
 def center_crop(images: Pixels, size: Size, fill: int = 0) -> Pixels:
-    """The middle of `[..., H, W]` as `[..., *size]`; what the image does not reach holds `fill`.
+    """Crop the center of `[..., H, W]` to `[..., *size]`, padded with `fill`.
 
-    Where the margin is odd, the extra row or column is cut at the end, and added at the start.
+    If the margin is odd, the additional row or column is cut at the end or padded at the start.
     """
     top, left = ((image - crop) // 2 for image, crop in zip(images.shape[-2:], size, strict=True))
     inside = images[..., max(top, 0) : max(top, 0) + size[0], max(left, 0) : max(left, 0) + size[1]]

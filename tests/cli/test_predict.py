@@ -206,8 +206,8 @@ def test_images_that_cannot_be_read_are_recorded(model, tmp_path, capsys):
     assert {failure["image"]: failure["reason"] for failure in json.loads(text)["failures"]} == errors
     assert json.loads(text)["complete"] == {"images": 8, "failures": 3}
     assert errors["gone.png"] == "cannot be read: there is no such file"
-    assert "no image format" in errors["empty.png"]
-    assert "damaged or cut short" in errors["cut.png"]
+    assert "does not recognize its format" in errors["empty.png"]
+    assert "damaged or truncated" in errors["cut.png"]
     assert str(tmp_path) not in out.read_text()
     for name, reason in errors.items():
         assert f"failed: {name}: {reason}" in err

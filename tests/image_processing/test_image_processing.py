@@ -74,13 +74,13 @@ def test_one_error_lists_every_refused_option():
         )
     for name in ("size=", "crop_size=", "resample='cubic'", "image_std=", "return_tensors='tf'", "do_resize=1"):
         assert name in str(caught.value)
-    with pytest.raises(ValueError, match="longest_edge that is no shorter"):
+    with pytest.raises(ValueError, match="a longest_edge at least as long"):
         BeitImageProcessor(size={"shortest_edge": 9, "longest_edge": 5})
     with pytest.raises(ValueError, match="contradict each other"):
         BeitImageProcessor(reduce_labels=True, do_reduce_labels=False)
-    with pytest.raises(TypeError, match="no option do_center_crp; accepted: do_resize"):
+    with pytest.raises(TypeError, match=r"no option do_center_crp \(expected do_resize"):
         BeitImageProcessor()(noise(9, 9, 3), do_center_crp=True)
-    with pytest.raises(ValueError, match="needs return_tensors='pt'"):
+    with pytest.raises(ValueError, match="requires return_tensors='pt'"):
         BeitImageProcessor()(noise(9, 9, 3), input_data_format="channels_last", device="cpu")
 
 
@@ -114,7 +114,7 @@ def test_what_is_returned(class_):
     listed = class_(size={"shortest_edge": 8})(images).pixel_values
     assert [tuple(image.shape) for image in listed] == [(3, 8, 12), (3, 14, 8)]
     assert all(isinstance(image, torch.Tensor if class_ is BeitImageProcessorFast else np.ndarray) for image in listed)
-    with pytest.raises(ValueError, match=r"shapes \[3, 14, 8\], \[3, 8, 12\] cannot be one batch"):
+    with pytest.raises(ValueError, match=r"shapes \[3, 14, 8\], \[3, 8, 12\] cannot be stacked"):
         class_(size={"shortest_edge": 8})(images, return_tensors="pt")
 
 
@@ -185,7 +185,7 @@ def test_crops_of_tensors_and_arrays_agree(size):
 
 @BOTH
 def test_as_many_label_maps_as_images(class_):
-    with pytest.raises(ValueError, match="2 images need as many segmentation maps; 1 were given"):
+    with pytest.raises(ValueError, match="expected 2 segmentation maps for 2 images, got 1"):
         class_()([noise(9, 9, 3)] * 2, [noise(9, 9)])
 
 
@@ -244,7 +244,7 @@ def test_files_that_cannot_be_used(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         BeitImageProcessor.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="options of a DPTImageProcessor"):
+    with pytest.raises(ValueError, match="options of DPTImageProcessor are not supported"):
         BeitImageProcessor.from_dict({"image_processor_type": "DPTImageProcessor", "keep_aspect_ratio": True})
     with pytest.raises(TypeError, match=r"cannot be written: JSON cannot represent thing="):
         BeitImageProcessor(thing=object()).save_pretrained(tmp_path)

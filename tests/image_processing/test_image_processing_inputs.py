@@ -79,16 +79,16 @@ def test_pillow_images_as_they_are_where_asked(processor):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.new("F", (1, 1), 0.5), "image 0 has mode 'F', whose range is not fixed"),
-        (Image.new("I", (1, 1), 70000), "image 0 has integers from 70000 to 70000; accepted: 16-bit"),
+        (Image.new("F", (1, 1), 0.5), "image 0 has mode 'F', which has no fixed range"),
+        (Image.new("I", (1, 1), 70000), "integers from 70000 to 70000 .expected 0 to 65535"),
         (Image.new("RGB", (0, 5)), "image 0 has no pixels: its size is 0 x 5"),
         (np.zeros((0, 5, 3)), r"image 0 has no pixels: its shape is \[0, 5, 3\]"),
         (torch.zeros(2, 3, 0, 5), r"image 0 has no pixels: its shape is \[3, 0, 5\]"),
-        (np.zeros(5), r"image 0 has the shape \[5\]; accepted"),
-        (np.zeros((1, 2, 3, 4, 5)), r"image 0 has the shape \[1, 2, 3, 4, 5\]; accepted"),
-        (np.zeros((5, 6, 7)), "neither end can be"),
-        (np.zeros((3, 6, 3)), "either end could be .* pass input_data_format="),
-        ([], "was given no image"),
+        (np.zeros(5), r"image 0 has the shape \[5\] \(expected"),
+        (np.zeros((1, 2, 3, 4, 5)), r"image 0 has the shape \[1, 2, 3, 4, 5\] \(expected"),
+        (np.zeros((5, 6, 7)), "neither end can be 1, 3 or 4 channels"),
+        (np.zeros((3, 6, 3)), "both ends can be .* Pass input_data_format="),
+        ([], "got no images"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -122,7 +122,9 @@ def test_values_that_are_no_pixels(class_, image, problem):
 
 @BOTH
 def test_channels_that_do_not_fit_the_means(class_):
-    with pytest.raises(ValueError, match="image_mean has 3 numbers, and an image has 1 channels; do_convert_rgb=True"):
+    with pytest.raises(
+        ValueError, match="image_mean has 3 numbers but an image has 1 channels; pass do_convert_rgb=True"
+    ):
         class_()(np.zeros((9, 9), np.uint8))
     assert class_(image_mean=[0.5], image_std=0.5)(np.zeros((9, 9), np.uint8), return_tensors="pt").pixel_values.shape
     four = class_(image_mean=0.5, image_std=0.5)(np.zeros((9, 9, 4), np.uint8), return_tensors="pt")
@@ -139,7 +141,7 @@ def test_arrays_become_rgb_where_asked(processor):
     assert pixels_of(processor, half, do_convert_rgb=True) == [[[0.5, 0.75, 1.0]] * 2] * 2
     with pytest.raises(ValueError, match="outside"):
         processor(half * 4, do_convert_rgb=True)
-    with pytest.raises(ValueError, match="2 channels; do_convert_rgb takes 1, 3 or 4"):
+    with pytest.raises(ValueError, match=r"2 channels \(do_convert_rgb supports 1, 3 or 4"):
         processor(torch.zeros(2, 9, 9), do_convert_rgb=True, input_data_format="channels_first")
 
 
@@ -231,14 +233,16 @@ def test_files_that_cannot_be_read(tmp_path, processor):
     files = [tmp_path / "whole.jpg"]
     assert processor(files).pixel_values.shape == (1, 3, 90, 90)
     for name in ("cut.jpg", "cut.png"):
-        with pytest.raises(OSError, match=rf"image 1 \('.*{name}'\) cannot be decoded, the file is damaged or cut"):
+        with pytest.raises(
+            OSError, match=rf"image 1 \('.*{name}'\) cannot be decoded, the file is damaged or truncated"
+        ):
             processor([*files, tmp_path / name])
     for name in ("text.jpg", "empty.jpg"):
-        with pytest.raises(OSError, match=rf"image 1 \('.*{name}'\) cannot be read: Pillow knows no image format"):
+        with pytest.raises(OSError, match=rf"image 1 \('.*{name}'\) cannot be read: Pillow does not recognize"):
             processor([*files, str(tmp_path / name)])
     with pytest.raises(FileNotFoundError, match=r"image 1 \('.*absent.jpg'\) cannot be read: there is no such file"):
         processor([*files, tmp_path / "absent.jpg"])
-    with pytest.raises(FileNotFoundError, match="an address is not fetched"):
+    with pytest.raises(FileNotFoundError, match="URLs are not supported"):
         processor("https://example.com/cat.jpg")
     with (
         Image.open(io.BytesIO(whole[: len(whole) // 2])) as image,
@@ -250,7 +254,9 @@ def test_files_that_cannot_be_read(tmp_path, processor):
 def test_a_file_beyond_pillows_limit_of_pixels_is_named(tmp_path, processor, monkeypatch):
     Image.new("RGB", (40, 30)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
-    with pytest.raises(OSError, match=r"image 0 .*huge.png.* cannot be read, PIL.Image.MAX_IMAGE_PIXELS sets .*1200"):
+    with pytest.raises(
+        OSError, match=r"image 0 .*huge.png.* cannot be read: it exceeds PIL.Image.MAX_IMAGE_PIXELS.*1200"
+    ):
         processor(tmp_path / "huge.png")
 
 
@@ -281,8 +287,8 @@ def test_every_form_of_a_label_map(tmp_path, processor):
 @pytest.mark.parametrize(
     ("label_map", "message"),
     [
-        (np.zeros((1, 2)) + 0.5, "no whole numbers"),
-        (Image.new("RGB", (2, 1)), r"segmentation map 0 has the shape \[1, 2, 3\]; accepted: \[H, W\]"),
+        (np.zeros((1, 2)) + 0.5, "not integers"),
+        (Image.new("RGB", (2, 1)), r"segmentation map 0 has the shape \[1, 2, 3\] \(expected \[H, W\]"),
         (np.zeros((0, 2)), r"segmentation map 0 has no pixels: its shape is \[0, 2\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

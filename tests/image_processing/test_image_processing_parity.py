@@ -149,7 +149,7 @@ def test_segmentation_matches_transformers():
     scored = BeitImageProcessor().post_process_semantic_segmentation(Outputs, sizes, return_segmentation_scores=True)
     assert torch.equal(scored[1].segmentation, maps[1])
     assert scored[1].segmentation_scores.shape == (5, 4, 50)
-    with pytest.raises(ValueError, match="2 images need as many target_sizes; 1 were given"):
+    with pytest.raises(ValueError, match="expected 2 target_sizes for 2 images, got 1"):
         BeitImageProcessor().post_process_semantic_segmentation(Outputs, [(3, 3)])
 
 
