@@ -1,4 +1,4 @@
-"""BEiT's configuration: the fields, defaults and JSON of Transformers' `BeitConfig`, validated."""
+"""`BeitConfig`: fields, defaults and JSON of Transformers, with validation."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .labels_and_stages import (
 )
 
 IMPLEMENTATION_FIELDS = ("attn_implementation", "patch_embed_implementation")
-"""Fields that choose how a model computes, not what: never written, nor compared."""
+"""Fields that select kernels. They are not saved and not compared."""
 
 _PRIVATE_STATE = frozenset({"_id2label", "_label2id", "_out_indices"})
-# Transformers has no such fields: left out where they are None.
+# Transformers does not have these fields, so they are omitted if they are None.
 _OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std")
-# Transformers leaves these out of the file where they have their default.
+# Transformers omits these fields from a file if they have their default.
 _OMITTED_DEFAULTS = {
     "architectures": None,
     "chunk_size_feed_forward": 0,
@@ -54,59 +54,60 @@ def _alias_of(name: str) -> property:
     def write(config: BeitConfig, value: Any) -> None:
         setattr(config, name, value)
 
-    return property(read, write, doc=f"`{name}`, under its other name.")
+    return property(read, write, doc=f"Alias of `{name}`.")
 
 
 class BeitConfig(LabelsAndStages):
-    """What a BEiT model is made of, with the names, defaults and JSON of Transformers' `BeitConfig`.
+    """Configuration of all BEiT models, compatible with Transformers' `BeitConfig`.
 
-    All arguments are keywords. A name that is no field is kept: as an attribute, and in what is written.
-    Values are validated at construction, and by `validate()` after attributes were changed; the error lists
-    every error at once.
+    All arguments are keywords. Unknown names become attributes and are saved. Values are validated at construction
+    and by `validate()`. The error lists all invalid fields.
 
     Args:
-        vocab_size: number of visual tokens that the masked image modeling head tells apart.
+        vocab_size: Number of visual tokens in masked image modeling.
         hidden_size: E, channels of a token.
-        num_hidden_layers: number of blocks.
+        num_hidden_layers: Number of blocks.
         num_attention_heads: H.
-        intermediate_size: channels inside a block's MLP.
-        hidden_act: activation of the MLP, a name in `beit_fast.layers.activations.ACTIVATIONS`.
-        hidden_dropout_prob, attention_probs_dropout_prob: dropout after projections, of attention weights.
-        initializer_range: standard deviation of the normal distribution that weights start from.
-        layer_norm_eps: epsilon of every LayerNorm.
-        image_size: native size in pixels, an int or (height, width); others are fine at run time.
-        patch_size: side of a square patch in pixels.
-        num_channels: channels of an image.
-        use_mask_token: learn an embedding for masked patches.
-        use_absolute_position_embeddings, use_relative_position_bias, use_shared_relative_position_bias:
-            position information, freely combined: added to the tokens, a bias table per block, one for all.
-        layer_scale_init_value: where layer scale starts (paper: 0.1 base, 1e-5 large); 0 leaves it out.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
-        use_mean_pooling: pool the mean of the patch tokens instead of CLS.
-        pool_scales: grids of UPerNet's pyramid pooling.
-        use_auxiliary_head: whether training adds a second segmentation head.
-        auxiliary_loss_weight, auxiliary_channels, auxiliary_num_convs, auxiliary_concat_input: that head.
-        semantic_loss_ignore_index: label value that the segmentation loss leaves out.
-        out_features, out_indices: stages that the backbone returns, by name out of `stage_names` or by index
-            (negative ones count from the last); unless given, the last. Old name: `segmentation_indices`.
-        add_fpn: give the backbone a feature pyramid, which takes four stages.
-        reshape_hidden_states: feature maps as `[B, E, h, w]` instead of `[B, N, E]`.
-        head_dim: channels of a head; `hidden_size / num_attention_heads` unless given.
-        pixel_mean, pixel_std: a number for each channel of pixels scaled to 0..1, which normalise uint8 images; both or
-            neither. See `BeitPreTrainedModel.set_pixel_normalization`.
-        num_labels, id2label, label2id: the classes; any one of them fixes the others (default: 2 classes).
-        problem_type: the classifier's loss: "regression", "single_label_classification",
+        intermediate_size: Hidden channels of the MLP.
+        hidden_act: Activation of the MLP, a name in `beit_fast.layers.activations.ACTIVATIONS`.
+        hidden_dropout_prob: Dropout after projections.
+        attention_probs_dropout_prob: Dropout of attention weights.
+        initializer_range: Standard deviation of the initial weights.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        image_size: Native size in pixels, an int or (height, width). Forward accepts other sizes.
+        patch_size: Side of a square patch in pixels.
+        num_channels: Channels of an image.
+        use_mask_token: Learn an embedding for masked patches.
+        use_absolute_position_embeddings: Add position embeddings to the tokens.
+        use_relative_position_bias: Use one relative position bias table for each block.
+        use_shared_relative_position_bias: Use one relative position bias table for all blocks.
+        layer_scale_init_value: Initial layer scale (paper: 0.1 base, 1e-5 large). 0 disables layer scale.
+        drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 at the first block.
+        use_mean_pooling: Pool the mean of the patch tokens instead of CLS.
+        pool_scales: Grids of UPerNet's pyramid pooling.
+        use_auxiliary_head: Add a second segmentation head in training.
+        auxiliary_loss_weight, auxiliary_channels, auxiliary_num_convs, auxiliary_concat_input: Options of that head.
+        semantic_loss_ignore_index: Label that the segmentation loss ignores.
+        out_features, out_indices: Stages that the backbone returns, by name or index (default: the last). Negative
+            indices count from the last stage. The old name of `out_indices` is `segmentation_indices`.
+        add_fpn: Add a feature pyramid to the backbone. It requires four stages.
+        reshape_hidden_states: Return feature maps `[B, E, h, w]` instead of `[B, N, E]`.
+        head_dim: Channels of a head (default: `hidden_size / num_attention_heads`).
+        pixel_mean, pixel_std: Mean and standard deviation of each channel of pixels scaled to 0..1, for uint8 images.
+            See `BeitPreTrainedModel.set_pixel_normalization`.
+        num_labels, id2label, label2id: Classes (default: 2). Any of them determines the others.
+        problem_type: Loss of the classifier: "regression", "single_label_classification",
             "multi_label_classification", or None to choose by labels.
-        output_attentions, output_hidden_states, return_dict: defaults of the arguments of forward.
-        dtype: dtype of the weights, a torch.dtype or its name; `torch_dtype` is the old name.
+        output_attentions, output_hidden_states, return_dict: Defaults of the arguments of forward.
+        dtype: Dtype of the weights or its name. The old name is `torch_dtype`.
         architectures, transformers_version, _name_or_path, chunk_size_feed_forward, is_encoder_decoder:
-            carried for Transformers, without effect here.
-        attn_implementation: "eager", "sdpa", "triton" or None to choose at each call. Never written to JSON.
-        patch_embed_implementation: "conv", "fused" or None to follow attention. Never written to JSON.
+            Fields of Transformers without effect in this package.
+        attn_implementation: "eager", "sdpa", "triton" or None to choose at each call. It is not saved.
+        patch_embed_implementation: "conv", "fused" or None to choose by attention. It is not saved.
 
     Raises:
-        TypeError: every error is a value of a wrong type.
-        ValueError: any other set of errors.
+        TypeError: If all errors are about types.
+        ValueError: If any error is about a value.
 
     Source: arXiv 2106.08254 for the architecture; Transformers 4.57 and 5.23 for names, defaults and JSON.
     """
@@ -201,7 +202,7 @@ class BeitConfig(LabelsAndStages):
         """Check all fields, for use after attributes were changed.
 
         Raises:
-            TypeError, ValueError: as at construction, listing every error.
+            TypeError, ValueError: If fields are not valid, as at construction.
         """
         raise_errors(type(self).__name__, self._errors())
 
@@ -245,28 +246,28 @@ class BeitConfig(LabelsAndStages):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], /, **overrides: Any) -> Self:
-        """A configuration from what `to_dict`, here or in Transformers, gave, with `overrides` on top.
+        """Create a configuration from `to_dict()` of this package or Transformers, with `overrides`.
 
-        An override also replaces what the old value implied: `num_labels=10` drops maps of other length,
-        `out_indices` the old `out_features`, `num_hidden_layers` a selection of just the last stage.
+        An override also replaces derived fields: `num_labels=10` replaces label maps of another length, `out_indices`
+        replaces `out_features`, and `num_hidden_layers` replaces the default stage.
         """
         if not isinstance(values, Mapping):
-            raise TypeError(f"{cls.__name__}.from_dict takes a dict of fields, not a {type(values).__name__}")
+            raise TypeError(f"{cls.__name__}.from_dict expects a dict of fields, not a {type(values).__name__}")
         merged, errors = merge_overrides(values, overrides, default_depth=cls.num_hidden_layers)
         raise_errors(cls.__name__, errors)
         return cls(**merged)
 
     def update(self, values: Mapping[str, Any], /) -> None:
-        """Set several fields at once, like overrides of `from_dict`; all or, if refused, none change."""
+        """Set several fields like overrides of `from_dict`. If any is invalid, none is changed."""
         own = {**self.to_dict(), **self.implementations()}
         self.__dict__ = type(self).from_dict(own, **values).__dict__
 
     def implementations(self) -> dict[str, str | None]:
-        """The fields that choose how a model computes, which `to_dict` leaves out."""
+        """The fields that select kernels, which `to_dict` omits."""
         return {name: getattr(self, name) for name in IMPLEMENTATION_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, in types that JSON knows but for the int keys of `id2label`; a deep copy."""
+        """Copy every field, with JSON's types except for the int keys of `id2label`."""
         hidden = {*IMPLEMENTATION_FIELDS, *_PRIVATE_STATE}
         hidden |= {name for name in _OPTIONAL_FIELDS if getattr(self, name) is None}
         values = {name: value for name, value in vars(self).items() if name not in hidden}
@@ -274,7 +275,7 @@ class BeitConfig(LabelsAndStages):
         return {**{name: plain(value) for name, value in values.items()}, "model_type": self.model_type}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What a file holds: every field of the architecture, general ones where not the default."""
+        """Copy the fields that are saved: those of the architecture, and others that are not the default."""
         omitted = {**_OMITTED_DEFAULTS, "_name_or_path": self._name_or_path}
         missing = object()
         return {name: value for name, value in self.to_dict().items() if omitted.get(name, missing) != value}
@@ -283,16 +284,16 @@ class BeitConfig(LabelsAndStages):
         """`to_diff_dict()` or `to_dict()` as JSON with sorted keys.
 
         Raises:
-            TypeError: an attribute that is no field has a value that JSON cannot hold.
+            TypeError: If JSON cannot represent the value of an unknown field.
         """
         return json_text(self.to_diff_dict() if use_diff else self.to_dict(), owner=type(self).__name__)
 
     def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """Write `to_json_string` to `path`, which holds either its old text or all of the new one."""
+        """Write `to_json_string()` to `path` atomically."""
         atomic_write_text(Path(path), self.to_json_string(use_diff))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Validate, then write `config.json` into `folder`, which is made if need be."""
+        """Validate, then write `config.json` to `folder`, which is created if needed."""
         self.validate()
         text = self.to_json_string()
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -300,7 +301,7 @@ class BeitConfig(LabelsAndStages):
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
-        """A configuration from a JSON file of Transformers 4 or 5 or of this package."""
+        """Read a configuration from a JSON file of Transformers 4 or 5 or of this package."""
         return cls.from_dict(read_json_object(Path(path)), **overrides)
 
     @classmethod
@@ -315,10 +316,10 @@ class BeitConfig(LabelsAndStages):
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """A configuration from a folder with a `config.json`, a JSON file, or a hub repository such as "org/name".
+        """Read a configuration from a folder, a JSON file or a hub repository such as "org/name".
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: If there is no `config.json`.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         config = cls.from_json_file(find_options(name_or_path, CONFIG_NAME, "configuration", hub), **overrides)
@@ -326,7 +327,7 @@ class BeitConfig(LabelsAndStages):
         return config
 
     def __eq__(self, other: object) -> bool:
-        """Same class and same fields; where they were read from and the implementations do not count."""
+        """Whether class and fields are equal, except for the implementations and the path."""
         if not isinstance(other, BeitConfig):
             return NotImplemented
         return type(self) is type(other) and self._comparable() == other._comparable()

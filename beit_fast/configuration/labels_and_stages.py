@@ -268,7 +268,7 @@ class LabelsAndStages:
 
     @property
     def num_labels(self) -> int:
-        """The number of classes. Setting another number renames the classes LABEL_0, LABEL_1, ..."""
+        """Number of classes. Setting another number renames the classes to LABEL_0, LABEL_1, ..."""
         return len(self._id2label)
 
     @num_labels.setter
@@ -278,7 +278,7 @@ class LabelsAndStages:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class index to name. Setting it rebuilds `label2id` unless that agrees."""
+        """Class index to name. Setting it rebuilds `label2id` if that disagrees."""
         return self._id2label
 
     @id2label.setter
@@ -287,7 +287,7 @@ class LabelsAndStages:
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Class name to index. Setting it rebuilds `id2label` unless that agrees."""
+        """Class name to index. Setting it rebuilds `id2label` if that disagrees."""
         return self._label2id
 
     @label2id.setter
@@ -303,12 +303,12 @@ class LabelsAndStages:
 
     @property
     def stage_names(self) -> list[str]:
-        """The embeddings' output, "stem", and each block's, "stage1" and so on."""
+        """Names of the outputs: "stem" for the embeddings, "stage1" and so on for the blocks."""
         return ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
 
     @property
     def out_indices(self) -> list[int]:
-        """Indices of the stages that the backbone returns; setting them sets the names, None resets."""
+        """Indices of the stages that the backbone returns. Setting them sets the names. None resets both."""
         return [self.num_hidden_layers] if self._out_indices is None else list(self._out_indices)
 
     @out_indices.setter
@@ -317,7 +317,7 @@ class LabelsAndStages:
 
     @property
     def out_features(self) -> list[str]:
-        """Names of the stages that the backbone returns; setting them sets the indices, None resets."""
+        """Names of the stages that the backbone returns. Setting them sets the indices. None resets both."""
         return [self.stage_names[index] for index in self.out_indices]
 
     @out_features.setter

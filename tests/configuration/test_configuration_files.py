@@ -240,5 +240,5 @@ def test_a_file_that_is_no_configuration_is_refused(text, reason, tmp_path):
 
 
 def test_from_dict_wants_a_dict():
-    with pytest.raises(TypeError, match="takes a dict of fields, not a str"):
+    with pytest.raises(TypeError, match="expects a dict of fields, not a str"):
         BeitConfig.from_dict("config.json")
