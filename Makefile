@@ -116,14 +116,14 @@ gpu-test-kernels gpu-test-device:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" \
 	  $(GPU_TESTS)
 
-# Compares with every peer, which all have to be there, and writes benchmarks/results/; BENCH_OPTIONS=--full takes every
+# Compares with every baseline, which all have to be there, and writes benchmarks/results/; BENCH_OPTIONS=--full takes every
 # size.
 bench: $(VENV)/.bench $(NATIVE)
-	$(BIN)/pytest benchmarks/ --require-peers $(BENCH_OPTIONS) --rows=build/benchmarks.jsonl
+	$(BIN)/pytest benchmarks/ --require-baselines $(BENCH_OPTIONS) --rows=build/benchmarks.jsonl
 	$(BIN)/python -m benchmarks.report.plot build/benchmarks.jsonl --results benchmarks/results
 	$(BIN)/python -m benchmarks.report.targets build/benchmarks.jsonl
 
-# Attention, or whole models, on a GPU against their peers, in the Python at hand (torch for CUDA, Triton,
+# Attention, or whole models, on a GPU against their baselines, in the Python at hand (torch for CUDA, Triton,
 # pytest-benchmark, transformers, matplotlib; timm takes part where it is there): no .venv, nothing is downloaded.
 # RESULTS=FOLDER gets a copy, and the log of rows as the run goes on; COMMIT=... is written down where this folder is no
 # checkout.

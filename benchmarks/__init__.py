@@ -1,1 +1,1 @@
-"""The benchmark house: `pytest benchmarks/` compares attention with what people use today. See README.md."""
+"""Benchmarks against the implementations in use today: `pytest benchmarks/`, see README.md."""

@@ -1,4 +1,4 @@
-"""Attention on a CPU, every peer in a process of its own and in turns: `pytest benchmarks/bench_cpu_attention.py`."""
+"""Attention on a CPU, each baseline in its own process: `pytest benchmarks/bench_cpu_attention.py`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from .baselines.attention import PEERS
+from .baselines.attention import BASELINES
 from .harness.cases import (
     DTYPE_NAMES,
     FORWARD,
     TRAINING,
     Case,
     Reference,
+    checked_errors,
     chosen_device,
     draw,
-    errors_within,
     reference,
     results_of,
     step_of,
 )
-from .harness.processes import Entrant, Prepared
+from .harness.processes import Prepared, Worker
 
 BENCH = "cpu attention"
 OURS, READY, LIMIT = "beit_fast triton", "sdpa prebuilt bias", "sdpa without bias"
-RACING = {
+COMPARED = {
     FORWARD: (OURS, READY, "transformers sdpa", LIMIT),
     TRAINING: (OURS, "beit_fast sdpa", "transformers sdpa", LIMIT),
 }
@@ -48,8 +48,8 @@ _FULL = (
 )
 
 
-def races(full: bool) -> list[tuple[Case, int]]:
-    """The cases of a run, each with its number of threads: a quick set of under a minute, or every size."""
+def runs(full: bool) -> list[tuple[Case, int]]:
+    """List the cases with their numbers of threads: a quick set of under a minute, or every size."""
     return [
         (Case(mode, batch, (side, side), DTYPES[dtype], "cpu"), threads)
         for mode, dtype, shapes, counts in (_FULL if full else _QUICK)
@@ -57,31 +57,34 @@ def races(full: bool) -> list[tuple[Case, int]]:
     ]
 
 
-def race_name(case: Case, threads: int) -> str:
+def run_name(case: Case, threads: int) -> str:
     return f"{case}-{threads}-thread{'s' if threads > 1 else ''}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    drawn = races(options.full) if chosen_device(options.device) == "cpu" else []
-    metafunc.parametrize(("case", "threads"), drawn, ids=[race_name(*one) for one in drawn])
+    drawn = runs(options.full) if chosen_device(options.device) == "cpu" else []
+    metafunc.parametrize(("case", "threads"), drawn, ids=[run_name(*one) for one in drawn])
 
 
-def test_cpu_attention(case: Case, threads: int, race_apart: Callable[..., None], tmp_path: Path) -> None:
-    peers = [peer for peer in PEERS if peer.name in RACING[case.mode]]
-    missing = {peer.name: reason for peer in peers if (reason := peer.why_missing(case)) is not None}
-    taking_part = [peer for peer in peers if peer.name not in missing]
-    files = {biased: str(_write_reference(case, biased, tmp_path)) for biased in {peer.biased for peer in taking_part}}
-    entrants = [
-        Entrant(peer.name, prepare, {**_plain(case), "peer": peer.name, "expected": files[peer.biased]})
-        for peer in taking_part
+def test_cpu_attention(case: Case, threads: int, time_workers: Callable[..., None], tmp_path: Path) -> None:
+    baselines = [baseline for baseline in BASELINES if baseline.name in COMPARED[case.mode]]
+    missing = {baseline.name: reason for baseline in baselines if (reason := baseline.missing_reason(case)) is not None}
+    taking_part = [baseline for baseline in baselines if baseline.name not in missing]
+    files = {
+        biased: str(_write_reference(case, biased, tmp_path))
+        for biased in {baseline.biased for baseline in taking_part}
+    }
+    workers = [
+        Worker(baseline.name, prepare, {**_plain(case), "baseline": baseline.name, "expected": files[baseline.biased]})
+        for baseline in taking_part
     ]
     facts = {**_plain(case), "flops": case.flops}
-    race_apart(BENCH, race_name(case, threads), threads, entrants, facts, missing)
+    time_workers(BENCH, run_name(case, threads), threads, workers, facts, missing)
 
 
 def prepare(
-    peer: str,
+    baseline: str,
     expected: str,
     mode: str,
     batch: int,
@@ -91,20 +94,22 @@ def prepare(
     head_dim: int,
     tokens: int,
 ) -> Prepared:
-    """A peer's step on the case that the other arguments are, its results compared with those in the file `expected`.
+    """Check a baseline against the reference and return its step.
+
+    Args:
+        baseline: Its name.
+        expected: File with the reference.
+        mode: This and the others are fields of the Case.
 
     Raises:
-        ValueError: a result is not within its budget.
+        ValueError: If a result exceeds its error budget.
     """
     case = Case(mode, batch, (window[0], window[1]), DTYPES[dtype], "cpu", heads, head_dim)
-    chosen = next(one for one in PEERS if one.name == peer)
+    chosen = next(one for one in BASELINES if one.name == baseline)
     inputs = draw(case)
     attention = chosen.build(case, inputs)
-    errors, wrong = errors_within(
-        results_of(case, inputs, attention, chosen.biased), Reference(**torch.load(expected, mmap=True))
-    )
-    if wrong:
-        raise ValueError(f"wrong and not timed. {'; '.join(wrong)}")
+    results = results_of(case, inputs, attention, chosen.biased)
+    errors = checked_errors(results, Reference(**torch.load(expected, mmap=True)))
     facts = {"kernel": chosen.kernel(case), "biased": chosen.biased, "learnable": chosen.learnable, "errors": errors}
     return Prepared(step_of(case, inputs, attention, chosen.biased), facts)
 

@@ -1,4 +1,4 @@
-"""The two tables of Transformers' BEiT page with columns for ours: `pytest benchmarks/bench_page.py`."""
+"""The tables in Transformers' documentation of BEiT, with ours: `pytest benchmarks/bench_hf_docs.py`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .baselines.hf_docs import race_page
+from .baselines.hf_docs import run_hf_docs
 from .harness.cases import chosen_device
-from .harness.hf_docs_cases import PageCase, page_cases
+from .harness.hf_docs_cases import HfDocsCase, hf_docs_cases
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    drawn = page_cases(chosen_device(options.device), options.full, options.require_peers)
+    drawn = hf_docs_cases(chosen_device(options.device), options.full, options.require_baselines)
     metafunc.parametrize("case", drawn, ids=str)
 
 
-def test_page(case: PageCase, race_apart: Callable[..., None]) -> None:
-    race_page(case, race_apart, torch.get_num_threads())
+def test_hf_docs(case: HfDocsCase, time_workers: Callable[..., None]) -> None:
+    run_hf_docs(case, time_workers, torch.get_num_threads())

@@ -1,7 +1,7 @@
-"""The whole model, every peer in a process of its own and in turns: `pytest benchmarks/bench_model.py`.
+"""Whole models, each baseline in its own process: `pytest benchmarks/bench_model.py`.
 
-Latency, throughput and memory of BEiT-base and -large with a relative position bias in each layer; every peer has the
-same weights.
+Latency, throughput and memory of BEiT-base and BEiT-large with a relative position bias in each layer. All baselines
+have the same weights.
 """
 
 from __future__ import annotations
@@ -16,74 +16,83 @@ import pytest
 import torch
 
 from .baselines.exported import export
-from .baselines.models import MODEL_PEERS, ModelPeer, call_of, logits_and_gradients
-from .harness.cases import Reference, chosen_device, errors_within
-from .harness.model_cases import ModelCase, model_cases, model_reference, why_too_long
-from .harness.processes import Entrant, Prepared, apart
+from .baselines.models import MODEL_BASELINES, ModelBaseline, call_of, logits_and_gradients
+from .harness.cases import Reference, checked_errors, chosen_device
+from .harness.model_cases import ModelCase, model_cases, model_reference, too_long_reason
+from .harness.processes import Prepared, Worker, run_once
+from .harness.session import ALL
 
 BENCHES = {"cpu": "cpu models", "cuda": "models"}
 ROUNDS, ROUND_SECONDS = 7, 0.25
-ALL = "every peer"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    drawn = model_cases(chosen_device(options.device), options.full, options.require_peers)
+    drawn = model_cases(chosen_device(options.device), options.full, options.require_baselines)
     metafunc.parametrize("case", drawn, ids=str)
 
 
-def test_model(case: ModelCase, race_apart: Callable[..., None], request: pytest.FixtureRequest) -> None:
-    every_peer = request.config.option.full or request.config.option.require_peers
-    race_model(case, race_apart, every_peer, torch.get_num_threads())
+def test_model(case: ModelCase, time_workers: Callable[..., None], request: pytest.FixtureRequest) -> None:
+    all_baselines = request.config.option.full or request.config.option.require_baselines
+    run_model(case, time_workers, all_baselines, torch.get_num_threads())
 
 
-def race_model(case: ModelCase, race_apart: Callable[..., None], every_peer: bool, threads: int) -> None:
-    """Race all peers of a case that are installed; what is written for it on the way is removed at the end."""
+def run_model(case: ModelCase, time_workers: Callable[..., None], all_baselines: bool, threads: int) -> None:
+    """Time all available baselines of a case; the exported model and the reference are temporary files."""
     bench, facts = BENCHES[case.device], facts_of(case)
     rules = {"rounds": ROUNDS, "round_seconds": ROUND_SECONDS, "per_call": {"images_per_second": case.batch}}
-    if (reason := why_too_long(case)) is not None:
-        race_apart(bench, str(case), threads, [], facts, {ALL: reason}, **rules)
+    if (reason := too_long_reason(case)) is not None:
+        time_workers(bench, str(case), threads, [], facts, {ALL: reason}, **rules)
         return
-    missing = {peer.name: why for peer in MODEL_PEERS if (why := peer.why_missing(case, every_peer)) is not None}
-    racing = [peer for peer in MODEL_PEERS if peer.name not in missing]
+    missing = {
+        baseline.name: why
+        for baseline in MODEL_BASELINES
+        if (why := baseline.missing_reason(case, all_baselines)) is not None
+    }
+    chosen = [baseline for baseline in MODEL_BASELINES if baseline.name not in missing]
     with tempfile.TemporaryDirectory() as folder:
         expected, exported = Path(folder) / "reference.pt", Path(folder) / "model.onnx"
-        if any(peer.exports for peer in racing):
-            failure = apart(export, {"path": str(exported), **asdict(case)}, threads).failure
+        if any(baseline.exports for baseline in chosen):
+            failure = run_once(export, {"path": str(exported), **asdict(case)}, threads).failure
             if failure is not None:
-                missing |= {peer.name: f"the export failed: {failure}" for peer in racing if peer.exports}
-                racing = [peer for peer in racing if not peer.exports]
+                missing |= {baseline.name: f"the export failed: {failure}" for baseline in chosen if baseline.exports}
+                chosen = [baseline for baseline in chosen if not baseline.exports]
         torch.save(vars(model_reference(case)), expected)
         model_reference.cache_clear()
         if case.device == "cuda":
-            torch.cuda.empty_cache()  # other processes need it
+            torch.cuda.empty_cache()  # for the workers
         arguments = {"expected": str(expected), "exported": str(exported), "threads": threads, **asdict(case)}
-        entrants = [_entrant(peer, case, arguments) for peer in racing]
-        race_apart(bench, str(case), threads, entrants, facts, missing, device=case.device, **rules)
+        workers = [_worker(baseline, case, arguments) for baseline in chosen]
+        time_workers(bench, str(case), threads, workers, facts, missing, device=case.device, **rules)
 
 
 def facts_of(case: ModelCase) -> dict[str, Any]:
     return {**asdict(case), "tokens": case.tokens, "flops": case.flops}
 
 
-def _entrant(peer: ModelPeer, case: ModelCase, arguments: dict[str, Any]) -> Entrant:
-    return Entrant(peer.name, prepare, {"peer": peer.name, **arguments}, bytes_needed=peer.bytes_needed(case))
+def _worker(baseline: ModelBaseline, case: ModelCase, arguments: dict[str, Any]) -> Worker:
+    return Worker(
+        baseline.name, prepare, {"baseline": baseline.name, **arguments}, bytes_needed=baseline.bytes_needed(case)
+    )
 
 
-def prepare(peer: str, expected: str, exported: str, threads: int, **fields: Any) -> Prepared:
-    """A peer's call on the case that `fields` are, its results compared with those in the file `expected`.
+def prepare(baseline: str, expected: str, exported: str, threads: int, **fields: Any) -> Prepared:
+    """Check a baseline against the reference and return its step.
+
+    Args:
+        baseline: Its name.
+        expected: File with the reference.
+        exported: File with the exported model.
+        threads: Threads of the process.
+        fields: Fields of the ModelCase.
 
     Raises:
-        ValueError: a result is not within its budget.
+        ValueError: If a result exceeds its error budget.
     """
     case = ModelCase(**fields)
-    chosen = next(one for one in MODEL_PEERS if one.name == peer)
+    chosen = next(one for one in MODEL_BASELINES if one.name == baseline)
     network = chosen.build(case, threads, exported)
     results = logits_and_gradients(case, network)
-    errors, wrong = errors_within(results, Reference(**torch.load(expected, mmap=True)))
-    if chosen.tolerance is not None and case.dtype == "fp32":
-        limit = chosen.tolerance
-        wrong = [f"{name}: error {error:.1e}, at most {limit:.0e}" for name, error in errors.items() if error > limit]
-    if wrong:
-        raise ValueError(f"wrong and not timed. {'; '.join(wrong)}")
+    tolerance = chosen.tolerance if case.dtype == "fp32" else None
+    errors = checked_errors(results, Reference(**torch.load(expected, mmap=True)), tolerance)
     return Prepared(call_of(case, network), {"kernel": network.kernel, "errors": errors}, case.device)

@@ -1,7 +1,7 @@
-"""Pixels to tokens on a CPU, every peer in a process of its own and in turns: `pytest benchmarks/bench_patch_embed.py`.
+"""Pixels to tokens on a CPU, each baseline in its own process: `pytest benchmarks/bench_patch_embed.py`.
 
-What is timed ends with tokens `[B, 1 + P, E]`: the projection, CLS before it and, for uint8 pixels, the normalisation
-before and the position embeddings after.
+The timed function returns tokens `[B, 1 + P, E]`: the projection with CLS before it. For uint8 pixels it includes the
+normalisation and the position embeddings.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 import beit_fast
 from beit_fast.ops.dispatch import availability
 
-from .harness.cases import DTYPE_NAMES, Reference, chosen_device, errors_within, relative_error
-from .harness.processes import Entrant, Prepared
+from .harness.cases import DTYPE_NAMES, Reference, checked_errors, chosen_device, relative_error
+from .harness.processes import Prepared, Worker
 
 BENCH = "cpu patch embedding"
 FLOAT, BYTES = "float pixels", "uint8 pixels"
@@ -32,7 +32,17 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class PatchCase:
-    """One shape; `mode` says which pixels, `dtype` is that of the parameters, of the tokens and of float pixels."""
+    """One shape.
+
+    Attributes:
+        mode: `FLOAT` or `BYTES`, the kind of pixels.
+        batch: Number of images.
+        dtype: Of parameters, tokens and float pixels.
+        image: Height and width in pixels.
+        patch: Side of a patch.
+        embed: Width of a token.
+        channels: Channels of the pixels.
+    """
 
     mode: str
     batch: int
@@ -56,7 +66,7 @@ class PatchCase:
 
 @dataclass(frozen=True)
 class PatchInputs:
-    """pixels `[B, C, H, W]`, weight `[E, C, p, p]`, bias `[E]`, cls `[1, 1, E]`, and pos `[1, 1 + P, E]` for uint8."""
+    """pixels `[B, C, H, W]`, weight `[E, C, p, p]`, bias `[E]`, cls `[1, 1, E]`; for uint8 pos `[1, 1 + P, E]`."""
 
     pixels: Tensor
     weight: Tensor
@@ -66,7 +76,7 @@ class PatchInputs:
 
 
 def draw(case: PatchCase) -> PatchInputs:
-    """The same values at each call."""
+    """Draw the inputs of a case from a fixed seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -82,19 +92,19 @@ def draw(case: PatchCase) -> PatchInputs:
 
 
 def with_cls_and_positions(tokens: Tensor, inputs: PatchInputs) -> Tensor:
-    """What a model does after the projection: `[B, P, E]` to `[B, 1 + P, E]`."""
+    """Prepend CLS and add positions: `[B, P, E]` to `[B, 1 + P, E]`."""
     tokens = torch.cat([inputs.cls.expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens if inputs.pos is None else tokens + inputs.pos
 
 
 def convolution(pixels: Tensor, inputs: PatchInputs) -> Tensor:
-    """Tokens by a convolution whose stride is its kernel."""
+    """Compute tokens by a convolution whose stride is its kernel size."""
     maps = F.conv2d(pixels, inputs.weight, inputs.bias, stride=inputs.weight.shape[2:])
     return with_cls_and_positions(maps.flatten(2).transpose(1, 2), inputs)
 
 
 def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 pixels as a processor gives them, in `dtype`; at least fp32 on the way, and in place."""
+    """Normalise uint8 pixels as an image processor does; compute in fp32 or wider, in place."""
     wide = pixels.to(torch.promote_types(dtype, torch.float32))
     mean, std = (wide.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (MEAN, STD))
     return wide.sub_(mean).div_(std).to(dtype)
@@ -112,7 +122,7 @@ def _convolution(inputs: PatchInputs) -> Callable[[], Tensor]:
 
 
 def _channels_last(inputs: PatchInputs) -> Callable[[], Tensor]:
-    """Pixels and weight lie so from beforehand."""
+    """Convert pixels and weight before the clock starts."""
     layout = torch.channels_last
     moved = replace(
         inputs, pixels=inputs.pixels.to(memory_format=layout), weight=inputs.weight.to(memory_format=layout)
@@ -136,7 +146,7 @@ def _normalise_and_convolve(inputs: PatchInputs) -> Callable[[], Tensor]:
 
 
 OURS = "beit_fast fused"
-PEERS: dict[str, dict[str, Callable[[PatchInputs], Callable[[], Tensor]]]] = {
+BASELINES: dict[str, dict[str, Callable[[PatchInputs], Callable[[], Tensor]]]] = {
     FLOAT: {
         OURS: _ours,
         "conv": _convolution,
@@ -147,37 +157,38 @@ PEERS: dict[str, dict[str, Callable[[PatchInputs], Callable[[], Tensor]]]] = {
 }
 
 
-def races(full: bool) -> list[tuple[PatchCase, int]]:
-    """The cases of a run, each with its number of threads: a quick set of under a minute, or all."""
+def runs(full: bool) -> list[tuple[PatchCase, int]]:
+    """List the cases with their numbers of threads: a quick set of under a minute, or all."""
     dtypes, batches, counts = (("fp32", "bf16", "fp16"), (1, 8), (1, 2)) if full else (("fp32", "bf16"), (1,), (1,))
     return [
         (PatchCase(mode, batch, dtype), threads)
-        for mode, dtype, batch, threads in itertools.product(PEERS, dtypes, batches, counts)
+        for mode, dtype, batch, threads in itertools.product(BASELINES, dtypes, batches, counts)
     ]
 
 
-def race_name(case: PatchCase, threads: int) -> str:
+def run_name(case: PatchCase, threads: int) -> str:
     return f"{case}-{threads}-thread{'s' if threads > 1 else ''}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    drawn = races(options.full) if chosen_device(options.device) == "cpu" else []
-    metafunc.parametrize(("case", "threads"), drawn, ids=[race_name(*one) for one in drawn])
+    drawn = runs(options.full) if chosen_device(options.device) == "cpu" else []
+    metafunc.parametrize(("case", "threads"), drawn, ids=[run_name(*one) for one in drawn])
 
 
-def test_patch_embed(case: PatchCase, threads: int, race_apart: Callable[..., None], tmp_path: Path) -> None:
+def test_patch_embed(case: PatchCase, threads: int, time_workers: Callable[..., None], tmp_path: Path) -> None:
     file = tmp_path / "reference.pt"
     torch.save(vars(reference(case)), file)
-    entrants = [
-        Entrant(peer, prepare, {"peer": peer, "expected": str(file), **asdict(case)}) for peer in PEERS[case.mode]
+    workers = [
+        Worker(baseline, prepare, {"baseline": baseline, "expected": str(file), **asdict(case)})
+        for baseline in BASELINES[case.mode]
     ]
     facts = {**asdict(case), "tokens": 1 + case.patches, "flops": case.flops}
-    race_apart(BENCH, race_name(case, threads), threads, entrants, facts)
+    time_workers(BENCH, run_name(case, threads), threads, workers, facts)
 
 
 def reference(case: PatchCase) -> Reference:
-    """fp64 tokens, and as the budget twice the error of the convolution in the case's dtype, plus four eps."""
+    """Compute fp64 tokens; the budget is twice the error of the convolution in the dtype, plus four eps."""
     inputs = draw(case)
     wide = PatchInputs(*(None if x is None else x.double() for x in vars(inputs).values()))  # type: ignore[arg-type]
     is_bytes = case.mode == BYTES
@@ -188,21 +199,26 @@ def reference(case: PatchCase) -> Reference:
     return Reference({"tokens": exact}, {"tokens": budget})
 
 
-def prepare(peer: str, expected: str, **fields: Any) -> Prepared:
-    """A peer's step on the case that `fields` are, its tokens compared with those in the file `expected`.
+def prepare(baseline: str, expected: str, **fields: Any) -> Prepared:
+    """Check a baseline against the reference and return its step.
+
+    Args:
+        baseline: Its name.
+        expected: File with the reference.
+        fields: Fields of the PatchCase.
 
     Raises:
-        ValueError: the tokens are not within the budget.
+        ValueError: If the tokens exceed their error budget.
     """
     case = PatchCase(**fields)
     inputs = draw(case)
-    embed = PEERS[case.mode][peer](inputs)
+    embed = BASELINES[case.mode][baseline](inputs)
     with torch.no_grad():
         tokens = embed()
-    errors, wrong = errors_within({"tokens": tokens}, Reference(**torch.load(expected, mmap=True)))
-    if wrong:
-        raise ValueError(f"wrong and not timed. {'; '.join(wrong)}")
-    kernel = "torch" if peer != OURS else availability.patch_embed_kernel(tokens.device, [tokens.dtype], case.channels)
+    errors = checked_errors({"tokens": tokens}, Reference(**torch.load(expected, mmap=True)))
+    kernel = (
+        "torch" if baseline != OURS else availability.patch_embed_kernel(tokens.device, [tokens.dtype], case.channels)
+    )
 
     def step() -> Tensor:
         with torch.no_grad():

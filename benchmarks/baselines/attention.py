@@ -1,4 +1,4 @@
-"""Who is measured: every peer declared once, with the reason where it cannot take part."""
+"""The attention baselines, and the reasons why one cannot run a case."""
 
 from __future__ import annotations
 
@@ -20,39 +20,45 @@ from beit_fast.position_bias import gather_bias, relative_position_index, table_
 from ..harness.cases import BACKWARD, Case, Inputs, draw, results_of
 
 Attention = Callable[[], Tensor]
-"""One forward over inputs bound when it was built; gives `[B, N, H, D]`, contiguous, as a model needs it."""
+"""A forward over bound inputs, which returns a contiguous `[B, N, H, D]` as a model needs it."""
 
 
 PACKAGES = {
     "cpu": ("transformers", "timm", "onnx", "onnxruntime", "openvino"),
     "cuda": ("transformers", "timm"),
 }
-"""What has to be installed, by device, so that no peer of any bench is missing."""
+"""Packages that the baselines of all benchmarks need, by device."""
 
 
 def not_installed(packages: Sequence[str]) -> list[str]:
+    """Return the packages that are not installed."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
-def _never_missing(case: Case) -> str | None:
+def _always_available(case: Case) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One way to compute attention.
+class Baseline:
+    """One implementation of attention.
 
-    name: unique. what: one line for the reader. build: binds a case and its inputs to a function.
-    kernel: what runs. why_missing: the reason why it cannot take part in a case, or None.
-    biased: whether it adds the relative position bias. learnable: whether the table can be trained through it.
-    compiles: whether building compiles for long on a CPU.
+    Attributes:
+        name: Unique name.
+        what: Description in one line.
+        build: Binds a case and its inputs to a function.
+        kernel: Returns the name of the kernel that runs.
+        missing_reason: Returns why it cannot run a case, or None.
+        biased: Whether it adds the relative position bias.
+        learnable: Whether it can train the table.
+        compiles: Whether building it compiles for long on a CPU.
     """
 
     name: str
     what: str
     build: Callable[[Case, Inputs], Attention]
     kernel: Callable[[Case], str]
-    why_missing: Callable[[Case], str | None] = _never_missing
+    missing_reason: Callable[[Case], str | None] = _always_available
     biased: bool = True
     learnable: bool = True
     compiles: bool = False
@@ -61,11 +67,11 @@ class Peer:
         return self.name
 
 
-def _ours(implementation: str, biased: bool = True) -> Peer:
+def _ours(implementation: str, biased: bool = True) -> Baseline:
     what = {
-        "triton": "the bias read inside the kernel" if biased else "the same kernel without its bias",
+        "triton": "reads the bias inside the kernel" if biased else "the same kernel without its bias",
         "eager": "gathered bias, matrix products and softmax",
-        "sdpa": "gathered bias given to SDPA",
+        "sdpa": "SDPA with a gathered bias",
     }
 
     def build(case: Case, inputs: Inputs) -> Attention:
@@ -83,11 +89,11 @@ def _ours(implementation: str, biased: bool = True) -> Peer:
     def kernel(case: Case) -> str:
         return attention.kernel_name(implementation, torch.device(case.device), case.dtype, case.head_dim)
 
-    def why_missing(case: Case) -> str | None:
-        return "tells what the bias costs in the CUDA kernel" if not biased and case.device == "cpu" else None
+    def missing_reason(case: Case) -> str | None:
+        return "measures the cost of the bias in the CUDA kernel" if not biased and case.device == "cpu" else None
 
     name = f"beit_fast {implementation}" + ("" if biased else " without bias")
-    return Peer(name, what[implementation], build, kernel, why_missing, biased=biased, learnable=biased)
+    return Baseline(name, what[implementation], build, kernel, missing_reason, biased=biased, learnable=biased)
 
 
 def _sdpa(inputs: Inputs, bias: Tensor | None, scale: float) -> Tensor:
@@ -97,7 +103,10 @@ def _sdpa(inputs: Inputs, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _prebuilt_bias(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    """The dense bias `[1, H, N, N]`, built once; memory-efficient SDPA would pad rows to 8 elements in each call."""
+    """Build the dense bias `[1, H, N, N]` once, with rows padded to 8 elements.
+
+    Memory-efficient SDPA would otherwise pad them in each call.
+    """
     with torch.no_grad():
         bias = gather_bias(inputs.table, case.window)[None]
         bias = F.pad(bias, (0, -case.tokens % 8))[..., : case.tokens]
@@ -105,7 +114,7 @@ def _prebuilt_bias(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def _gathered_bias(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    """The dense bias `[1, H, N, N]` gathered anew at each call, as training has to; only the index is kept."""
+    """Gather the dense bias `[1, H, N, N]` in each call, as training has to; only the index is cached."""
     index = relative_position_index(case.window, case.device)
     return lambda: gather_bias(inputs.table, case.window, index)[None]
 
@@ -115,14 +124,14 @@ def _no_bias(case: Case, inputs: Inputs) -> Callable[[], None]:
 
 
 _BIASES: dict[str, tuple[Callable[[Case, Inputs], Callable[[], Tensor | None]], str]] = {
-    "prebuilt bias": (_prebuilt_bias, "SDPA with a dense bias that is built beforehand and not timed"),
+    "prebuilt bias": (_prebuilt_bias, "SDPA with a dense bias that is built before the clock starts"),
     "gathered bias": (_gathered_bias, "SDPA with a dense bias gathered from the table in each call"),
-    "without bias": (_no_bias, "the speed limit for a bias that costs nothing; computes something else"),
+    "without bias": (_no_bias, "SDPA without a bias: the limit for a bias that costs nothing; computes another result"),
 }
 
 
-def _sdpa_peer(kind: str, backend: SDPBackend | None = None) -> Peer:
-    """SDPA under one of `_BIASES` with the named backend, or with the one that PyTorch chooses."""
+def _sdpa_baseline(kind: str, backend: SDPBackend | None = None) -> Baseline:
+    """Declare SDPA for a kind of bias with one backend, or with the choice of PyTorch."""
     bias_of, what = _BIASES[kind]
     biased = kind != "without bias"
     label = backend.name.removesuffix("_ATTENTION").lower() if backend else "chosen"
@@ -138,22 +147,22 @@ def _sdpa_peer(kind: str, backend: SDPBackend | None = None) -> Peer:
 
         return run
 
-    def why_missing(case: Case) -> str | None:
+    def missing_reason(case: Case) -> str | None:
         if backend is None and case.device == "cuda":
-            return "PyTorch chooses; on CUDA each of its backends takes part by name"
+            return "on CUDA each backend is measured under its own name"
         if backend is not None and case.device != "cuda":
-            return f"forces a CUDA backend of SDPA, this case runs on {case.device}"
+            return f"needs a CUDA backend of SDPA, but the case runs on {case.device}"
         if kind == "prebuilt bias" and case.trains_table:
-            return "a bias that is built beforehand gives the table no gradient"
-        return None if backend is None else _refusal(case, build, biased)
+            return "a prebuilt bias has no gradient for the table"
+        return None if backend is None else _backend_error(case, build, biased)
 
     learnable = kind == "gathered bias" and backend != SDPBackend.CUDNN_ATTENTION
     name = f"sdpa {kind} {label}" if backend else f"sdpa {kind}"
-    return Peer(name, what, build, lambda case: f"sdpa/{label}", why_missing, biased=biased, learnable=learnable)
+    return Baseline(name, what, build, lambda case: f"sdpa/{label}", missing_reason, biased=biased, learnable=learnable)
 
 
-def _refusal(case: Case, build: Callable[[Case, Inputs], Attention], biased: bool) -> str | None:
-    """What PyTorch says where the forced backend does not take the case, or not its backward."""
+def _backend_error(case: Case, build: Callable[[Case, Inputs], Attention], biased: bool) -> str | None:
+    """Return the error of PyTorch if the backend does not support the case or its backward."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -166,15 +175,17 @@ def _refusal(case: Case, build: Callable[[Case, Inputs], Attention], biased: boo
 
 
 RowOf = Callable[[Tensor, Tensor], Tensor]
-"""The table's row for a query and a key, as FlexAttention's score_mod sees them: 0-d tensors."""
+"""Maps a query and a key of a score_mod of FlexAttention, 0-d tensors, to a row of the table."""
 
 
 def row_by_index(case: Case) -> RowOf:
+    """Read rows from a dense index `[N, N]`."""
     index = relative_position_index(case.window, case.device).int()
     return lambda query, key: index[query, key]
 
 
 def row_by_coordinates(case: Case) -> RowOf:
+    """Compute rows from the coordinates of the tokens."""
     height, width = case.window
     rows = table_rows(case.window)
 
@@ -189,12 +200,12 @@ def row_by_coordinates(case: Case) -> RowOf:
     return row_of
 
 
-def _flex_attention(name: str, row_by: Callable[[Case], RowOf], how: str) -> Peer:
+def _flex_attention(name: str, row_by: Callable[[Case], RowOf], how: str) -> Baseline:
     def build(case: Case, inputs: Inputs) -> Attention:
         from torch.nn.attention.flex_attention import flex_attention
 
         if case.mode == BACKWARD:
-            _let_compiled_backward_run_again()
+            _allow_repeated_compiled_backward()
         table = inputs.table if case.trains_table else inputs.table.detach()
         row_of = row_by(case)
 
@@ -209,47 +220,47 @@ def _flex_attention(name: str, row_by: Callable[[Case], RowOf], how: str) -> Pee
 
         return run
 
-    def why_missing(case: Case) -> str | None:
-        return "FlexAttention on a CPU is for inference only" if case.trains and case.device == "cpu" else None
+    def missing_reason(case: Case) -> str | None:
+        return "FlexAttention does not support training on a CPU" if case.trains and case.device == "cpu" else None
 
-    what = f"FlexAttention, compiled, with a score_mod that reads the table at a row {how}"
-    return Peer(name, what, build, lambda case: "flex_attention", why_missing, compiles=True)
+    what = f"compiled FlexAttention whose score_mod reads the table at a row {how}"
+    return Baseline(name, what, build, lambda case: "flex_attention", missing_reason, compiles=True)
 
 
-def _let_compiled_backward_run_again() -> None:
-    """A compiled backward reuses its inputs' memory unless it is compiled for a graph that is kept, and not cached."""
+def _allow_repeated_compiled_backward() -> None:
+    """Let a compiled backward run several times on one graph, without reusing the memory of its inputs."""
     import torch._functorch.config as functorch_config
 
     functorch_config.donated_buffer = False
     functorch_config.enable_autograd_cache = False
 
 
-class _Given(nn.Module):
-    """Stands in for a projection and gives a tensor that exists, so that only attention is timed."""
+class _Constant(nn.Module):
+    """Replaces a projection by a fixed tensor, so that only attention is timed."""
 
-    def __init__(self, given: Tensor) -> None:
+    def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self.given = given.flatten(2)  # [B, N, H * D]
+        self.value = value.flatten(2)  # [B, N, H * D]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.given
+        return self.value
 
 
-def _transformers(implementation: str) -> Peer:
+def _transformers(implementation: str) -> Baseline:
     def build(case: Case, inputs: Inputs) -> Attention:
         from transformers.models.beit import modeling_beit
 
         older = hasattr(modeling_beit, "BEIT_SELF_ATTENTION_CLASSES")  # 4.x
         return (_transformers_4 if older else _transformers_5)(case, inputs, implementation)
 
-    def why_missing(case: Case) -> str | None:
+    def missing_reason(case: Case) -> str | None:
         if importlib.util.find_spec("transformers") is None:
             return "transformers is not installed (pip install 'beit-fast[bench]')"
         height, width = case.window
-        return None if height == width else "transformers reads the table of a rectangular window the wrong way"
+        return None if height == width else "transformers reads the table wrongly if the window is not square"
 
-    what = f"BEiT's attention as Transformers runs it in each layer, {implementation}"
-    return Peer(f"transformers {implementation}", what, build, lambda case: implementation, why_missing)
+    what = f"attention of BEiT in Transformers, {implementation}"
+    return Baseline(f"transformers {implementation}", what, build, lambda case: implementation, missing_reason)
 
 
 def _transformers_config(case: Case, implementation: str) -> object:
@@ -266,36 +277,36 @@ def _transformers_config(case: Case, implementation: str) -> object:
 
 
 def _transformers_5(case: Case, inputs: Inputs, implementation: str) -> Attention:
-    """Transformers 5: the layer builds the bias and gives it to the attention as a mask."""
+    """Build the attention of Transformers 5, which gets the bias as a mask."""
     from transformers.models.beit.modeling_beit import BeitAttention, BeitRelativePositionBias
 
     config = _transformers_config(case, implementation)
     position_bias = BeitRelativePositionBias(config)
     position_bias.relative_position_bias_table = inputs.table
     module = BeitAttention(config).to(case.device)
-    module.q_proj, module.k_proj, module.v_proj = (_Given(x) for x in (inputs.q, inputs.k, inputs.v))
+    module.q_proj, module.k_proj, module.v_proj = (_Constant(x) for x in (inputs.q, inputs.k, inputs.v))
     module.o_proj = nn.Identity()
 
     def run() -> Tensor:
         bias = position_bias(case.window, dim_size=case.tokens)
-        out, _ = module(module.q_proj.given, attention_mask=bias)
+        out, _ = module(module.q_proj.value, attention_mask=bias)
         return out.unflatten(2, (case.heads, case.head_dim))
 
     return run
 
 
 def _transformers_4(case: Case, inputs: Inputs, implementation: str) -> Attention:
-    """Transformers 4: the attention owns the table and builds the bias itself."""
+    """Build the attention of Transformers 4, which owns the table and gathers the bias."""
     from transformers.models.beit.modeling_beit import BEIT_SELF_ATTENTION_CLASSES
 
     attention_class = BEIT_SELF_ATTENTION_CLASSES[implementation]
     module = attention_class(_transformers_config(case, implementation), window_size=case.window).to(case.device)
     module.relative_position_bias.relative_position_bias_table = inputs.table
-    module.query, module.key, module.value = (_Given(x) for x in (inputs.q, inputs.k, inputs.v))
+    module.query, module.key, module.value = (_Constant(x) for x in (inputs.q, inputs.k, inputs.v))
     resolution = tuple(16 * side for side in case.window)
 
     def run() -> Tensor:
-        out = module(module.query.given, resolution=resolution)[0]
+        out = module(module.query.value, resolution=resolution)[0]
         return out.unflatten(2, (case.heads, case.head_dim))
 
     return run
@@ -304,7 +315,7 @@ def _transformers_4(case: Case, inputs: Inputs, implementation: str) -> Attentio
 _CUDNN, _EFFICIENT = SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 _FLASH, _MATH = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
 
-PEERS = (
+BASELINES = (
     _ours("triton"),
     _ours("triton", biased=False),
     _ours("sdpa"),
@@ -313,9 +324,9 @@ PEERS = (
     _transformers("eager"),
     _flex_attention("flex_attention", row_by_index, "from a dense index"),
     _flex_attention("flex_attention coordinates", row_by_coordinates, "computed from the tokens' coordinates"),
-    _sdpa_peer("prebuilt bias"),
-    *(_sdpa_peer("prebuilt bias", backend) for backend in (_CUDNN, _EFFICIENT, _MATH)),
-    *(_sdpa_peer("gathered bias", backend) for backend in (_CUDNN, _EFFICIENT, _MATH)),
-    _sdpa_peer("without bias"),
-    *(_sdpa_peer("without bias", backend) for backend in (_FLASH, _CUDNN, _EFFICIENT)),
+    _sdpa_baseline("prebuilt bias"),
+    *(_sdpa_baseline("prebuilt bias", backend) for backend in (_CUDNN, _EFFICIENT, _MATH)),
+    *(_sdpa_baseline("gathered bias", backend) for backend in (_CUDNN, _EFFICIENT, _MATH)),
+    _sdpa_baseline("without bias"),
+    *(_sdpa_baseline("without bias", backend) for backend in (_FLASH, _CUDNN, _EFFICIENT)),
 )

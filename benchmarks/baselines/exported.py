@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO: Transformers' model, exported once for both, each with as many threads as the others."""
+"""ONNX Runtime and OpenVINO on an exported model of Transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from beit_fast.position_bias import gather_bias
 
 from ..harness.model_cases import PATCH, ModelCase, parameters, pixels_and_labels
-from ..harness.processes import Absent, Prepared
+from ..harness.processes import Prepared, Unavailable
+from .transformers_model import transformers_model
 
 _PIXELS, _LOGITS = "pixels", "logits"
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
-class _Given(nn.Module):
-    """Gives what it was handed, whatever it is called with."""
+class _Constant(nn.Module):
+    """Returns its value for any arguments."""
 
     value: Tensor | None = None
 
@@ -28,44 +29,49 @@ class _Given(nn.Module):
 
 
 class _Logits(nn.Module):
-    """Pixels and the dense bias of each layer to logits."""
+    """Computes logits from pixels and the dense bias of each layer."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         names = [name for name, module in model.named_modules() if type(module).__name__ == "BeitRelativePositionBias"]
-        self.given = [_Given() for _ in names]
-        for name, given in zip(names, self.given, strict=True):
-            model.set_submodule(name, given)
+        self.biases = [_Constant() for _ in names]
+        for name, constant in zip(names, self.biases, strict=True):
+            model.set_submodule(name, constant)
         self.model = model
 
     def forward(self, pixels: Tensor, *biases: Tensor) -> Tensor:
-        for given, bias in zip(self.given, biases, strict=True):
-            given.value = bias
+        for constant, bias in zip(self.biases, biases, strict=True):
+            constant.value = bias
         return self.model(pixels).logits
 
 
 def dense_biases(case: ModelCase) -> list[Tensor]:
-    """The bias of each layer, `[1, H, N, N]` in fp32."""
+    """Gather the bias of each layer, `[1, H, N, N]` in fp32."""
     side = case.image // PATCH
     tables = [table for name, table in parameters(case).items() if name.endswith("bias_table")]
     return [gather_bias(table, (side, side))[None].contiguous() for table in tables]
 
 
 def export(path: str, **fields: Any) -> Prepared:
-    """Write Transformers' model in fp32 for its batch and image size; a step that does nothing.
+    """Export Transformers' model in fp32 for the batch and image size of a case.
 
-    The dense bias of each layer is an input, so that runtimes get it ready: ONNX Runtime folds the gather of a base
-    model at 640 pixels when it opens the file, and takes more than 22 GiB for it. The exporter is the one that traces:
-    the one that captures a graph fails on the strides of SDPA.
+    The dense bias of each layer is an input. Otherwise ONNX Runtime folds the gathers when it opens the file, which
+    takes more than 22 GiB for a base model at 640 pixels. The exporter traces, because capturing a graph fails on the
+    strides of SDPA.
+
+    Args:
+        path: File to write.
+        fields: Fields of the ModelCase.
+
+    Returns:
+        A step that does nothing.
     """
-    from .models import transformers_model
-
     case = ModelCase(**fields)
     model = _Logits(transformers_model(case, "sdpa", torch.float32))
     inputs = (pixels_and_labels(case)[0].float(), *dense_biases(case))
     names = [_PIXELS, *(f"bias_{layer}" for layer in range(len(inputs) - 1))]
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of constants in the trace, and of the exporter's age
+        warnings.simplefilter("ignore")  # about constants in the trace, and the deprecated exporter
         torch.onnx.export(
             model, inputs, path, dynamo=False, opset_version=18, input_names=names, output_names=[_LOGITS]
         )
@@ -73,15 +79,19 @@ def export(path: str, **fields: Any) -> Prepared:
 
 
 def open_onnxruntime(case: ModelCase, threads: int, exported: str) -> tuple[Callable[[], Tensor], str]:
-    """The forward, and what runs it. Inputs are bound once, so that no call copies them."""
+    """Open the file in ONNX Runtime, with inputs that are bound once.
+
+    Returns:
+        The forward, and the name of its kernel.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    for given, value in zip(session.get_inputs(), [pixels_and_labels(case)[0], *dense_biases(case)], strict=True):
-        binding.bind_ortvalue_input(given.name, onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()))
+    for argument, value in zip(session.get_inputs(), [pixels_and_labels(case)[0], *dense_biases(case)], strict=True):
+        binding.bind_ortvalue_input(argument.name, onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()))
     binding.bind_output(_LOGITS)
 
     def forward() -> Tensor:
@@ -92,10 +102,13 @@ def open_onnxruntime(case: ModelCase, threads: int, exported: str) -> tuple[Call
 
 
 def open_openvino(case: ModelCase, threads: int, exported: str) -> tuple[Callable[[], Tensor], str]:
-    """The forward, and what runs it, with the precision that it runs in. Biases become constants of the model.
+    """Open the file in OpenVINO, with the biases as constants.
+
+    Returns:
+        The forward, and the name of its kernel with its precision.
 
     Raises:
-        Absent: this CPU does not get the precision of the case.
+        Unavailable: If OpenVINO does not run in the precision of the case on this CPU.
     """
     import openvino
 
@@ -110,7 +123,7 @@ def open_openvino(case: ModelCase, threads: int, exported: str) -> tuple[Callabl
     del model
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if precision != wanted:
-        raise Absent(f"runs in {precision} here where {wanted} is asked for")
+        raise Unavailable(f"runs in {precision} on this CPU, not in {wanted}")
     request = compiled.create_infer_request()
     pixels = pixels_and_labels(case)[0].float().numpy()
     version = openvino.__version__.partition("-")[0]

@@ -1,4 +1,4 @@
-"""Who fills the tables of Transformers' BEiT page: each implementation once, what is timed, and who is refused."""
+"""The baselines of the tables in Transformers' documentation of BEiT."""
 
 from __future__ import annotations
 
@@ -16,44 +16,46 @@ from beit_fast.checkpoint.key_mapping import to_hub_names
 from beit_fast.ops.dispatch import attention
 from beit_fast.testing.memory import loaded_memory
 
-from ..harness.cases import Reference, errors_within
-from ..harness.hf_docs_cases import PageCase, page_reference, pixels_of
+from ..harness.cases import Reference, checked_errors
+from ..harness.hf_docs_cases import BENCHES, OPTIMIZED, TRITON, HfDocsCase, hf_docs_reference, pixels_of
 from ..harness.model_cases import DTYPES, by_kind, our_model
-from ..harness.processes import Entrant, Prepared
-from ..report.hf_docs_tables import BENCHES, EAGER, OPTIMIZED, SDPA, TRITON
+from ..harness.processes import Prepared, Worker
 from .attention import not_installed
-from .models import transformers_model
+from .transformers_model import transformers_model
 
 
 @dataclass(frozen=True)
-class PagePeer:
-    """One implementation. scores: matrices `[B, H, N, N]` that a layer of it keeps for its backward, about."""
+class HfDocsBaseline:
+    """One implementation.
+
+    Attributes:
+        name: Unique name.
+        build: Builds the model of a case.
+        kernel: Returns the name of the kernel that runs.
+        packages: Packages that it needs.
+        scores: Approximate matrices `[B, H, N, N]` that a layer keeps for its backward.
+    """
 
     name: str
-    build: Callable[[PageCase], nn.Module]
-    kernel: Callable[[PageCase], str]
+    build: Callable[[HfDocsCase], nn.Module]
+    kernel: Callable[[HfDocsCase], str]
     packages: tuple[str, ...] = ()
     scores: int = 0
 
-    def why_missing(self, case: PageCase) -> str | None:
-        """The reason why it takes no part in `case`, or None."""
+    def missing_reason(self, case: HfDocsCase) -> str | None:
+        """Return why it cannot run a case, or None."""
         if absent := not_installed(self.packages):
             return f"not installed: {', '.join(absent)} (pip install 'beit-fast[bench]')"
-        if self.name == OPTIMIZED:
-            if case.trains:
-                return "is for inference"
-            if not hasattr(beit_fast, "optimize_for_inference"):
-                return f"beit_fast {beit_fast.__version__} has no optimize_for_inference"
-        return None
+        return "supports inference only" if self.name == OPTIMIZED and case.trains else None
 
 
-def _triton_kernel(case: PageCase) -> str:
+def _triton_kernel(case: HfDocsCase) -> str:
     size = case.native.size
     return attention.kernel_name("triton", case.device, DTYPES[case.dtype], size.width // size.heads)
 
 
-def _transformers(implementation: str, scores: int) -> PagePeer:
-    return PagePeer(
+def _transformers(implementation: str, scores: int) -> HfDocsBaseline:
+    return HfDocsBaseline(
         f"transformers {implementation}",
         lambda case: transformers_model(case.native, implementation, DTYPES[case.dtype]),
         lambda case: implementation,
@@ -62,23 +64,22 @@ def _transformers(implementation: str, scores: int) -> PagePeer:
     )
 
 
-def _optimized(case: PageCase) -> nn.Module:
+def _optimized(case: HfDocsCase) -> nn.Module:
     model = our_model(case.native, "triton", torch.float32)
     options = {"dtype": DTYPES[case.dtype], "example": pixels_of(case), "keep_original": False}
     return beit_fast.optimize_for_inference(model, **options)
 
 
-PEERS = (
+BASELINES = (
     _transformers("eager", 4),
     _transformers("sdpa", 3),
-    PagePeer(TRITON, lambda case: our_model(case.native, "triton", DTYPES[case.dtype]), _triton_kernel),
-    PagePeer(OPTIMIZED, _optimized, lambda case: f"{_triton_kernel(case)}, optimized"),
+    HfDocsBaseline(TRITON, lambda case: our_model(case.native, "triton", DTYPES[case.dtype]), _triton_kernel),
+    HfDocsBaseline(OPTIMIZED, _optimized, lambda case: f"{_triton_kernel(case)}, optimized"),
 )
-assert [peer.name for peer in PEERS] == [EAGER, SDPA, TRITON, OPTIMIZED]
 
 
-def step_of(case: PageCase, model: nn.Module) -> Callable[[], Tensor]:
-    """One call to logits: without a graph, or a training step, which leaves its gradients in place."""
+def step_of(case: HfDocsCase, model: nn.Module) -> Callable[[], Tensor]:
+    """Return the timed function: logits without a graph, or a training step that keeps its gradients."""
     pixels = pixels_of(case)
 
     def infer() -> Tensor:
@@ -94,8 +95,12 @@ def step_of(case: PageCase, model: nn.Module) -> Callable[[], Tensor]:
     return train if case.trains else infer
 
 
-def results_of(case: PageCase, model: nn.Module, step: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """What is compared: logits and, in training, the gradients by kind of parameter."""
+def results_of(case: HfDocsCase, model: nn.Module, step: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Return logits and, in training, gradients by kind of parameter.
+
+    Raises:
+        ValueError: If a parameter does not get a gradient.
+    """
     logits = step().float().cpu()
     if not case.trains:
         return {"logits": logits}
@@ -106,40 +111,48 @@ def results_of(case: PageCase, model: nn.Module, step: Callable[[], Tensor]) -> 
     return {"logits": logits, **{kind: gradient.float().cpu() for kind, gradient in kinds.items()}}
 
 
-def prepare(peer: str, expected: str, **fields: Any) -> Prepared:
-    """A peer's call on the case that `fields` are, its results compared with those in the file `expected`.
+def prepare(baseline: str, expected: str, **fields: Any) -> Prepared:
+    """Check a baseline against the reference and return its step.
 
-    `memory_before` is what the process held before it had this model, with all libraries loaded by a tiny one.
+    A tiny model loads all libraries first. `memory_before` is the memory of the process at that point.
+
+    Args:
+        baseline: Its name.
+        expected: File with the reference.
+        fields: Fields of the HfDocsCase.
 
     Raises:
-        ValueError: a result is not within its budget.
+        ValueError: If a result exceeds its error budget.
     """
-    case = PageCase(**fields)
-    chosen = next(one for one in PEERS if one.name == peer)
-    tiny = PageCase(**{**fields, "model": "tiny", "batch": 1, "height": 64, "width": 64})
+    case = HfDocsCase(**fields)
+    chosen = next(one for one in BASELINES if one.name == baseline)
+    tiny = HfDocsCase(**{**fields, "model": "tiny", "batch": 1, "height": 64, "width": 64})
     step_of(tiny, chosen.build(tiny))()
     memory_before = loaded_memory(case.device)
     model = chosen.build(case)
     step = step_of(case, model)
-    errors, wrong = errors_within(results_of(case, model, step), Reference(**torch.load(expected, mmap=True)))
-    if wrong:
-        raise ValueError(f"wrong and not timed. {'; '.join(wrong)}")
+    errors = checked_errors(results_of(case, model, step), Reference(**torch.load(expected, mmap=True)))
     facts = {"kernel": chosen.kernel(case), "errors": errors, "memory_before": memory_before}
     return Prepared(step, facts, case.device)
 
 
-def race_page(case: PageCase, race_apart: Callable[..., None], threads: int) -> None:
-    """Race the implementations on one line of a table; each of its rounds is one call."""
-    missing = {peer.name: why for peer in PEERS if (why := peer.why_missing(case)) is not None}
+def run_hf_docs(case: HfDocsCase, time_workers: Callable[..., None], threads: int) -> None:
+    """Time the implementations on one line of a table, with one call per round."""
+    missing = {baseline.name: why for baseline in BASELINES if (why := baseline.missing_reason(case)) is not None}
     with tempfile.TemporaryDirectory() as folder:
         expected = Path(folder) / "reference.pt"
-        torch.save(vars(page_reference(case)), expected)
+        torch.save(vars(hf_docs_reference(case)), expected)
         arguments = {"expected": str(expected), **asdict(case)}
-        entrants = [
-            Entrant(peer.name, prepare, {"peer": peer.name, **arguments}, bytes_needed=case.bytes_needed(peer.scores))
-            for peer in reversed(PEERS)  # the first is in every heat
-            if peer.name not in missing
+        workers = [
+            Worker(
+                baseline.name,
+                prepare,
+                {"baseline": baseline.name, **arguments},
+                bytes_needed=case.bytes_needed(baseline.scores),
+            )
+            for baseline in reversed(BASELINES)  # ours first, to be in every group
+            if baseline.name not in missing
         ]
         facts = {**asdict(case), "tokens": case.tokens}
         rules = {"device": case.device, "rounds": case.steps, "round_seconds": 0.0}
-        race_apart(BENCHES[case.device], str(case), threads, entrants, facts, missing, **rules)
+        time_workers(BENCHES[case.device], str(case), threads, workers, facts, missing, **rules)

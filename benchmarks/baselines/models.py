@@ -1,4 +1,4 @@
-"""Who runs the whole model: every peer declared once, all with the same weights, and why one cannot take part."""
+"""The baselines of whole models, all with the same weights, and the reasons why one cannot run a case."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ from ..harness.model_cases import (
 from .attention import not_installed
 from .exported import open_onnxruntime, open_openvino
 from .timm_import import import_timm
+from .transformers_model import fill, transformers_model
 
 
 @dataclass(frozen=True)
 class Network:
     """A model that is ready for its case.
 
-    forward: pixels, bound when it was built, to logits `[B, labels]`. kernel: what runs.
-    module: holds the parameters that are trained; None where nothing is trained.
+    Attributes:
+        forward: Computes logits `[B, labels]` from bound pixels.
+        kernel: Name of the kernel that runs.
+        module: Holds the trained parameters; None in inference.
     """
 
     forward: Callable[[], Tensor]
@@ -46,15 +49,23 @@ class Network:
 
 
 @dataclass(frozen=True)
-class ModelPeer:
-    """One way to run BEiT.
+class ModelBaseline:
+    """One implementation of BEiT.
 
-    name: unique. what: one line for the reader. build: a case, threads and an exported file to a network.
-    packages: what it needs installed. exports: whether it reads that file.
-    modes, dtypes, devices: what it takes part in; `refusal` says why not in others.
-    slow: devices where it takes long to prepare or to run, so that only runs with every peer have it.
-    tolerance: the relative error that is accepted of it in fp32, where that is not the house's rule.
-    copies, scores: about how many copies of the weights, and of `[B, H, N, N]` in fp32, its process holds.
+    Attributes:
+        name: Unique name.
+        what: Description in one line.
+        build: Builds a network from a case, a number of threads and an exported file.
+        packages: Packages that it needs.
+        modes: Modes that it supports.
+        dtypes: Dtypes that it supports.
+        devices: Devices that it supports.
+        unsupported: The reason for other modes, dtypes and devices.
+        exports: Whether it reads the exported file.
+        slow: Devices on which it is slow to prepare or to run, so that only runs with all baselines include it.
+        copies: Approximate copies of the weights in its process.
+        scores: Approximate fp32 matrices `[B, H, N, N]` in its process.
+        tolerance: Relative error allowed in fp32, in place of the budgets.
     """
 
     name: str
@@ -64,7 +75,7 @@ class ModelPeer:
     modes: tuple[str, ...] = (INFERENCE, TRAINING)
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     devices: tuple[str, ...] = ("cpu", "cuda")
-    refusal: str = ""
+    unsupported: str = ""
     exports: bool = False
     slow: tuple[str, ...] = ()
     copies: int = 1
@@ -74,18 +85,18 @@ class ModelPeer:
     def __str__(self) -> str:
         return self.name
 
-    def why_missing(self, case: ModelCase, every_peer: bool) -> str | None:
-        """The reason why it takes no part in `case`, or None."""
+    def missing_reason(self, case: ModelCase, all_baselines: bool) -> str | None:
+        """Return why it cannot run a case, or None."""
         if case.mode not in self.modes or case.dtype not in self.dtypes or case.device not in self.devices:
-            return self.refusal
+            return self.unsupported
         if absent := not_installed(self.packages):
             return f"not installed: {', '.join(absent)} (pip install 'beit-fast[bench]', timm with --no-deps)"
-        if case.device in self.slow and not every_peer:
-            return "takes long to prepare or to run: measured with --require-peers or --full"
+        if case.device in self.slow and not all_baselines:
+            return "slow to prepare or to run: measured with --require-baselines or --full"
         return None
 
     def bytes_needed(self, case: ModelCase) -> int:
-        """About what its process needs once it is prepared: to decide who can be in memory at the same time."""
+        """Estimate the bytes of its process, to decide which baselines fit into memory together."""
         size = case.size
         tokens = case.batch * case.tokens * size.width * DTYPES[case.dtype].itemsize
         scores = self.scores * case.batch * size.heads * case.tokens**2 * 4
@@ -99,7 +110,11 @@ _PROCESS_BYTES = 450 << 20  # libraries
 
 
 def logits_and_gradients(case: ModelCase, network: Network) -> dict[str, Tensor]:
-    """What is compared with the reference: logits and, in training, the gradients by kind of parameter."""
+    """Return logits and, in training, gradients by kind of parameter.
+
+    Raises:
+        ValueError: If a parameter does not get a gradient.
+    """
     if network.module is None:
         with torch.no_grad():
             return {"logits": network.forward().float().cpu()}
@@ -108,7 +123,7 @@ def logits_and_gradients(case: ModelCase, network: Network) -> dict[str, Tensor]
     gradients = {}
     for name, parameter in network.module.named_parameters():
         if parameter.grad is None:
-            raise ValueError(f"wrong and not timed. {name} got no gradient")
+            raise ValueError(f"wrong and not timed. {name} does not get a gradient")
         gradients[name] = parameter.grad
     kinds = by_kind(to_hub_names(gradients)[0])
     network.module.zero_grad(set_to_none=True)
@@ -116,7 +131,7 @@ def logits_and_gradients(case: ModelCase, network: Network) -> dict[str, Tensor]
 
 
 def call_of(case: ModelCase, network: Network) -> Callable[[], Tensor]:
-    """What is timed: logits without a graph; or a training step, whose gradients are let go at its end."""
+    """Return the timed function: logits without a graph, or a training step that frees its gradients."""
 
     def infer() -> Tensor:
         with torch.no_grad():
@@ -148,7 +163,7 @@ def _network(case: ModelCase, module: nn.Module, kernel: str, compiles: bool = F
 
 
 def _compiled(case: ModelCase, module: nn.Module) -> Callable[[Tensor], object]:
-    """torch.compile, in inference as the best that it does: frozen weights on a CPU, CUDA graphs on CUDA."""
+    """Compile a module; in inference with frozen weights on a CPU, with CUDA graphs on CUDA."""
     if case.trains:
         return torch.compile(module, dynamic=False)
     if case.device == "cuda":
@@ -179,15 +194,6 @@ def _optimized(case: ModelCase, threads: int, exported: str) -> Network:
     example, _ = pixels_and_labels(case)
     fast = beit_fast.optimize_for_inference(model, dtype=dtype, example=example, keep_original=False)
     return _network(case, fast, f"{kernel}, optimized")
-
-
-def transformers_model(case: ModelCase, implementation: str, dtype: torch.dtype) -> nn.Module:
-    """Transformers' classifier with the weights of the case."""
-    from transformers import BeitConfig, BeitForImageClassification
-
-    model = BeitForImageClassification(BeitConfig(**case.options, attn_implementation=implementation))
-    fill(model, parameters(case))
-    return model.to(case.device, dtype).train(case.trains)
 
 
 def _transformers(implementation: str, compiles: bool = False) -> Callable[[ModelCase, int, str], Network]:
@@ -234,62 +240,40 @@ def _timm(compiles: bool = False) -> Callable[[ModelCase, int, str], Network]:
     return build
 
 
-@torch.no_grad()
-def fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give a model of Transformers or timm weights that have the names of the hub.
-
-    Raises:
-        ValueError: the model has other parameters than there are weights.
-    """
-    own = dict(model.named_parameters())
-    packed = {name: own.pop(name) for name in [name for name in own if name.endswith(".attn.qkv.weight")]}
-    targets, _ = to_hub_names(own)
-    known = set(targets)
-    for name, target in packed.items():
-        projection = f"beit.encoder.layer.{name.split('.')[1]}.attention.attention"
-        parts = [f"{projection}.{part}.weight" for part in ("query", "key", "value")]
-        target.copy_(torch.cat([weights[part] for part in parts]))
-        known.update(parts)
-    if known != weights.keys():
-        raise ValueError(f"parameters and weights differ in {sorted(known ^ weights.keys())}")
-    for name, target in targets.items():
-        target.copy_(weights[name])
-
-
 def _runtime(open_file: Callable[[ModelCase, int, str], tuple[Callable[[], Tensor], str]]) -> Callable[..., Network]:
     return lambda case, threads, exported: Network(*open_file(case, threads, exported))
 
 
-_FP32_TOLERANCE = 1e-5  # of fp32 by choice less exact, and of Inductor, which adds up a bias's gradient row by row
+_FP32_TOLERANCE = 1e-5  # for reduced precision, and for Inductor, which sums the gradient of a bias row by row
 _ON_CPU, _ANYWHERE = ("cpu",), ("cpu", "cuda")
 _HF = ("transformers",)
 OPTIMIZED, OURS = "beit_fast optimized", "beit_fast triton"
 OPTIMIZED_HIGH = f"{OPTIMIZED} high"
 ACCELERATED = "transformers accelerated"
 
-MODEL_PEERS = (
-    ModelPeer(
+MODEL_BASELINES = (
+    ModelBaseline(
         OPTIMIZED,
         "optimize_for_inference",
         _optimized,
         modes=(INFERENCE,),
-        refusal="is for inference",
+        unsupported="supports inference only",
         copies=2,
         scores=0,
     ),
-    ModelPeer(
+    ModelBaseline(
         OPTIMIZED_HIGH,
         'the same after torch.set_float32_matmul_precision("high")',
         _optimized_high,
         modes=(INFERENCE,),
         dtypes=("fp32",),
-        refusal="is for inference in fp32",
+        unsupported="supports inference in fp32 only",
         copies=2,
         scores=0,
         tolerance=_FP32_TOLERANCE,
     ),
-    ModelPeer(OURS, "as it is built", _ours("triton"), scores=1),
-    ModelPeer(
+    ModelBaseline(OURS, "the model as it is built", _ours("triton"), scores=1),
+    ModelBaseline(
         f"{OURS} compiled",
         "under torch.compile",
         _ours("triton", True),
@@ -298,11 +282,13 @@ MODEL_PEERS = (
         scores=1,
         tolerance=_FP32_TOLERANCE,
     ),
-    ModelPeer("beit_fast sdpa", "gathered bias given to SDPA", _ours("sdpa"), slow=_ON_CPU),
-    ModelPeer("beit_fast eager", "matrix products and softmax", _ours("eager"), slow=_ON_CPU, scores=3),
-    ModelPeer(ACCELERATED, "Transformers' model after accelerate(model)", _accelerated, _HF, scores=1),
-    ModelPeer("transformers sdpa", "Transformers' model", _transformers("sdpa"), _HF),
-    ModelPeer(
+    ModelBaseline("beit_fast sdpa", "SDPA with a gathered bias", _ours("sdpa"), slow=_ON_CPU),
+    ModelBaseline(
+        "beit_fast eager", "gathered bias, matrix products and softmax", _ours("eager"), slow=_ON_CPU, scores=3
+    ),
+    ModelBaseline(ACCELERATED, "Transformers' model after accelerate(model)", _accelerated, _HF, scores=1),
+    ModelBaseline("transformers sdpa", "Transformers' model", _transformers("sdpa"), _HF),
+    ModelBaseline(
         "transformers sdpa compiled",
         "under torch.compile",
         _transformers("sdpa", True),
@@ -311,9 +297,9 @@ MODEL_PEERS = (
         copies=2,
         tolerance=_FP32_TOLERANCE,
     ),
-    ModelPeer("transformers eager", "Transformers' model", _transformers("eager"), _HF, slow=_ON_CPU, scores=3),
-    ModelPeer("timm", "timm's model, fused attention", _timm(), ("timm",)),
-    ModelPeer(
+    ModelBaseline("transformers eager", "Transformers' model", _transformers("eager"), _HF, slow=_ON_CPU, scores=3),
+    ModelBaseline("timm", "timm's model with fused attention", _timm(), ("timm",)),
+    ModelBaseline(
         "timm compiled",
         "under torch.compile",
         _timm(True),
@@ -322,7 +308,7 @@ MODEL_PEERS = (
         copies=2,
         tolerance=_FP32_TOLERANCE,
     ),
-    ModelPeer(
+    ModelBaseline(
         "onnxruntime",
         "ONNX Runtime on Transformers' model, exported",
         _runtime(open_onnxruntime),
@@ -330,17 +316,17 @@ MODEL_PEERS = (
         modes=(INFERENCE,),
         dtypes=("fp32",),
         devices=("cpu",),
-        refusal="is for inference; on a CPU it computes in fp32, and its CUDA build is another package",
+        unsupported="supports inference in fp32 on a CPU only; its CUDA build is another package",
         exports=True,
     ),
-    ModelPeer(
+    ModelBaseline(
         "openvino",
         "OpenVINO on Transformers' model, exported",
         _runtime(open_openvino),
         ("transformers", "onnx", "openvino"),
         modes=(INFERENCE,),
         devices=("cpu",),
-        refusal="is for inference on a CPU",
+        unsupported="supports inference on a CPU only",
         exports=True,
         copies=2,
     ),

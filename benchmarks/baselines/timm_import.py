@@ -1,4 +1,4 @@
-"""timm where torchvision is not installed. timm imports torchvision, of which BEiT needs nothing: a stand-in serves."""
+"""Import timm without torchvision, which timm imports but its BEiT does not need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 class _Anything:
-    """A class whose attributes are such classes, to be subclassed, called or compared while timm is imported."""
+    """An object that can be called, and whose attributes are such classes."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -26,7 +26,7 @@ class _Anything:
 
 
 class _MetaAnything(type):
-    """Classes that answer every attribute."""
+    """Metaclass of classes that have every attribute."""
 
     def __getattr__(cls, name: str) -> object:
         if name.startswith("__"):
@@ -57,7 +57,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def import_timm() -> types.ModuleType:
-    """timm with its BEiT; afterwards the stand-in is gone again, so that nobody takes it for torchvision."""
+    """Import timm and its BEiT, and remove the stub of torchvision afterwards."""
     if importlib.util.find_spec("torchvision") is not None:
         return _imported()
     finder = _Finder()

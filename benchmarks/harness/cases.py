@@ -1,4 +1,4 @@
-"""What is measured: shapes, inputs, the fp64 reference, and the error that a peer is allowed."""
+"""Cases of the attention benchmarks: shapes, inputs, fp64 reference and error budgets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from beit_fast.position_bias import Window, gather_bias, table_rows, token_count
 
 FORWARD = "forward"
-BACKWARD = "backward"  # alone: the forward ran before the clock, and its graph is kept
+BACKWARD = "backward"  # alone: the forward runs before the clock starts, and its graph is kept
 TRAINING = "training"
 TRAINING_FROZEN = "training, frozen table"
 MODES = (FORWARD, BACKWARD, TRAINING, TRAINING_FROZEN)
@@ -23,7 +23,7 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 @dataclass(frozen=True)
 class Case:
-    """One shape, dtype and device, and what is timed: the forward, the backward, or both as a training step."""
+    """One shape, dtype, device and mode: forward, backward, or both as a training step."""
 
     mode: str
     batch: int
@@ -55,12 +55,12 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Two products in the forward; five in the backward, the scores that it computes again included."""
+        """Two products in the forward and five in the backward, which recomputes the scores."""
         product = 2 * self.batch * self.heads * self.tokens**2 * self.head_dim
         return product * {FORWARD: 2, BACKWARD: 5}.get(self.mode, 7)
 
     def least_bytes(self, biased: bool) -> int:
-        """Bytes that any kernel has to move: inputs read once, results written once, no [N, N] matrix."""
+        """Bytes that every kernel has to move: inputs read once, results written once, no [N, N] matrix."""
         size = self.dtype.itemsize
         activation = self.batch * self.tokens * self.heads * self.head_dim * size
         table = table_rows(self.window) * self.heads * size if biased else 0
@@ -74,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v and grad_out `[B, N, H, D]`, table `[rows, H]`, all drawn from N(0, 1) in the case's dtype."""
+    """Random tensors of a case, all N(0, 1): q, k, v, grad_out `[B, N, H, D]` and table `[rows, H]`."""
 
     q: Tensor
     k: Tensor
@@ -83,7 +83,7 @@ class Inputs:
     grad_out: Tensor
 
     def leaves(self, case: Case, biased: bool = True) -> dict[str, Tensor]:
-        """The tensors that the case asks gradients for, by name; empty for a forward."""
+        """Return the tensors that need gradients in the case, by name."""
         if not case.trains:
             return {}
         leaves: dict[str, Tensor] = {"q": self.q, "k": self.k, "v": self.v}
@@ -93,7 +93,7 @@ class Inputs:
 
 
 def draw(case: Case) -> Inputs:
-    """Fresh inputs of `case`, the same values at each call on one kind of device."""
+    """Draw the inputs of a case; the values depend on the case and the device type only."""
     generator = torch.Generator(case.device).manual_seed(zlib.crc32(str(case).encode()))
 
     def normal(*shape: int) -> Tensor:
@@ -108,7 +108,15 @@ def draw(case: Case) -> Inputs:
 
 
 def textbook_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale * q k^T + bias) v in the dtype of q; q, k, v `[B, N, H, D]`, bias `[H, N, N]`."""
+    """Compute softmax(scale * q k^T + bias) v in the dtype of q.
+
+    Args:
+        q: `[B, N, H, D]`.
+        k: `[B, N, H, D]`.
+        v: `[B, N, H, D]`.
+        bias: `[H, N, N]`, or None.
+        scale: Factor of the scores.
+    """
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
     if bias is not None:
         scores = scores + bias
@@ -117,7 +125,7 @@ def textbook_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
 
 @dataclass(frozen=True)
 class Reference:
-    """fp64 results by name ("out", or a gradient's input), and the relative error accepted for each."""
+    """fp64 results by name ("out", or the input of a gradient), and the relative error allowed for each."""
 
     results: dict[str, Tensor]
     budgets: dict[str, float]
@@ -125,9 +133,10 @@ class Reference:
 
 @functools.lru_cache(maxsize=2)
 def reference(case: Case, biased: bool) -> Reference:
-    """The fp64 results of `case`, with budgets from the error of textbook attention in the case's own dtype.
+    """Compute the fp64 results and error budgets of a case.
 
-    The budget is twice that error for the output and three times for a gradient, plus four eps of the dtype.
+    The budgets come from the error of textbook attention in the dtype of the case: twice that error for the output,
+    three times for a gradient, plus four eps of the dtype.
     """
     exact = _reference_results(case, biased)
     inputs = draw(case)
@@ -137,15 +146,27 @@ def reference(case: Case, biased: bool) -> Reference:
     return Reference(exact, budgets)
 
 
-def errors_within(results: dict[str, Tensor], expected: Reference) -> tuple[dict[str, float], list[str]]:
-    """The relative error of each result, and a complaint for each that exceeds its budget."""
+def checked_errors(results: dict[str, Tensor], expected: Reference, tolerance: float | None = None) -> dict[str, float]:
+    """Return the relative error of each result if all are within their budgets.
+
+    Args:
+        results: Tensors by name.
+        expected: The reference.
+        tolerance: Replaces the budgets if given.
+
+    Raises:
+        ValueError: If an error exceeds its budget.
+    """
     errors = {name: relative_error(results[name], exact) for name, exact in expected.results.items()}
-    complaints = [
-        f"{name}: relative error {error:.2e}, accepted {expected.budgets[name]:.2e}"
+    budgets = expected.budgets if tolerance is None else dict.fromkeys(errors, tolerance)
+    wrong = [
+        f"{name}: relative error {error:.2e}, allowed {budgets[name]:.2e}"
         for name, error in errors.items()
-        if not error <= expected.budgets[name]
+        if not error <= budgets[name]  # a NaN is not within any budget
     ]
-    return errors, complaints
+    if wrong:
+        raise ValueError(f"wrong and not timed. {'; '.join(wrong)}")
+    return errors
 
 
 def _textbook(case: Case, inputs: Inputs, biased: bool) -> Callable[[], Tensor]:
@@ -157,7 +178,7 @@ def _textbook(case: Case, inputs: Inputs, biased: bool) -> Callable[[], Tensor]:
 
 
 def _reference_results(case: Case, biased: bool) -> dict[str, Tensor]:
-    """fp64, one sample at a time, so that a few [H, N, N] matrices are all that is held."""
+    """Compute in fp64, one sample at a time, to hold only a few [H, N, N] matrices."""
     inputs = draw(case)
     table = inputs.table.detach().double().requires_grad_(case.trains_table)
     parts: list[dict[str, Tensor]] = []
@@ -173,7 +194,7 @@ def _reference_results(case: Case, biased: bool) -> dict[str, Tensor]:
 
 
 def results_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased: bool) -> dict[str, Tensor]:
-    """The output of `attention` as "out", and by name the gradients that the case asks for."""
+    """Return the output of `attention` as "out", and the gradients of the case by name."""
     leaves = inputs.leaves(case, biased)
     with torch.set_grad_enabled(case.trains):
         out = attention()
@@ -183,12 +204,12 @@ def results_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], bias
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """norm(actual - exact) / norm(exact) in fp64; NaN where `actual` holds one."""
+    """Compute norm(actual - exact) / norm(exact) in fp64; a NaN in `actual` gives NaN."""
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 def step_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased: bool) -> Callable[[], object]:
-    """What is timed: the forward without a graph, forward and backward to the leaves of the case, or that backward."""
+    """Return the timed function: the forward without a graph, a training step, or the backward alone."""
     leaves = list(inputs.leaves(case, biased).values())
 
     def forward() -> Tensor:
@@ -205,12 +226,12 @@ def step_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased:
 
 
 def chosen_device(requested: str | None) -> str:
-    """The device of a run: the requested one, else "cuda" where there is one, else "cpu"."""
+    """Return the requested device, or "cuda" if there is a CUDA device, else "cpu"."""
     return requested or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cases(device: str, full: bool) -> list[Case]:
-    """The cases of a run on `device` ("cpu" or "cuda"): a quick set, and with `full` every size."""
+    """List the cases for "cpu" or "cuda": a quick set, or every size if `full`."""
     sizes = _FULL[device] if full else _QUICK[device]
     return [Case(mode, batch, (side, side), dtype, device) for mode, dtype, shapes in sizes for batch, side in shapes]
 

@@ -1,4 +1,4 @@
-"""Two clocks for pytest-benchmark: idle to idle on a CPU, and the device's own time on CUDA."""
+"""Two clocks for pytest-benchmark: wall time from idle to idle on a CPU, and device time on CUDA."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from beit_fast.testing.timing import synchronize
 
 Step = Callable[[], object]
 
-HEAD_START = 1.5  # times what the host needs to queue a round, and
-HEAD_START_MARGIN = 5e-5  # seconds
+HEAD_START = 1.5  # times the seconds that the host needs to queue a round
+HEAD_START_MARGIN = 5e-5  # seconds added to it
 LONGEST_HEAD_START = 0.05  # seconds
 SPIN_RATE = 2e9  # cycles a second, about the highest clock of today's GPUs
 
 
 class HostClock:
-    """Seconds, read once the device has done its work: a round is timed from idle to idle."""
+    """Wall time in seconds, read after the device has finished: from idle to idle."""
 
     __name__ = "HostClock"  # pytest-benchmark writes the name of its timer
     meaning = "idle to idle"
-    queued_ahead: bool | None = None  # only a DeviceClock knows
+    queued_ahead: bool | None = None  # measured by a DeviceClock only
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -34,18 +34,17 @@ class HostClock:
         return time.perf_counter()
 
     def plan(self, step: Step) -> tuple[int, int]:
-        """Calls a round and rounds: a millisecond a round at least, 5 to 50 rounds in about 0.4 seconds."""
+        """Return calls per round and rounds: at least 1 ms a round, 5 to 50 rounds in about 0.4 s."""
         once = _once(self, step)
         iterations = _clamp(math.ceil(1e-3 / once), 1, 1000)
         return iterations, _clamp(int(0.4 / (once * iterations)), 5, 50)
 
 
 class DeviceClock:
-    """Seconds on the device, between the two readings of a round.
+    """Device time in seconds between the two readings of a round.
 
-    The first reading lets the device spin for a while, so that the host has queued the whole round before the device
-    begins with it, and what launching costs the host is not in the time. That cannot hold for a step that waits for the
-    device, or that launches more than a queue holds.
+    The first reading makes the device spin while the host queues the whole round, so that the time excludes launches.
+    This fails for a step that waits for the device, or that launches more kernels than the queue holds.
     """
 
     __name__ = "DeviceClock"
@@ -59,7 +58,7 @@ class DeviceClock:
 
     @property
     def queued_ahead(self) -> bool:
-        """Whether the host was ahead in three rounds of four since `plan`, so that the median is the device's alone."""
+        """Whether the host was ahead in three of four rounds since `plan`: the median is device time alone."""
         return 4 * self._late <= self._rounds
 
     def __call__(self) -> float:
@@ -77,7 +76,7 @@ class DeviceClock:
         return begin.elapsed_time(end) / 1e3
 
     def plan(self, step: Step) -> tuple[int, int]:
-        """Calls a round and rounds: half a millisecond a round or 16 calls, 10 to 30 rounds in about 0.15 seconds."""
+        """Return calls per round and rounds: 0.5 ms or 16 calls a round, 10 to 30 rounds in about 0.15 s."""
         queueing = HEAD_START * min(self._queueing(step) for _ in range(3))
         self.head_start = queueing + HEAD_START_MARGIN
         once = _once(self, step)
@@ -99,12 +98,12 @@ class DeviceClock:
 
 
 def clock_of(device: str) -> HostClock | DeviceClock:
-    """A clock of its own for each test: a DeviceClock holds the round that it is in."""
+    """Return a new clock for one test; a DeviceClock holds the state of its round."""
     return DeviceClock(device) if device == "cuda" else HostClock(device)
 
 
 def single_call(step: Step, device: str, repeats: int = 7) -> float:
-    """Seconds of one call from idle to idle, the host's part included: the median of `repeats`."""
+    """Return the median seconds of one call from idle to idle, including launches."""
     clock = HostClock(device)
     return statistics.median(_once(clock, step) for _ in range(repeats))
 

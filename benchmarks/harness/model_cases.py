@@ -1,4 +1,4 @@
-"""What the whole model is measured on: sizes, weights and pixels, the fp64 reference, and the error that is allowed."""
+"""Cases of whole models: sizes, weights, pixels, fp64 reference and error budgets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATCH = 16
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depth of a model."""
+    """Width and depth of a model."""
 
     width: int
     layers: int
@@ -35,16 +35,22 @@ class Size:
 SIZES = {
     "base": Size(768, 12, 12, 3072),
     "large": Size(1024, 24, 16, 4096),
-    "tiny": Size(32, 2, 4, 64, labels=10),  # for tests of the house
+    "tiny": Size(32, 2, 4, 64, labels=10),  # for the tests of the harness
 }
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model with a relative position bias in each layer, at its native image size; `mode` says what one call is.
+    """A model with a relative position bias in each layer, at its native image size.
 
-    inference: pixels to logits. training: logits, cross-entropy and the gradient of every parameter, without an
-    optimizer. `dtype` is that of parameters and pixels.
+    Attributes:
+        mode: "inference" computes logits. "training" computes logits, cross-entropy and all gradients, without an
+            optimizer step.
+        model: Key of `SIZES`.
+        image: Height and width in pixels.
+        batch: Number of images.
+        dtype: Of parameters and pixels.
+        device: "cpu" or "cuda".
     """
 
     mode: str
@@ -71,7 +77,7 @@ class ModelCase:
 
     @property
     def flops(self) -> int:
-        """Products of the forward, and twice as many for the backward."""
+        """Floating-point operations of the forward, and twice as many for the backward."""
         size, tokens = self.size, self.tokens
         linears = 2 * tokens * size.width * (4 * size.width + 2 * size.mlp)
         attention = 4 * tokens**2 * size.width
@@ -81,7 +87,7 @@ class ModelCase:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keywords of `BeitConfig`, ours and Transformers'; nothing in them is random."""
+        """Keywords of both BeitConfig classes; nothing in them is random."""
         size = self.size
         return {
             **{"hidden_size": size.width, "num_hidden_layers": size.layers, "num_attention_heads": size.heads},
@@ -95,9 +101,9 @@ LAYER_NORM_EPS = 1e-12
 
 
 def parameters(case: ModelCase) -> dict[str, Tensor]:
-    """fp32 weights by their names on the hub, the same values at each call.
+    """Draw fp32 weights by hub name from a fixed seed.
 
-    Tables N(0, 1), layer scales 0.1, LayerNorm weights around 1, all else N(0, 0.02).
+    Tables are N(0, 1), layer scales 0.1, LayerNorm weights around 1, all others N(0, 0.02).
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.model}-{case.image}".encode()))
     with torch.device("meta"):
@@ -118,7 +124,7 @@ def parameters(case: ModelCase) -> dict[str, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def pixels_and_labels(case: ModelCase) -> tuple[Tensor, Tensor]:
-    """pixels `[B, 3, H, W]` from N(0, 1) in the case's dtype, and labels `[B]`."""
+    """Draw pixels `[B, 3, H, W]`, N(0, 1) in the dtype of the case, and labels `[B]`."""
     generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
     pixels = torch.randn(case.batch, 3, case.image, case.image, generator=generator).to(DTYPES[case.dtype])
     labels = torch.randint(case.size.labels, (case.batch,), generator=generator)
@@ -126,7 +132,7 @@ def pixels_and_labels(case: ModelCase) -> tuple[Tensor, Tensor]:
 
 
 def our_model(case: ModelCase, implementation: str, dtype: torch.dtype) -> BeitForImageClassification:
-    """Ours with the weights of the case, ready for its mode and on its device."""
+    """Build our model with the weights of the case, on its device and in its mode."""
     with torch.device("meta"):
         model = BeitForImageClassification(BeitConfig(**case.options), attn_implementation=implementation)
     model.load_state_dict(parameters(case), assign=True)
@@ -135,10 +141,11 @@ def our_model(case: ModelCase, implementation: str, dtype: torch.dtype) -> BeitF
 
 @functools.lru_cache(maxsize=1)
 def model_reference(case: ModelCase) -> Reference:
-    """Logits and, in training, gradients in fp64, with budgets from the error of eager mode in the case's own dtype.
+    """Compute fp64 logits and, in training, gradients, with error budgets.
 
-    The budget is twice that error for the logits and three times for gradients, plus four eps of the dtype. Gradients
-    are taken together over layers: "lambda_1" is the layer scale of all of them.
+    The budgets come from the error of eager attention in the dtype of the case: twice that error for the logits, three
+    times for gradients, plus four eps of the dtype. Gradients are concatenated over layers: "lambda_1" holds the layer
+    scales of all layers.
     """
     exact = _eager_results(case, torch.float64)
     rounded = _eager_results(case, DTYPES[case.dtype])
@@ -150,7 +157,7 @@ def model_reference(case: ModelCase) -> Reference:
 
 
 def _eager_results(case: ModelCase, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One image at a time, so that the scores of one are all that is held; gradients add up in fp64, kept in fp32."""
+    """Run one image at a time to hold the scores of one; sum gradients in fp64."""
     model = our_model(case, "eager", dtype)
     pixels, labels = pixels_and_labels(case)
     logits, gradients = [], {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
@@ -169,7 +176,7 @@ def _eager_results(case: ModelCase, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def by_kind(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients by hub name as one flat tensor for each kind of parameter, over all layers."""
+    """Concatenate gradients by hub name over layers, into a flat tensor for each kind of parameter."""
     kinds: dict[str, list[Tensor]] = {}
     for name in sorted(gradients):
         kind = re.sub(r"^beit\.(encoder\.layer\.\d+\.)?|attention\.attention\.|\.relative_position_bias(?=_)", "", name)
@@ -177,8 +184,8 @@ def by_kind(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return {kind: torch.cat(parts) for kind, parts in kinds.items()}
 
 
-def model_cases(device: str, full: bool = False, every_peer: bool = False) -> list[ModelCase]:
-    """The cases of a run: a quick set, with `every_peer` all that targets ask for, with `full` every size."""
+def model_cases(device: str, full: bool = False, all_baselines: bool = False) -> list[ModelCase]:
+    """List the cases: a quick set, all cases of the targets if `all_baselines`, every size if `full`."""
     if full:
         sizes = [
             (mode, model, image, batch, dtype)
@@ -188,9 +195,9 @@ def model_cases(device: str, full: bool = False, every_peer: bool = False) -> li
             for image in (224, 384, 512, 640)
             for batch in (1, 8, 64)
         ]
-        # the target of training on a CPU has a batch of its own
+        # the target for training on a CPU uses another batch size
         return [ModelCase(*size, device) for size in dict.fromkeys([*sizes, *_WITH_TARGETS[device]])]
-    return [ModelCase(*size, device) for size in (_WITH_TARGETS if every_peer else _QUICK)[device]]
+    return [ModelCase(*size, device) for size in (_WITH_TARGETS if all_baselines else _QUICK)[device]]
 
 
 _QUICK = {
@@ -211,19 +218,19 @@ _WITH_TARGETS = {
     "cpu": (*_QUICK["cpu"], (INFERENCE, "base", 224, 8, "fp32"), (INFERENCE, "base", 640, 1, "bf16")),
     "cuda": _QUICK["cuda"],
 }
-_LONGEST_ON_CPU = 1.3e12  # floating-point operations of a call, about ten seconds of the slowest peer on two cores
+_LONGEST_ON_CPU = 1.3e12  # floating-point operations: about 10 s of the slowest baseline on two cores
 
 
-def why_too_long(case: ModelCase) -> str | None:
-    """The reason why a case is left out for the time that it takes, or None."""
+def too_long_reason(case: ModelCase) -> str | None:
+    """Return why a case takes too long to run, or None."""
     if case.device != "cpu" or case.flops <= _LONGEST_ON_CPU:
         return None
-    return f"time: {case.flops / 1e12:.1f} TFLOP a call; on a CPU cases of up to {_LONGEST_ON_CPU / 1e12:.1f} are run"
+    return f"time: {case.flops / 1e12:.1f} TFLOP a call; on a CPU the limit is {_LONGEST_ON_CPU / 1e12:.1f}"
 
 
 @functools.lru_cache
 def weight_bytes(case: ModelCase) -> int:
-    """Bytes of the parameters in the case's dtype."""
+    """Return the bytes of the parameters in the dtype of the case."""
     with torch.device("meta"):
         model = BeitForImageClassification(BeitConfig(**case.options))
     return sum(p.numel() for p in model.parameters()) * DTYPES[case.dtype].itemsize

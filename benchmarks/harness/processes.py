@@ -1,4 +1,7 @@
-"""Peers in processes of their own, timed in turns: no peer's threads slow another, and a drift meets all alike."""
+"""Baselines timed in turns, each in its own process.
+
+The threads of one baseline cannot slow another, and a drift of the machine affects all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1]
-ANSWER_SECONDS = 600.0  # a process that is silent for longer is ended
-LONG_CALL = 1.0  # seconds; a call that takes so long is not repeated to see how long it takes
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = "benchmarks.harness.processes"
+ANSWER_SECONDS = 600.0  # a process that does not answer for longer is killed
+LONG_CALL = 1.0  # seconds; a longer call is not repeated to estimate its time
 
 
-class Absent(Exception):  # noqa: N818
-    """Raised by an entrant's `prepare`: it cannot take part, for the reason given."""
+class Unavailable(Exception):  # noqa: N818
+    """Raised by `prepare` if a baseline cannot run here, with the reason."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step that is ready to be timed, and facts about it that JSON can hold, such as its errors.
+    """A step that is ready to be timed.
 
-    device: what the step has to have finished on when the clock is read.
+    Attributes:
+        step: The function to time.
+        facts: Fields of its row, as JSON values, such as its errors.
+        device: Device on which the step must have finished when the clock is read.
     """
 
     step: Callable[[], object]
@@ -41,13 +48,16 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """One peer of a race.
+class Worker:
+    """One baseline of a run.
 
-    prepare: a function at the top of a module of this folder, called in the peer's process. It checks the results: what
-    it raises becomes the peer's `failure`, and nothing is timed; but Absent, and lack of memory on CUDA, say why it is
-    `absent`. arguments: its keyword arguments, as JSON. environment: variables of that process.
-    bytes_needed: about what its process holds at its peak; only `heats` asks for it.
+    Attributes:
+        name: Name of the baseline.
+        prepare: Top-level function of an importable module, called in the process. It checks the results. An exception
+            becomes the `failure` of the result; Unavailable and a lack of CUDA memory become `unavailable`.
+        arguments: Keyword arguments of `prepare`, as JSON values.
+        environment: Environment variables of the process.
+        bytes_needed: Estimated peak memory of the process, for `memory_groups`.
     """
 
     name: str
@@ -59,9 +69,17 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of one call, round by round; or no times, and the `failure` or why it was `absent`.
+    """Measurements of one worker, or the reason why there are none.
 
-    peak_memory: bytes of one call above `loaded_memory`, which the process holds between calls.
+    Attributes:
+        name: Name of the baseline.
+        times: Seconds of one call, for each round.
+        iterations: Calls per round.
+        facts: Facts that `prepare` returned.
+        peak_memory: Bytes of one call above `loaded_memory`.
+        loaded_memory: Bytes that the process holds between calls.
+        failure: Why it failed, if it did.
+        unavailable: Why it cannot run here, if it cannot.
     """
 
     name: str
@@ -71,7 +89,7 @@ class Result:
     peak_memory: int | None = None
     loaded_memory: int | None = None
     failure: str | None = None
-    absent: str | None = None
+    unavailable: str | None = None
 
     @property
     def median(self) -> float:
@@ -83,33 +101,42 @@ class Result:
         return third - first
 
 
-def race(
-    entrants: Sequence[Entrant],
+def run_workers(
+    workers: Sequence[Worker],
     *,
     threads: int = 1,
     rounds: int = 9,
     round_seconds: float = 0.03,
     memory: bool = False,
 ) -> list[Result]:
-    """Time every entrant in a process of its own with `threads` threads; results in the order of `entrants`.
+    """Time workers in turns, each in its own process.
 
-    All processes prepare one after the other and wait. Then each round calls one after the other, forwards and
-    backwards by turns, for about `round_seconds` after one call that is not timed. With `memory`, each measures what
-    one call needs at its peak.
+    All processes prepare first, one after the other. Each round then times every worker, alternately in forward and in
+    reverse order. A worker makes one untimed call before its timed ones.
+
+    Args:
+        workers: The baselines.
+        threads: Threads of each process.
+        rounds: Number of rounds.
+        round_seconds: Approximate time of a worker in each round.
+        memory: Whether to measure memory after the last round.
+
+    Returns:
+        Results in the order of `workers`.
     """
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_started(entrant, threads, round_seconds)) for entrant in entrants]
+        processes = [stack.enter_context(_start(worker, threads, round_seconds)) for worker in workers]
         for number in range(rounds):
-            for worker in workers if number % 2 == 0 else reversed(workers):
-                worker.run_round()
+            for process in processes if number % 2 == 0 else reversed(processes):
+                process.run_round()
         if memory:
-            for worker in workers:
-                worker.measure_memory()
-        return [worker.result for worker in workers]
+            for process in processes:
+                process.measure_memory()
+        return [process.result for process in processes]
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that processes can take on `device` now, less a tenth; None where the system does not say."""
+    """Return 90 % of the free bytes of `device`, or None if the system does not report them."""
     if device == "cuda":
         import torch
 
@@ -122,60 +149,66 @@ def free_memory(device: str) -> int | None:
     return kibibytes[0] * 1024 * 9 // 10 if kibibytes else None
 
 
-def heats(entrants: Sequence[Entrant], room: int | None) -> tuple[list[list[Entrant]], dict[str, str]]:
-    """The entrants in groups that fit into `room` bytes, and by name why some are in none; None is room for all.
+def memory_groups(workers: Sequence[Worker], room: int | None) -> tuple[list[list[Worker]], dict[str, str]]:
+    """Split workers into groups whose processes fit into memory together.
 
-    The first entrant is in every group, so that each of the others is raced against it.
+    The first worker is in every group, so that each of the others is compared with it.
+
+    Args:
+        workers: The baselines.
+        room: Free bytes; None for unlimited memory.
+
+    Returns:
+        The groups, and reasons by name of the workers that do not fit at all.
     """
-    groups: list[list[Entrant]] = []
+    groups: list[list[Worker]] = []
     too_large = {}
-    for entrant in entrants:
-        rivals = [entrants[0]] if entrant is not entrants[0] else []
-        needed = sum(one.bytes_needed for one in [*rivals, entrant])
+    for worker in workers:
+        first = [workers[0]] if worker is not workers[0] else []
+        needed = sum(one.bytes_needed for one in [*first, worker])
         if room is not None and needed > room:
-            too_large[entrant.name] = f"memory: about {needed >> 20} MiB are needed, {room >> 20} MiB are free"
-        elif not groups or (room is not None and sum(one.bytes_needed for one in [*groups[-1], entrant]) > room):
-            groups.append([*rivals, entrant])
+            too_large[worker.name] = f"memory: about {needed >> 20} MiB are needed, {room >> 20} MiB are free"
+        elif not groups or (room is not None and sum(one.bytes_needed for one in [*groups[-1], worker]) > room):
+            groups.append([*first, worker])
         else:
-            groups[-1].append(entrant)
+            groups[-1].append(worker)
     return groups, too_large
 
 
-def apart(function: Callable[..., Prepared], arguments: dict[str, Any], threads: int = 1) -> Result:
-    """Call a `prepare` in a process of its own for what it writes; its facts, or its failure."""
-    with _started(Entrant(function.__qualname__, function, arguments), threads, 0.0) as worker:
-        return worker.result
+def run_once(function: Callable[..., Prepared], arguments: dict[str, Any], threads: int = 1) -> Result:
+    """Call `prepare` in its own process, for the file that it writes."""
+    with _start(Worker(function.__qualname__, function, arguments), threads, 0.0) as process:
+        return process.result
 
 
 @contextlib.contextmanager
-def _started(entrant: Entrant, threads: int, round_seconds: float) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", f"{FOLDER.name}.harness.{Path(__file__).stem}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **entrant.environment}
+def _start(worker: Worker, threads: int, round_seconds: float) -> Iterator[_Process]:
+    command = [sys.executable, "-m", MODULE]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **worker.environment}
     process = subprocess.Popen(
-        command, cwd=FOLDER.parent, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    worker = _Worker(entrant, process)
+    started = _Process(worker, process)
     try:
-        worker.prepare(threads, round_seconds)
-        yield worker
+        started.prepare(threads, round_seconds)
+        yield started
     finally:
         process.kill()
         process.communicate()
 
 
-class _Worker:
-    """The parent's end of an entrant's process: one line of JSON to it, one line back."""
+class _Process:
+    """The process of a worker, seen from the parent: one line of JSON each way."""
 
-    def __init__(self, entrant: Entrant, process: subprocess.Popen[str]) -> None:
+    def __init__(self, worker: Worker, process: subprocess.Popen[str]) -> None:
         self.process = process
-        self.prepare_function = entrant.prepare
-        self.arguments = entrant.arguments
-        self.result = Result(entrant.name)
+        self.prepare_function = worker.prepare
+        self.arguments = worker.arguments
+        self.result = Result(worker.name)
 
     def prepare(self, threads: int, round_seconds: float) -> None:
-        module = self.prepare_function.__module__.partition(".")[2]
         answer = self._ask(
-            module=module,
+            module=self.prepare_function.__module__,
             function=self.prepare_function.__qualname__,
             arguments=self.arguments,
             threads=threads,
@@ -196,8 +229,8 @@ class _Worker:
         self.result = dataclasses.replace(self.result, **changes)
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        """The answer; {} once the entrant has failed or is absent, which takes back its times."""
-        if self.result.failure is not None or self.result.absent is not None:
+        """Send a request and return the answer, or {} after a failure, which discards all times."""
+        if self.result.failure is not None or self.result.unavailable is not None:
             return {}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -212,47 +245,65 @@ class _Worker:
         finally:
             timer.cancel()
         answer = json.loads(line) if line else {"failure": f"its process ended with code {self.process.wait()}"}
-        if "failure" in answer or "absent" in answer:
-            self._note(failure=answer.get("failure"), absent=answer.get("absent"), times=(), iterations=0)
+        if "failure" in answer or "unavailable" in answer:
+            self._note(failure=answer.get("failure"), unavailable=answer.get("unavailable"), times=(), iterations=0)
         return answer
 
 
-def _serve() -> None:
-    """The entrant's process: prepare, then one answer for each line, until there are no more."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a peer prints must not be taken for an answer
+class Server:
+    """Answers the requests to one worker: the first prepares it, the others are rounds and memory."""
 
-    def answer(**contents: Any) -> None:
-        print(json.dumps(contents), file=answers, flush=True)
+    def __init__(self) -> None:
+        self._prepared: Prepared | None = None
+        self._iterations = 0
 
-    import torch
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return measurements, or the reason why there are none."""
+        import torch
 
-    try:
-        request = json.loads(sys.stdin.readline())
+        try:
+            if self._prepared is None:
+                return self._prepare(request)
+            return self._round() if request["do"] == "round" else _memory(self._prepared)
+        except Unavailable as reason:
+            return {"unavailable": str(reason)}
+        except torch.OutOfMemoryError as error:
+            return {"unavailable": f"memory: {error}".splitlines()[0]}
+        except Exception as error:
+            return {"failure": f"{type(error).__name__}: {error}"}
+
+    def _prepare(self, request: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
         torch.set_num_threads(request["threads"])
-        module = importlib.import_module(f"{FOLDER.name}.{request['module']}")
+        module = importlib.import_module(request["module"])
         prepared = getattr(module, request["function"])(**request["arguments"])
-        iterations = _calls_a_round(prepared, request["round_seconds"])
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        answer(facts=prepared.facts, iterations=iterations)
-        for line in sys.stdin:
-            if json.loads(line)["do"] == "round":
-                prepared.step()
-                answer(seconds=_seconds(prepared, iterations))
-            else:
-                answer(**_memory(prepared))
-    except Absent as reason:
-        answer(absent=str(reason))
-    except torch.OutOfMemoryError as error:
-        answer(absent=f"memory: {error}".splitlines()[0])
-    except Exception as error:
-        answer(failure=f"{type(error).__name__}: {error}")
+        self._iterations = _calls_a_round(prepared, request["round_seconds"])
+        self._prepared = prepared
+        return {"facts": prepared.facts, "iterations": self._iterations}
+
+    def _round(self) -> dict[str, Any]:
+        assert self._prepared is not None
+        self._prepared.step()
+        return {"seconds": _seconds(self._prepared, self._iterations)}
+
+
+def main() -> None:
+    """Run in the process of a worker: answer each line of stdin with a line of stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # stdout of the baseline must not mix with the answers
+    server = Server()
+    for line in sys.stdin:
+        answer = server.answer(json.loads(line))
+        if gc.isenabled():  # after the first request: no collection while the clock runs
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _calls_a_round(prepared: Prepared, round_seconds: float) -> int:
-    """Calls that fill a round, by the fastest of three after one that warms up, unless that one was long."""
+    """Return the calls that fill a round, estimated from the fastest of three warm calls."""
     once = _seconds(prepared, 1)
     if once < max(round_seconds, LONG_CALL):
         once = min(_seconds(prepared, 1) for _ in range(3))
@@ -277,5 +328,5 @@ def _memory(prepared: Prepared) -> dict[str, int | None]:
     return {"peak": peak_memory(prepared.step, prepared.device), "loaded": loaded}
 
 
-if __name__ == "__main__":  # by its name, or its Absent would be another than the one that peers raise
-    importlib.import_module(f"{FOLDER.name}.harness.{Path(__file__).stem}")._serve()
+if __name__ == "__main__":  # imported by name: the Unavailable of __main__ would be another class
+    importlib.import_module(MODULE).main()

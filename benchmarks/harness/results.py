@@ -1,4 +1,4 @@
-"""The measurements as files: rows logged while a run goes on, and the small results file that is kept."""
+"""Measurements in files: the log of a run, and the small results file that is committed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Row = dict[str, Any]
 
 STATS = ("median", "iqr", "rounds", "iterations")
 ROW_FIELDS = (
-    *("mode", "batch", "tokens", "window", "heads", "head_dim", "dtype", "peer", "kernel", "biased", "learnable"),
+    *("mode", "batch", "tokens", "window", "heads", "head_dim", "dtype", "baseline", "kernel", "biased", "learnable"),
     *(*STATS, "clock", "queued_ahead", "single_call", "tflops", "peak_memory", "errors", "flops", "least_bytes"),
     "sm_clock_mhz",
 )
 
 ATTENTION = "attention"
-"""The bench of rows that name none: those of `bench_attention.py`. Other benches write theirs into each row."""
+"""Benchmark of rows without the field "bench": `bench_attention.py`."""
 
-_ORDER = ("mode", "model", "dtype", "tokens", "batch", "threads", "heat", "peer")
+_ORDER = ("mode", "model", "dtype", "tokens", "batch", "threads", "group", "baseline")
 
 
 class RowLog:
-    """One line of JSON for the conditions, then one for each measurement or missing peer, written as it happens.
+    """Log of a run: a line of JSON for the conditions, then one for each row or missing baseline.
 
-    What a run has measured stays when it is killed; `read_results` reads the file at any time.
+    Lines are written at once, so that the measurements of a killed run are kept. `read_results` reads the file.
     """
 
     def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
@@ -41,9 +41,9 @@ class RowLog:
     def measured(self, row: Row) -> None:
         self._append({"row": row})
 
-    def left_out(self, case: str, peer: str, reason: str, bench: str = ATTENTION) -> None:
+    def left_out(self, case: str, baseline: str, reason: str, bench: str = ATTENTION) -> None:
         named = {} if bench == ATTENTION else {"bench": bench}
-        self._append({"case": case, "peer": peer, "left_out": reason, **named})
+        self._append({"case": case, "baseline": baseline, "left_out": reason, **named})
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -51,14 +51,14 @@ class RowLog:
 
 
 def row_of(facts: dict[str, Any], stats: dict[str, Any]) -> Row:
-    """A row from a benchmark's `extra_info` and its statistics."""
+    """Build a row from the `extra_info` and the statistics of pytest-benchmark."""
     known = {**facts, **{name: stats[name] for name in STATS}}
     return {name: rounded(known[name]) for name in ROW_FIELDS}
 
 
 def row_of_result(result: Result, per_call: Mapping[str, float], flops: int | None) -> Row:
-    """The part of a row that one race in processes gave; `per_call` counts what one call does, `flops` too."""
-    row: Row = {"peer": result.name, **result.facts, "median": result.median, "iqr": result.iqr}
+    """Build the measured fields of a row; amounts of one call in `per_call` become rates."""
+    row: Row = {"baseline": result.name, **result.facts, "median": result.median, "iqr": result.iqr}
     row |= {"range": [min(result.times), max(result.times)], "rounds": len(result.times)}
     row |= {"iterations": result.iterations, "peak_memory": result.peak_memory, "loaded_memory": result.loaded_memory}
     row |= {name: count / result.median for name, count in per_call.items()}
@@ -66,7 +66,7 @@ def row_of_result(result: Result, per_call: Mapping[str, float], flops: int | No
 
 
 def rounded(value: Any) -> Any:
-    """Four digits: more would be noise, and would change in every line of a diff."""
+    """Round all floats of a value to four digits, which is below the noise."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
@@ -75,21 +75,28 @@ def rounded(value: Any) -> Any:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """{"conditions": ..., "date": ..., "rows": [...], "left_out": [...]}; ValueError says what is wrong with the file.
+    """Read the measurements of a run.
 
-    `path` is a results file, what a RowLog wrote, or the JSON of `pytest benchmarks/ --benchmark-json=...`, which does
-    not say what was left out.
+    Args:
+        path: A results file, a log of rows (.jsonl), or the JSON of `pytest benchmarks/ --benchmark-json=...`, which
+            does not list missing baselines.
+
+    Returns:
+        {"conditions": ..., "date": ..., "rows": [...], "left_out": [...]}.
+
+    Raises:
+        ValueError: If the file is not one of these, or does not contain a measurement.
     """
     text = path.read_text()
     content = _parse_log(text, path) if path.suffix == ".jsonl" else _parse(text, path)
     if not isinstance(content, dict) or not ("rows" in content or "beit_fast" in content.get("machine_info", {})):
         raise ValueError(
-            f"{path} is neither a results file, nor a log of rows (.jsonl), "
-            "nor the JSON of `pytest benchmarks/ --benchmark-json=...`"
+            f"{path} is not a results file, a log of rows (.jsonl), "
+            "or the JSON of `pytest benchmarks/ --benchmark-json=...`"
         )
     if not content.get("rows", content.get("benchmarks")):
-        raise ValueError(f"{path} holds no measurement: every benchmark failed or was skipped")
-    return content if "rows" in content else _from_pytest_benchmark(content)
+        raise ValueError(f"{path} does not contain a measurement: every benchmark failed or was skipped")
+    return {"left_out": [], **content} if "rows" in content else _from_pytest_benchmark(content)
 
 
 def _parse(text: str, path: Path) -> Any:
@@ -101,7 +108,7 @@ def _parse(text: str, path: Path) -> Any:
 
 def _parse_log(text: str, path: Path) -> dict[str, Any] | None:
     lines = text.splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):  # the run was killed within this line
+    if lines and not lines[-1].endswith("\n"):  # the run was killed while it wrote this line
         lines.pop()
     entries = [_parse(line, path) for line in lines]
     if not entries or "conditions" not in entries[0]:
@@ -110,11 +117,11 @@ def _parse_log(text: str, path: Path) -> dict[str, Any] | None:
     missing = [entry for entry in entries if "left_out" in entry]
     cases: dict[tuple[str, str, str], list[str]] = {}
     for entry in missing:
-        key = (entry.get("bench", ATTENTION), entry["peer"], entry["left_out"])
+        key = (entry.get("bench", ATTENTION), entry["baseline"], entry["left_out"])
         cases.setdefault(key, []).append(entry["case"])
     left_out = [
-        {"peer": peer, "reason": reason, "cases": names, **({} if bench == ATTENTION else {"bench": bench})}
-        for (bench, peer, reason), names in cases.items()
+        {"baseline": baseline, "reason": reason, "cases": names, **({} if bench == ATTENTION else {"bench": bench})}
+        for (bench, baseline, reason), names in cases.items()
     ]
     return {**entries[0], "rows": _sorted(rows), "left_out": left_out}
 
@@ -134,7 +141,7 @@ def _sorted(rows: list[Row]) -> list[Row]:
 
 
 def by_bench(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The results of each bench apart, by its name."""
+    """Split results by benchmark."""
     names = dict.fromkeys(row.get("bench", ATTENTION) for row in results["rows"])
 
     def of(name: str, entries: list[Row]) -> list[Row]:
@@ -147,7 +154,7 @@ def by_bench(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def write_results(results: dict[str, Any], path: Path) -> Path:
-    """One line a row, so that a diff shows which measurement changed."""
+    """Write a results file, one line per row for readable diffs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lists = {name: value for name, value in results.items() if isinstance(value, list)}
     head = {name: value for name, value in results.items() if name not in lists}
@@ -160,10 +167,10 @@ def write_results(results: dict[str, Any], path: Path) -> Path:
 
 
 def file_name(conditions: dict[str, Any], bench: str) -> str:
-    """The name of a bench's results and picture, without what follows the dot.
+    """Return the file name, without suffix, for the results and the picture of a benchmark.
 
-    Attention is told by its device alone, "amd-epyc-9b14-cpu-2-threads"; others, which have a thread count in each row,
-    as "amd-epyc-9b14-cpu-attention", "amd-epyc-9b14-cpu-patch-embedding".
+    Attention is named by its device alone: "amd-epyc-9b14-cpu-2-threads". The others have a thread count in each row
+    and are named by benchmark: "amd-epyc-9b14-cpu-patch-embedding".
     """
     if bench == ATTENTION:
         return device_slug(conditions)
@@ -171,7 +178,7 @@ def file_name(conditions: dict[str, Any], bench: str) -> str:
 
 
 def device_slug(conditions: dict[str, Any]) -> str:
-    """A file name from the device: "nvidia-h200", "amd-epyc-9b14-cpu-2-threads"."""
+    """Return a file name for a device: "nvidia-h200", "amd-epyc-9b14-cpu-2-threads"."""
     name = re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\bProcessor\b|\b\d+-Core\b", " ", conditions["device_name"])
     if conditions["device"] == "cpu":
         name += f" cpu {conditions['threads']} threads"

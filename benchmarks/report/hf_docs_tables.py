@@ -1,31 +1,30 @@
-"""The two tables of Transformers' BEiT page as Markdown, with our columns: written by `python -m benchmarks.plot`."""
+"""Write the two tables of Transformers' documentation of BEiT as Markdown, with our columns."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from ..harness.hf_docs_cases import EAGER, HF_DOCS_IMAGE, OPTIMIZED, SDPA, TRITON
 from ..harness.results import Row
 
-BENCHES = {"cpu": "cpu page", "cuda": "page"}
-EAGER, SDPA, TRITON, OPTIMIZED = "transformers eager", "transformers sdpa", "beit_fast triton", "beit_fast optimized"
 HEADINGS = {EAGER: "Eager", SDPA: "SDPA", TRITON: "triton", OPTIMIZED: "optimized"}
 NOT_MEASURED = "-"
 
 
-def write_page(results: dict[str, Any], path: Path) -> Path:
-    """Write both tables, with their conditions, where a picture would be, as `.md`."""
+def write_tables(results: dict[str, Any], path: Path) -> Path:
+    """Write both tables with their conditions to `path` with the suffix `.md`."""
     path = path.with_suffix(".md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(results))
+    path.write_text(tables(results))
     return path
 
 
-def page(results: dict[str, Any]) -> str:
-    """The tables, what they were measured on, and why a number is missing."""
+def tables(results: dict[str, Any]) -> str:
+    """Format the tables, their conditions, and the reasons for missing numbers."""
     training = [row for row in results["rows"] if row["mode"] == "training"]
     inference = [row for row in results["rows"] if row["mode"] == "inference"]
-    parts = ["# The tables of Transformers' BEiT page, with ours", conditions_of(results)]
+    parts = ["# The tables of Transformers' BEiT documentation, with beit_fast", conditions_of(results)]
     if training:
         parts += ["## Training", training_table(training)]
     if inference:
@@ -36,43 +35,47 @@ def page(results: dict[str, Any]) -> str:
 
 
 def training_table(rows: list[Row]) -> str:
-    """The page's columns, those of speed and memory also for `triton`; percentages are against eager."""
-    peers = (EAGER, SDPA, TRITON)
-    rivals = peers[1:]
+    """Format the training table, with columns for `triton`; percentages are relative to eager."""
+    baselines = (EAGER, SDPA, TRITON)
+    others = baselines[1:]
     head = ["num_training_steps", "batch_size", "image_size", "dtype", "is_cuda"]
-    head += [f"Time per batch ({HEADINGS[peer].lower()} - s)" for peer in peers]
-    head += [f"{HEADINGS[peer]} speedup (%)" for peer in rivals]
-    head += [f"{HEADINGS[peer]} peak mem (MB)" for peer in peers]
-    head += [f"{HEADINGS[peer]} mem saving (%)" for peer in rivals]
+    head += [f"Time per batch ({HEADINGS[baseline].lower()} - s)" for baseline in baselines]
+    head += [f"{HEADINGS[baseline]} speedup (%)" for baseline in others]
+    head += [f"{HEADINGS[baseline]} peak mem (MB)" for baseline in baselines]
+    head += [f"{HEADINGS[baseline]} mem saving (%)" for baseline in others]
     body = []
     for lines in _lines(rows):
         row = next(iter(lines.values()))
         image = f"({row['height']}, {row['width']})"
         cells = [str(row["rounds"]), str(row["batch"]), image, row["dtype"], str(row["device"] == "cuda")]
-        cells += [_number(_time(lines.get(peer))) for peer in peers]
-        cells += [_number(_saving(_time(lines.get(EAGER)), _time(lines.get(peer))), 1) for peer in rivals]
-        cells += [_megabytes(_memory(lines.get(peer))) for peer in peers]
-        cells += [_number(_saving(_memory(lines.get(EAGER)), _memory(lines.get(peer))), 1) for peer in rivals]
+        cells += [_number(_time(lines.get(baseline))) for baseline in baselines]
+        cells += [_number(_saving(_time(lines.get(EAGER)), _time(lines.get(baseline))), 1) for baseline in others]
+        cells += [_megabytes(_memory(lines.get(baseline))) for baseline in baselines]
+        cells += [_number(_saving(_memory(lines.get(EAGER)), _memory(lines.get(baseline))), 1) for baseline in others]
         body.append(cells)
     return _table(head, body)
 
 
 def inference_table(rows: list[Row]) -> str:
-    """The page's columns, each also for `triton` and the optimised model; speed-up and memory are against eager."""
-    peers = tuple(HEADINGS)
+    """Format the inference table, with columns for `triton` and the optimised model."""
+    baselines = tuple(HEADINGS)
     head = ["Image batch size", "dtype"]
-    for peer in peers:
-        head += [f"{HEADINGS[peer]} {what}" for what in ("(s/iter)", "±IQR/2, %", "memory (MB)")]
-    for peer in peers[1:]:
-        head += [f"{HEADINGS[peer]} speedup", f"{HEADINGS[peer]} memory saved (%)"]
+    for baseline in baselines:
+        head += [f"{HEADINGS[baseline]} {what}" for what in ("(s/iter)", "±IQR/2, %", "memory (MB)")]
+    for baseline in baselines[1:]:
+        head += [f"{HEADINGS[baseline]} speedup", f"{HEADINGS[baseline]} memory saved (%)"]
     body = []
     for lines in _lines(rows):
         row = next(iter(lines.values()))
         cells = [str(row["batch"]), row["dtype"]]
-        for peer in peers:
-            cells += [_number(_time(lines.get(peer))), _spread(lines.get(peer)), _megabytes(_memory(lines.get(peer)))]
-        for peer in peers[1:]:
-            ours, eager = lines.get(peer), lines.get(EAGER)
+        for baseline in baselines:
+            cells += [
+                _number(_time(lines.get(baseline))),
+                _spread(lines.get(baseline)),
+                _megabytes(_memory(lines.get(baseline))),
+            ]
+        for baseline in baselines[1:]:
+            ours, eager = lines.get(baseline), lines.get(EAGER)
             speed = _ratio(_time(eager), _time(ours))
             cells += [_number(speed, 2), _number(_saving(_memory(eager), _memory(ours)), 1)]
         body.append(cells)
@@ -80,40 +83,40 @@ def inference_table(rows: list[Row]) -> str:
 
 
 def conditions_of(results: dict[str, Any]) -> str:
-    """Device, versions and commit; what is run, and what time and memory mean."""
+    """Describe device, versions, commit, timed function, time and memory."""
     conditions, row = results["conditions"], results["rows"][0]
     on_cuda = row["device"] == "cuda"
     versions = [f"{name} {conditions[name]}" for name in ("torch", "triton", "transformers") if conditions.get(name)]
-    kernels = sorted({row["kernel"] for row in results["rows"] if row["peer"] in (TRITON, OPTIMIZED)})
+    kernels = sorted({row["kernel"] for row in results["rows"] if row["baseline"] in (TRITON, OPTIMIZED)})
     threads = [] if on_cuda else [f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"]
     measured = [conditions["device_name"], *threads, *versions]
     measured.append(f"beit_fast {conditions['beit_fast']} ({conditions['commit'] or 'no commit'})")
     ran = f" Kernels of beit_fast: {'; '.join(kernels)}." if kernels else ""
     memory = (
-        "Memory is the peak in a call of what torch's allocator holds on the device: weights, gradients, activations."
+        "Memory is the peak of torch's allocator on the device during a call: weights, gradients, activations."
         if on_cuda
-        else "Memory is what the process grows by, from before the model was built to the peak in a call: weights, "
-        "gradients, activations and whatever else the implementation keeps. The page counts torch's allocator on CUDA."
+        else "Memory is the growth of the process from before the model is built to the peak of a call: weights, "
+        "gradients, activations and all buffers. The documentation counts torch's allocator on CUDA."
     )
     lines = [
         f"{', '.join(measured)}; {results['date']}.{ran}",
         "BeitForImageClassification of beit-base-patch16-224 with random weights; eager and SDPA are Transformers' "
         "own. A training step is forward, sum of the logits and backward, without an optimizer, as in the scripts "
-        "behind such tables; there is no drop path. Every implementation runs in a process of its own, in turns, after "
-        "its logits and gradients were compared with fp64. Times are medians of "
-        f"{_counts(results['rows'])} calls, each after one that is not timed.",
-        f"{memory} A megabyte is 10^6 bytes. Speed-up and saving are against eager; percentages of both are "
-        "eager / other - 1, as on the page.",
+        "behind such tables; drop path is off. Each implementation runs in its own process, in turns, after its logits "
+        "and gradients were checked against fp64. Times are medians of "
+        f"{_counts(results['rows'])} calls, each after an untimed call.",
+        f"{memory} A megabyte is 10^6 bytes. Speed-up and saving are relative to eager; percentages of both are "
+        "eager / other - 1, as in the documentation.",
     ]
-    page_sizes = {(row["height"], row["width"]) for row in results["rows"] if row["mode"] == "training"}
-    if page_sizes - {(1048, 640)}:
-        lines.append("The page trains on 1048x640 pixels and in 50 steps: `--full` does that here.")
+    hf_docs_sizes = {(row["height"], row["width"]) for row in results["rows"] if row["mode"] == "training"}
+    if hf_docs_sizes - {HF_DOCS_IMAGE}:
+        lines.append("The documentation trains on 1048x640 pixels for 50 steps; `--full` does so here.")
     return "\n\n".join(lines)
 
 
 def left_out(entries: list[dict[str, Any]]) -> str:
-    """What is missing, and why."""
-    lines = [f"- {entry['peer']}, {', '.join(entry['cases'])}: {entry['reason']}" for entry in entries]
+    """List the missing numbers with their reasons."""
+    lines = [f"- {entry['baseline']}, {', '.join(entry['cases'])}: {entry['reason']}" for entry in entries]
     return "\n".join(["Not measured:", "", *lines])
 
 
@@ -123,11 +126,11 @@ def _counts(rows: list[Row]) -> str:
 
 
 def _lines(rows: list[Row]) -> list[dict[str, Row]]:
-    """The rows of each line of a table, by peer; in a peer's case of several heats, its first row."""
+    """Collect the rows of each line by baseline; of several groups, the first row counts."""
     lines: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: (row["dtype"] != "fp32", row["dtype"], row["tokens"], row["batch"])):
         key = (row["model"], row["dtype"], row["height"], row["width"], row["batch"])
-        lines.setdefault(key, {}).setdefault(row["peer"], row)
+        lines.setdefault(key, {}).setdefault(row["baseline"], row)
     return list(lines.values())
 
 
@@ -136,7 +139,7 @@ def _time(row: Row | None) -> float | None:
 
 
 def _memory(row: Row | None) -> int | None:
-    """Bytes at the peak of a call, the model's included."""
+    """Return the peak bytes of a call, including the model."""
     if row is None or None in (row["peak_memory"], row["loaded_memory"], row["memory_before"]):
         return None
     return row["loaded_memory"] - row["memory_before"] + row["peak_memory"]

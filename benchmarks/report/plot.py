@@ -1,9 +1,9 @@
-"""Turn a run of the benchmarks into a small results file and a picture for each bench.
+"""Write a small results file and a picture for each benchmark of a run.
 
-    pytest benchmarks/ --benchmark-json=run.json
-    python -m benchmarks.plot run.json --results benchmarks/results
+    pytest benchmarks/ --rows=run.jsonl
+    python -m benchmarks.report.plot run.jsonl --results benchmarks/results
 
-Reads what pytest-benchmark writes, a log of rows (`--rows`), or a results file that was written earlier.
+Reads a log of rows (`--rows`), the JSON of pytest-benchmark, or a results file.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..harness.hf_docs_cases import BENCHES
 from ..harness.results import Row, by_bench, file_name, read_results, write_results
-from .hf_docs_tables import write_page
+from .hf_docs_tables import write_tables
 from .plot_image_size import draw_image_sizes, has_image_sizes
 from .plot_models import draw_models
 from .plot_patches import draw_patches
 
-STYLES = {  # peer: colour, line, marker; the same peer looks the same in every picture
+STYLES = {  # baseline: colour, line, marker
     "beit_fast triton": ("#d1495b", "-", "o"),
     "beit_fast triton without bias": ("#d1495b", ":", "o"),
     "beit_fast sdpa": ("#edae49", "-", "s"),
@@ -46,7 +47,7 @@ STYLES = {  # peer: colour, line, marker; the same peer looks the same in every 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write what was asked for and name it; 0, or 2 where the file cannot be used."""
+    """Write the files and print their paths; return 0, or 2 if the run cannot be read."""
     parser = argparse.ArgumentParser(description="Write results and a picture from a run of the benchmarks.")
     parser.add_argument("run", type=Path, help="JSON or log of rows of a run, or a results file")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="write DEVICE*.json and DEVICE*.png here")
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw(results: dict[str, Any], path: Path) -> Path:
-    """Speed and peak memory against the number of tokens: one line of panels a mode, single images apart."""
+    """Draw speed and peak memory against the number of tokens: a line of panels per mode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -110,15 +111,15 @@ def draw(results: dict[str, Any], path: Path) -> Path:
 _DRAW = {
     "cpu patch embedding": draw_patches,
     **dict.fromkeys(("cpu models", "models"), draw_models),
-    **dict.fromkeys(("cpu page", "page"), write_page),
+    **dict.fromkeys(BENCHES.values(), write_tables),
 }
 
 
 def panels_of(rows: list[Row]) -> list[list[list[Row]]]:
-    """The rows to draw, by mode and then by panel: batches and single images apart, batches first.
+    """Choose the rows to draw, by mode and then by panel: batches first, then single images.
 
-    Of a mode it is the dtype with most sizes, and of batches the largest at each size. A panel with a single size is
-    left out where the mode has another one. Where rows count threads, see `_panels_of_threads`.
+    A mode shows the dtype with the most sizes, and the largest batch at each size. A panel with a single size is left
+    out if the mode has another panel. Rows with a thread count are split by `_panels_of_threads`.
     """
     if any("threads" in row for row in rows):
         return _panels_of_threads(rows)
@@ -136,7 +137,7 @@ def panels_of(rows: list[Row]) -> list[list[list[Row]]]:
 
 
 def _panels_of_threads(rows: list[Row]) -> list[list[list[Row]]]:
-    """Single images by mode and dtype, and then by the number of threads."""
+    """Split single images by mode and dtype, and then by number of threads."""
     singles = [row for row in rows if row["batch"] == 1]
     kinds = sorted({(_mode_order(row["mode"]), row["mode"], row["dtype"]) for row in singles})
     lines = []
@@ -181,10 +182,10 @@ def _subject(rows: list[Row]) -> str:
 
 def _draw_lines(axis: Any, rows: list[Row], value: Any) -> dict[str, Any]:
     handles = {}
-    for peer in dict.fromkeys(row["peer"] for row in rows):
-        points = sorted((row["tokens"], value(row)) for row in rows if row["peer"] == peer)
-        colour, line, marker = STYLES.get(peer, ("#000000", "-.", "."))
-        (handles[peer],) = axis.plot(
+    for baseline in dict.fromkeys(row["baseline"] for row in rows):
+        points = sorted((row["tokens"], value(row)) for row in rows if row["baseline"] == baseline)
+        colour, line, marker = STYLES.get(baseline, ("#000000", "-.", "."))
+        (handles[baseline],) = axis.plot(
             *zip(*points, strict=True),
             color=colour,
             linestyle=line,
@@ -200,7 +201,7 @@ def _draw_lines(axis: Any, rows: list[Row], value: Any) -> dict[str, Any]:
 
 
 def _scale_values(axis: Any, values: list[float]) -> None:
-    """From zero where that shows every difference, else logarithmic."""
+    """Start the axis at zero if the values are within a factor of 10, else use a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if max(values) < 10 * min(values):
@@ -223,10 +224,10 @@ def _label_tokens(axis: Any, rows: list[Row]) -> None:
 
 
 def caption(results: dict[str, Any], panels: list[list[Row]], width: int = 170) -> str:
-    """The conditions: device, versions, commit, shape, and what is timed and counted."""
+    """Describe device, versions, commit, shape, and the meaning of speed and memory."""
     conditions, row = results["conditions"], panels[0][0]
     drawn = [row for rows in panels for row in rows]
-    kernels = sorted({row["kernel"] for row in drawn if row["peer"] == "beit_fast triton"})
+    kernels = sorted({row["kernel"] for row in drawn if row["baseline"] == "beit_fast triton"})
     gpu = conditions.get("gpu") or {}
     parts = [
         conditions["device_name"],
@@ -244,12 +245,12 @@ def caption(results: dict[str, Any], panels: list[list[Row]], width: int = 170) 
         *([f"beit_fast triton ran {', '.join(kernels)}"] if kernels else []),
     ]
     meanings = [
-        "Speed counts the two products of the forward, and five of the backward, whatever a peer computes.",
+        "Speed counts two products in the forward and five in the backward, for every baseline.",
         "Memory is the peak above the level before the call, divided by B.",
-        *(["Time is the device's, without launching; inputs stay in L2 where they fit."] if _on_device(drawn) else []),
-        *(["Each peer in a process of its own, in turns."] if "threads" in row else []),
-        "'sdpa prebuilt bias' holds its [H, N, N] bias before it is measured; 'gathered' makes it in each call.",
-        "'without bias' computes something else.",
+        *(["Time is device time without launches; inputs stay in L2 if they fit."] if _on_device(drawn) else []),
+        *(["Each baseline runs in its own process, in turns."] if "threads" in row else []),
+        "'prebuilt bias' builds its [H, N, N] bias before the clock starts, 'gathered bias' in each call.",
+        "'without bias' computes another result.",
     ]
     return "\n".join([*textwrap.wrap("; ".join(parts) + ".", width), *textwrap.wrap(" ".join(meanings), width)])
 

@@ -1,8 +1,8 @@
-"""Draw README's picture: time and memory of one image against its size.
+"""Draw the picture of the README: time and memory of one image against its size.
 
     python -m benchmarks.report.plot_image_size benchmarks/results/intel-xeon-cpu-models.json --out benchmarks/results
 
-Reads a results file of whole models and writes `<name of the file>-image-size.png`. `plot` draws it after a run, too.
+Reads a results file of whole models and writes `<name of the file>-image-size.png`, as `benchmarks.report.plot` does.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw_image_sizes(results: dict[str, Any], path: Path, dtype: str = "fp32") -> Path:
-    """Two panels: milliseconds and mebibytes of a forward of one image, a line for each baseline in `LABELS`."""
+    """Draw milliseconds and mebibytes of a forward of one image, with a line for each baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = _panels(results, dtype)
-    lines = {name: [row for panel in panels for row in panel if row["peer"] == name] for name in LABELS}
+    lines = {name: [row for panel in panels for row in panel if row["baseline"] == name] for name in LABELS}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for axis, quantity in zip(axes, (_milliseconds, _mebibytes), strict=True):
         _draw(axis, {name: [(row["image"], quantity(row)) for row in rows] for name, rows in lines.items()})
@@ -61,7 +61,7 @@ def draw_image_sizes(results: dict[str, Any], path: Path, dtype: str = "fp32") -
 
 
 def has_image_sizes(results: dict[str, Any], dtype: str = "fp32") -> bool:
-    """Whether there is a line to draw: at least two image sizes."""
+    """Whether the rows have at least two image sizes to draw."""
     return len(_panels(results, dtype)) > 1
 
 
@@ -103,7 +103,7 @@ def _draw(axis: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
 
 
 def _spread(ends: dict[str, float], distance: float) -> dict[str, float]:
-    """Heights of the labels: those of the line ends, moved up until they are `distance` apart."""
+    """Move label heights up until they are at least `distance` apart."""
     heights: dict[str, float] = {}
     lowest = float("-inf")
     for name in sorted(ends, key=lambda one: ends[one]):
@@ -115,7 +115,12 @@ def _spread(ends: dict[str, float], distance: float) -> dict[str, float]:
 def _caption(results: dict[str, Any], panels: list[list[Row]]) -> str:
     conditions, row = results["conditions"], panels[0][0]
     versions = sorted(
-        {row["kernel"].partition(",")[0] for panel in panels for row in panel if row["peer"] in ("openvino", "timm")}
+        {
+            row["kernel"].partition(",")[0]
+            for panel in panels
+            for row in panel
+            if row["baseline"] in ("openvino", "timm")
+        }
     )
     parts = [
         f"BEiT-{row['model']}, {row['dtype']}, one image, a bias table in each layer; {conditions['device_name']}",
@@ -125,7 +130,7 @@ def _caption(results: dict[str, Any], panels: list[list[Row]]) -> str:
         f"beit_fast {conditions['beit_fast']} ({conditions['commit'] or 'no commit'})",
         f"{results['date']}",
     ]
-    meaning = "Medians. Memory: what the process holds between calls, libraries included, plus the peak of one call."
+    meaning = "Medians. Memory: what the process holds between calls, including libraries, plus the peak of one call."
     return "\n".join([*textwrap.wrap("; ".join(parts) + ".", 175), meaning])
 
 

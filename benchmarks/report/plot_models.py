@@ -1,4 +1,4 @@
-"""The picture of whole models: for each case speed on the left and memory on the right, a bar for every peer."""
+"""Draw whole models: speed and memory of each case, with a bar for every baseline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..harness.results import Row
 
-COLOURS = {  # peer: the same in every picture, fastest kind of ours on top
+COLOURS = {  # by baseline
     "beit_fast optimized": "#b02a37",
     "beit_fast optimized high": "#7d1a25",
     "beit_fast triton": "#d1495b",
@@ -25,12 +25,12 @@ COLOURS = {  # peer: the same in every picture, fastest kind of ours on top
     "timm compiled": "#5f4b74",
     "timm": "#8d6a9f",
 }
-_BAR_HEIGHT = 0.2  # inches of one peer
+_BAR_HEIGHT = 0.2  # inches of one baseline
 _GIB = 2**30
 
 
 def draw_models(results: dict[str, Any], path: Path) -> Path:
-    """A pair of panels for each case, two pairs beside each other."""
+    """Draw a pair of panels for each case, two pairs in a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,25 +68,25 @@ def draw_models(results: dict[str, Any], path: Path) -> Path:
 
 
 def model_panels(rows: list[Row]) -> list[list[Row]]:
-    """The rows by case, fastest first; who ran in several heats has one row, with the medians of its quantities."""
+    """Collect the rows by case, fastest first; rows of several groups are merged by median."""
     panels = []
     for case in dict.fromkeys((row["case"], row["threads"]) for row in rows):
         of_case = [row for row in rows if (row["case"], row["threads"]) == case]
-        names = dict.fromkeys(row["peer"] for row in of_case)
-        merged = [_merged([row for row in of_case if row["peer"] == name]) for name in names]
+        names = dict.fromkeys(row["baseline"] for row in of_case)
+        merged = [_merged([row for row in of_case if row["baseline"] == name]) for name in names]
         panels.append(sorted(merged, key=lambda row: row["median"]))
     return panels
 
 
-def _merged(heats: list[Row]) -> Row:
-    """One row: medians of medians, and the range over all heats."""
+def _merged(groups: list[Row]) -> Row:
+    """Merge the rows of a baseline: medians of medians, and the range over all groups."""
     middle = {
-        name: statistics.median(row[name] for row in heats)
+        name: statistics.median(row[name] for row in groups)
         for name in ("median", "images_per_second", "loaded_memory", "peak_memory")
-        if all(row[name] is not None for row in heats)
+        if all(row[name] is not None for row in groups)
     }
-    low, high = (pick(row["range"][place] for row in heats) for place, pick in ((0, min), (1, max)))
-    return {**heats[0], **middle, "range": [low, high]}
+    low, high = (pick(row["range"][place] for row in groups) for place, pick in ((0, min), (1, max)))
+    return {**groups[0], **middle, "range": [low, high]}
 
 
 def _draw_speed(axis: Any, rows: list[Row]) -> None:
@@ -95,7 +95,7 @@ def _draw_speed(axis: Any, rows: list[Row]) -> None:
     for place, row in enumerate(rows):
         speed, batch = row["images_per_second"], row["batch"]
         slowest, fastest = batch / row["range"][1], batch / row["range"][0]
-        axis.barh(place, speed, color=COLOURS[row["peer"]], height=0.78)
+        axis.barh(place, speed, color=COLOURS[row["baseline"]], height=0.78)
         axis.plot([slowest, fastest], [place, place], color="#333333", linewidth=0.9)
         axis.annotate(
             f"{speed:.3g}  ({row['median'] * 1e3:.4g} ms)",
@@ -105,7 +105,7 @@ def _draw_speed(axis: Any, rows: list[Row]) -> None:
             va="center",
             fontsize=7.5,
         )
-    _style(axis, rows, [row["peer"] for row in rows])
+    _style(axis, rows, [row["baseline"] for row in rows])
     axis.set_xlim(0, 1.45 * max(row["batch"] / row["range"][0] for row in rows))
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_title(f"{subject(rows[0])}: images/s", loc="left", fontsize=10)
@@ -120,7 +120,7 @@ def _draw_memory(axis: Any, rows: list[Row]) -> None:
             continue
         loaded, added = row["loaded_memory"] / _GIB, row["peak_memory"] / _GIB
         axis.barh(place, loaded, color="#d5d8dc", height=0.78)
-        axis.barh(place, added, left=loaded, color=COLOURS[row["peer"]], height=0.78)
+        axis.barh(place, added, left=loaded, color=COLOURS[row["baseline"]], height=0.78)
         label = f"{_amount(row['loaded_memory'])} + {_amount(row['peak_memory'])}"
         axis.annotate(
             label, (loaded + added, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5
@@ -146,7 +146,7 @@ def _style(axis: Any, rows: list[Row], labels: list[str]) -> None:
     axis.tick_params(axis="x", labelsize=7.5)
     for label, row in zip(axis.get_yticklabels(), rows, strict=True):
         label.set_fontweight(
-            "bold" if row["peer"].startswith("beit_fast") or row["peer"].endswith("accelerated") else "normal"
+            "bold" if row["baseline"].startswith("beit_fast") or row["baseline"].endswith("accelerated") else "normal"
         )
     axis.grid(axis="x", color="#e3e3e3", linewidth=0.7)
     axis.set_axisbelow(True)
@@ -154,13 +154,13 @@ def _style(axis: Any, rows: list[Row], labels: list[str]) -> None:
 
 
 def subject(row: Row) -> str:
-    """A case for the reader: `inference, base 224, B=1, fp32`."""
+    """Format a case: `inference, base 224, B=1, fp32`."""
     mode = "training step" if row["mode"] == "training" else row["mode"]
     return f"{mode}, {row['model']} {row['image']}, B={row['batch']}, {row['dtype']}"
 
 
 def model_caption(results: dict[str, Any], width: int) -> str:
-    """The conditions: device, threads, versions, commit, who did not take part and why, and what is timed."""
+    """Describe device, threads, versions, commit, missing baselines and the timed function."""
     conditions, rows = results["conditions"], results["rows"]
     threads = sorted({row["threads"] for row in rows})
     gpu = conditions.get("gpu") or {}
@@ -168,7 +168,7 @@ def model_caption(results: dict[str, Any], width: int) -> str:
         f"driver {gpu['driver_version']}" if gpu.get("driver_version") else f"threads {', '.join(map(str, threads))}"
     )
     named = ("onnxruntime", "openvino", "timm")
-    versions = sorted({row["kernel"].partition(",")[0] for row in rows if row["peer"] in named})
+    versions = sorted({row["kernel"].partition(",")[0] for row in rows if row["baseline"] in named})
     parts = [
         conditions["device_name"],
         where,
@@ -179,13 +179,13 @@ def model_caption(results: dict[str, Any], width: int) -> str:
         f"{min(row['rounds'] for row in rows)} rounds",
     ]
     meanings = (
-        "A bias table in each layer, the same weights for all; results are checked before they are timed. "
-        "Each peer in a process of its own, in turns; bars are medians, lines reach from the slowest to the fastest "
-        "round. A training step is forward, cross-entropy and every gradient. Memory: what the process holds between "
-        "calls, libraries included, and what one call adds at its peak; runtimes that keep their buffers add little."
+        "A bias table in each layer and the same weights for all. Results are checked before they are timed. "
+        "Each baseline runs in its own process, in turns. Bars are medians, lines show the slowest and the fastest "
+        "round. A training step is forward, cross-entropy and all gradients. Memory: what the process holds between "
+        "calls, including libraries, plus the peak of one call; runtimes that keep their buffers add little."
     )
     left_out = [
-        f"{entry['peer']}: {entry['reason']} ({', '.join(entry['cases'][:3])}{', ...' if entry['cases'][3:] else ''})"
+        f"{entry['baseline']}: {entry['reason']} ({', '.join(entry['cases'][:3])}{', ...' * (len(entry['cases']) > 3)})"
         for entry in results["left_out"]
     ]
     lines = ["; ".join(parts) + ".", meanings, *([f"Left out: {'; '.join(left_out)}."] if left_out else [])]

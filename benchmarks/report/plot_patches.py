@@ -1,4 +1,4 @@
-"""The picture of patch embedding: one panel for each kind of pixels and dtype, one group of bars for each race."""
+"""Draw patch embedding: a panel for each kind of pixels and dtype, with bars for each batch and thread count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..harness.results import Row
 
-COLOURS = {  # peer: the same in every picture
+COLOURS = {  # by baseline
     "beit_fast fused": "#d1495b",
     "conv": "#30638e",
     "conv channels_last": "#00798c",
@@ -18,7 +18,7 @@ COLOURS = {  # peer: the same in every picture
 
 
 def draw_patches(results: dict[str, Any], path: Path) -> Path:
-    """Speed of every peer; a race is a batch on a number of threads."""
+    """Draw the speed of every baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,7 +50,7 @@ def draw_patches(results: dict[str, Any], path: Path) -> Path:
 
 
 def patch_panels(rows: list[Row]) -> list[list[list[Row]]]:
-    """The rows by mode, and then by dtype."""
+    """Split rows by mode, and then by dtype."""
     modes = sorted({row["mode"] for row in rows})
     by_mode = [[row for row in rows if row["mode"] == mode] for mode in modes]
     return [
@@ -60,18 +60,20 @@ def patch_panels(rows: list[Row]) -> list[list[list[Row]]]:
 
 
 def _draw_panel(axis: Any, rows: list[Row]) -> dict[str, Any]:
-    races = sorted({(row["batch"], row["threads"]) for row in rows})
-    peers = sorted({row["peer"] for row in rows}, key=lambda peer: (list(COLOURS).index(peer), peer))
+    runs = sorted({(row["batch"], row["threads"]) for row in rows})
+    baselines = sorted(
+        {row["baseline"] for row in rows}, key=lambda baseline: (list(COLOURS).index(baseline), baseline)
+    )
     handles = {}
-    for place, peer in enumerate(peers):
-        speeds = {(row["batch"], row["threads"]): 1e3 * row["tflops"] for row in rows if row["peer"] == peer}
-        left = [group + (place + 0.5) / (len(peers) + 1) for group in range(len(races))]
-        known = [speeds.get(race, 0.0) for race in races]
-        handles[peer] = axis.bar(left, known, width=0.9 / (len(peers) + 1), color=COLOURS[peer])
+    for place, baseline in enumerate(baselines):
+        speeds = {(row["batch"], row["threads"]): 1e3 * row["tflops"] for row in rows if row["baseline"] == baseline}
+        left = [group + (place + 0.5) / (len(baselines) + 1) for group in range(len(runs))]
+        known = [speeds.get(run, 0.0) for run in runs]
+        handles[baseline] = axis.bar(left, known, width=0.9 / (len(baselines) + 1), color=COLOURS[baseline])
     axis.set_title(f"{rows[0]['mode']}, {rows[0]['dtype']}", loc="left", fontsize=10)
     axis.set_ylabel("GFLOP/s (higher is better)")
-    middle = 0.5 * len(peers) / (len(peers) + 1)
-    axis.set_xticks([group + middle for group in range(len(races))], [f"B={b}\nthreads {t}" for b, t in races])
+    middle = 0.5 * len(baselines) / (len(baselines) + 1)
+    axis.set_xticks([group + middle for group in range(len(runs))], [f"B={b}\nthreads {t}" for b, t in runs])
     axis.grid(axis="y", color="#e3e3e3", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -79,9 +81,9 @@ def _draw_panel(axis: Any, rows: list[Row]) -> dict[str, Any]:
 
 
 def patch_caption(results: dict[str, Any], width: int) -> str:
-    """The conditions: device, versions, commit, shape, and what is timed."""
+    """Describe device, versions, commit, shape and the timed function."""
     conditions, row = results["conditions"], results["rows"][0]
-    kernels = sorted({row["kernel"] for row in results["rows"] if row["peer"] == "beit_fast fused"})
+    kernels = sorted({row["kernel"] for row in results["rows"] if row["baseline"] == "beit_fast fused"})
     parts = [
         conditions["device_name"],
         f"torch {conditions['torch']}",
@@ -91,8 +93,8 @@ def patch_caption(results: dict[str, Any], width: int) -> str:
         *([f"beit_fast fused ran {', '.join(kernels)}"] if kernels else []),
     ]
     meanings = (
-        "Timed from pixels to tokens: the projection, CLS before it and, for uint8 pixels, the normalisation before "
-        "and the positions after. Speed counts the projection only. Each peer in a process of its own, in turns. "
-        "'conv channels_last' gets pixels and weight that lie so already."
+        "Timed from pixels to tokens: projection and CLS; for uint8 pixels also normalisation and positions. "
+        "Speed counts the projection only. Each baseline runs in its own process, in turns. The pixels and the weight "
+        "of 'conv channels_last' are converted before the clock starts."
     )
     return "\n".join([*textwrap.wrap("; ".join(parts) + ".", width), *textwrap.wrap(meanings, width)])

@@ -1,4 +1,4 @@
-"""The targets: which row of ours has to be how many times better than which row of a peer."""
+"""The targets: ratios that rows of beit_fast have to reach over rows of baselines."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ OURS = "beit_fast triton"
 
 @dataclass(frozen=True)
 class Target:
-    """`theirs[quantity] / ours[quantity]` has to be at least `needed`, wherever ours was measured.
+    """A bound: `theirs[quantity] / ours[quantity]` is at least `needed` in every measured case.
 
-    against: whether a row takes part; the one with the smallest quantity counts.
-    where: the cases that it is asked of; unless given, those in 16 bits.
-    peer: whose reason for staying away is told where nobody takes part, if it is one peer.
-    device, bench, ours: which rows it is about, and which of them are ours.
+    Attributes:
+        text: Description.
+        mode: Mode of the rows.
+        needed: Least ratio.
+        against: Selects the rows to compare with; the one with the smallest quantity counts.
+        quantity: Field to compare.
+        where: Selects the cases; by default those in 16 bits.
+        baseline: Name of the baseline, if it is a single one, to report why it is missing.
+        device: Device of the rows.
+        bench: Benchmark of the rows.
+        ours: Name of our rows.
     """
 
     text: str
@@ -27,22 +34,22 @@ class Target:
     against: Callable[[Row], bool]
     quantity: str = "median"
     where: Callable[[Row], bool] = lambda row: row["dtype"] != "fp32"
-    peer: str | None = None
+    baseline: str | None = None
     device: str = "cuda"
     bench: str = ATTENTION
     ours: str = OURS
 
 
 def _named(name: str) -> Callable[[Row], bool]:
-    return lambda row: row["peer"] == name
+    return lambda row: row["baseline"] == name
 
 
 def _learnable(row: Row) -> bool:
-    return bool(row["learnable"]) and row["peer"] != OURS
+    return bool(row["learnable"]) and row["baseline"] != OURS
 
 
 def _learnable_sdpa(row: Row) -> bool:
-    return _learnable(row) and "sdpa" in row["peer"]
+    return _learnable(row) and "sdpa" in row["baseline"]
 
 
 _FLASH = "sdpa without bias flash"
@@ -55,23 +62,23 @@ _PATCHES = "beit_fast fused"
 _OF_PATCHES: dict[str, Any] = {"device": "cpu", "bench": "cpu patch embedding", "ours": _PATCHES}
 
 _OF_OPERATORS = (
-    Target("forward no slower than SDPA flash without bias", "forward", 1.0, _named(_FLASH), peer=_FLASH),
+    Target("forward no slower than SDPA flash without bias", "forward", 1.0, _named(_FLASH), baseline=_FLASH),
     Target("forward 1.5x the best path whose bias can be learned", "forward", 1.5, _learnable),
     Target(
         "forward 1.5x memory-efficient SDPA with a ready mask",
         "forward",
         1.5,
         _named(_READY_EFFICIENT),
-        peer=_READY_EFFICIENT,
+        baseline=_READY_EFFICIENT,
     ),
     Target(
         "forward no slower than cuDNN with a ready, frozen mask",
         "forward",
         1.0,
         _named(_READY_CUDNN),
-        peer=_READY_CUDNN,
+        baseline=_READY_CUDNN,
     ),
-    Target("forward + backward with the table 3x the best peer", "training", 3.0, _learnable),
+    Target("forward + backward with the table 3x the best baseline", "training", 3.0, _learnable),
     Target(
         "forward + backward memory at most 0.3x SDPA's",
         "training",
@@ -86,7 +93,7 @@ _OF_OPERATORS = (
         2.2,
         _named(_READY),
         where=lambda row: row["dtype"] == "fp32",
-        peer=_READY,
+        baseline=_READY,
         **_ON_CPU,
     ),
     Target(
@@ -95,7 +102,7 @@ _OF_OPERATORS = (
         3.5,
         _named(_GATHERED),
         where=lambda row: row["dtype"] == "fp32",
-        peer=_GATHERED,
+        baseline=_GATHERED,
         **_ON_CPU,
     ),
     Target(
@@ -104,7 +111,7 @@ _OF_OPERATORS = (
         3.0,
         _named(_READY),
         where=lambda row: row["dtype"] == "bf16",
-        peer=_READY,
+        baseline=_READY,
         **_ON_CPU,
     ),
     Target(
@@ -128,7 +135,7 @@ _OF_OPERATORS = (
         "patch embedding 0.97x the best of conv, conv channels_last and unfold + linear",
         "float pixels",
         0.97,
-        lambda row: row["peer"] != _PATCHES,
+        lambda row: row["baseline"] != _PATCHES,
         where=lambda row: row["dtype"] in ("fp32", "bf16"),
         **_OF_PATCHES,
     ),
@@ -136,7 +143,7 @@ _OF_OPERATORS = (
         "patch embedding faster than the best of them, in most cases",
         "float pixels",
         1.0,
-        lambda row: row["peer"] != _PATCHES,
+        lambda row: row["baseline"] != _PATCHES,
         where=lambda row: row["dtype"] in ("fp32", "bf16"),
         **_OF_PATCHES,
     ),
@@ -146,21 +153,21 @@ _OF_OPERATORS = (
         1.3,
         _named("normalise + conv"),
         where=lambda row: row["dtype"] in ("fp32", "bf16"),
-        peer="normalise + conv",
+        baseline="normalise + conv",
         **_OF_PATCHES,
     ),
 )
 
 _OPTIMIZED = "beit_fast optimized"
 _COMPILED = "transformers sdpa compiled"
-_LEVEL = 0.97  # within 3 % is level
+_LEVEL = 0.97  # level: within 3 %
 _INFERENCE_ON_CPU: dict[str, Any] = {"device": "cpu", "bench": "cpu models", "ours": _OPTIMIZED}
 _TRAINING_ON_CPU: dict[str, Any] = {"device": "cpu", "bench": "cpu models"}
 _INFERENCE_ON_CUDA: dict[str, Any] = {"bench": "models", "ours": _OPTIMIZED}
 
 
 def _model(model: str, image: int, dtype: str, *batches: int) -> Callable[[Row], bool]:
-    """Rows of a model, with any batch where none is given."""
+    """Select rows of a model; without `batches`, of any batch."""
     return lambda row: (
         (row["model"], row["image"], row["dtype"]) == (model, image, dtype) and (not batches or row["batch"] in batches)
     )
@@ -181,7 +188,7 @@ _OF_MODELS = (
             needed,
             _named(_GATHERED),
             where=_model("base", image, "fp32", batch),
-            peer=_GATHERED,
+            baseline=_GATHERED,
             **(_INFERENCE_ON_CPU | {"ours": f"{_OPTIMIZED} high"}),
         )
         for image, batch, dtype, needed in _CPU_SIZES
@@ -194,7 +201,7 @@ _OF_MODELS = (
             needed,
             _named(_GATHERED),
             where=_model("base", image, dtype, batch),
-            peer=_GATHERED,
+            baseline=_GATHERED,
             **_INFERENCE_ON_CPU,
         )
         for image, batch, dtype, needed in _CPU_SIZES
@@ -206,7 +213,7 @@ _OF_MODELS = (
             _LEVEL,
             _named("openvino"),
             where=_model("base", image, dtype, batch),
-            peer="openvino",
+            baseline="openvino",
             **_INFERENCE_ON_CPU,
         )
         for image, batch, dtype, _ in _CPU_SIZES
@@ -218,7 +225,7 @@ _OF_MODELS = (
             needed,
             _named(_GATHERED),
             where=_model("base", 640, dtype, 1),
-            peer=_GATHERED,
+            baseline=_GATHERED,
             **(_INFERENCE_ON_CPU | {"ours": "transformers accelerated"}),
         )
         for dtype, needed in (("fp32", 1.7), ("bf16", 2.0))
@@ -229,7 +236,7 @@ _OF_MODELS = (
         1.05,
         _named("openvino"),
         where=lambda row: (row["model"], row["image"]) == ("base", 640) and row["dtype"] != "fp16",
-        peer="openvino",
+        baseline="openvino",
         **_INFERENCE_ON_CPU,
     ),
     Target(
@@ -239,7 +246,7 @@ _OF_MODELS = (
         _named(_GATHERED),
         quantity="peak_memory",
         where=lambda row: row["image"] == 640,
-        peer=_GATHERED,
+        baseline=_GATHERED,
         **_INFERENCE_ON_CPU,
     ),
     Target(
@@ -248,20 +255,20 @@ _OF_MODELS = (
         1.5,
         _named(_GATHERED),
         where=_model("base", 224, "fp32", 4),
-        peer=_GATHERED,
+        baseline=_GATHERED,
         **_TRAINING_ON_CPU,
     ),
     *(
         Target(
-            f"base 224 B={batch} bf16 {needed}x {peer}",
+            f"base 224 B={batch} bf16 {needed}x {baseline}",
             "inference",
             needed,
-            _named(peer),
+            _named(baseline),
             where=_model("base", 224, "bf16", batch),
-            peer=peer,
+            baseline=baseline,
             **_INFERENCE_ON_CUDA,
         )
-        for batch, needed, peer in ((64, 2.0, _GATHERED), (64, 1.3, _COMPILED), (1, 4.0, _GATHERED))
+        for batch, needed, baseline in ((64, 2.0, _GATHERED), (64, 1.3, _COMPILED), (1, 4.0, _GATHERED))
     ),
     Target(
         f"large 640 bf16 2x {_GATHERED}",
@@ -269,7 +276,7 @@ _OF_MODELS = (
         2.0,
         _named(_GATHERED),
         where=_model("large", 640, "bf16"),
-        peer=_GATHERED,
+        baseline=_GATHERED,
         **_INFERENCE_ON_CUDA,
     ),
     *(
@@ -280,7 +287,7 @@ _OF_MODELS = (
             _named(_GATHERED),
             quantity=quantity,
             where=_model("large", 640, "bf16"),
-            peer=_GATHERED,
+            baseline=_GATHERED,
             bench="models",
         )
         for what, quantity in (("2x", "median"), ("with half the memory of", "peak_memory"))

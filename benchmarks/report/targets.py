@@ -1,6 +1,6 @@
-"""What has to be reached, on a GPU and on a CPU, met or missed: `python -m benchmarks.targets results.json`.
+"""Compare results with the targets: `python -m benchmarks.report.targets results.json`.
 
-Reads a results file, a log of rows or pytest-benchmark's JSON. A ratio is theirs over ours: 2 is twice as fast.
+Reads a results file, a log of rows or the JSON of pytest-benchmark. A ratio is theirs over ours: 2 is twice as fast.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from .target_list import TARGETS, Target
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target at one case: ours beside the best of theirs, or `missing` where there is nothing to compare with.
+    """One target at one case.
 
-    waited: in one of the two the device waited for the host, so that the ratio is not the devices' alone.
+    Attributes:
+        target: The target.
+        case: Name of the case.
+        ours: Our quantity.
+        theirs: The smallest quantity of the baselines.
+        against: The baseline that it belongs to.
+        missing: Why there is nothing to compare with.
+        waited: Whether the device waited for the host in one of the two, so that the ratio includes host time.
     """
 
     target: Target
@@ -36,14 +43,14 @@ class Verdict:
 
     @property
     def met(self) -> bool | None:
-        """None where it could not be judged."""
+        """Whether the ratio reaches the target; None if it cannot be judged."""
         return None if self.ratio is None else self.ratio >= self.target.needed
 
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
-    """Every target of the device and of a bench that ran, at every case that it is asked of.
+    """Judge every target of the device and of the benchmarks that ran, at all of its cases.
 
-    One without measurement of ours says so.
+    A target without a measurement of ours gets a verdict with `missing`.
     """
     verdicts = []
     benches = {entry.get("bench", ATTENTION) for entry in [*results["rows"], *results.get("left_out", [])]}
@@ -52,21 +59,25 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
             continue
         of_bench = [row for row in results["rows"] if row.get("bench", ATTENTION) == target.bench]
         rows = [row for row in of_bench if row["mode"] == target.mode]
-        ours = [row for row in rows if row["peer"] == target.ours and target.where(row)]
+        ours = [row for row in rows if row["baseline"] == target.ours and target.where(row)]
         ours.sort(key=lambda row: (row["dtype"], row["batch"] == 1, row["tokens"], row.get("threads", 0)))
-        verdicts += [_verdict(target, row, rows, results) for row in _beside_rivals(target, ours, rows)]
+        verdicts += [_verdict(target, row, rows, results) for row in _comparable(target, ours, rows)]
         if not ours:
             verdicts.append(Verdict(target, "-", missing=f"{target.ours} was not measured"))
     return verdicts
 
 
-def _beside_rivals(target: Target, ours: list[Row], rows: list[Row]) -> list[Row]:
-    """Ours, but of a case that was raced in heats those of heats with a rival only, or the first where none has one."""
+def _comparable(target: Target, ours: list[Row], rows: list[Row]) -> list[Row]:
+    """Keep one row of ours for each case and, if it ran in groups, those of groups with a baseline to compare with."""
     kept = []
     for row in ours:
-        heats = [one for one in ours if one.get("case") == row.get("case") and one.get("threads") == row.get("threads")]
-        rivalled = [one for one in heats if any(_case(other) == _case(one) and target.against(other) for other in rows)]
-        if "heat" not in row or row in (rivalled or heats[:1]):
+        groups = [
+            one for one in ours if one.get("case") == row.get("case") and one.get("threads") == row.get("threads")
+        ]
+        compared = [
+            one for one in groups if any(_case(other) == _case(one) and target.against(other) for other in rows)
+        ]
+        if "group" not in row or row in (compared or groups[:1]):
             kept.append(row)
     return kept
 
@@ -81,26 +92,26 @@ def _verdict(target: Target, ours: Row, rows: list[Row], results: dict[str, Any]
         return Verdict(target, case, value, missing=_reason(target, ours, results))
     best = min(theirs, key=lambda row: row[target.quantity])
     waited = target.quantity == "median" and any(row.get("queued_ahead") is False for row in (ours, best))
-    return Verdict(target, case, value, best[target.quantity], best["peer"], waited=waited)
+    return Verdict(target, case, value, best[target.quantity], best["baseline"], waited=waited)
 
 
 def _case(row: Row) -> str:
     threads = f", threads {row['threads']}" if "threads" in row else ""
-    heat = f", heat {row['heat']}" if "heat" in row else ""
+    group = f", group {row['group']}" if "group" in row else ""
     model = f"{row['model']} " if "model" in row else ""
-    return f"{model}{row['batch']}x{row['tokens']} {row['dtype']}{threads}{heat}"
+    return f"{model}{row['batch']}x{row['tokens']} {row['dtype']}{threads}{group}"
 
 
 def _reason(target: Target, ours: Row, results: dict[str, Any]) -> str:
     name = ours["case"] if "bench" in ours else f"{ours['mode']}-{ours['batch']}x{ours['tokens']}-{ours['dtype']}"
     for entry in results.get("left_out", []):
-        if entry["peer"] == target.peer and name in entry["cases"]:
-            return f"{target.peer}: {entry['reason']}"
-    return f"{target.peer or 'no peer'} was not measured"
+        if entry["baseline"] == target.baseline and name in entry["cases"]:
+            return f"{target.baseline}: {entry['reason']}"
+    return f"{target.baseline or 'no baseline'} was not measured"
 
 
 def table(verdicts: list[Verdict]) -> str:
-    """The verdicts as text, by target, with the count of those met."""
+    """Format the verdicts by target, with the number of those met."""
     lines = []
     for text in dict.fromkeys(verdict.target.text for verdict in verdicts):
         group = [verdict for verdict in verdicts if verdict.target.text == text]
@@ -128,9 +139,9 @@ def _amount(value: float, quantity: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 0 whatever it says, or 2 where the file cannot be used."""
+    """Print the table; return 0, or 2 if the file cannot be read."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.targets", description="Compare results with the targets."
+        prog="python -m benchmarks.report.targets", description="Compare results with the targets."
     )
     parser.add_argument("results", type=Path, help="a results file, a .jsonl of `--rows`, or pytest-benchmark's JSON")
     options = parser.parse_args(arguments)
@@ -138,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = read_results(options.results)
         verdicts = judge(results)
     except (OSError, ValueError, KeyError) as error:
-        reason = f"{options.results}: its rows have no {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"{options.results}: its rows do not have {error}" if isinstance(error, KeyError) else str(error)
         print(f"targets.py: {reason}", file=sys.stderr)
         return 2
     conditions = results["conditions"]

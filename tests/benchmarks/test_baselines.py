@@ -1,0 +1,389 @@
+"""Every baseline computes the same, a wrong one is never timed, and a missing one has a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from beit_fast.position_bias import gather_bias, relative_position_index, token_count
+from benchmarks import bench_attention, bench_cpu_attention, bench_model, bench_patch_embed, conftest
+from benchmarks.baselines import attention, exported, hf_docs, models, transformers_model
+from benchmarks.harness import cases, clocks, hf_docs_cases, model_cases
+from benchmarks.harness.cases import Case, Reference
+from benchmarks.harness.processes import Prepared, Unavailable
+from benchmarks.harness.results import read_results, row_of
+from benchmarks.harness.session import Session
+
+FLOAT, BYTES = bench_patch_embed.FLOAT, bench_patch_embed.BYTES
+
+
+class Contract(NamedTuple):
+    """One case of a benchmark.
+
+    Attributes:
+        names: Baselines that run it here.
+        expected: Some of them that must run everywhere.
+        reference: Returns the reference of a baseline.
+        prepare: Checks a baseline against a file.
+        shape: Shape of what its step returns, or of the first of several tensors.
+    """
+
+    names: list[str]
+    expected: set[str]
+    reference: Callable[[str], Reference]
+    prepare: Callable[[str, str], Prepared]
+    shape: tuple[int, ...]
+
+
+def attention_contract(mode: str, dtype: str, folder: Path) -> Contract:
+    case = Case(mode, 2, (3, 3), model_cases.DTYPES[dtype], "cpu", heads=2, head_dim=8)
+    by_name = {one.name: one for one in attention.BASELINES}
+    names = [one.name for one in attention.BASELINES if one.missing_reason(case) is None and not one.compiles]
+    expected = {"beit_fast triton", "beit_fast eager", "transformers sdpa"}
+    fields = bench_cpu_attention._plain(case)
+    return Contract(
+        names,
+        expected,
+        lambda name: cases.reference(case, by_name[name].biased),
+        lambda name, file: bench_cpu_attention.prepare(name, file, **fields),
+        (2, 10, 2, 8),
+    )
+
+
+def patch_contract(mode: str, dtype: str, folder: Path) -> Contract:
+    case = bench_patch_embed.PatchCase(mode, 2, dtype, image=24, patch=8, embed=12)
+    names = list(bench_patch_embed.BASELINES[mode])
+    return Contract(
+        names,
+        {bench_patch_embed.OURS},
+        lambda name: bench_patch_embed.reference(case),
+        lambda name, file: bench_patch_embed.prepare(name, file, **vars(case)),
+        (2, 10, 12),
+    )
+
+
+def model_contract(mode: str, dtype: str, folder: Path) -> Contract:
+    case = tiny(mode, dtype)
+    chosen = [one for one in models.MODEL_BASELINES if one.missing_reason(case, True) is None]
+    names = [one.name for one in chosen if not one.name.endswith("compiled")]
+    onnx = folder / "model.onnx"
+    if any(one.exports for one in chosen):
+        exported.export(str(onnx), **dataclasses.asdict(case))
+    return Contract(
+        names,
+        {"beit_fast triton", "beit_fast sdpa", "beit_fast eager", "transformers sdpa", "timm"},
+        lambda name: model_cases.model_reference(case),
+        lambda name, file: bench_model.prepare(name, file, str(onnx), 1, **dataclasses.asdict(case)),
+        (2, 10) if mode == "inference" else (),
+    )
+
+
+def hf_docs_contract(mode: str, dtype: str, folder: Path) -> Contract:
+    case = hf_docs_cases.HfDocsCase(mode, 2, 70, 48, dtype, 2, model="tiny")
+    names = [one.name for one in hf_docs.BASELINES if one.missing_reason(case) is None]
+    return Contract(
+        names,
+        {"transformers eager", "transformers sdpa", "beit_fast triton"},
+        lambda name: hf_docs_cases.hf_docs_reference(case),
+        lambda name, file: hf_docs.prepare(name, file, **dataclasses.asdict(case)),
+        (2, 10),
+    )
+
+
+@pytest.mark.parametrize(
+    ("contract", "mode", "dtype"),
+    [
+        *((attention_contract, mode, "fp32") for mode in cases.MODES),
+        *((attention_contract, mode, "bf16") for mode in ("forward", "training")),
+        *((patch_contract, mode, dtype) for mode in (FLOAT, BYTES) for dtype in ("fp32", "bf16")),
+        *((model_contract, mode, dtype) for mode, dtype in (("inference", "bf16"), ("training", "fp32"))),
+        pytest.param(model_contract, "inference", "fp32"),
+        *((hf_docs_contract, mode, dtype) for mode, dtype in (("inference", "fp16"), ("training", "fp32"))),
+    ],
+)
+def test_baselines_compute_the_same_and_a_wrong_one_is_not_timed(
+    contract: Callable[[str, str, Path], Contract], mode: str, dtype: str, tmp_path: Path
+) -> None:
+    names, expected, reference_of, prepare, shape = contract(mode, dtype, tmp_path)
+    assert expected <= set(names)
+    file = str(tmp_path / "reference.pt")
+    for name in names:
+        reference = reference_of(name)
+        torch.save(vars(reference), file)
+        prepared = prepare(name, file)
+        assert prepared.facts["kernel"]
+        assert prepared.facts["errors"].keys() == reference.results.keys()
+        result = prepared.step()
+        first = result[0] if isinstance(result, tuple) else result  # of several gradients
+        assert first.shape == shape
+        assert not first.requires_grad
+        assert first.is_contiguous() or isinstance(result, tuple)
+    for moved in {next(iter(reference.results)), list(reference.results)[-1]}:  # the output, and a gradient
+        results = dict(reference.results)
+        results[moved] = results[moved] + 0.05 * results[moved].norm()
+        torch.save({"results": results, "budgets": reference.budgets}, file)
+        with pytest.raises(ValueError, match=rf"wrong and not timed\. {moved}: relative error"):
+            prepare(names[-1], file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_compiled_models_compute_the_same(mode: str, tmp_path: Path) -> None:
+    case = tiny(mode)
+    torch.save(vars(model_cases.model_reference(case)), tmp_path / "reference.pt")
+    compiled = [one for one in models.MODEL_BASELINES if one.name.endswith("compiled")]
+    assert len(compiled) == 3
+    for baseline in compiled:
+        file = str(tmp_path / "reference.pt")
+        bench_model.prepare(baseline.name, file, "", 1, **dataclasses.asdict(case)).step()
+
+
+def tiny(mode: str = "inference", dtype: str = "fp32", device: str = "cpu") -> model_cases.ModelCase:
+    return model_cases.ModelCase(mode, "tiny", 48, 2, dtype, device)
+
+
+def small(mode: str, device: str = "cpu") -> Case:
+    return Case(mode, 2, (3, 3), torch.float32, device, heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+@pytest.mark.parametrize("value", [0.0, 1.1, math.nan])
+def test_checked_errors_wrong_value_raises(value: float, tolerance: float | None) -> None:
+    reference = Reference({"out": torch.ones(3, dtype=torch.float64)}, {"out": 1e-2})
+    assert cases.checked_errors({"out": torch.ones(3)}, reference, tolerance) == {"out": 0.0}
+    with pytest.raises(ValueError, match=r"wrong and not timed\. out: relative error"):
+        cases.checked_errors({"out": torch.tensor([1.0, 1.0, value])}, reference, tolerance)
+
+
+class FakeBenchmark:
+    """The fixture of pytest-benchmark, which counts its calls."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.calls = 0
+        self.stats: Any = None
+
+    def pedantic(self, step: Callable[[], object], rounds: int, iterations: int, warmup_rounds: int) -> None:
+        self.calls += 1
+        assert step() is not None
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=0.5, iqr=0.1, rounds=rounds))
+
+
+def probe(change_bias: Callable[..., Any], change_out: Callable[..., Any]) -> attention.Baseline:
+    def build(case: Case, inputs: cases.Inputs) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            bias = change_bias(gather_bias(inputs.table, case.window))
+            return change_out(cases.textbook_attention(inputs.q, inputs.k, inputs.v, bias, case.scale))
+
+        return run
+
+    return attention.Baseline("probe", "a probe", build, lambda case: "probe")
+
+
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change_bias", "change_out", "wrong"),
+    [
+        (same, same, None),
+        (lambda bias: bias.transpose(1, 2), same, "out"),
+        (same, lambda out: out * math.nan, "out: relative error nan"),
+        (lambda bias: bias.detach() + 0 * bias, same, "table"),  # the output is right
+    ],
+    ids=["right", "transposed", "nan", "frozen"],
+)
+def test_time_baseline_logs_a_row_or_the_reason(
+    change_bias: Callable[..., Any], change_out: Callable[..., Any], wrong: str | None, tmp_path: Path
+) -> None:
+    session = Session({"device": "cpu"}, tmp_path / "rows.jsonl")
+    benchmark, clock = FakeBenchmark(), clocks.clock_of("cpu")
+    arguments = small("training"), probe(change_bias, change_out), benchmark, clock, session, True
+    if wrong is not None:
+        with pytest.raises(ValueError, match=rf"wrong and not timed\. {wrong}"):
+            bench_attention.time_baseline(*arguments)
+        assert (benchmark.calls, session.rows) == (0, [])
+        assert f'"left_out": "wrong and not timed. {wrong}' in (tmp_path / "rows.jsonl").read_text()
+        return
+    bench_attention.time_baseline(*arguments)
+    (row,) = session.rows
+    assert benchmark.calls == 1
+    assert (row["baseline"], row["kernel"], row["median"]) == ("probe", "probe", 0.5)
+    assert row["tflops"] == row["flops"] / 0.5 / 1e12
+    assert set(row["errors"]) == {"out", "q", "k", "v", "table"}
+    logged = read_results(tmp_path / "rows.jsonl")["rows"]
+    assert logged == [row_of(row, row)]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "full", "budget", "reason"),
+    [
+        ("flex_attention", False, None, "compiles for long on a CPU"),
+        ("sdpa prebuilt bias cudnn", True, None, "needs a CUDA backend"),
+        ("beit_fast triton", True, -1.0, "budget of -1 seconds is spent"),
+    ],
+)
+def test_time_baseline_skips_what_cannot_run(
+    baseline: str, full: bool, budget: float | None, reason: str, tmp_path: Path
+) -> None:
+    session = Session({"device": "cpu"}, tmp_path / "rows.jsonl", budget)
+    chosen = next(one for one in attention.BASELINES if one.name == baseline)
+    with pytest.raises(pytest.skip.Exception, match=reason):
+        bench_attention.time_baseline(small("forward"), chosen, FakeBenchmark(), clocks.clock_of("cpu"), session, full)
+    assert reason in (tmp_path / "rows.jsonl").read_text()
+
+
+def test_missing_baselines_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name = {one.name: one for one in attention.BASELINES}
+    of_model = {one.name: one for one in models.MODEL_BASELINES}
+    of_docs = {one.name: one for one in hf_docs.BASELINES}
+    docs = hf_docs_cases.HfDocsCase("training", 2, 64, 48, "fp32", 2, model="tiny")
+    for baseline, arguments, reason in (
+        (by_name["flex_attention"], [small("training")], "does not support training"),
+        (by_name["sdpa prebuilt bias"], [small("training")], "gradient"),
+        (by_name["sdpa prebuilt bias cudnn"], [small("training")], "CUDA backend"),
+        (by_name["sdpa without bias"], [small("training", "cuda")], "own name"),
+        (by_name["sdpa prebuilt bias cudnn"], [small("training", "cuda")], "gradient"),
+        (by_name["flex_attention"], [small("training", "cuda")], None),
+        (of_model["beit_fast optimized"], [tiny("training"), True], "inference only"),
+        (of_model["onnxruntime"], [tiny(dtype="bf16"), True], "fp32"),
+        (of_model["timm compiled"], [tiny(dtype="bf16"), False], "--require-baselines or --full"),
+        (of_model["openvino"], [tiny(device="cuda"), True], "on a CPU only"),
+        (of_model["transformers sdpa compiled"], [tiny(device="cuda"), False], None),
+        (of_docs["beit_fast optimized"], [docs], "inference only"),
+    ):
+        found = baseline.missing_reason(*arguments)
+        assert found is None if reason is None else reason in (found or ""), baseline.name
+    for module in (models, hf_docs):
+        monkeypatch.setattr(module, "not_installed", list)
+    for baseline, arguments in ((of_model["timm"], [tiny(), True]), (of_docs["transformers sdpa"], [docs])):
+        assert baseline.missing_reason(*arguments).startswith("not installed: ")
+
+
+def test_packages_are_those_that_baselines_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, packages in attention.PACKAGES.items():
+        needed = {name for one in models.MODEL_BASELINES if device in one.devices for name in one.packages}
+        assert needed == set(packages)
+    monkeypatch.setitem(attention.PACKAGES, "cpu", ("torch", "no_such_package"))
+    with pytest.raises(pytest.UsageError, match="not installed: no_such_package"):
+        conftest.require_baselines("cpu")
+    monkeypatch.setitem(attention.PACKAGES, "cpu", ("torch",))
+    conftest.require_baselines("cpu")
+
+
+def test_backend_error_quotes_pytorch_for_forward_and_backward() -> None:
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no plan for this backward\nand a long trace")
+
+    def sdpa(case: Case, inputs: cases.Inputs) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
+
+        return run
+
+    def forward(case: Case, inputs: cases.Inputs) -> Callable[[], torch.Tensor]:
+        return lambda: Forward.apply(inputs.q + inputs.k + inputs.v)
+
+    assert attention._backend_error(small("forward"), forward, False) is None
+    assert attention._backend_error(small("backward"), forward, False) == "no plan for this backward"
+    refused = attention._backend_error(small("forward"), sdpa, False) or ""
+    assert "No viable backend" in refused or "No available kernel" in refused
+
+
+@pytest.mark.parametrize("window", [(3, 3), (2, 5)])
+@pytest.mark.parametrize("rows", [attention.row_by_index, attention.row_by_coordinates])
+def test_flex_attention_reads_the_rows_of_the_paper(rows: Callable[..., Any], window: tuple[int, int]) -> None:
+    row_of = rows(Case("forward", 1, window, torch.float32, "cpu"))
+    tokens = torch.arange(token_count(window), dtype=torch.int32)
+    found = torch.vmap(torch.vmap(row_of, (None, 0)), (0, None))(tokens, tokens)
+    assert torch.equal(found.long(), relative_position_index(window))
+
+
+def test_prebuilt_bias_is_the_gathered_one_with_padded_rows() -> None:
+    case = small("forward")
+    inputs = cases.draw(case)
+    bias = attention._prebuilt_bias(case, inputs)()
+    assert torch.equal(bias, attention._gathered_bias(case, inputs)())
+    assert bias.stride()[-2:] == (16, 1)  # 10 tokens
+
+
+def test_backward_step_does_not_run_the_forward() -> None:
+    case = small("backward")
+    inputs, forwards = cases.draw(case), []
+    attend = attention.BASELINES[0].build(case, inputs)
+    step = cases.step_of(case, inputs, lambda: forwards.append(1) or attend(), True)
+    assert [len(step()), len(step()), len(forwards)] == [4, 4, 1]
+
+
+@pytest.mark.parametrize("of_docs", [False, True])
+def test_parameter_without_gradient_is_wrong(of_docs: bool) -> None:
+    model = model_cases.our_model(tiny("training"), "eager", torch.float32)
+    model.beit.embeddings.cls_token.requires_grad_(False)
+    case: Any = tiny("training")
+    if of_docs:
+        case = hf_docs_cases.HfDocsCase("training", 2, 48, 48, "fp32", 2, model="tiny")
+        results_of = functools.partial(hf_docs.results_of, case, model, hf_docs.step_of(case, model))
+    else:
+        results_of = functools.partial(models.logits_and_gradients, case, models._network(case, model, "probe"))
+    with pytest.raises(ValueError, match=r"wrong and not timed\..*cls_token"):
+        results_of()
+
+
+def test_reference_of_a_model_holds_every_gradient() -> None:
+    results = model_cases.model_reference(tiny("training")).results
+    weights = model_cases.parameters(tiny())
+    assert sum(x.numel() for name, x in results.items() if name != "logits") == sum(x.numel() for x in weights.values())
+    assert results["lambda_1"].numel() == 2 * 32
+
+
+def test_fill_other_parameters_raises() -> None:
+    weights = model_cases.parameters(tiny())
+    model = model_cases.our_model(tiny(), "eager", torch.float32)
+    for changed in ({**weights, "extra": torch.zeros(1)}, {k: x for k, x in weights.items() if k != "classifier.bias"}):
+        with pytest.raises(ValueError, match=r"differ in \['(extra|classifier\.bias)'\]"):
+            transformers_model.fill(model, changed)
+
+
+def test_openvino_in_another_precision_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stub of OpenVINO that runs in fp32 for every hint."""
+
+    class Core:
+        def read_model(self, path: str) -> Any:
+            return SimpleNamespace(get_parameters=lambda: [None])
+
+        def compile_model(self, model: Any, device: str, options: dict[str, Any]) -> Any:
+            assert options["INFERENCE_NUM_THREADS"] == 3
+            request = SimpleNamespace(infer=lambda inputs: {0: inputs[0]})
+            return SimpleNamespace(
+                get_property=lambda name: SimpleNamespace(to_string=lambda: "f32"),
+                create_infer_request=lambda: request,
+                output=lambda place: place,
+            )
+
+    stub = types.ModuleType("openvino")
+    stub.__dict__.update(Core=Core, __version__="0.0-stub")
+    monkeypatch.setitem(sys.modules, "openvino", stub)
+    monkeypatch.setattr(exported, "dense_biases", lambda case: [])
+    with pytest.raises(Unavailable, match="runs in f32 on this CPU, not in bf16"):
+        exported.open_openvino(tiny(dtype="bf16"), 3, "file")
+    forward, kernel = exported.open_openvino(tiny(), 3, "file")
+    assert kernel == "openvino 0.0, f32"
+    assert forward().shape == (2, 3, 48, 48)

@@ -1,0 +1,184 @@
+"""Cases of the benchmarks, clocks, and the command lines of the Makefile."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_cpu_attention, bench_patch_embed
+from benchmarks.baselines import attention, models
+from benchmarks.harness import cases, clocks, hf_docs_cases, model_cases
+from benchmarks.harness.cases import Case
+from benchmarks.report import plot, plot_models, plot_patches, targets
+
+from ..support.benchmarks import BENCHMARKS
+
+
+def unique(names: Iterable[Any]) -> bool:
+    listed = [str(name) for name in names]
+    return len(set(listed)) == len(listed) > 0
+
+
+def test_cases_have_unique_names() -> None:
+    for full in (False, True):
+        for device in ("cpu", "cuda"):
+            assert unique(cases.cases(device, full))
+            assert unique(hf_docs_cases.hf_docs_cases(device, full))
+            assert unique(model_cases.model_cases(device, full))
+        for bench in (bench_cpu_attention, bench_patch_embed):
+            assert unique(bench.run_name(*run) for run in bench.runs(full))
+
+
+def test_runs_have_all_cases_of_the_targets() -> None:
+    quick = cases.cases("cuda", full=False)
+    for mode in cases.MODES:
+        sizes = {(case.batch, case.tokens) for case in quick if case.mode == mode and case.dtype == torch.bfloat16}
+        assert sizes == {(64, 197), (32, 577), (8, 1025), (8, 1601), (1, 577), (1, 1025), (1, 1601)}
+    on_cpu = {
+        (case.mode, cases.DTYPE_NAMES[case.dtype], case.batch, case.tokens, threads)
+        for case, threads in bench_cpu_attention.runs(full=True)
+    }
+    for threads in (1, 2):
+        for dtype in ("fp32", "bf16", "fp16"):
+            assert {("forward", dtype, 1, tokens, threads) for tokens in (197, 577, 1025, 1601)} < on_cpu
+        assert {("training", "fp32", 1, tokens, threads) for tokens in (577, 1025)} < on_cpu
+    assert ("training", "fp32", 1, 1601, 1) in on_cpu
+    patches = {(case.mode, case.dtype, case.batch, threads) for case, threads in bench_patch_embed.runs(full=True)}
+    asked = {(mode, dtype, 1, 2) for mode in bench_patch_embed.BASELINES for dtype in ("fp32", "bf16")}
+    assert asked < patches
+    for device in ("cpu", "cuda"):
+        some, most, every = (
+            model_cases.model_cases(device, *flags) for flags in ((False, False), (False, True), (True,))
+        )
+        assert set(some) <= set(most) <= set(every)
+        assert not any(model_cases.too_long_reason(case) for case in most)
+    assert [(c.mode, c.batch, c.height, c.width, c.dtype) for c in hf_docs_cases.hf_docs_cases("cuda")] == [
+        ("training", 2, 1048, 640, "fp16"),
+        *(("inference", batch, 224, 224, "fp16") for batch in (1, 4, 16, 32)),
+    ]
+    assert [(c.height, c.steps) for c in hf_docs_cases.hf_docs_cases("cpu")[:1]] == [(524, 3)]
+
+
+def test_too_long_cases_have_a_reason_on_a_cpu_only() -> None:
+    long, short = (model_cases.ModelCase("inference", "base", 640, batch, "fp32") for batch in (64, 1))
+    assert (model_cases.too_long_reason(long) or "").startswith("time: 23.6 TFLOP a call")
+    assert model_cases.too_long_reason(short) is None
+    assert not any(map(model_cases.too_long_reason, model_cases.model_cases("cuda", full=True)))
+
+
+def test_baselines_have_unique_names_and_looks_and_targets_name_them() -> None:
+    names = {one.name for one in attention.BASELINES}
+    of_models = {one.name for one in models.MODEL_BASELINES}
+    of_patches = {name for of_mode in bench_patch_embed.BASELINES.values() for name in of_mode}
+    assert unique(attention.BASELINES)
+    assert unique(models.MODEL_BASELINES)
+    for declared, looks in ((names, plot.STYLES), (of_models, plot_models.COLOURS), (of_patches, plot_patches.COLOURS)):
+        assert declared == set(looks)
+        assert unique(looks.values())
+    named = {name for target in targets.TARGETS for name in (target.ours, target.baseline) if name is not None}
+    assert named <= names | of_models | of_patches
+    assert set().union(*bench_cpu_attention.COMPARED.values()) <= names
+    learnable = {one.name for one in attention.BASELINES if one.learnable}
+    assert {"flex_attention", "sdpa gathered bias efficient", "transformers sdpa"} <= learnable
+    assert not any("prebuilt" in name or "without" in name or "cudnn" in name for name in learnable)
+
+
+def test_counts_of_work_bytes_and_memory() -> None:
+    forward, training, backward = (
+        Case(mode, 8, (14, 14), torch.bfloat16, "cpu") for mode in ("forward", "training", "backward")
+    )
+    assert forward.flops == 4 * 8 * 12 * 197 * 197 * 64
+    assert training.flops * 2 == forward.flops * 7
+    assert backward.flops + forward.flops == training.flops
+    assert forward.least_bytes(biased=False) == 4 * 8 * 197 * 768 * 2
+    assert forward.least_bytes(biased=True) - forward.least_bytes(biased=False) == 732 * 12 * 2
+    lse = 8 * 12 * 197 * 4  # written by the forward of a training step
+    assert backward.least_bytes(True) + forward.least_bytes(True) + lse == training.least_bytes(True)
+    docs = hf_docs_cases.hf_docs_cases("cpu", full=True)[0]
+    one_matrix_per_layer = 12 * 2 * 12 * docs.tokens**2 * 4
+    assert docs.bytes_needed(4) - docs.bytes_needed(0) == 4 * one_matrix_per_layer
+
+
+class SimulatedDevice:
+    """A device with one queue and a host that launches into it; both have a clock in seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.device = 1.0
+        simulation = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: Any) -> None:
+                self.time = max(simulation.device, simulation.host)
+
+            def query(self) -> bool:
+                return self.time <= simulation.host
+
+            def synchronize(self) -> None:
+                simulation.host = max(simulation.host, self.time)
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.time - self.time) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(0.0, cycles / clocks.SPIN_RATE))
+        monkeypatch.setattr(clocks, "synchronize", lambda device: self.wait())
+        monkeypatch.setattr(clocks.time, "perf_counter", lambda: self.host)
+
+    def launch(self, cost: float, work: float) -> None:
+        self.host += cost
+        self.device = max(self.device, self.host) + work
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+
+@pytest.mark.parametrize(("cost", "work"), [(1e-4, 2e-5), (2e-5, 1e-3), (3e-3, 1e-5)])
+def test_device_clock_excludes_launches(monkeypatch: pytest.MonkeyPatch, cost: float, work: float) -> None:
+    simulated = SimulatedDevice(monkeypatch)
+    clock = clocks.clock_of("cuda")
+    iterations, rounds = clock.plan(lambda: simulated.launch(cost, work))
+    assert 10 <= rounds <= 30
+    for _ in range(rounds):
+        started = clock()
+        for _ in range(iterations):
+            simulated.launch(cost, work)
+        assert clock() - started == pytest.approx(iterations * work)
+    assert clock.queued_ahead is True
+    assert clocks.single_call(lambda: simulated.launch(cost, work), "cuda") == pytest.approx(cost + work)
+
+
+def test_device_clock_reports_a_device_that_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated = SimulatedDevice(monkeypatch)
+    clock = clocks.clock_of("cuda")
+    clock.plan(lambda: simulated.launch(1e-4, 2e-5))
+    for late in (False, False, True, False):
+        clock()
+        simulated.launch(1.0 if late else 1e-4, 2e-5)
+        clock()
+    assert clock.queued_ahead is True  # one late round of four is allowed
+    started = clock()
+    simulated.launch(1.0, 2e-5)
+    assert clock() - started > 0.5
+    assert clock.queued_ahead is False
+
+
+def test_make_gpu_uses_the_given_python() -> None:
+    command = ["make", "--dry-run", "gpu", "RESULTS=elsewhere", "COMMIT=0123abc", "GPU_PYTHON=some-python"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, check=True)
+    assert "pip" not in done.stdout
+    assert ".venv" not in done.stdout
+    for target, bench in (("gpu-bench", "attention"), ("gpu-bench-models", "model")):
+        assert (BENCHMARKS / f"bench_{bench}.py").exists()
+        assert f"some-python -m pytest benchmarks/bench_{bench}.py --device=cuda" in done.stdout
+        assert f'--rows="elsewhere/{target}.jsonl"' in done.stdout
+        for module in ("plot", "targets"):
+            assert (BENCHMARKS / "report" / f"{module}.py").exists()
+            assert f'some-python -m benchmarks.report.{module} "elsewhere/{target}.jsonl"' in done.stdout
