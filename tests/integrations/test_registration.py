@@ -10,19 +10,17 @@ from safetensors.torch import load_file
 from transformers.models.beit import modeling_beit
 
 import beit_fast
-from beit_fast.integrations.transformers import attention_interface, register, unregister, with_transformers_outputs
+from beit_fast.integrations.transformers import register, unregister, with_transformers_outputs
 
 from ..support.attention_spy import AttentionSpy
 from ..support.oracle import relative_error
 from ..support.transformers_reference import (
-    CLASSES,
     POSITIONS,
     TINY,
     main_output,
     options_for,
     random_inputs,
     randomize,
-    scalar_of,
 )
 
 AUTO = {
@@ -179,197 +177,6 @@ def test_outputs_of_transformers_for_a_model_built_here():
     assert torch.equal(output.logits, expected)
     with pytest.raises(TypeError, match=r"Linear is not supported \(expected BeitModel, .* of beit_fast\)"):
         with_transformers_outputs(torch.nn.Linear(1, 1))
-
-
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("name", CLASSES)
-def test_their_models_equal_sdpa(name, position, registered):
-    """Outputs, hidden states and every gradient, through one fused operator a layer and no dense bias."""
-    theirs = reference(name, position)
-    ours = triton_copy(theirs, name)
-    inputs = random_inputs(name, theirs, rectangle_for(name))
-    expected = theirs(**inputs, output_hidden_states=True)
-    with AttentionSpy(tokens_of(inputs)) as spy:
-        actual = ours(**inputs, output_hidden_states=True)
-    layers = ours.config.num_hidden_layers
-    assert (spy.calls, spy.tables) == (layers, layers if position in BIASED else 0)
-    assert not spy.square
-    for mine, wanted in zip(main_output(actual), main_output(expected), strict=True):
-        assert relative_error(mine, wanted) < 1e-9
-    for mine, wanted in zip(actual.hidden_states, expected.hidden_states, strict=True):
-        assert relative_error(mine, wanted) < 1e-9
-    scalar_of(expected).backward()
-    scalar_of(actual).backward()
-    assert_same_gradients(ours, theirs)
-
-
-def test_a_dropped_bias_is_seen(registered, monkeypatch):
-    theirs = reference("BeitModel", "both")
-    ours = triton_copy(theirs, "BeitModel")
-    inputs = random_inputs("BeitModel", theirs)
-    attend = attention_interface.attention_backends.attend
-    monkeypatch.setattr(
-        attention_interface.attention_backends,
-        "attend",
-        lambda q, k, v, table, *others: attend(q, k, v, None, *others),
-    )
-    assert relative_error(ours(**inputs).last_hidden_state, theirs(**inputs).last_hidden_state) > 1e-2
-
-
-@NEEDS_5
-@pytest.mark.parametrize("position", ["per layer", "both", "none"])
-def test_models_built_before_take_it_too(position):
-    """By `set_attn_implementation`, back and forth, and they are theirs again afterwards."""
-    model = reference("BeitForImageClassification", position, "sdpa")
-    inputs = random_inputs("BeitForImageClassification", model)
-    expected = model(**inputs).logits
-    register()
-    try:
-        model.set_attn_implementation("triton")
-        with AttentionSpy(tokens_of(inputs)) as spy:
-            actual = model(**inputs).logits
-        assert (spy.calls, spy.square) == (3, [])
-        assert relative_error(actual, expected) < 1e-9
-        model.set_attn_implementation("sdpa")
-        with AttentionSpy(tokens_of(inputs)) as spy:
-            assert torch.equal(model(**inputs).logits, expected)
-        assert spy.calls == 0
-    finally:
-        unregister()
-    assert torch.equal(model(**inputs).logits, expected)
-
-
-@NEEDS_5
-@pytest.mark.parametrize("position", ["shared", "both", "none"])
-def test_padding_is_masked_as_eager_masks_it(position, registered):
-    """sdpa adds Transformers' bool mask to the bias as a number, so eager is the one that is right."""
-    theirs = reference("BeitModel", position, "eager")
-    ours = triton_copy(theirs, "BeitModel")
-    inputs = random_inputs("BeitModel", theirs)
-    mask = torch.ones(2, tokens_of(inputs), dtype=torch.long)
-    mask[0, -5:] = 0
-    expected = theirs(**inputs, attention_mask=mask).last_hidden_state
-    with AttentionSpy(tokens_of(inputs)) as spy:
-        actual = ours(**inputs, attention_mask=mask).last_hidden_state
-    assert (spy.calls, spy.square) == (3, [])
-    assert relative_error(actual, expected) < 1e-6
-    assert relative_error(actual, ours(**inputs).last_hidden_state) > 1e-3
-
-
-@pytest.mark.parametrize("position", ["both", "none"])
-def test_attention_weights_where_they_are_asked_for(position, registered):
-    theirs = reference("BeitModel", position, "eager")
-    ours = triton_copy(theirs, "BeitModel")
-    inputs = random_inputs("BeitModel", theirs)
-    expected, actual = (model(**inputs, output_attentions=True) for model in (theirs, ours))
-    assert len(actual.attentions) == 3
-    for mine, wanted in zip(actual.attentions, expected.attentions, strict=True):
-        assert relative_error(mine, wanted) < 1e-6
-    assert relative_error(actual.last_hidden_state, expected.last_hidden_state) < 1e-6
-
-
-@pytest.mark.parametrize("position", ["per layer", "shared"])
-def test_rectangular_native_windows_equal_theirs(position, registered):
-    """Transformers reads the table of a rectangle as (width, height); its own classes go on doing so."""
-    theirs = reference("BeitModel", position, image_size=(32, 48))
-    ours = triton_copy(theirs, "BeitModel")
-    inputs = random_inputs("BeitModel", theirs, size=(32, 48))
-    with AttentionSpy(tokens_of(inputs)) as spy:
-        actual = ours(**inputs).last_hidden_state
-    assert (spy.calls, spy.square) == (3, [])
-    assert relative_error(actual, theirs(**inputs).last_hidden_state) < 1e-9
-
-
-def test_training_with_gradient_checkpointing(registered):
-    theirs = reference("BeitForImageClassification", "both").train()
-    ours = triton_copy(theirs, "BeitForImageClassification")
-    ours.gradient_checkpointing_enable()
-    inputs = random_inputs("BeitForImageClassification", theirs)
-    theirs(**inputs).loss.backward()
-    with AttentionSpy(tokens_of(inputs)) as spy:
-        ours(**inputs).loss.backward()
-    assert spy.calls == 2 * 3
-    assert_same_gradients(ours, theirs)
-
-
-def test_attention_dropout_drops_in_training_alone(registered):
-    theirs = reference("BeitModel", attention_probs_dropout_prob=0.5)
-    ours = triton_copy(theirs, "BeitModel")
-    inputs = random_inputs("BeitModel", theirs)
-    still = ours(**inputs).last_hidden_state
-    ours.train()
-    first, second = (ours(**inputs).last_hidden_state for _ in range(2))
-    assert not torch.equal(first, second)
-    ours.eval()
-    assert torch.equal(ours(**inputs).last_hidden_state, still)
-
-
-def test_a_deep_copy_and_a_pickle_go_on(registered):
-    theirs = reference("BeitModel", "both")
-    ours = triton_copy(theirs, "BeitModel")
-    inputs = random_inputs("BeitModel", theirs)
-    expected = ours(**inputs).last_hidden_state
-    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        with AttentionSpy(tokens_of(inputs)) as spy:
-            assert torch.equal(again(**inputs).last_hidden_state, expected)
-        assert spy.calls == 3
-
-
-@pytest.mark.slow
-def test_it_compiles_whole(registered):
-    theirs = reference("BeitModel", "both")
-    ours = triton_copy(theirs, "BeitModel")
-    inputs = random_inputs("BeitModel", theirs)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        assert relative_error(compiled(**inputs).last_hidden_state, ours(**inputs).last_hidden_state) < 1e-12
-
-
-@pytest.mark.parametrize("position", BIASED)
-def test_data2vec_vision_takes_it_at_construction(position, registered):
-    values = {key: value for key, value in TINY.items() if key != "vocab_size"} | POSITIONS[position]
-    build = transformers.Data2VecVisionForImageClassification._from_config
-    theirs = build(transformers.Data2VecVisionConfig(**values), attn_implementation="eager").double().eval()
-    randomize(theirs)
-    ours = build(transformers.Data2VecVisionConfig(**values), attn_implementation="triton").double().eval()
-    ours.load_state_dict(theirs.state_dict())
-    ours = pickle.loads(pickle.dumps(ours))
-    inputs = random_inputs("BeitForImageClassification", theirs, size=(32, 40))
-    expected = theirs(**inputs)
-    with AttentionSpy(tokens_of(inputs)) as spy:
-        actual = ours(**inputs)
-    assert (spy.calls, spy.tables, spy.square) == (3, 3, [])
-    assert relative_error(actual.logits, expected.logits) < 1e-9
-    expected.loss.backward()
-    actual.loss.backward()
-    assert_same_gradients(ours, theirs)
-    weights = ours(**inputs, output_attentions=True).attentions
-    wanted = theirs(**inputs, output_attentions=True).attentions
-    assert all(relative_error(a, b) < 1e-9 for a, b in zip(weights, wanted, strict=True))
-
-
-@NEEDS_5
-def test_refusals(registered):
-    vit = transformers.ViTModel._from_config(
-        transformers.ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            intermediate_size=32,
-            image_size=32,
-            patch_size=8,
-        ),
-        attn_implementation="triton",
-    )
-    with pytest.raises(ValueError, match="'triton' supports BEiT, not ViT"):
-        vit(torch.randn(1, 3, 32, 32))
-    unregister()
-    model = reference("BeitModel")
-    register()
-    model.config._attn_implementation = "triton"
-    with pytest.raises(ValueError, match=r"built before register\(\).*set_attn_implementation\('triton'\)"):
-        model(torch.randn(1, 3, 32, 32, dtype=torch.float64))
 
 
 def test_without_register_transformers_refuses_the_name():
