@@ -1,9 +1,9 @@
-"""Speed up a model of Transformers that exists already, in one line, and undo it.
+"""Accelerate an existing model of Transformers in one line, and restore it.
 
 python examples/accelerate_transformers.py [--model FOLDER_OR_ID] [--image-size 640] [--dtype float32]
 
-Without --model the weights are random: four layers as wide as BEiT-base's. What it prints is the time of a forward
-before and after, and how far the outputs are apart.
+Without --model the weights are random: four layers as wide as BEiT-base's. It prints the time of a forward before and
+after, and the difference of the outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from beit_fast.testing import latency
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the comparison and return the exit code."""
-    parser = argparse.ArgumentParser(description="Accelerate a BEiT of Transformers.")
+    parser = argparse.ArgumentParser(description="Accelerate Transformers' BEiT.")
     parser.add_argument("--model", help="a checkpoint for classification (default: random weights)")
     parser.add_argument("--image-size", type=int, default=640, help="of the square image, in pixels (default: 640)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")

@@ -2,7 +2,7 @@
 
 python examples/classification.py [IMAGE ...] [--model FOLDER_OR_ID]
 
-Without arguments, the digits model beside this script reads twenty handwritten digits that it has not seen.
+Without arguments, the digits model beside this script classifies twenty held-out handwritten digits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each image, and how much the optimised model differs; return the exit code."""
+    """Print a line for each image and the difference of the optimised model; return the exit code."""
     parser = argparse.ArgumentParser(description="Classify images with BEiT.")
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="default: the digits")
     parser.add_argument("--model", default=str(DIGITS), help="a checkpoint for classification (default: the digits')")

@@ -2,8 +2,8 @@
 
 torchrun --standalone --nproc-per-node 2 examples/ddp_digits.py [--out FOLDER] [--epochs 8] [--seed 0]
 
-Every process takes its share of each batch, and DistributedDataParallel averages the gradients: the model needs nothing
-for it. The data are scikit-learn's 1797 digits of 8x8 pixels, a fifth of which is held out.
+Every process takes its share of each batch, and DistributedDataParallel averages the gradients; the model needs no
+changes. The data are scikit-learn's 1797 digits of 8x8 pixels, a fifth of which is held out.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="of all processes together (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of everything that is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and of all random numbers")
     return parser
 
 
 def train(model: nn.Module, digits: Digits, options: argparse.Namespace) -> float:
-    """Train on this process' share of each batch; the last epoch's mean loss over all processes."""
+    """Train on this process' share of each batch; return the mean loss of the last epoch."""
     steps = len(digits.training) // options.batch_size
     optimizer, schedule = optimizer_for(model, options.rate, steps * options.epochs)
     order = torch.Generator().manual_seed(options.seed)  # the same order everywhere
@@ -86,7 +86,7 @@ def step(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> Tensor:
-    """One step on this process' share of the digits whose indices are `batch`; its loss."""
+    """Take one step on this process' share of the digits at `batch`; return its loss."""
     share = batch[dist.get_rank() :: dist.get_world_size()]
     loss = model(augment(digits.pixels[share]), labels=digits.labels[share]).loss
     optimizer.zero_grad()
@@ -99,7 +99,7 @@ def step(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """The part of the held-out digits that the model names right; every process looks at a share of them."""
+    """The share of the held-out digits that the model classifies correctly, over all processes."""
     model.eval()
     share = digits.held_out[dist.get_rank() :: dist.get_world_size()]
     right = (model(digits.pixels[share]).logits.argmax(-1) == digits.labels[share]).sum()

@@ -2,8 +2,8 @@
 
 python examples/demo.py [--image PATH] [--model FOLDER_OR_ID] [--out demo.png]
 
-Without --model the weights are random, from a fixed seed: the numbers compare the backends and say nothing about the
-image. A small trained model then reads handwritten digits that it has not seen.
+Without --model the weights are random, from a fixed seed: the numbers compare the backends only. Then a small trained
+model classifies held-out handwritten digits.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from beit_fast import BeitConfig, BeitForImageClassification
-from beit_fast.cli.commands import processor_of, top_classes
+from beit_fast import BeitConfig, BeitForImageClassification, BeitImageProcessor
 from beit_fast.position_bias import Window, gather_bias
 from beit_fast.testing import environment, latency, memory_unsupported_reason, peak_memory
 
@@ -36,7 +35,7 @@ TABLE_SUFFIX = "relative_position_bias_table"
 
 @dataclass(frozen=True)
 class Result:
-    """One backend: attention's kernel and patch embedding's, logits `[1, num_labels]`, median seconds, peak bytes."""
+    """A backend, its kernels, the logits `[1, num_labels]`, median seconds and peak bytes."""
 
     backend: str
     kernel: str
@@ -47,7 +46,7 @@ class Result:
 
 
 def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -> int:
-    """Run the demo and return its exit code; `config` replaces BEiT-base/16-224."""
+    """Run the demo and return the exit code; `config` replaces BEiT-base/16-224."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -69,9 +68,8 @@ def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -
     else:
         try:
             model = BeitForImageClassification.from_pretrained(options.model, device=device)
-            pixels = processor_of(options.model, model.config)(photograph, return_tensors="pt")["pixel_values"].to(
-                device
-            )
+            processor = BeitImageProcessor.from_pretrained(options.model)
+            pixels = processor(photograph, return_tensors="pt")["pixel_values"].to(device)
         except (OSError, ValueError) as error:
             parser.error(f"--model {options.model}: {error}")
         weights = options.model
@@ -98,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def build_model(config: BeitConfig, device: torch.device) -> BeitForImageClassification:
-    """A model with seeded random weights, and bias tables that vary smoothly, with deviation 1."""
+    """A model with seeded random weights and smooth bias tables of deviation 1."""
     torch.manual_seed(SEED)
     model = BeitForImageClassification(config).eval()
     window = window_of(config)
@@ -110,7 +108,7 @@ def build_model(config: BeitConfig, device: torch.device) -> BeitForImageClassif
 
 
 def window_of(config: BeitConfig) -> Window:
-    """Patches of the configuration's own image size, (height, width)."""
+    """The window in patches (height, width) of the configuration's image size."""
     height, width = _pair(config.image_size)
     return height // config.patch_size, width // config.patch_size
 
@@ -120,7 +118,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def smooth_table(window: Window, heads: int) -> Tensor:
-    """Blurred noise `[rows, heads]`, each head blurred more than the one before: mean 0, deviation 1."""
+    """Blurred noise `[rows, heads]` of mean 0 and deviation 1; later heads are blurred more."""
     height, width = (2 * side - 1 for side in window)
     noise = torch.randn(1, heads, height, width)
     for axis in (2, 3):
@@ -143,7 +141,7 @@ def _blur(noise: Tensor, axis: int) -> Tensor:
 
 
 def preprocess(photograph: Any, image_size: Any) -> Tensor:
-    """RGB photograph to pixels `[1, 3, H, W]` in [-1, 1], resized bicubically (it is not cropped)."""
+    """Convert an RGB photograph to pixels `[1, 3, H, W]` in [-1, 1], resized bicubically."""
     from PIL import Image
 
     height, width = _pair(image_size)
@@ -152,7 +150,7 @@ def preprocess(photograph: Any, image_size: Any) -> Tensor:
 
 
 def measure_backends(model: BeitForImageClassification, pixels: Tensor) -> list[Result]:
-    """Logits, latency and peak memory of one forward under each backend."""
+    """Measure logits, latency and peak memory of one forward under each backend."""
     results = []
     with (
         tqdm(total=3 * len(BACKENDS), unit="step", file=sys.stderr, leave=False) as bar,
@@ -179,7 +177,7 @@ def measure_backends(model: BeitForImageClassification, pixels: Tensor) -> list[
 
 
 def effect_of_bias(model: BeitForImageClassification, pixels: Tensor) -> float:
-    """Relative change of the logits when every bias table is zero, as if a backend had lost it."""
+    """The relative change of the logits when every bias table is zero."""
     tables = [parameter for name, parameter in model.named_parameters() if name.endswith(TABLE_SUFFIX)]
     saved = [table.detach().clone() for table in tables]
     with torch.no_grad():
@@ -194,29 +192,30 @@ def effect_of_bias(model: BeitForImageClassification, pixels: Tensor) -> float:
 
 def format_classes(logits: Tensor, id2label: dict[int, str]) -> list[str]:
     """The five most probable classes, a line each."""
+    values, indices = logits.float().softmax(-1).topk(min(5, logits.numel()))
     return [
-        f"{100 * entry['probability']:7.2f} %  {entry['index']:5d}  {entry['label']}"
-        for entry in top_classes(logits, id2label, 5)
+        f"{100 * probability:7.2f} %  {index:5d}  {id2label[index]}"
+        for index, probability in zip(indices.tolist(), values.tolist(), strict=True)
     ]
 
 
 def classify_digits(folder: Path, device: torch.device) -> str:
-    """Let the shipped digits model read the shipped images, which were held out of its training."""
+    """Classify the shipped images, which were held out, with the shipped digits model."""
     model = BeitForImageClassification.from_pretrained(folder, attn_implementation="triton", device=device)
     files = sorted((folder / "images").glob("*.png"))
-    processor = processor_of(str(folder), model.config)
+    processor = BeitImageProcessor.from_pretrained(folder)
     pixels = processor([str(file) for file in files], return_tensors="pt")["pixel_values"].to(device)
     with torch.inference_mode():
         answers = model(pixels).logits.argmax(-1).tolist()
     right = sum(file.name.startswith(f"{answer}_") for file, answer in zip(files, answers, strict=True))
     return (
-        f"digits: {right} of {len(files)} handwritten digits it has not seen read right by the trained model in "
+        f"digits: {right} of {len(files)} held-out handwritten digits are correct with the trained model in "
         f"{folder.name}/ ({model.attention_report().kernel}): {' '.join(map(str, answers))}"
     )
 
 
 def describe_run(model: BeitForImageClassification, conditions: dict[str, Any], image: Path, weights: str) -> str:
-    """What is about to run, on what."""
+    """The device, versions, image, model and weights of this run."""
     config = model.config
     height, width = _pair(config.image_size)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -235,7 +234,7 @@ def describe_run(model: BeitForImageClassification, conditions: dict[str, Any], 
 
 
 def format_table(results: list[Result]) -> str:
-    """One line a backend; differences of the logits are taken from the first backend."""
+    """One line per backend; differences of the logits are against the first backend."""
     head = f"{'backend':9}{'kernel':20}{'patches':16}{'largest difference':>20}{'relative':>11}"
     lines = [f"{head}{'median ms':>11}{'peak MiB':>10}"]
     exact = results[0].logits.double()
@@ -256,7 +255,7 @@ def format_table(results: list[Result]) -> str:
 def draw(
     photograph: Any, model: BeitForImageClassification, results: list[Result], conditions: dict[str, Any], path: Path
 ) -> None:
-    """The photograph, the bias of one patch over it in some heads of the first layer, and the bars."""
+    """Draw the photograph, the bias of one patch in some heads, and bars of time and memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -305,7 +304,7 @@ def _draw_bias(figure: Any, photograph: Any, model: BeitForImageClassification) 
 
 
 def patch_bias(model: BeitForImageClassification, window: Window, query: tuple[int, int]) -> np.ndarray:
-    """What the first layer adds to the scores of the patch at `query` for every patch: `[heads, Wh, Ww]`."""
+    """The bias `[heads, Wh, Ww]` that the first layer adds to the scores of the patch at `query`."""
     table = next(parameter for name, parameter in model.named_parameters() if name.endswith(TABLE_SUFFIX))
     token = 1 + query[0] * window[1] + query[1]
     bias = gather_bias(table.detach().float().cpu(), window)[:, token, 1:]
@@ -337,7 +336,7 @@ def _mark_query(axis: Any, query: tuple[int, int], patch: int) -> None:
 
 
 def _draw_bars(axis: Any, results: list[Result], field: str, scale: float, title: str) -> None:
-    """One bar a backend of `field` times `scale`; a value that was not measured is said to be so."""
+    """Draw one bar per backend of `field` times `scale`, or "not measured"."""
     rows = range(len(results))
     known = [getattr(result, field) for result in results]
     lengths = [0.0 if value is None else value * scale for value in known]

@@ -3,7 +3,7 @@
 python examples/finetune_trainer.py [--out FOLDER] [--steps 120]
 
 The trunk of the digits model beside this script gets a new head with two classes, and Trainer trains both on
-scikit-learn's digits. A fifth of the digits is held out, the same that the trunk has not seen either.
+scikit-learn's digits. The held-out fifth is the one that the trunk was not trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = ("even", "odd")
 
 
 class Parity(Dataset):
-    """Digits at `indices` with label 1 where they are odd."""
+    """Digits at `indices`; the label of an odd digit is 1."""
 
     def __init__(self, digits: Digits, indices: torch.Tensor) -> None:
         self.pixels = digits.pixels[indices]
@@ -42,13 +42,13 @@ class Parity(Dataset):
 def main(arguments: list[str] | None = None) -> int:
     """Train, evaluate before and after, write the checkpoint, and return the exit code."""
     parser = argparse.ArgumentParser(description="Fine-tune a BEiT with Transformers' Trainer.")
-    parser.add_argument("--out", type=Path, help="folder for the trained checkpoint (default: none is kept)")
+    parser.add_argument("--out", type=Path, help="folder for the trained checkpoint (default: not saved)")
     parser.add_argument("--steps", type=int, default=120, help="default: 120")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     digits = load_digits(seed=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the head is new
+        warnings.simplefilter("ignore", UserWarning)  # the head is new
         model = BeitForImageClassification.from_pretrained(
             DIGITS,
             attn_implementation="triton",

@@ -2,14 +2,15 @@
 
 python examples/segmentation_overlay.py [--out overlay.png] [--model FOLDER_OR_ID --image PATH]
 
-With --model, a checkpoint for semantic segmentation colours a photograph. Without, such a model is first made of the
-digits classifier beside this script: BEiT's trunk with a new UPerNet head, trained for some seconds to tell which
-digit the ink of scikit-learn's handwritten digits belongs to. Then it colours twenty digits that it has not seen.
+With --model, a checkpoint for semantic segmentation colours a photograph. Without it, the digits classifier beside this
+script gets a new UPerNet head, which is trained for some seconds to classify the ink of scikit-learn's handwritten
+digits. Then it colours twenty held-out digits.
 """
 
 from __future__ import annotations
 
 import argparse
+import colorsys
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,6 @@ from tqdm import tqdm
 from train_digits import NAMES, Digits, augment, load_digits, shown_indices
 
 from beit_fast import BeitForSemanticSegmentation, BeitImageProcessor
-from beit_fast.cli.commands import overlay
 
 DIGITS = Path(__file__).parent / "digits"
 STEPS, BATCH, RATE = 70, 16, 4e-3
@@ -29,10 +29,12 @@ TILE, COLUMNS, OPACITY = 120, 10, 0.6
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the picture, print what it shows, and return the exit code."""
+    """Write the picture, print the accuracy, and return the exit code."""
     parser = argparse.ArgumentParser(description="Segment with BEiT and draw the classes over the picture.")
     parser.add_argument("--out", type=Path, default=Path("overlay.png"), help="default: overlay.png")
-    parser.add_argument("--model", help="a checkpoint for semantic segmentation (default: made from the digits')")
+    parser.add_argument(
+        "--model", help="a checkpoint for semantic segmentation (default: trained from the digits model)"
+    )
     parser.add_argument("--image", type=Path, help="the photograph for --model")
     parser.add_argument("--attn", choices=("eager", "sdpa", "triton"), default="triton", help="default: triton")
     options = parser.parse_args(arguments)
@@ -57,11 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(digits: Digits, attn_implementation: str) -> BeitForSemanticSegmentation:
-    """The digits classifier's trunk under a new head, trained on the digits that the trunk was trained on."""
+    """Train a new head on the digits classifier's trunk, with the same training split."""
     torch.manual_seed(0)
     names = dict(enumerate(("background", *NAMES)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the head is new
+        warnings.simplefilter("ignore", UserWarning)  # the head is new
         model = BeitForSemanticSegmentation.from_pretrained(
             DIGITS,
             attn_implementation=attn_implementation,
@@ -86,13 +88,13 @@ def train(digits: Digits, attn_implementation: str) -> BeitForSemanticSegmentati
 
 
 def classes_of(pixels: Tensor, labels: Tensor) -> Tensor:
-    """Digits `[B, 3, H, W]` in [-1, 1] and what they are `[B]`: 0 for background, 1 + digit for ink, `[B, H, W]`."""
+    """Classes `[B, H, W]` of digits `[B, 3, H, W]`: 0 for background, 1 + digit for ink."""
     return (pixels[:, 0] > 0) * (1 + labels[:, None, None])
 
 
 @torch.inference_mode()
 def ink_accuracy(model: BeitForSemanticSegmentation, digits: Digits) -> float:
-    """The part of the held-out digits' ink that gets the class of its own digit."""
+    """The share of the held-out digits' ink that is classified correctly."""
     right = total = 0
     for batch in digits.held_out.split(60):
         pixels = digits.pixels[batch]
@@ -111,14 +113,17 @@ def colour(
     pictures: list[Image.Image],
     background: int | None = None,
 ) -> list[Image.Image]:
-    """The pictures, tinted by the class of every pixel but those of the background."""
+    """Tint every pixel of the pictures by its class, except those of the background."""
     pictures = [picture.convert("RGB") for picture in pictures]
     outputs = model(processor(pictures, return_tensors="pt")["pixel_values"])
     sizes = [(picture.height, picture.width) for picture in pictures]
     maps = processor.post_process_semantic_segmentation(outputs, sizes)  # [height, width] each
+    hues = [(0.618 * index) % 1.0 for index in range(model.config.num_labels)]  # neighbours differ most
+    palette = torch.tensor([colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]).mul(255).byte()
     coloured = []
     for picture, classes in zip(pictures, maps, strict=True):
-        tinted = overlay(picture, classes, model.config.num_labels, OPACITY)
+        tint = Image.fromarray(palette[classes].numpy())
+        tinted = Image.blend(picture, tint, OPACITY)
         if background is not None:
             tinted = Image.composite(tinted, picture, Image.fromarray((classes != background).numpy()))
         coloured.append(tinted)
@@ -126,7 +131,7 @@ def colour(
 
 
 def digit_sheet(model: BeitForSemanticSegmentation, digits: Digits) -> Image.Image:
-    """Two held-out digits of each class, a column a class."""
+    """Two held-out digits of each class, one column per class."""
     images = [Image.fromarray(image).resize((TILE, TILE)) for image in digits.images[shown_indices(digits)]]
     tiles = colour(model, BeitImageProcessor.from_pretrained(DIGITS), images, background=0)
     sheet = Image.new("RGB", (COLUMNS * TILE, len(tiles) // COLUMNS * TILE))

@@ -3,7 +3,7 @@
 python examples/train_digits.py [--out FOLDER] [--seed 0] [--attn sdpa] [--quick]
 
 The data are scikit-learn's 1797 digits of 8x8 pixels. Visual tokens, which BEiT takes from DALL-E's tokenizer, are
-clusters of patches here. A fifth of the digits is held out: nothing is fitted to them, no epoch is chosen by them.
+clusters of patches here. A fifth of the digits is held out: neither weights nor epochs are chosen by them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from tqdm import tqdm
 
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
 from beit_fast.testing import environment, installed_version
-from beit_fast.utils.files import atomic_write_text, json_text
-from beit_fast.utils.names import ATTENTION_IMPLEMENTATIONS
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE, PATCH, TOKENS, LAYERS = 48, 8, 64, 4
@@ -68,7 +66,7 @@ Optimization = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler
 
 @dataclass(frozen=True)
 class Digits:
-    """The data set: `images` uint8 `[n, 8, 8]`, `pixels` `[n, 3, 48, 48]`, `labels` `[n]`, and indices of each part."""
+    """Images uint8 `[n, 8, 8]`, pixels `[n, 3, 48, 48]`, labels `[n]`, and the indices of each split."""
 
     images: np.ndarray
     pixels: Tensor
@@ -110,21 +108,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Pre-train and fine-tune a tiny BEiT on handwritten digits.")
     parser.add_argument("--out", type=Path, default=Path("digits"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of everything that is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and of all random numbers")
     parser.add_argument("--pretraining-epochs", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--fine-tuning-epochs", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--attn", choices=("eager", "sdpa", "triton"), help="attention (default: by device and dtype)")
     parser.add_argument(
-        "--attn", choices=ATTENTION_IMPLEMENTATIONS, help="attention (default: chosen by device and dtype)"
+        "--threads", type=int, default=1, help="more threads are hardly faster here (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="more gain little here (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"train on {QUICK_IMAGES} digits, to try the script")
     return parser
 
 
 def load_digits(seed: int, limit: int | None = None) -> Digits:
-    """The digits, a stratified fifth of them held out; `limit` keeps that many of the training part."""
+    """Load the digits and hold out a stratified fifth; `limit` truncates the training split."""
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
@@ -137,13 +135,13 @@ def load_digits(seed: int, limit: int | None = None) -> Digits:
 
 
 def preprocess(image: Image.Image) -> Tensor:
-    """A picture as the model takes it, `[3, 48, 48]` in [-1, 1]: what `PROCESSOR` says."""
+    """Convert a picture to pixels `[3, 48, 48]` in [-1, 1], as `PROCESSOR` describes."""
     resized = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return (torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Each image `[B, 3, H, W]` turned, sheared, scaled and shifted a little; what moves in is background."""
+    """Rotate, shear, scale and shift each image `[B, 3, H, W]` a little; padding is background."""
     angle, shear = torch.empty(2, len(pixels)).uniform_(-0.15, 0.15)  # radians
     across, down = torch.empty(2, len(pixels)).uniform_(0.9, 1.1)
     right, below = torch.empty(2, len(pixels)).uniform_(-0.12, 0.12)  # halves of the image
@@ -154,12 +152,12 @@ def augment(pixels: Tensor) -> Tensor:
 
 
 def patches_of(pixels: Tensor) -> Tensor:
-    """`[B, 3, H, W]` to flat patches `[B, P, 3 * 8 * 8]`, row by row."""
+    """Cut `[B, 3, H, W]` into flat patches `[B, P, 3 * 8 * 8]`, row by row."""
     return F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)
 
 
 def fit_tokenizer(pixels: Tensor, seed: int) -> Tensor:
-    """Cluster the patches of `pixels`: the centres `[V, 3 * 8 * 8]`, whose numbers are the visual tokens."""
+    """Cluster the patches; the index of a centre `[V, 3 * 8 * 8]` is a visual token."""
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
@@ -170,7 +168,7 @@ def fit_tokenizer(pixels: Tensor, seed: int) -> Tensor:
 
 
 def blockwise_mask(window: tuple[int, int], random: np.random.Generator) -> np.ndarray:
-    """Random blocks over 40 % of the window, bool `[Wh, Ww]`: algorithm 1 of arXiv 2106.08254, scaled to the window."""
+    """Mask random blocks of 40 % of the window, bool `[Wh, Ww]` (algorithm 1 of arXiv 2106.08254)."""
     mask = np.zeros(window, dtype=bool)
     smallest, wanted = mask.size * 16 / 196, MASKED * mask.size
     while mask.sum() <= wanted:
@@ -220,7 +218,7 @@ def fine_tune(
 
 
 def start_from(pretrained: BeitForMaskedImageModeling, model: BeitForImageClassification) -> None:
-    """Load the pre-trained trunk; its mask token goes, its bias table is copied into every layer."""
+    """Load the pre-trained trunk without its mask token; copy its bias table into every layer."""
     weights = pretrained.beit.state_dict()
     table = weights.pop(SHARED_TABLE)
     del weights["embeddings.mask_token"]
@@ -232,7 +230,7 @@ def start_from(pretrained: BeitForMaskedImageModeling, model: BeitForImageClassi
 def train(
     title: str, model: nn.Module, step: Step, digits: Digits, epochs: int, options: argparse.Namespace, scores: Scores
 ) -> Log:
-    """Run `step`, which gives a batch's loss and hits, over the training part `epochs` times; a row of log each."""
+    """Run `step` over the training split `epochs` times; return a row of the log per epoch."""
     batches = math.ceil(len(digits.training) / options.batch_size)
     optimizer, schedule = optimizer_for(model, options.rate, max(batches * epochs, 1))
     log: Log = []
@@ -255,9 +253,9 @@ def train(
 
 
 def optimizer_for(model: nn.Module, rate: float, steps: int) -> Optimization:
-    """AdamW with weight decay on matrices, and one cycle of the rate: a tenth of the steps up, then a cosine down.
+    """AdamW with weight decay on matrices, and a one-cycle learning rate.
 
-    The bias tables start at zero and have far to go, so their rate is ten times that of the rest.
+    The bias tables start at zero, so their rate is ten times that of the rest.
     """
     tables, matrices, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -271,24 +269,24 @@ def optimizer_for(model: nn.Module, rate: float, steps: int) -> Optimization:
 
 @torch.no_grad()
 def accuracy(model: BeitForImageClassification, digits: Digits, indices: Tensor) -> float:
-    """The part of the digits at `indices` that the model names right."""
+    """The share of the digits at `indices` that the model classifies correctly."""
     model.eval()
     hits = [model(digits.pixels[part]).logits.argmax(-1) == digits.labels[part] for part in indices.split(256)]
     return torch.cat(hits).double().mean().item()
 
 
 def shown_indices(digits: Digits) -> Tensor:
-    """The first held-out digits of each class: not chosen by how well they are recognised. `[20]`."""
+    """The indices `[20]` of the first held-out digits of each class."""
     classes = (digits.held_out[digits.labels[digits.held_out] == label] for label in range(len(NAMES)))
     return torch.cat([indices[:IMAGES_PER_CLASS] for indices in classes])
 
 
 def save(model: BeitForImageClassification, digits: Digits, log: dict[str, Any], folder: Path) -> None:
-    """Write the checkpoint in the hub's layout, the log, and digits that were held out."""
+    """Write the checkpoint in the hub's layout, the log, and held-out digits."""
     model.config.save_pretrained(folder)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    atomic_write_text(folder / "preprocessor_config.json", json_text(PROCESSOR, "the image processor"))
-    atomic_write_text(folder / "training_log.json", json.dumps(log, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2, sort_keys=True) + "\n")
+    (folder / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
     indices = shown_indices(digits)
     sheet = digits.images[indices].reshape(len(NAMES), -1, 8, 8).transpose(1, 2, 0, 3).reshape(-1, 8 * len(NAMES))
     Image.fromarray(sheet).resize((640, 128), Image.Resampling.NEAREST).save(folder / "images.png")
