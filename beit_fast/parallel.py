@@ -98,9 +98,9 @@ def _mesh_problems(mesh: DeviceMesh) -> list[str]:
 def _layer_problems(layer: BeitLayer, processes: int) -> list[str]:
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
         return ["its parameters are DTensors; tensor parallelism is applied once, and before fully_shard"]
-    mixer = layer.attention.attention
-    if not isinstance(mixer, BeitSelfAttention):
-        return [f"attention.attention is a {type(mixer).__name__}, not a BeitSelfAttention"]
+    self_attention = layer.attention.attention
+    if not isinstance(self_attention, BeitSelfAttention):
+        return [f"attention.attention is a {type(self_attention).__name__}, not a BeitSelfAttention"]
     linears = {name: layer.get_submodule(name) for name in (*_BY_COLUMNS, *_BY_ROWS)}
     problems = [
         f"{name} is a {type(linear).__name__}, not an nn.Linear"
@@ -110,6 +110,6 @@ def _layer_problems(layer: BeitLayer, processes: int) -> list[str]:
     width = getattr(layer.intermediate.dense, "out_features", 0)
     return problems + [
         f"{count} {what} cannot be split evenly among {processes} processes"
-        for count, what in ((mixer.num_heads, "attention heads"), (width, "numbers in the MLP"))
+        for count, what in ((self_attention.num_heads, "attention heads"), (width, "numbers in the MLP"))
         if count % processes
     ]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.attention_backends import attend, dense_bias, eager_attention
+from ..layers.attention_backends import dense_bias, eager_attention, run_attention
 from ..layers.block import BeitEncoder, BeitLayer
+from ..layers.context import Kernels, choose_kernels, query_dtype
 from ..ops.dispatch import attention, availability
 from ..ops.packed_bias import pack_bias, packed_bias_attention
 from ..ops.residual_norm import residual_norm
@@ -68,7 +69,7 @@ class AttentionCall(NamedTuple):
 
     window: Window
     key_mask: Tensor | None
-    implementation: str | None
+    kernels: Kernels
     output_attentions: bool
 
 
@@ -79,7 +80,7 @@ class FoldedBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.eps = folded.eps
-        self.kernel: str | None = None
+        self.last_kernel: str | None = None
         self.qkv = build_linear(folded.qkv, rows)
         self.out = build_linear(folded.out, rows)
         self.up = build_linear(folded.up, rows, folded.activation)
@@ -98,16 +99,16 @@ class FoldedBlock(nn.Module):
     def mix(self, normalized: Tensor, bias: LayerBias, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Attention without its output projection, `[B, N, E]` to `[B, N, H * D]`, and its weights."""
         q, k, v = self.qkv(normalized).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, D]
-        asked = "eager" if call.output_attentions else call.implementation
-        self.kernel = attention.kernel_name(asked, q.device, q.dtype, q.shape[-1])
+        kernels = call.kernels.serving(q.device, q.dtype)
+        self.last_kernel = kernels.name
         weights = None
         if call.output_attentions:
             dense = None if bias.table is None else dense_bias(bias.table, call.window)
             out, weights = eager_attention(q, k, v, dense, call.key_mask, scale=1.0)
-        elif self.kernel in availability.TRITON_KERNELS:
+        elif kernels.name in availability.TRITON_KERNELS:
             out = packed_bias_attention(q, k, v, bias.table, call.key_mask, call.window, 1.0, bias.packed)
         else:
-            out = attend(q, k, v, bias.table, call.window, call.key_mask, 1.0, implementation=call.implementation)
+            out = run_attention(kernels.attention, q, k, v, bias.table, call.window, call.key_mask, 1.0)
         return out.flatten(2), weights
 
 
@@ -123,7 +124,7 @@ class FoldedEncoder(nn.Module):
         first = blocks[0].attention.attention
         self.num_heads: int = first.num_heads
         self.head_dim: int = first.head_dim
-        self.attn_implementation: str | None = first.attn_implementation
+        self.attn_implementation: str | None = encoder.attn_implementation
         self.dtype, self.device = dtype, first.query.weight.device
         self.layer = nn.ModuleList()
         tables = []
@@ -146,7 +147,9 @@ class FoldedEncoder(nn.Module):
         output_hidden_states: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """As `BeitEncoder.forward`."""
-        call = AttentionCall(window, key_mask, self.attn_implementation, output_attentions)
+        requested = "eager" if output_attentions else self.attn_implementation
+        kernels = choose_kernels(requested, hidden_states.device, query_dtype(hidden_states), self.head_dim)
+        call = AttentionCall(window, key_mask, kernels, output_attentions)
         run = self._run_fused if self._fuses_norms(hidden_states) else self._run
         states, attentions = [hidden_states], []
         last = hidden_states
@@ -194,7 +197,7 @@ class FoldedEncoder(nn.Module):
         self.attn_implementation = attn_implementation
         self.biases.clear()
         for block in self.blocks():
-            block.kernel = None
+            block.last_kernel = None
 
     def blocks(self) -> Iterator[FoldedBlock]:
         """The blocks, first to last."""

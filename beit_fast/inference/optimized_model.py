@@ -184,7 +184,7 @@ class OptimizedModel(BeitPreTrainedModel):
 
     def attention_report(self) -> attention.AttentionReport:
         """Which attention kernel ran in each block, and why others cannot serve here."""
-        kernels = [block.kernel for block in self._folded_encoder.blocks()]
+        kernels = [block.last_kernel for block in self._folded_encoder.blocks()]
         head_dim = self.config.attention_head_dim
         return attention.report(self.attn_implementation, kernels, self.device, self._optimized_dtype, head_dim)
 

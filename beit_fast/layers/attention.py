@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
-from ..ops.dispatch import attention
 from ..ops.dtensor_rules import map_columns
 from ..position_bias import Window, resize_table, table_rows
-from .attention_backends import attend, dense_bias, eager_attention
+from .attention_backends import dense_bias, eager_attention, run_attention
+from .context import BlockContext
 from .linear import apply_linear
 from .module_hooks import clone_if_hooked
 
@@ -41,7 +41,7 @@ def _drop_relative_position_index(module: nn.Module, state_dict: dict[str, Any],
 class BeitSelfAttention(nn.Module):
     """Multi-head self-attention with relative position bias, `[B, N, E]` to `[B, N, H * D]`.
 
-    `attn_implementation` is a name of `beit_fast.ops.dispatch.attention` or None; `kernel` names what ran last.
+    `last_kernel` is the name of the kernel that ran last, None before the first call outside `torch.compile`.
     """
 
     def __init__(self, config: BeitConfig) -> None:
@@ -54,42 +54,35 @@ class BeitSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, inner)
         self.dropout_p = config.attention_probs_dropout_prob
         self.relative_position_bias = BeitRelativePositionBias(config) if config.use_relative_position_bias else None
-        self.attn_implementation: str | None = None
-        self.kernel: str | None = None
+        self.last_kernel: str | None = None
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        window: Window,
-        shared_table: Tensor | None = None,
-        shared_bias: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (  # [B, N, H, D]; tensor parallelism leaves each process some of the heads
-            apply_linear(linear, hidden_states, self.attn_implementation).unflatten(-1, (-1, self.head_dim))
+    def forward(self, hidden_states: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
+        q, k, v = (  # [B, N, H, D]; under tensor parallelism H is the number of local heads
+            apply_linear(linear, hidden_states, context.kernels.gemm).unflatten(-1, (-1, self.head_dim))
             for linear in (self.query, self.key, self.value)
         )
-        table = self._table(window, shared_table)
-        bias = shared_bias if self.relative_position_bias is None else None
+        kernels = context.kernels.serving(q.device, q.dtype)
+        table = self._table(context)
+        bias = context.bias if self.relative_position_bias is None else None
         dropout_p = self.dropout_p if self.training else 0.0
         weights = None
-        if output_attentions:
-            bias = dense_bias(table, window) if bias is None and table is not None else bias
-            out, weights = eager_attention(q, k, v, bias, key_mask, dropout_p=dropout_p)
+        if context.output_attentions:
+            bias = dense_bias(table, context.window) if bias is None and table is not None else bias
+            out, weights = eager_attention(q, k, v, bias, context.key_mask, dropout_p=dropout_p)
         else:
-            out = attend(q, k, v, table, window, key_mask, None, dropout_p, self.attn_implementation, bias)
+            out = run_attention(
+                kernels.attention, q, k, v, table, context.window, context.key_mask, None, dropout_p, bias
+            )
         if not torch.compiler.is_compiling():
-            asked = "eager" if output_attentions else self.attn_implementation
-            self.kernel = attention.kernel_name(asked, q.device, q.dtype, self.head_dim)
+            self.last_kernel = kernels.name
         return out.flatten(2), weights
 
-    def _table(self, window: Window, shared_table: Tensor | None) -> Tensor | None:
-        """The gather is linear, so two biases are one gather from the sum of their tables."""
+    def _table(self, context: BlockContext) -> Tensor | None:
+        """The sum of this layer's table and the shared one: the gather is linear, so one gather serves both."""
         if self.relative_position_bias is None:
-            return shared_table
-        table = self.relative_position_bias(window)
-        return table if shared_table is None else table + shared_table
+            return context.table
+        table = self.relative_position_bias(context.window)
+        return table if context.table is None else table + context.table
 
 
 class BeitSelfOutput(nn.Module):
@@ -99,10 +92,9 @@ class BeitSelfOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.num_attention_heads * config.attention_head_dim, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.attn_implementation: str | None = None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dropout(apply_linear(self.dense, hidden_states, self.attn_implementation))
+    def forward(self, hidden_states: Tensor, context: BlockContext) -> Tensor:
+        return self.dropout(apply_linear(self.dense, hidden_states, context.kernels.gemm))
 
 
 class BeitAttention(nn.Module):
@@ -113,6 +105,6 @@ class BeitAttention(nn.Module):
         self.attention = BeitSelfAttention(config)
         self.output = BeitSelfOutput(config)
 
-    def forward(self, hidden_states: Tensor, window: Window, *args: Any) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attention(hidden_states, window, *args)
-        return self.output(mixed), weights
+    def forward(self, hidden_states: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.attention(hidden_states, context)
+        return self.output(attended, context), weights

@@ -28,13 +28,29 @@ def attend(
     `bias` is the dense `[H, N, N]` of the table where the caller already has it; `"triton"` never reads it. Dropout
     takes its random numbers from torch's CPU generator (`"triton"`) or the device's (`"eager"`, `"sdpa"`).
     """
-    resolved = attention.resolve(implementation, q.device, q.dtype, q.shape[-1])
-    if resolved == "triton":
+    backend = attention.resolve(implementation, q.device, q.dtype, q.shape[-1])
+    return run_attention(backend, q, k, v, table, window, key_mask, scale, dropout_p, bias)
+
+
+def run_attention(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None = None,
+    window: Window | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention by a backend that the dispatcher has chosen: `"eager"`, `"sdpa"` or `"triton"`; see `attend`."""
+    if backend == "triton":
         seed = int(torch.randint(2**62, ()).item()) if dropout_p > 0 else 0
         return rel_pos_attention(q, k, v, table, window, key_mask, scale, dropout_p, seed)
     if bias is None and table is not None and window is not None:
         bias = dense_bias(table, window)
-    if resolved == "sdpa":
+    if backend == "sdpa":
         return _sdpa(q, k, v, bias, key_mask, scale, dropout_p)
     return eager_attention(q, k, v, bias, key_mask, scale, dropout_p)[0]
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
-from ..ops.dispatch import attention, availability
-from ..ops.functorch import transforms_are_active
+from ..ops.dispatch import availability
 from ..ops.residual_norm import residual_add, residual_norm
 from ..position_bias import Window
 from .attention import BeitAttention, BeitRelativePositionBias, BeitSelfAttention
 from .attention_backends import dense_bias
+from .context import BlockContext, choose_kernels, query_dtype
 from .drop_path import BeitDropPath
 from .mlp import BeitIntermediate, BeitOutput
 from .module_hooks import hook_obstacles
@@ -40,27 +40,14 @@ class BeitLayer(nn.Module):
         self.lambda_1 = nn.Parameter(torch.full((size,), initial)) if initial > 0 else None
         self.lambda_2 = nn.Parameter(torch.full((size,), initial)) if initial > 0 else None
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        window: Window,
-        shared_table: Tensor | None = None,
-        shared_bias: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        branch, weights = self.attention(
-            self.layernorm_before(hidden_states),
-            window,
-            shared_table,
-            shared_bias,
-            key_mask,
-            output_attentions,
-        )
-        if not output_attentions and self._fuses(hidden_states, branch):
-            return self._fused_half(hidden_states, branch), None
+    def forward(self, hidden_states: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
+        """`[B, N, E]` to `[B, N, E]`, and the attention weights `[B, H, N, N]` if requested."""
+        context = context.serving(hidden_states)
+        branch, weights = self.attention(self.layernorm_before(hidden_states), context)
+        if context.kernels.fuse_residual_norm and self._can_fuse(hidden_states, branch):
+            return self._fused_half(hidden_states, branch, context), None
         hidden_states = hidden_states + self.drop_path(_scaled(branch, self.lambda_1))
-        branch = self.output(self.intermediate(self.layernorm_after(hidden_states)))
+        branch = self.output(self.intermediate(self.layernorm_after(hidden_states), context), context)
         return hidden_states + self.drop_path(_scaled(branch, self.lambda_2)), weights
 
     def obstacles_to_fusing(self) -> list[str]:
@@ -74,24 +61,23 @@ class BeitLayer(nn.Module):
         ]
         return replaced + hook_obstacles(modules)
 
-    def _fuses(self, hidden_states: Tensor, branch: Tensor) -> bool:
-        """Whether Triton's kernels run attention here, and could all that comes after it."""
-        mixer = getattr(self.attention, "attention", None)
-        if not isinstance(mixer, BeitSelfAttention) or transforms_are_active() or hasattr(branch, "device_mesh"):
+    def _can_fuse(self, hidden_states: Tensor, branch: Tensor) -> bool:
+        """Whether the Triton kernels take what comes after attention."""
+        self_attention = getattr(self.attention, "attention", None)
+        if not isinstance(self_attention, BeitSelfAttention) or hasattr(branch, "device_mesh"):
             return False  # a DTensor has a mesh, and the operators have no rules for it
-        kernel = attention.kernel_name(mixer.attn_implementation, branch.device, branch.dtype, mixer.head_dim)
-        if kernel not in availability.TRITON_KERNELS or self.obstacles_to_fusing():
+        if self.obstacles_to_fusing():
             return False
         norm = self.layernorm_after
         tensors = (hidden_states, branch, self.lambda_1, self.lambda_2, norm.weight, norm.bias)
         return availability.triton_takes_rows(branch.shape[-1], [x.dtype for x in tensors if x is not None])
 
-    def _fused_half(self, hidden_states: Tensor, branch: Tensor) -> Tensor:
+    def _fused_half(self, hidden_states: Tensor, branch: Tensor, context: BlockContext) -> Tensor:
         norm = self.layernorm_after
         hidden_states, normalized = residual_norm(
             hidden_states, branch, self.lambda_1, self._drop_factors(branch), norm.weight, norm.bias, norm.eps
         )
-        branch = self.output(self.intermediate(normalized))
+        branch = self.output(self.intermediate(normalized, context), context)
         return residual_add(hidden_states, branch, self.lambda_2, self._drop_factors(branch))
 
     def _drop_factors(self, branch: Tensor) -> Tensor | None:
@@ -113,6 +99,8 @@ class BeitEncoder(nn.Module):
         last = max(config.num_hidden_layers - 1, 1)
         rates = [config.drop_path_rate * index / last for index in range(config.num_hidden_layers)]
         self.layer = nn.ModuleList(BeitLayer(config, rate) for rate in rates)
+        self.head_dim = config.attention_head_dim
+        self.attn_implementation: str | None = None
         self.gradient_checkpointing = False
         self.checkpoint_options: dict[str, Any] = {"use_reentrant": False}
 
@@ -124,15 +112,19 @@ class BeitEncoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """`[B, N, E]` to the last layer's output and, where asked, all states (input first) and attention weights."""
-        shared_table, shared_bias = self._shared(hidden_states, window, output_attentions)
+        """Run the blocks.
+
+        Returns:
+            The last block's output `[B, N, E]` and, if requested, all states (the input first) and all attention
+            weights.
+        """
+        context = self._context(hidden_states, window, key_mask, output_attentions)
         states, attentions = [hidden_states], []
         for layer in self.layer:
-            arguments = (hidden_states, window, shared_table, shared_bias, key_mask, output_attentions)
             if self.gradient_checkpointing and self.training:
-                hidden_states, weights = torch.utils.checkpoint.checkpoint(layer, *arguments, **self.checkpoint_options)
+                hidden_states, weights = self._checkpointed(layer, hidden_states, context)
             else:
-                hidden_states, weights = layer(*arguments)
+                hidden_states, weights = layer(hidden_states, context)
             if output_hidden_states:
                 states.append(hidden_states)
             if weights is not None:
@@ -143,17 +135,32 @@ class BeitEncoder(nn.Module):
             tuple(attentions) if output_attentions else None,
         )
 
-    def _shared(
-        self, hidden_states: Tensor, window: Window, output_attentions: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The shared table for this window and, where every layer would gather the same bias, that bias `[H, N, N]`."""
-        if self.relative_position_bias is None:
-            return None, None
-        table = self.relative_position_bias(window)
+    def _context(
+        self, hidden_states: Tensor, window: Window, key_mask: Tensor | None, output_attentions: bool
+    ) -> BlockContext:
+        """Choose the kernels, and make the shared bias once if every block would gather the same one."""
+        requested = "eager" if output_attentions else self.attn_implementation
+        kernels = choose_kernels(requested, hidden_states.device, query_dtype(hidden_states), self.head_dim)
+        table = None if self.relative_position_bias is None else self.relative_position_bias(window)
+        bias = None
+        if table is not None and kernels.attention != "triton" and not self._layers_have_own_bias():
+            bias = dense_bias(table, window)
+        return BlockContext(window, table, bias, key_mask, kernels, output_attentions)
+
+    def _layers_have_own_bias(self) -> bool:
         first = next(module for module in self.modules() if isinstance(module, BeitSelfAttention))
-        if first.relative_position_bias is not None:
-            return table, None
-        resolved = attention.resolve(
-            first.attn_implementation, hidden_states.device, hidden_states.dtype, first.head_dim
+        return first.relative_position_bias is not None
+
+    def _checkpointed(
+        self, layer: nn.Module, hidden_states: Tensor, context: BlockContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a block without keeping its activations."""
+
+        def run(hidden_states: Tensor, table: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            window, _, _, key_mask, kernels, output_attentions = context
+            return layer(hidden_states, BlockContext(window, table, bias, key_mask, kernels, output_attentions))
+
+        # Reentrant checkpointing differentiates only tensors that are arguments themselves.
+        return torch.utils.checkpoint.checkpoint(
+            run, hidden_states, context.table, context.bias, **self.checkpoint_options
         )
-        return table, dense_bias(table, window) if output_attentions or resolved != "triton" else None

@@ -44,7 +44,7 @@ class BeitEmbeddings(nn.Module):
     """CLS, patches (some replaced by the mask token) and, where configured, absolute positions: `[B, 1 + P, E]`.
 
     `patch_embed_implementation` is a name of `ops.dispatch.patch_embed` or None, which follows `attn_implementation`;
-    `kernel` names what ran last. `"fused"` is one operator for all steps: it reads the parameters of
+    `last_kernel` names what ran last. `"fused"` is one operator for all steps: it reads the parameters of
     `patch_embeddings.projection` and calls neither module. Where one of them was replaced or has hooks, None therefore
     takes `"conv"`, which calls them, and `"fused"` is an error.
     """
@@ -65,7 +65,7 @@ class BeitEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.attn_implementation: str | None = None
         self.patch_embed_implementation: str | None = None
-        self.kernel: str | None = None
+        self.last_kernel: str | None = None
 
     def forward(self, pixel_values: Tensor, window: Window, bool_masked_pos: Tensor | None = None) -> Tensor:
         channels = self.config.num_channels
@@ -86,7 +86,7 @@ class BeitEmbeddings(nn.Module):
         embed = self._fuse if resolved == "fused" else self._convolve
         tokens = embed(pixel_values, normalization, mask, positions)
         if not torch.compiler.is_compiling():
-            self.kernel = patch_embed_dispatch.kernel_name(resolved, pixel_values, self.cls_token)
+            self.last_kernel = patch_embed_dispatch.kernel_name(resolved, pixel_values, self.cls_token)
         return self.dropout(tokens)
 
     def obstacles_to_fusing(self) -> list[str]:

@@ -5,44 +5,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.cpu_linear.choice import CpuLinear, Gemm, choose_gemm
-from ..ops.dispatch import attention
+from ..ops.cpu_linear.choice import CpuLinear, GemmChoice, choose_gemm
 from ..ops.functorch import transforms_are_active
 from .module_hooks import runs_as_written
 
 _CPU_KERNELS = ("triton/c++", "triton/composite")
 
 
-def apply_linear(module: nn.Module, x: Tensor, attn_implementation: str | None = None) -> Tensor:
-    """Compute `module(x)`, by the chosen GEMM if `module` is a plain `nn.Linear` in fp32 training on CPU.
+def choose_training_gemm(kernel: str, device: torch.device, dtype: torch.dtype) -> GemmChoice | None:
+    """Choose the GEMM for the fp32 linear layers of a forward pass that trains on CPU.
 
-    Otherwise the module is called: inference, other dtypes and devices, autocast, compilation and tracing,
-    `torch.func` transforms, forward-mode differentiation, modes that intercept operators, tensor subclasses, modules
-    that were replaced or have hooks, and attention that does not resolve to `"triton"` with a kernel on CPU.
+    Args:
+        kernel: The attention kernel of this forward pass.
+        device, dtype: Of the layers' outputs.
+
+    Returns:
+        None if the modules are to be called: in inference, on other devices and dtypes, with `"eager"` or `"sdpa"`,
+        under autocast, compilation, tracing, `torch.func` transforms and forward-mode differentiation.
     """
-    gemm = None if torch.compiler.is_compiling() else _gemm_for(module, x, attn_implementation)
-    if gemm is None:
-        return module(x)
-    return CpuLinear.apply(x, module.weight, module.bias, gemm)
-
-
-def _gemm_for(module: nn.Module, x: Tensor, attn_implementation: str | None) -> Gemm | None:
-    """The GEMM to use in place of `module`, or None to call the module."""
-    if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.is_grad_enabled():
+    if dtype != torch.float32 or device.type != "cpu" or kernel not in _CPU_KERNELS or torch.compiler.is_compiling():
         return None
-    if torch.jit.is_tracing() or transforms_are_active() or torch.autograd.forward_ad._current_level >= 0:
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+        return None
+    if transforms_are_active() or torch.autograd.forward_ad._current_level >= 0:
         return None
     choice = choose_gemm()
-    if choice.function is None or x.numel() < choice.min_rows * x.shape[-1]:
-        return None
-    if torch.is_autocast_enabled("cpu") or not _is_plain(module, x):
-        return None
-    kernel = attention.kernel_name(attn_implementation, x.device, x.dtype, head_dim=64)  # any, on CPU
-    return choice.function if kernel in _CPU_KERNELS else None
+    return None if choice.function is None else choice
+
+
+def apply_linear(module: nn.Module, x: Tensor, gemm: GemmChoice | None) -> Tensor:
+    """Compute `module(x)`, by `gemm` if the module is a plain `nn.Linear` whose output needs a gradient.
+
+    Args:
+        module: Any module of one tensor. Modules that were replaced or have hooks are called.
+        x: `[..., inputs]`. Tensor subclasses and inputs of few rows go to the module.
+        gemm: The choice of `choose_training_gemm`, or None to call the module.
+    """
+    if torch.compiler.is_compiling() or gemm is None or gemm.function is None:
+        return module(x)
+    if x.numel() < gemm.min_rows * x.shape[-1] or not _is_plain(module, x):
+        return module(x)
+    return CpuLinear.apply(x, module.weight, module.bias, gemm.function)
 
 
 def _is_plain(module: nn.Module, x: Tensor) -> bool:
-    """Whether calling `module` is `F.linear` on x of a fp32 weight on CPU, and something needs a gradient."""
+    """Whether `module(x)` is `F.linear` of fp32 tensors on CPU and the result needs a gradient."""
+    if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
     if type(module) is not nn.Linear or not runs_as_written(module) or nn.modules.module._has_any_global_hook():
         return False
     tensors = [module.weight] if module.bias is None else [module.weight, module.bias]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
 from .activations import ACTIVATIONS
+from .context import BlockContext
 from .linear import apply_linear
 
 
@@ -16,20 +17,18 @@ class BeitIntermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]()
-        self.attn_implementation: str | None = None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.activation(apply_linear(self.dense, hidden_states, self.attn_implementation))
+    def forward(self, hidden_states: Tensor, context: BlockContext) -> Tensor:
+        return self.activation(apply_linear(self.dense, hidden_states, context.kernels.gemm))
 
 
 class BeitOutput(nn.Module):
-    """Second half of the MLP: contract, dropout."""
+    """Second half of the MLP: project back, dropout."""
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.attn_implementation: str | None = None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dropout(apply_linear(self.dense, hidden_states, self.attn_implementation))
+    def forward(self, hidden_states: Tensor, context: BlockContext) -> Tensor:
+        return self.dropout(apply_linear(self.dense, hidden_states, context.kernels.gemm))

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
-from ..layers.attention import BeitRelativePositionBias, BeitSelfAttention, BeitSelfOutput
+from ..layers.attention import BeitRelativePositionBias, BeitSelfAttention
 from ..layers.block import BeitEncoder, BeitLayer
 from ..layers.embeddings import BeitEmbeddings
-from ..layers.mlp import BeitIntermediate, BeitOutput
 from ..ops.dispatch import attention, patch_embed
 
 if TYPE_CHECKING:
@@ -216,18 +215,17 @@ class BeitPreTrainedModel(nn.Module):
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose `"eager"`, `"sdpa"`, `"triton"` or None (by device and dtype) for every layer from now on."""
         attention.check_implementation(attn_implementation)
-        layers = (BeitEmbeddings, BeitSelfAttention, BeitSelfOutput, BeitIntermediate, BeitOutput)
         for module in self.modules():
-            if isinstance(module, (BeitPreTrainedModel, *layers)):
+            if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings, BeitEncoder)):
                 module.attn_implementation = attn_implementation
             if isinstance(module, (BeitEmbeddings, BeitSelfAttention)):
-                module.kernel = None
+                module.last_kernel = None
 
     def attention_report(self) -> attention.AttentionReport:
         """Which attention kernel ran in each layer, and why others cannot serve here."""
         layers = self._attention_layers()
         head_dim = self.config.attention_head_dim
-        kernels = [layer.kernel for layer in layers]
+        kernels = [layer.last_kernel for layer in layers]
         return attention.report(self.attn_implementation, kernels, self.device, self.dtype, head_dim)
 
     def set_patch_embed_implementation(self, patch_embed_implementation: str | None) -> None:
@@ -236,14 +234,14 @@ class BeitPreTrainedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings)):
                 module.patch_embed_implementation = patch_embed_implementation
-        self._embeddings().kernel = None
+        self._embeddings().last_kernel = None
 
     def patch_embed_report(self) -> patch_embed.PatchEmbedReport:
         """Which patch embedding ran, and why others cannot serve here."""
         embeddings = self._embeddings()
         return patch_embed.report(
             self.patch_embed_implementation,
-            embeddings.kernel,
+            embeddings.last_kernel,
             self.attn_implementation,
             embeddings.cls_token,
             self.config.attention_head_dim,

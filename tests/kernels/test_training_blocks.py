@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import beit_fast
 from beit_fast.layers import BeitDropPath
+from beit_fast.layers.context import BlockContext, choose_kernels
 from beit_fast.ops.dispatch import availability
 
 from ..support.oracle import assert_within_budget
@@ -74,6 +75,12 @@ def operators_in(function: Callable[[], Any]) -> list[str]:
     with Spy():
         function()
     return [name for name in seen if name in FUSED]
+
+
+def block_context(hidden_states: Tensor) -> BlockContext:
+    """The context of a forward pass of `build()` with `"triton"`, for images of 2 x 2 patches."""
+    kernels = choose_kernels("triton", hidden_states.device, hidden_states.dtype, 16)
+    return BlockContext((2, 2), None, None, None, kernels)
 
 
 def runs_fused(model: nn.Module, *arguments: Any, **options: Any) -> bool:
@@ -179,13 +186,13 @@ class _OtherAttention(nn.Module):
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 def test_modules_are_called_where_an_operator_cannot_take_their_place(obstacle: str) -> None:
     layer = build().beit.encoder.layer[1]
-    layer.attention.attention.attn_implementation = "triton"
     hidden_states = torch.randn(2, TOKENS, 32, device=device())
-    assert operators_in(lambda: layer(hidden_states, (2, 2))) == FUSED
+    context = block_context(hidden_states)
+    assert operators_in(lambda: layer(hidden_states, context)) == FUSED
     OBSTACLES[obstacle](layer)
     if obstacle == "a weight in fp64":
         layer.intermediate.double(), layer.output.double(), layer.layernorm_after.double()
-    assert operators_in(lambda: layer(hidden_states, (2, 2))) == []
+    assert operators_in(lambda: layer(hidden_states, context)) == []
 
 
 def test_the_norm_is_watched_by_its_hook() -> None:
@@ -268,13 +275,13 @@ def test_distributed_tensors_call_the_modules() -> None:
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor, init_device_mesh
 
     layer, hidden_states = build(drop_path_rate=0.0).beit.encoder.layer[1], torch.randn(3, TOKENS, 32)
-    layer.attention.attention.attn_implementation = "triton"
-    expected, _ = layer(hidden_states, (2, 2))
+    context = block_context(hidden_states)
+    expected, _ = layer(hidden_states, context)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         distribute_module(layer, mesh)
-        actual, _ = layer(distribute_tensor(hidden_states, mesh, [Shard(0)]), (2, 2))
+        actual, _ = layer(distribute_tensor(hidden_states, mesh, [Shard(0)]), context)
         torch.testing.assert_close(actual.full_tensor(), expected)
     finally:
         torch.distributed.destroy_process_group()

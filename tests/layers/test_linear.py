@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit_fast.layers import linear
 from beit_fast.ops.cpu_linear import choice, onednn, split_bf16
 
+from ..support.devices import CPU_ATTENTION
 from ..support.models import build, images
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import CLASSES, main_output, random_inputs, scalar_of
@@ -39,9 +40,14 @@ def products(monkeypatch, request):
     return products
 
 
+def gemm_for(x, kernel):
+    """The choice of a forward pass whose queries are like `x`."""
+    return linear.choose_training_gemm(kernel, x.device, x.dtype)
+
+
 def applied(module, x):
     """`module(x)` as a layer with `attn_implementation="triton"` calls it."""
-    return linear.apply_linear(module, x, "triton")
+    return linear.apply_linear(module, x, gemm_for(x, CPU_ATTENTION))
 
 
 def gradients_of(out, leaves, grad):
@@ -231,7 +237,7 @@ def test_what_is_not_plain_fp32_training_calls_the_module(products):
     applied(copy.deepcopy(module).to("meta"), x.to("meta"))
     applied(module, nn.Parameter(x))
     for implementation in ("eager", "sdpa"):
-        linear.apply_linear(module, x, implementation)
+        assert gemm_for(x, implementation) is None
     torch.func.vmap(lambda x: applied(module, x))(x)
     torch.func.grad(lambda x: applied(module, x).sum())(x.detach())
     torch.func.jvp(lambda x: applied(module, x), (x.detach(),), (x.detach(),))

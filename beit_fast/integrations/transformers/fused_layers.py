@@ -20,24 +20,30 @@ from transformers.models.beit import modeling_beit
 from transformers.models.data2vec import modeling_data2vec_vision
 
 from ...layers import attention_backends
+from ...layers.context import Kernels, choose_kernels, query_dtype
 from ...layers.linear import apply_linear
 from ...layers.module_hooks import clone_if_hooked
 from ...position_bias import Window, resize_table
 from .table_bias import TableBias, key_mask_of
 
 
+def kernels_for(hidden_states: Tensor, implementation: str | None, head_dim: int) -> Kernels:
+    """Choose the kernels of one layer, whose queries are computed from `hidden_states`."""
+    return choose_kernels(implementation, hidden_states.device, query_dtype(hidden_states), head_dim)
+
+
 def attend(
     hidden_states: Tensor,
     projections: Sequence[nn.Module],
-    head_dim: int,
     bias: TableBias | Tensor | None,
     dropout_p: float,
-    implementation: str | None,
+    kernels: Kernels,
     scale: float,
 ) -> Tensor:
     """Project and attend, `[B, N, E]` to `[B, N, H * D]`; `bias` may be only a mask, see `key_mask_of`."""
     q, k, v = (  # [B, N, H, D]
-        apply_linear(linear, hidden_states, implementation).unflatten(-1, (-1, head_dim)) for linear in projections
+        apply_linear(linear, hidden_states, kernels.gemm).unflatten(-1, (-1, kernels.head_dim))
+        for linear in projections
     )
     table, window, key_mask = None, None, None
     if isinstance(bias, TableBias):
@@ -46,7 +52,8 @@ def attend(
         key_mask = key_mask_of(bias)
     if key_mask is not None:
         key_mask = key_mask.expand(q.shape[0], -1)
-    return attention_backends.attend(q, k, v, table, window, key_mask, scale, dropout_p, implementation).flatten(2)
+    backend = kernels.serving(q.device, q.dtype).attention
+    return attention_backends.run_attention(backend, q, k, v, table, window, key_mask, scale, dropout_p).flatten(2)
 
 
 def dense(bias: TableBias | Tensor | None) -> Tensor | None:
@@ -98,16 +105,16 @@ class JoinedAttentionMixin(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if kwargs.get("output_attentions", self.config.output_attentions):
             return super().forward(hidden_states, dense(attention_mask), **kwargs)
+        kernels = kernels_for(hidden_states, self.attn_implementation, self.head_dim)
         out = attend(
             hidden_states,
             (self.q_proj, self.k_proj, self.v_proj),
-            self.head_dim,
             attention_mask,
             self.attention_dropout if self.training else 0.0,
-            self.attn_implementation,
+            kernels,
             self.scaling,
         )
-        return apply_linear(self.o_proj, out, self.attn_implementation), None
+        return apply_linear(self.o_proj, out, kernels.gemm), None
 
 
 class SplitAttentionBase(nn.Module):
@@ -134,10 +141,9 @@ class SplitAttentionBase(nn.Module):
         out = attend(
             hidden_states,
             (self.query, self.key, self.value),
-            self.attention_head_size,
             bias,
             self.dropout.p if self.training else 0.0,
-            self.attn_implementation,
+            kernels_for(hidden_states, self.attn_implementation, self.attention_head_size),
             self.attention_head_size**-0.5,
         )
         return (out, None) if self.returns_none_for_weights else (out,)

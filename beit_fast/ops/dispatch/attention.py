@@ -32,16 +32,16 @@ def resolve(implementation: str | None, device: torch.device, dtype: torch.dtype
     Raises:
         ValueError: the name is unknown, or `"triton"` was asked for and no kernel serves; lists every kernel's reasons.
     """
-    return _plan(implementation, device, dtype, head_dim)[0]
+    return choose(implementation, device, dtype, head_dim)[0]
 
 
 def kernel_name(implementation: str | None, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
     """What runs in the end: `"eager"`, `"sdpa"`, or the kernel behind `"triton"`, such as `"triton/cuda"`."""
-    return _plan(implementation, torch.device(device), dtype, head_dim)[1]
+    return choose(implementation, torch.device(device), dtype, head_dim)[1]
 
 
-def _plan(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """(implementation, kernel) that will run: the same all through a process, exports to ONNX apart."""
+def choose(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """Choose (implementation, kernel): the same throughout a process, except in an export to ONNX."""
     refusals = availability.onnx_refusals()
     if not refusals or implementation in ("eager", "sdpa"):
         return _decide(implementation, device, dtype, head_dim)
@@ -54,7 +54,7 @@ def _plan(implementation: str | None, device: torch.device, dtype: torch.dtype, 
 
 
 # What torch.compiler.assume_constant_result sets; calling that imports Dynamo, which takes a second.
-_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

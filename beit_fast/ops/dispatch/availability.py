@@ -81,7 +81,7 @@ def onnx_refusals() -> tuple[str, ...]:
     return ("the model is being exported to ONNX, which has none of beit_fast's operators",)
 
 
-# Dynamo would take is_in_onnx_export() for False; see attention._plan.
+# Dynamo would take is_in_onnx_export() for False; see attention.choose.
 onnx_refusals._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
