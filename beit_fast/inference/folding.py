@@ -1,8 +1,8 @@
-"""Exact folds for inference: what a BEiT block multiplies and adds around its linear layers, moved into them.
+"""Exact folds for inference: scales and shifts of a BEiT block become part of its linear layers.
 
-With `norm(x) = g * n(x) + b` and a linear layer after it, `W norm(x) + c = (W diag(g)) n(x) + (W b + c)`; a layer scale
-after a linear layer scales its rows; query, key and value are one projection; and the factor of `q k^T` goes into the
-query's rows. All is done in fp32 (fp64 for fp64 parameters) and rounded once, to the dtype asked for.
+With `norm(x) = g * n(x) + b` and a linear layer after it, `W norm(x) + c = (W diag(g)) n(x) + (W b + c)`. A layer scale
+after a linear layer scales its rows. Query, key and value become one projection. The factor of `q k^T` scales the rows
+of the query. All folds are computed in fp32 (fp64 for fp64 parameters) and rounded once, to the requested dtype.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Affine:
         return Affine(self.weight.to(dtype).contiguous(), self.bias.to(dtype))
 
     def after_norm(self, norm: nn.LayerNorm) -> Affine:
-        """The layer that takes the normalised rows before their gain and shift."""
+        """Fold in the gain and shift of the norm before this layer."""
         gain, shift = (_wide(parameter) for parameter in (norm.weight, norm.bias))
         return Affine(self.weight * gain, self.bias + self.weight @ shift)
 
     def scaled(self, factors: Tensor | None) -> Affine:
-        """The layer with each output multiplied by its factor."""
+        """Multiply each output by its factor."""
         if factors is None:
             return self
         return Affine(self.weight * _wide(factors)[:, None], self.bias * _wide(factors))
@@ -43,10 +43,14 @@ class Affine:
 
 @dataclass(frozen=True)
 class FoldedLayer:
-    """What is left of a block: four linear layers, the activation between the last two, and the bias table.
+    """A folded block: four linear layers, an activation and the bias table.
 
-    qkv: `[3 * H * D, E]`, query rows multiplied by the softmax scale. out, down: multiplied by the layer scales.
-    table: `[rows, H]` of the native window in fp32 (fp64), or None.
+    Attributes:
+        qkv: `[3 * H * D, E]`, query rows multiplied by the softmax scale.
+        out, down: output projections, multiplied by the layer scales.
+        up: first half of the MLP, followed by `activation`.
+        eps: of the two norms.
+        table: `[rows, H]` of the native window in fp32 (fp64), or None.
     """
 
     qkv: Affine
@@ -60,7 +64,7 @@ class FoldedLayer:
 
 @torch.no_grad()
 def fold_layer(layer: BeitLayer, dtype: torch.dtype) -> FoldedLayer:
-    """The folded block in `dtype`; it shares nothing with `layer`."""
+    """Fold a block and cast it to `dtype`; the result shares no memory with `layer`."""
     attention = layer.attention.attention
     projections = [_affine(linear) for linear in (attention.query, attention.key, attention.value)]
     projections[0] = projections[0].scaled(projections[0].bias.new_full((1,), attention.head_dim**-0.5))
@@ -86,24 +90,24 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def obstacles_to_folding(encoder: nn.Module) -> list[str]:
-    """Why the blocks of `encoder` cannot be folded, all reasons; empty where they can."""
+def folding_errors(encoder: nn.Module) -> list[str]:
+    """Return every reason why the blocks of `encoder` cannot be folded."""
     if type(encoder) is not BeitEncoder:
         return [f"encoder is a {type(encoder).__name__}, not a BeitEncoder"]
-    reasons = hook_obstacles({f"encoder.{name}": module for name, module in encoder.named_modules()})
+    errors = hook_obstacles({f"encoder.{name}": module for name, module in encoder.named_modules()})
     for name, module, expected in _expected_modules(encoder):
         if type(module) is not expected:
-            reasons.append(f"{name} is a {type(module).__name__}, not a {expected.__name__}")
-    places = {parameter.device for parameter in encoder.parameters()}
-    if len(places) > 1:
-        reasons.append(f"its parameters lie on {', '.join(sorted(map(str, places)))}")
-    if any(place.type == "meta" for place in places):
-        reasons.append("its parameters lie on the meta device and hold no numbers")
-    return reasons
+            errors.append(f"{name} is a {type(module).__name__}, not a {expected.__name__}")
+    devices = {parameter.device for parameter in encoder.parameters()}
+    if len(devices) > 1:
+        errors.append(f"its parameters are on several devices: {', '.join(sorted(map(str, devices)))}")
+    if any(device.type == "meta" for device in devices):
+        errors.append("its parameters are on the meta device and have no values")
+    return errors
 
 
 def _expected_modules(encoder: BeitEncoder) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """Every module whose parameters are read or whose call is left out, by name, with the type it must have."""
+    """Yield the name, module and expected type of every module that folding reads or skips."""
     paths: dict[str, type[nn.Module]] = {
         "attention": BeitAttention,
         "attention.attention": BeitSelfAttention,
@@ -125,5 +129,5 @@ def _expected_modules(encoder: BeitEncoder) -> Iterator[tuple[str, nn.Module, ty
         if type(layer) is BeitLayer:
             found = dict(layer.named_modules())
             for path, expected in paths.items():
-                if path in found:  # where it is not, a module above it was replaced, which is told
+                if path in found:  # else a module above it was replaced, which is reported
                     yield f"{name}.{path}", found[path], expected

@@ -1,4 +1,4 @@
-"""A linear layer for inference with what follows it: one class for each library that can multiply its weight."""
+"""Linear layers for inference, with fused activation or residual: one class per GEMM library."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .folding import Affine
 
 
 class InferenceLinear(nn.Module):
-    """`x W^T + b`, plainly; subclasses hold the weight in another form and fuse what follows.
+    """Compute `x W^T + b` with `F.linear`; subclasses pack the weight and fuse the next operation.
 
-    `activation` is applied to the result by `forward`; `add` gives the result plus a residual and has no activation.
-    Where the library `has_gelu`, exact GELU is left to its product: `gelu` is then true, and `activation` None.
+    `forward` applies `activation`. `add` adds a residual and applies no activation. If the library `has_gelu`, exact
+    GELU is part of the GEMM: `gelu` is then True and `activation` is None.
     """
 
     library = "torch"
@@ -24,26 +24,29 @@ class InferenceLinear(nn.Module):
 
     def __init__(self, affine: Affine, activation: nn.Module | None = None) -> None:
         super().__init__()
-        self.weight, self.bias = affine.weight, affine.bias  # no buffers: what is packed is not for others to read
+        self.weight, self.bias = (
+            affine.weight,
+            affine.bias,
+        )  # not buffers: not in the state_dict
         self.gelu = self.has_gelu and is_exact_gelu(activation)
         self.activation = None if self.gelu else activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
+        """Return `[..., out]` for `[..., in]`."""
         out = F.linear(x, self.weight, self.bias)
         return out if self.activation is None else self.activation(out)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`residual + x W^T + b`."""
+        """Return `residual + x W^T + b`."""
         return residual + F.linear(x, self.weight, self.bias)
 
     def weight_bytes(self) -> int:
-        """Bytes of weight and bias as they are held here."""
+        """Return the bytes of the packed weight and the bias."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.weight, self.bias))
 
 
 class PackedLinear(InferenceLinear):
-    """On oneDNN, the weight laid out for it; exact GELU and the residual are part of the product."""
+    """A oneDNN linear layer with a packed weight; exact GELU and the residual are fused."""
 
     library = "onednn"
     has_gelu = True
@@ -65,9 +68,9 @@ class PackedLinear(InferenceLinear):
 
 
 class SplitBf16Linear(InferenceLinear):
-    """fp32 on a CPU's bf16 tiles, by the package's own kernel; exact GELU and the residual are part of the product."""
+    """An fp32 linear layer as split bf16 on AMX; exact GELU and the residual are fused."""
 
-    library = "c++"
+    library = "cpp"
     has_gelu = True
 
     def __init__(self, affine: Affine, activation: nn.Module | None) -> None:
@@ -84,7 +87,7 @@ class SplitBf16Linear(InferenceLinear):
 
 
 class GeluLinear(InferenceLinear):
-    """A linear layer and exact GELU in one Triton kernel."""
+    """A linear layer with exact GELU in one Triton kernel."""
 
     library = "triton"
     has_gelu = True
@@ -94,12 +97,12 @@ class GeluLinear(InferenceLinear):
 
 
 def is_exact_gelu(activation: nn.Module | None) -> bool:
-    """Whether `activation` is GELU with erf, not its tanh form."""
+    """Whether `activation` is GELU with erf, not the tanh approximation."""
     return type(activation) is nn.GELU and activation.approximate == "none"
 
 
 def build_linear(affine: Affine, rows: int, activation: nn.Module | None = None) -> InferenceLinear:
-    """The linear layer on the fastest library that takes its weight; `rows` is how many inputs it is packed for."""
+    """Build the linear layer for the fastest library that supports its weight, packed for `rows` inputs."""
     device, dtype = affine.weight.device, affine.weight.dtype
     if is_exact_gelu(activation) and not availability.linear_gelu_refusals(device, dtype, affine.weight.shape[0]):
         return GeluLinear(affine, activation)

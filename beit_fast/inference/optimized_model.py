@@ -1,4 +1,4 @@
-"""`optimize_for_inference`: a model with the same forward, its blocks folded, its weights laid out for the machine."""
+"""`optimize_for_inference`: a model with folded blocks and packed weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..ops.dispatch import attention
 from ..position_bias import token_count
 from .cuda_graphs import GraphCache, GraphReport
 from .encoder import FoldedEncoder
-from .folding import obstacles_to_folding
+from .folding import folding_errors
 
 
 def optimize_for_inference(
@@ -28,30 +28,30 @@ def optimize_for_inference(
     graphs: bool = True,
     keep_original: bool = True,
 ) -> Any:
-    """A model of the same class, signature and outputs that is fast and only infers.
+    """Return a faster model for inference, with the same class, signature and outputs.
 
-    Layer scales, the gain and shift of LayerNorm and the softmax scale are folded into the linear layers (exactly: in
-    fp32, rounded once), query, key and value become one projection, and bias tables are resized once for each window.
-    On a CPU weights are packed for oneDNN, which also computes GELU and adds residuals; on CUDA residuals are added in
-    one kernel with LayerNorm, GELU is part of the linear layer, and calls are recorded as CUDA graphs.
+    Layer scales, the gain and shift of LayerNorm and the softmax scale are folded into the linear layers, in fp32 and
+    rounded once. Query, key and value become one projection. Bias tables are resized once per window. On a CPU, weights
+    are packed for oneDNN, which fuses GELU and residuals. On CUDA, residual and LayerNorm are one kernel, GELU is fused
+    into the linear layer, and calls are captured as CUDA graphs.
 
-    The result owns its weights and computes without gradients. It sees no later change of `model`. Moving it, training
-    it or loading weights into it raises an error; `state_dict` and `save_pretrained` give the originals.
+    The result copies the weights; later changes to `model` have no effect. Moving it, training it or loading weights
+    into it raises an error. `state_dict` and `save_pretrained` return and write the original weights.
 
     Args:
-        model: any model of this package, in evaluation or training mode; it is not changed.
-        dtype: of the result's weights and arithmetic, the model's own by default. Bias tables stay fp32.
-        example: pixels `[B, C, H, W]` like those to come. Weights are packed for as many tokens, and one call prepares
-            all that is kept for such pixels. Others work as well, the first call of each size being slower.
-        graphs: on CUDA, record calls of each shape as a graph and replay it, for the last 8 shapes; calls with labels
-            or several positional arguments are never recorded. False launches every kernel in every call.
-        keep_original: False frees the memory of `model`, whose parameters then lie on the meta device; the result
-            cannot write them any more.
+        model: a model of this package; it is not changed.
+        dtype: dtype of weights and arithmetic (default: the model's). Bias tables stay fp32.
+        example: pixels `[B, C, H, W]` like those of later calls. Weights are packed for their number of tokens, and one
+            call fills the caches. Other sizes work too; their first call is slower.
+        graphs: on CUDA, capture a graph for each of the last 8 shapes and replay it. Calls with labels or several
+            positional arguments are not captured. False launches every kernel in every call.
+        keep_original: False moves the parameters of `model` to the meta device to free their memory. The result can
+            then not be saved.
 
     Raises:
-        TypeError: `model` is none of this package's, or `dtype` is no floating-point type.
-        ValueError: `model` is optimised already, or something stands in the way, such as adapters, quantised layers or
-            hooks; every reason is listed. `model` is left as it was.
+        TypeError: If `model` is not a model of this package, or `dtype` is not a floating-point dtype.
+        ValueError: If `model` is already optimised, or has adapters, quantised layers or hooks. Every reason is listed,
+            and `model` does not change.
     """
     _check(model, dtype)
     encoder: Any = model.base_model.encoder
@@ -69,20 +69,20 @@ def optimize_for_inference(
 
 def _check(model: Any, dtype: torch.dtype | None) -> None:
     if not isinstance(model, BeitPreTrainedModel):
-        raise TypeError(f"optimize_for_inference takes a model of beit_fast, not a {type(model).__name__}")
+        raise TypeError(f"{type(model).__name__} is not supported (expected a model of beit_fast)")
     if isinstance(model, OptimizedModel):
-        raise ValueError("this model is optimised already; give the one that it was made from")
+        raise ValueError("this model is already optimised; pass the model that it was made from")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype or None, not {dtype!r}")
-    reasons = obstacles_to_folding(getattr(model.base_model, "encoder", model))
-    if reasons:
+    errors = folding_errors(getattr(model.base_model, "encoder", model))
+    if errors:
         raise ValueError(
-            f"{type(model).__name__} cannot be optimised: {'; '.join(reasons)}. Merge adapters and remove hooks first."
+            f"{type(model).__name__} cannot be optimised: {'; '.join(errors)}. Merge adapters and remove hooks first."
         )
 
 
 def _rows(model: BeitPreTrainedModel, example: Tensor | None) -> int:
-    """Tokens of the example's batch, or of one image of the model's own size."""
+    """Return the tokens of the example's batch, or of one image of the native size."""
     if example is None:
         return token_count(model.config.window)
     if not isinstance(example, Tensor) or example.ndim != 4:
@@ -93,7 +93,7 @@ def _rows(model: BeitPreTrainedModel, example: Tensor | None) -> int:
 
 @functools.cache
 def _optimized_class(base: Any) -> type[BeitPreTrainedModel]:
-    """A subclass of `base` that only infers; its forward has the base's signature."""
+    """Make a subclass of `base` for inference; its forward has the signature of the base."""
 
     @functools.wraps(base.forward)
     def forward(self: OptimizedModel, *args: Any, **kwargs: Any) -> Any:
@@ -106,14 +106,14 @@ def _optimized_class(base: Any) -> type[BeitPreTrainedModel]:
 
 @dataclass(frozen=True)
 class InferenceReport:
-    """What an optimised model holds and runs; `str()` is for people.
+    """Libraries and memory of an optimised model; `str()` returns a readable summary.
 
     Attributes:
-        dtype: of weights and arithmetic.
-        linears: the library of the linear layers in the blocks: `"onednn"`, `"torch"`, ...
-        original_bytes: parameters of the original; 0 where they were freed.
-        optimized_bytes: weights of the result, its own copies of embeddings and head included.
-        windows: how many windows have their biases at hand.
+        dtype: dtype of weights and arithmetic.
+        linears: the libraries of the linear layers in the blocks, such as `"onednn"` or `"torch"`.
+        original_bytes: bytes of the original's parameters; 0 if they were freed.
+        optimized_bytes: bytes of the result's weights, with its copies of embeddings and head.
+        windows: the number of windows with cached biases.
     """
 
     dtype: torch.dtype
@@ -126,12 +126,12 @@ class InferenceReport:
         megabytes = [f"{count / 2**20:.0f} MiB" for count in (self.optimized_bytes, self.original_bytes)]
         return (
             f"optimised for inference in {str(self.dtype).removeprefix('torch.')}: {self.linears} linear layers, "
-            f"{megabytes[0]} of weights beside {megabytes[1]} of the original, biases of {self.windows} windows at hand"
+            f"{megabytes[0]} of weights beside {megabytes[1]} of the original, cached biases of {self.windows} windows"
         )
 
 
 class OptimizedModel(BeitPreTrainedModel):
-    """A model made by `beit_fast.optimize_for_inference`: it infers, and does nothing else."""
+    """A model made by `beit_fast.optimize_for_inference`, for inference only."""
 
     _original: BeitPreTrainedModel | None
     _function: Callable[..., Any]
@@ -139,7 +139,7 @@ class OptimizedModel(BeitPreTrainedModel):
     _optimized_dtype: torch.dtype
 
     def _finish_optimization(self, original: BeitPreTrainedModel, dtype: torch.dtype, graphs: bool) -> None:
-        vars(self)["_original"] = original  # no submodule: its parameters are not this model's
+        vars(self)["_original"] = original  # not a submodule: its parameters are not those of this model
         self._optimized_dtype = dtype
         self._use_graphs = graphs
         function = functools.partial(type(original).forward, self)
@@ -153,9 +153,9 @@ class OptimizedModel(BeitPreTrainedModel):
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "an optimised model is not for torch.compile or torch.export: give them the model it was made from"
+                "an optimised model does not support torch.compile or torch.export: pass the model it was made from"
             )
-        # A loss may choose masked patches, which waits for the device and cannot be recorded.
+        # A loss may select masked patches, which synchronises and cannot be captured.
         graphs = self._graphs if len(args) < 2 and kwargs.get("labels") is None else None
         function = self._function if graphs is None else graphs
         device = self.device.type
@@ -165,11 +165,11 @@ class OptimizedModel(BeitPreTrainedModel):
         return function(*args, **kwargs)
 
     def graph_report(self) -> GraphReport | None:
-        """What CUDA graphs are kept and how calls went; None where calls are not recorded."""
+        """Return the CUDA graphs and counts of calls; None if calls are not captured."""
         return None if self._graphs is None else self._graphs.report()
 
     def inference_report(self) -> InferenceReport:
-        """What this model holds and runs."""
+        """Return the libraries and memory of this model."""
         encoder = self._folded_encoder
         libraries = sorted({linear.library for linear in encoder.linears()})
         own = sum(p.numel() * p.element_size() for p in self.parameters()) + encoder.weight_bytes()
@@ -183,7 +183,7 @@ class OptimizedModel(BeitPreTrainedModel):
         return encoder
 
     def attention_report(self) -> attention.AttentionReport:
-        """Which attention kernel ran in each block, and why others cannot serve here."""
+        """Return the attention kernel that ran in each block, and why others cannot run."""
         kernels = [block.last_kernel for block in self._folded_encoder.blocks()]
         head_dim = self.config.attention_head_dim
         return attention.report(self.attn_implementation, kernels, self.device, self._optimized_dtype, head_dim)
@@ -196,53 +196,53 @@ class OptimizedModel(BeitPreTrainedModel):
         self._folded_encoder.set_attn_implementation(attn_implementation)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the original's parameters hold; only_trainable: those that are trained there."""
+        """Count the original's parameters; `only_trainable` counts those that require gradients there."""
         return self._parameter_counts[only_trainable]
 
     def train(self, mode: bool = True) -> Self:
-        """Evaluation mode only: True raises."""
+        """Support evaluation mode only; `mode=True` raises RuntimeError."""
         return _refuse("be trained", "train the model that it was made from") if mode else self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises: the weights are folded."""
+        """Raise RuntimeError: the weights are folded."""
         _refuse("load weights", "load them into the model that it was made from")
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         self.load_state_dict()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """A move to where and what the model is already changes nothing; any other raises."""
+        """Allow a move to the present device and dtype; raise RuntimeError for any other."""
         probe = torch.empty(0, dtype=self._optimized_dtype, device=self.device)
         moved = fn(probe)
         if (moved.device, moved.dtype) != (probe.device, probe.dtype):
             _refuse(
                 f"be moved from {probe.dtype} on {probe.device} to {moved.dtype} on {moved.device}",
-                "move the model that it was made from, or give dtype=",
+                "move the model that it was made from, or pass dtype=",
             )
         return self
 
     def to_empty(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises: the weights are folded."""
+        """Raise RuntimeError: the weights are folded."""
         _refuse("be emptied", "empty the model that it was made from")
 
     def share_memory(self) -> NoReturn:
-        """Raises: packed weights cannot be shared."""
+        """Raise RuntimeError: packed weights cannot be shared."""
         _refuse("be shared", "share the model that it was made from")
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> NoReturn:
-        """Raises: there is no backward pass."""
+        """Raise RuntimeError: there is no backward pass."""
         _refuse("be trained", "train the model that it was made from")
 
     def init_weights(self) -> NoReturn:
-        """Raises: the weights are folded."""
+        """Raise RuntimeError: the weights are folded."""
         _refuse("be initialised", "initialise the model that it was made from")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's `state_dict`; RuntimeError where it was freed."""
+        """Return the original's `state_dict`; RuntimeError if it was freed."""
         return self._kept_original("state_dict").state_dict(*args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Write the original, see `BeitPreTrainedModel.save_pretrained`; RuntimeError where it was freed."""
+        """Save the original, see `BeitPreTrainedModel.save_pretrained`; RuntimeError if it was freed."""
         self._kept_original("save_pretrained").save_pretrained(save_directory, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

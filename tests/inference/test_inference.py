@@ -135,13 +135,13 @@ def test_float64():
     assert relative_error(optimized(pixels).logits, model(pixels).logits) < 1e-12
 
 
-LIBRARIES = {"torch": InferenceLinear, "onednn": PackedLinear, "c++": SplitBf16Linear}
+LIBRARIES = {"torch": InferenceLinear, "onednn": PackedLinear, "cpp": SplitBf16Linear}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_library_of_linear_layers(monkeypatch, library):
     """Each where it can serve, the others refusing: the kind, the outputs, and the sizes that are told."""
-    checks = {"onednn": (onednn, "packing_refusal"), "c++": (split_bf16, "unsupported_reason")}
+    checks = {"onednn": (onednn, "packing_refusal"), "cpp": (split_bf16, "unsupported_reason")}
     for name, (module, function) in checks.items():
         if name == library:
             refusal = getattr(module, function)(*(("cpu", torch.float32) if name == "onednn" else ()))
@@ -157,7 +157,7 @@ def test_every_library_of_linear_layers(monkeypatch, library):
     report = optimized.inference_report()
     assert report.linears == library
     assert report.windows == 1, "the example was run"
-    largest = 2.5 if library == "c++" else 1.1  # three bf16 terms, and rows of 32 that are filled up
+    largest = 2.5 if library == "cpp" else 1.1  # three bf16 terms, and rows of 32 that are filled up
     assert 0.9 * report.original_bytes < report.optimized_bytes <= largest * report.original_bytes
     assert f"{library} linear layers" in str(report)
 
@@ -286,7 +286,7 @@ def test_autocast_changes_nothing():
 
 def test_compilation_is_refused():
     optimized = optimize_for_inference(build())
-    with pytest.raises(Exception, match="give them the model it was made from"):
+    with pytest.raises(Exception, match="pass the model it was made from"):
         torch.compile(optimized, backend="eager", fullgraph=True)(images())
 
 
@@ -351,13 +351,13 @@ def test_what_cannot_be_folded_is_listed():
 
 def test_bad_arguments():
     model = build()
-    with pytest.raises(TypeError, match="takes a model of beit_fast, not a Linear"):
+    with pytest.raises(TypeError, match="Linear is not supported"):
         optimize_for_inference(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="dtype must be a floating-point"):
         optimize_for_inference(model, torch.int8)
     with pytest.raises(ValueError, match=r"example must be pixels .*, not \[3, 32, 32\]"):
         optimize_for_inference(model, example=images(3, 32, 32))
-    with pytest.raises(ValueError, match="optimised already"):
+    with pytest.raises(ValueError, match="already optimised"):
         optimize_for_inference(optimize_for_inference(model))
     with pytest.raises(ValueError, match="meta device"):
         optimize_for_inference(copy.deepcopy(model).to("meta"))
