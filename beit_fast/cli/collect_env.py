@@ -16,9 +16,13 @@ from .._version import __version__
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:
-    """The conditions of a measurement on `device` (default: the current CUDA device, else the CPU), for JSON.
+    """Collect the conditions of a measurement, for JSON; it contains no folder, user or host.
 
-    Values that do not apply are None. Names no folder, user or host.
+    Args:
+        device: The device (default: the current CUDA device, else the CPU).
+
+    Returns:
+        Names and values; values that do not apply are None.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return {
@@ -54,9 +58,14 @@ def _gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 def gpu_readings(device: torch.device | str, fields: Sequence[str]) -> dict[str, str | None]:
-    """What nvidia-smi says of a CUDA device, by the names of `nvidia-smi --help-query-gpu`; None where it says nothing.
+    """Query a CUDA device with nvidia-smi.
 
-    Clocks are in MHz, the power limit in watts.
+    Args:
+        device: The CUDA device.
+        fields: Names that `nvidia-smi --help-query-gpu` lists.
+
+    Returns:
+        A value for each field, or None if it is not available. Clocks are in MHz, the power limit is in watts.
     """
     return _ask_nvidia_smi(f"GPU-{torch.cuda.get_device_properties(device).uuid}", fields)
 
@@ -75,7 +84,7 @@ def _ask_nvidia_smi(gpu: str, fields: Sequence[str]) -> dict[str, str | None]:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, read without importing it; None where it is not installed."""
+    """The version of a distribution, read without importing it, or None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +92,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The CPU's model name as the system gives it, or its architecture."""
+    """The model name of the CPU, or its architecture if the system does not give a name."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
@@ -93,7 +102,7 @@ def cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Short commit of the checkout that this package runs from, `-dirty` where files differ, or None."""
+    """The short commit of the checkout, with `-dirty` if files differ, or None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not ((root / ".git").exists() and (root / "pyproject.toml").exists()):
         return None

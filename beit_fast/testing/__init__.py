@@ -2,10 +2,9 @@
 
 from ..cli.collect_env import environment, installed_version
 from .memory import loaded_memory, memory_unsupported_reason, peak_memory
-from .timing import Timing, latency, synchronize
+from .timing import latency, synchronize
 
 __all__ = [
-    "Timing",
     "environment",
     "installed_version",
     "latency",

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call: the median, the first and third quartile, and all times in order of measurement."""
-
-    median: float
-    quartiles: tuple[float, float]
-    times: tuple[float, ...]
+from torch.utils.benchmark import Measurement
+from torch.utils.benchmark.utils.common import TaskSpec
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -29,11 +20,8 @@ def synchronize(device: torch.device | str) -> None:
 
 def latency(
     function: Callable[[], Any], device: torch.device | str = "cpu", repeats: int = 20, warmup: int = 3
-) -> Timing:
-    """Time `repeats` calls of `function`, one by one.
-
-    On CUDA a pair of events around each call measures the time on the device. On other devices the clock is read when
-    the device is idle.
+) -> Measurement:
+    """Time `repeats` calls of `function` one by one, each from idle device to idle device.
 
     Args:
         function: The call to time.
@@ -41,39 +29,24 @@ def latency(
         repeats: The number of timed calls.
         warmup: The number of calls before that are not timed.
 
+    Returns:
+        The seconds of each call, as `torch.utils.benchmark.Timer` returns them.
+
     Raises:
         ValueError: If `repeats` is less than 1 or `warmup` is negative.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"latency needs repeats >= 1 and warmup >= 0, got repeats={repeats}, warmup={warmup}")
-    device = torch.device(device)
+    # Timer cannot time single calls: timeit(1) adds two calls of warm-up to each, blocked_autorange takes their mean.
     for _ in range(warmup):
         function()
     synchronize(device)
-    time_one = _time_on_cuda if device.type == "cuda" else _time_by_clock
-    times = tuple(time_one(function, device) for _ in range(repeats))
-    return Timing(statistics.median(times), _quartiles(times), times)
+    times = [_time_one(function, device) for _ in range(repeats)]
+    return Measurement(1, times, TaskSpec("function()", setup="pass", num_threads=torch.get_num_threads()))
 
 
-def _time_by_clock(function: Callable[[], Any], device: torch.device) -> float:
+def _time_one(function: Callable[[], Any], device: torch.device | str) -> float:
     start = time.perf_counter()
     function()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def _time_on_cuda(function: Callable[[], Any], device: torch.device) -> float:
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def _quartiles(times: tuple[float, ...]) -> tuple[float, float]:
-    if len(times) == 1:
-        return times[0], times[0]
-    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
-    return first, third

@@ -12,7 +12,7 @@ import torch
 from beit_fast.cli import collect_env
 
 
-def test_environment_is_json_and_names_no_place() -> None:
+def test_environment_is_json_without_private_paths() -> None:
     environment = collect_env.environment("cpu")
     text = json.dumps(environment)
     assert environment["torch"] == torch.__version__
@@ -22,14 +22,12 @@ def test_environment_is_json_and_names_no_place() -> None:
         assert private == "/" or private not in text
 
 
-def test_environment_of_a_package_outside_a_checkout_has_no_commit(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_environment_outside_a_checkout_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(collect_env, "__file__", str(tmp_path / "beit_fast" / "collect_env.py"))
     assert collect_env.environment("cpu")["commit"] is None
 
 
-def test_version_of_a_distribution_that_is_not_installed_is_none() -> None:
+def test_installed_version_of_a_missing_distribution_is_none() -> None:
     assert collect_env.installed_version("beit-fast-is-not-called-this") is None
     assert collect_env.installed_version("torch") == torch.__version__
 

@@ -16,7 +16,7 @@ needs_counter = pytest.mark.skipif(
 
 @needs_counter
 @pytest.mark.parametrize("size", [8, 32, 128])
-def test_peak_memory_of_a_known_allocation(size: int) -> None:
+def test_peak_memory_known_allocation_is_exact(size: int) -> None:
     def allocate() -> None:
         torch.ones(size * MIB // 4)
 
@@ -27,7 +27,7 @@ def test_peak_memory_of_a_known_allocation(size: int) -> None:
 
 
 @needs_counter
-def test_peak_memory_is_of_what_lives_at_the_same_time() -> None:
+def test_peak_memory_counts_tensors_alive_together() -> None:
     def one_after_another() -> None:
         for _ in range(4):
             torch.ones(16 * MIB // 4)
@@ -41,7 +41,7 @@ def test_peak_memory_is_of_what_lives_at_the_same_time() -> None:
 
 
 @needs_counter
-def test_peak_memory_does_not_depend_on_what_was_freed_before() -> None:
+def test_peak_memory_after_freed_blocks_is_the_same() -> None:
     """Blocks freed into the heap would be reused without touching new pages, and hide what a call needs."""
     blocks = [torch.ones(size * MIB // 4) for size in (6, 3, 20, 2, 9, 20, 1, 12) * 4]
     keep = blocks[1::2]
@@ -53,7 +53,7 @@ def test_peak_memory_does_not_depend_on_what_was_freed_before() -> None:
 
 
 @needs_counter
-def test_peak_memory_calls_once_and_lets_errors_through() -> None:
+def test_peak_memory_calls_once_and_raises_errors() -> None:
     calls: list[int] = []
     memory.peak_memory(lambda: calls.append(1))
     assert calls == [1]
@@ -62,7 +62,7 @@ def test_peak_memory_calls_once_and_lets_errors_through() -> None:
 
 
 @needs_counter
-def test_loaded_memory_counts_what_is_held_and_not_what_was_freed() -> None:
+def test_loaded_memory_counts_held_tensors_only() -> None:
     before = memory.loaded_memory()
     held = torch.ones(64 * MIB // 4)
     torch.ones(32 * MIB // 4)
@@ -75,14 +75,14 @@ def test_loaded_memory_counts_what_is_held_and_not_what_was_freed() -> None:
     assert memory.loaded_memory("meta") is None
 
 
-def test_peak_memory_is_none_with_a_reason_where_there_is_no_counter() -> None:
+def test_peak_memory_without_a_counter_is_none() -> None:
     calls: list[int] = []
     assert memory.peak_memory(lambda: calls.append(1), "meta") is None
     assert calls == []
     assert "'meta'" in (memory.memory_unsupported_reason("meta") or "")
 
 
-def test_unreadable_counters_are_a_reason_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_unreadable_counter_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise PermissionError(13, "Permission denied")
 
