@@ -1,7 +1,8 @@
-"""The libraries compiled from csrc/: where they lie, whether they are loaded, and why one is not. Needs no torch.
+"""Load the native libraries compiled from csrc/, and report why one cannot be loaded.
 
-`_C` is loaded when `beit_fast` is imported and `_C_cuda` at the first call on CUDA. Each only adds kernels to operators
-that `beit_fast.ops` has defined, so the package works without them. `BEIT_FAST_NATIVE=0` leaves both alone.
+`_C` is loaded when `beit_fast` is imported and `_C_cuda` at the first call on CUDA. They only add kernels to operators
+that `beit_fast.ops` has defined, so the package works without them. `BEIT_FAST_NATIVE=0` loads neither. This module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = {"_C": "operators on the CPU", "_C_cuda": "patch embedding on CUDA"}
-"""The libraries, and what each serves."""
+"""The libraries, and what each contains."""
 
 INTERFACE = 1
-"""Part of a library's file name, counted up when a schema changes or the meaning of an argument: what was built for
-another interface is never loaded."""
+"""Version in a library's file name; increment it when a schema or the meaning of an argument changes. A library with
+another version is never loaded."""
 
 BUILD_NOTES = "native_build.json"
-"""Where the installation left what it built each library for, or why it built none."""
+"""File in which the installation records what each library was built for, or why it was not built."""
 
 FOLDER = Path(__file__).parent
 
@@ -32,13 +33,16 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def file_name(library: str) -> str:
-    """The name of the file that holds `library`; one library serves every Python, so it names none."""
+    """File name of `library`, without a Python version: one file serves every Python."""
     return f"{library}.{INTERFACE}.so"
 
 
 def load(library: str) -> bool:
-    """Whether `library` is loaded, after trying to; torch has to be imported before. Warns where one is unusable."""
-    if library not in _loaded and refusal(library) is None:
+    """Load `library` if possible and return whether it is loaded; torch must be imported before.
+
+    Warns once if the library exists but does not load.
+    """
+    if library not in _loaded and unsupported_reason(library) is None:
         try:
             _loaded[library] = ctypes.CDLL(str(FOLDER / file_name(library)))
         except OSError as error:
@@ -48,12 +52,12 @@ def load(library: str) -> bool:
 
 
 def is_loaded(library: str) -> bool:
-    """Whether `library` serves its operators now."""
+    """Whether `library` is loaded."""
     return library in _loaded
 
 
-def refusal(library: str) -> str | None:
-    """Why `library` cannot be used, as far as that is known without loading it; None where nothing is known."""
+def unsupported_reason(library: str) -> str | None:
+    """Why `library` cannot be used, as far as known without loading it; None if no reason is known."""
     if library in _loaded:
         return None
     if _DISABLED:
@@ -63,11 +67,11 @@ def refusal(library: str) -> str | None:
     if library in _failures:
         return _failures[library]
     if not (FOLDER / file_name(library)).exists():
-        return f"{file_name(library)} was not built{_why_not_built(library)}"
+        return f"{file_name(library)} was not built{_build_failure(library)}"
     return None
 
 
-def _why_not_built(library: str) -> str:
+def _build_failure(library: str) -> str:
     others = sorted(file.name for file in FOLDER.glob(f"{library}.*.so"))
     if others:
         return f", and {', '.join(others)} has another interface"
@@ -76,7 +80,7 @@ def _why_not_built(library: str) -> str:
 
 
 def _build_note(library: str, built: bool) -> str | None:
-    """What the installation noted of `library` where it was `built`, or was not; None where it noted nothing of it."""
+    """The installation's note on `library` if that was `built` or not as given, else None."""
     try:
         notes = json.loads((FOLDER / BUILD_NOTES).read_text())
     except (OSError, ValueError):
@@ -86,7 +90,7 @@ def _build_note(library: str, built: bool) -> str | None:
 
 
 def describe(library: str) -> dict[str, Any]:
-    """What `beit-fast info` says of `library`, for JSON."""
+    """Facts about `library` for `beit-fast info`, as JSON values."""
     file = FOLDER / file_name(library)
     return {
         "serves": LIBRARIES[library],
@@ -94,12 +98,12 @@ def describe(library: str) -> dict[str, Any]:
         "file": file.name if file.exists() else None,
         "built_for": _build_note(library, built=True) if file.exists() else None,
         "loaded": is_loaded(library),
-        "reason": refusal(library),
+        "reason": unsupported_reason(library),
     }
 
 
 def instruction_sets() -> tuple[str | None, tuple[str, ...]]:
-    """The instruction set whose kernels `_C` runs, and all of its sets that run here; (None, ()) without `_C`."""
+    """The instruction set that `_C` uses, and all of its sets that this CPU can run; (None, ()) without `_C`."""
     if "_C" not in _loaded:
         return None, ()
     used, usable = ask("beit_fast_cpu_isa"), ask("beit_fast_cpu_isas")
@@ -107,7 +111,7 @@ def instruction_sets() -> tuple[str | None, tuple[str, ...]]:
 
 
 def ask(function: str) -> str | None:
-    """The text that a `function` of `_C` gives; None where it has no such function, being older, or is not loaded."""
+    """Call a `function` of `_C` that returns a string; None if `_C` lacks it or is not loaded."""
     call = getattr(_loaded.get("_C"), function, None)
     if call is None:
         return None

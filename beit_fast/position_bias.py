@@ -1,4 +1,4 @@
-"""Geometry of BEiT's learned 2-D relative position bias (arXiv 2106.08254, section 2.1): a leaf, pure torch.
+"""Geometry of BEiT's learned 2-D relative position bias (arXiv 2106.08254, section 2.1).
 
 A window is `(height, width)` in patches. Token 0 is CLS, token `1 + row * width + column` is a patch, so a window has
 `N = height * width + 1` tokens. A table holds one row per relative position and one column per head:
@@ -31,10 +31,10 @@ def token_count(window: Window) -> int:
 
 
 def relative_position_index(window: Window, device: torch.device | str | None = None) -> Tensor:
-    """Row of the table for every pair of tokens, int64 `[N, N]` (query, key).
+    """Index of the table row for every pair of tokens, int64 `[N, N]` (query, key).
 
-    The index of two patches is affine: `a(i) - a(j) + const` with `a = row * (2 * width - 1) + column`. It is built
-    anew at each call, since a cached one would outlive a change of size, device or dtype.
+    The index of two patches is affine: `a(i) - a(j) + const` with `a = row * (2 * width - 1) + column`. Each call
+    computes it, because a cached index would be stale after a change of size or device.
     """
     height, width = window
     rows = torch.arange(height, device=device) * (2 * width - 1)
@@ -48,9 +48,12 @@ def relative_position_index(window: Window, device: torch.device | str | None = 
 
 
 def gather_bias(table: Tensor, window: Window, index: Tensor | None = None) -> Tensor:
-    """The dense bias `[H, N, N]` of a table `[rows, H]`: what eager attention and SDPA need, and the kernels avoid.
+    """Gather the dense bias `[H, N, N]` from a table `[rows, H]`, for eager attention and SDPA.
 
-    `index` is `relative_position_index(window)` where the caller already has it.
+    Args:
+        table: `[rows, H]`.
+        window: `(height, width)` in patches.
+        index: `relative_position_index(window)`, computed if None.
     """
     tokens = token_count(window)
     index = relative_position_index(window, table.device) if index is None else index
@@ -58,12 +61,12 @@ def gather_bias(table: Tensor, window: Window, index: Tensor | None = None) -> T
 
 
 def resize_table(table: Tensor, old_window: Window, new_window: Window) -> Tensor:
-    """The table of `old_window` resampled for `new_window`, `[rows(old), H]` to `[rows(new), H]`, same dtype.
+    """Resize a table from `old_window` to `new_window`, `[rows(old), H]` to `[rows(new), H]`, same dtype.
 
     The patch rows are resized as an image of `(2 * height - 1, 2 * width - 1)` pixels, bilinearly with
-    `align_corners=False` (MiDaS v3.1, arXiv 2307.14460); the CLS rows are kept. Differentiable. Where both windows are
-    plain integers and equal, the table itself is returned; symbolic sizes always resize, so that an exported program
-    carries no guard on its size.
+    `align_corners=False` (MiDaS v3.1, arXiv 2307.14460); the CLS rows are kept. Differentiable. If both windows are
+    equal and plain integers, the table itself is returned. Symbolic sizes are always resized, so that an exported
+    program has no guard on its size.
     """
     if _same_window(old_window, new_window):
         return table
@@ -75,7 +78,7 @@ def resize_table(table: Tensor, old_window: Window, new_window: Window) -> Tenso
 
 
 def resize_position_embeddings(embeddings: Tensor, old_window: Window, new_window: Window) -> Tensor:
-    """Absolute position embeddings `[1, N(old), E]` resized bicubically, CLS kept: `[1, N(new), E]`."""
+    """Resize absolute position embeddings bicubically, `[1, N(old), E]` to `[1, N(new), E]`; CLS is kept."""
     if _same_window(old_window, new_window):
         return embeddings
     height, width = old_window
@@ -90,9 +93,9 @@ def _same_window(old_window: Window, new_window: Window) -> bool:
 
 
 def reduce_bias(dense: Tensor, window: Window) -> Tensor:
-    """The adjoint of `gather_bias`: `[H, N, N]` to `[rows, H]`, each row the sum of the entries that read it.
+    """Adjoint of `gather_bias`: sum `[H, N, N]` over the entries that read each row, `[rows, H]`.
 
-    Sums run along diagonals in a fixed order, so the result is the same in every run and on every device.
+    The sums run along diagonals in a fixed order, so the result is deterministic.
     """
     height, width = window
     heads = dense.shape[0]
@@ -108,6 +111,6 @@ def _diagonal_sums(square: Tensor) -> Tensor:
     """Sums of `square[..., i, j]` over `i - j + n - 1 = d`, `[..., n, n]` to `[..., 2n - 1]`."""
     side = square.shape[-1]
     padded = F.pad(square.flip(-1), (0, side))  # [..., n, 2n]
-    # Rows of 2n read as rows of 2n - 1: each is shifted one further right, so diagonals become columns.
+    # Reading rows of 2n numbers as rows of 2n - 1 shifts each row one further right: diagonals become columns.
     skewed = padded.flatten(-2)[..., :-side].unflatten(-1, (side, 2 * side - 1))
     return skewed.sum(-2)

@@ -31,7 +31,7 @@ print(json.dumps({
     "attention": attention.kernel_name("triton", "cpu", torch.float32, 8),
     "default": attention.kernel_name(None, "cpu", torch.float32, 8),
     "patches": availability.patch_embed_kernel(torch.device("cpu")),
-    "refusals": {name: native.refusal(name) for name in native.LIBRARIES},
+    "reasons": {name: native.unsupported_reason(name) for name in native.LIBRARIES},
     "loaded": [name for name in native.LIBRARIES if native.is_loaded(name)],
     "mapped": [name for name in native.LIBRARIES if native.file_name(name) in maps],
 }))
@@ -66,37 +66,37 @@ def bare(tmp_path):
 @needs_library
 def test_the_cpu_library_is_loaded_at_import_and_the_cuda_library_is_not():
     facts, warnings = report(PACKAGE, "-W", "error")
-    assert (facts["attention"], facts["default"], facts["patches"]) == ("triton/c++", "triton/c++", "fused/c++")
+    assert (facts["attention"], facts["default"], facts["patches"]) == ("cpp", "cpp", "cpp")
     assert facts["loaded"] == facts["mapped"] == ["_C"]
-    assert facts["refusals"]["_C"] is None
+    assert facts["reasons"]["_C"] is None
     assert warnings == ""
 
 
 def test_native_0_leaves_the_libraries_alone():
     facts, _ = report(BEIT_FAST_NATIVE="0")
-    assert (facts["attention"], facts["default"], facts["patches"]) == ("triton/composite", "sdpa", "fused/composite")
+    assert (facts["attention"], facts["default"], facts["patches"]) == ("torch", "sdpa", "torch")
     assert facts["loaded"] == facts["mapped"] == []
-    assert set(facts["refusals"].values()) == {"BEIT_FAST_NATIVE=0 was set when beit_fast was imported"}
+    assert set(facts["reasons"].values()) == {"BEIT_FAST_NATIVE=0 was set when beit_fast was imported"}
 
 
 def test_the_interpreter_keeps_the_cpu_library_away():
     facts, _ = report(TRITON_INTERPRET="1")
-    assert (facts["attention"], facts["default"], facts["patches"]) == ("triton/interpreter", "sdpa", "fused/composite")
+    assert (facts["attention"], facts["default"], facts["patches"]) == ("triton-interpret", "sdpa", "torch")
     assert facts["loaded"] == facts["mapped"] == []
-    assert facts["refusals"]["_C"] == "TRITON_INTERPRET=1 was set when beit_fast was imported"
+    assert facts["reasons"]["_C"] == "TRITON_INTERPRET=1 was set when beit_fast was imported"
 
 
 def test_without_libraries_the_composites_serve_and_say_so(bare):
     facts, warnings = report(bare)
-    assert (facts["attention"], facts["patches"]) == ("triton/composite", "fused/composite")
-    assert facts["refusals"] == {name: f"{native.file_name(name)} was not built" for name in native.LIBRARIES}
+    assert (facts["attention"], facts["patches"]) == ("torch", "torch")
+    assert facts["reasons"] == {name: f"{native.file_name(name)} was not built" for name in native.LIBRARIES}
     assert warnings == ""
 
 
 def test_the_reason_that_the_build_left_is_told(bare):
     notes = {"_C": {"built": False, "note": "the C++ compiler none was not found"}}
     (bare / native.BUILD_NOTES).write_text(json.dumps(notes))
-    refusals = report(bare)[0]["refusals"]
+    refusals = report(bare)[0]["reasons"]
     assert refusals["_C"] == f"{native.file_name('_C')} was not built: the C++ compiler none was not found"
     assert refusals["_C_cuda"] == f"{native.file_name('_C_cuda')} was not built"
 
@@ -106,16 +106,16 @@ def test_a_library_of_another_interface_is_never_loaded(bare):
     stale = f"_C.{native.INTERFACE - 1}.so"
     (bare / stale).write_bytes(b"not even a library")
     facts, warnings = report(bare)
-    assert facts["attention"] == "triton/composite"
-    assert facts["refusals"]["_C"] == f"{native.file_name('_C')} was not built, and {stale} has another interface"
+    assert facts["attention"] == "torch"
+    assert facts["reasons"]["_C"] == f"{native.file_name('_C')} was not built, and {stale} has another interface"
     assert warnings == ""
 
 
 def test_a_library_that_does_not_load_is_a_warning_and_a_reason(bare):
     (bare / native.file_name("_C")).write_bytes(b"not a library")
     facts, warnings = report(bare)
-    assert facts["attention"] == "triton/composite"
-    assert facts["refusals"]["_C"].startswith(f"{native.file_name('_C')} does not load: ")
+    assert facts["attention"] == "torch"
+    assert facts["reasons"]["_C"].startswith(f"{native.file_name('_C')} does not load: ")
     assert warnings.count("RuntimeWarning: beit_fast: _C") == 1
 
 
@@ -132,22 +132,26 @@ def test_the_interface_is_counted_up_when_a_schema_changes():
 
 
 def test_one_kernel_embeds_patches_on_each_device_and_the_others_say_why_not():
-    assert availability.patch_embed_kernel(CPU) == ("fused/c++" if native.is_loaded("_C") else "fused/composite")
-    assert availability.patch_embed_kernel(META) == "fused/composite"
-    assert availability.patch_embed_refusals("fused/composite", META) == ()
-    assert availability.patch_embed_refusals("fused/c++", META)[0] == "serves cpu tensors, not meta"
-    refused = [kernel for kernel in availability.PATCH_EMBED_KERNELS if availability.patch_embed_refusals(kernel, CPU)]
+    assert availability.patch_embed_kernel(CPU) == ("cpp" if native.is_loaded("_C") else "torch")
+    assert availability.patch_embed_kernel(META) == "torch"
+    assert availability.patch_embed_unsupported_reasons("torch", META) == ()
+    assert availability.patch_embed_unsupported_reasons("cpp", META)[0] == "serves cpu tensors, not meta"
+    refused = [
+        kernel
+        for kernel in availability.PATCH_EMBED_KERNELS
+        if availability.patch_embed_unsupported_reasons(kernel, CPU)
+    ]
     assert [*refused, availability.patch_embed_kernel(CPU)] == sorted(
         availability.PATCH_EMBED_KERNELS, key=lambda kernel: kernel == availability.patch_embed_kernel(CPU)
     )
 
 
 def test_the_cuda_kernel_says_what_it_does_not_take():
-    reasons = availability.patch_embed_refusals("fused/cuda", CPU, [torch.float32, torch.float64], 129)
+    reasons = availability.patch_embed_unsupported_reasons("cuda", CPU, [torch.float32, torch.float64], 129)
     assert reasons[0] == "serves cuda tensors, not cpu"
     assert reasons[-2:] == (
-        "dtype torch.float64 is none of float16, bfloat16, float32",
-        "mean and std of more than 128 channels",
+        "dtype torch.float64 is not supported (expected float16, bfloat16 or float32)",
+        "mean and std have more than 128 channels",
     )
 
 
@@ -157,7 +161,7 @@ def test_cuda_runs_the_library_where_it_loads_and_the_composite_elsewhere(monkey
     calls = []
     library = torch.library.Library("beit_fast", "IMPL")
     library.impl("_patch_embed_cuda", lambda *arguments: calls.append(arguments) or arguments[0].sum(), "CPU")
-    monkeypatch.setattr(availability, "patch_embed_kernel", lambda *facts: "fused/cuda")
+    monkeypatch.setattr(availability, "patch_embed_kernel", lambda *facts: "cuda")
     monkeypatch.setattr(native, "load", lambda name: built)
     pixels, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4)
     try:

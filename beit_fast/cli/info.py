@@ -46,7 +46,7 @@ def _linears() -> dict[str, Any]:
         training: dict[str, str | None] = {"product": chosen.name, "reason": chosen.reason}
     except ValueError as error:  # what training would raise
         training = {"product": None, "reason": str(error)}
-    return {"packed": {"reason": onednn.packing_refusal("cpu", torch.float32)}, "training": training}
+    return {"packed": {"reason": onednn.unsupported_reason("cpu", torch.float32)}, "training": training}
 
 
 def _patch_embed_kernels() -> list[dict[str, Any]]:
@@ -56,8 +56,8 @@ def _patch_embed_kernels() -> list[dict[str, Any]]:
 
     rows = []
     for kernel in availability.PATCH_EMBED_KERNELS:
-        device = torch.device("cuda" if kernel == "fused/cuda" else "cpu")
-        reasons = availability.patch_embed_refusals(kernel, device)
+        device = torch.device("cuda" if kernel == "cuda" else "cpu")
+        reasons = availability.patch_embed_unsupported_reasons(kernel, device)
         rows.append({"kernel": kernel, "available": not reasons, "reasons": list(reasons)})
     return rows
 

@@ -190,7 +190,9 @@ class FoldedEncoder(nn.Module):
             return False
         size = hidden_states.shape[-1]
         rows = hidden_states.numel() // size
-        return not availability.residual_norm_refusals(hidden_states.device, [hidden_states.dtype], size, rows)
+        return not availability.residual_norm_unsupported_reasons(
+            hidden_states.device, [hidden_states.dtype], size, rows
+        )
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose attention for every block from now on."""

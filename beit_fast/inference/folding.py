@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers.attention import BeitAttention, BeitSelfAttention, BeitSelfOutput
 from ..layers.block import BeitEncoder, BeitLayer
 from ..layers.mlp import BeitIntermediate, BeitOutput
-from ..layers.module_hooks import hook_obstacles
+from ..layers.module_hooks import hook_reasons
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def folding_errors(encoder: nn.Module) -> list[str]:
     """Return every reason why the blocks of `encoder` cannot be folded."""
     if type(encoder) is not BeitEncoder:
         return [f"encoder is a {type(encoder).__name__}, not a BeitEncoder"]
-    errors = hook_obstacles({f"encoder.{name}": module for name, module in encoder.named_modules()})
+    errors = hook_reasons({f"encoder.{name}": module for name, module in encoder.named_modules()})
     for name, module, expected in _expected_modules(encoder):
         if type(module) is not expected:
             errors.append(f"{name} is a {type(module).__name__}, not a {expected.__name__}")

@@ -104,10 +104,12 @@ def is_exact_gelu(activation: nn.Module | None) -> bool:
 def build_linear(affine: Affine, rows: int, activation: nn.Module | None = None) -> InferenceLinear:
     """Build the linear layer for the fastest library that supports its weight, packed for `rows` inputs."""
     device, dtype = affine.weight.device, affine.weight.dtype
-    if is_exact_gelu(activation) and not availability.linear_gelu_refusals(device, dtype, affine.weight.shape[0]):
+    if is_exact_gelu(activation) and not availability.linear_gelu_unsupported_reasons(
+        device, dtype, affine.weight.shape[0]
+    ):
         return GeluLinear(affine, activation)
     if device.type == "cpu" and dtype == torch.float32 and split_bf16.unsupported_reason() is None:
         return SplitBf16Linear(affine, activation)
-    if onednn.packing_refusal(device, dtype) is None:
+    if onednn.unsupported_reason(device, dtype) is None:
         return PackedLinear(affine, activation, rows)
     return InferenceLinear(affine, activation)

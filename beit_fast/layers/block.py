@@ -16,7 +16,7 @@ from .attention_backends import dense_bias
 from .context import BlockContext, choose_kernels, query_dtype
 from .drop_path import BeitDropPath
 from .mlp import BeitIntermediate, BeitOutput
-from .module_hooks import hook_obstacles
+from .module_hooks import hook_reasons
 
 
 class BeitLayer(nn.Module):
@@ -50,7 +50,7 @@ class BeitLayer(nn.Module):
         branch = self.output(self.intermediate(self.layernorm_after(hidden_states), context), context)
         return hidden_states + self.drop_path(_scaled(branch, self.lambda_2)), weights
 
-    def obstacles_to_fusing(self) -> list[str]:
+    def unsupported_reasons(self) -> list[str]:
         """Why operators cannot take the place of `layernorm_after` and `drop_path` here; empty where they can."""
         modules = {"layernorm_after": self.layernorm_after, "drop_path": self.drop_path}
         accepted = {"layernorm_after": (nn.LayerNorm,), "drop_path": (BeitDropPath, nn.Identity)}
@@ -59,14 +59,14 @@ class BeitLayer(nn.Module):
             for name, module in modules.items()
             if type(module) not in accepted[name]
         ]
-        return replaced + hook_obstacles(modules)
+        return replaced + hook_reasons(modules)
 
     def _can_fuse(self, hidden_states: Tensor, branch: Tensor) -> bool:
         """Whether the Triton kernels take what comes after attention."""
         self_attention = getattr(self.attention, "attention", None)
         if not isinstance(self_attention, BeitSelfAttention) or hasattr(branch, "device_mesh"):
             return False  # a DTensor has a mesh, and the operators have no rules for it
-        if self.obstacles_to_fusing():
+        if self.unsupported_reasons():
             return False
         norm = self.layernorm_after
         tensors = (hidden_states, branch, self.lambda_1, self.lambda_2, norm.weight, norm.bias)

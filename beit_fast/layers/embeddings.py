@@ -10,7 +10,7 @@ from ..ops.dispatch import patch_embed as patch_embed_dispatch
 from ..ops.fallback.patch_embed import normalize_pixels
 from ..ops.patch_embed import patch_embed
 from ..position_bias import Window, resize_position_embeddings
-from .module_hooks import hook_obstacles
+from .module_hooks import hook_reasons
 
 Normalization = tuple[list[float], list[float]]
 """Mean and standard deviation of each channel, in the units of uint8 pixels."""
@@ -81,7 +81,7 @@ class BeitEmbeddings(nn.Module):
             self.attn_implementation,
             self.cls_token,
             self.config.attention_head_dim,
-            self.obstacles_to_fusing(),
+            self.unsupported_reasons(),
         )
         embed = self._fuse if resolved == "fused" else self._convolve
         tokens = embed(pixel_values, normalization, mask, positions)
@@ -89,9 +89,9 @@ class BeitEmbeddings(nn.Module):
             self.last_kernel = patch_embed_dispatch.kernel_name(resolved, pixel_values, self.cls_token)
         return self.dropout(tokens)
 
-    def obstacles_to_fusing(self) -> list[str]:
+    def unsupported_reasons(self) -> list[str]:
         """Why the operator cannot take the place of the modules here; empty where it can."""
-        return obstacles_to_fusing(self.patch_embeddings, BeitPatchEmbeddings)
+        return unsupported_reasons(self.patch_embeddings, BeitPatchEmbeddings)
 
     def _fuse(
         self, pixels: Tensor, normalization: Normalization | None, mask: Tensor | None, positions: Tensor | None
@@ -128,23 +128,23 @@ class BeitEmbeddings(nn.Module):
         return masked
 
 
-def obstacles_to_fusing(patch_embeddings: nn.Module, expected: type[nn.Module]) -> list[str]:
-    """Why one operator cannot do what calling `patch_embeddings` does: it reads a plain convolution's parameters."""
+def unsupported_reasons(patch_embeddings: nn.Module, expected: type[nn.Module]) -> list[str]:
+    """List why the operator, which reads a plain convolution's parameters, cannot replace `patch_embeddings`."""
     if type(patch_embeddings) is not expected:
         return [f"patch_embeddings is a {type(patch_embeddings).__name__}, not a {expected.__name__}"]
     projection = patch_embeddings.projection
     if type(projection) is not nn.Conv2d:
         return [f"patch_embeddings.projection is a {type(projection).__name__}, not an nn.Conv2d"]
-    obstacles = []
+    reasons = []
     if (
         projection.stride != projection.kernel_size
         or projection.padding != (0, 0)
         or projection.dilation != (1, 1)
         or projection.groups != 1
     ):
-        obstacles.append("patch_embeddings.projection is no convolution whose stride is its kernel")
+        reasons.append("patch_embeddings.projection is not a plain convolution with stride = kernel size")
     modules = {"patch_embeddings": patch_embeddings, "patch_embeddings.projection": projection}
-    return obstacles + hook_obstacles(modules)
+    return reasons + hook_reasons(modules)
 
 
 def float_pixels(pixels: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:

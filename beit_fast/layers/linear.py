@@ -9,7 +9,7 @@ from ..ops.cpu_linear.choice import CpuLinear, GemmChoice, choose_gemm
 from ..ops.functorch import transforms_are_active
 from .module_hooks import runs_as_written
 
-_CPU_KERNELS = ("triton/c++", "triton/composite")
+_CPU_KERNELS = ("cpp", "torch")
 
 
 def choose_training_gemm(kernel: str, device: torch.device, dtype: torch.dtype) -> GemmChoice | None:

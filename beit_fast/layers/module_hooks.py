@@ -30,7 +30,7 @@ def clone_if_hooked(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.clone() if hooked else tensor
 
 
-def hook_obstacles(modules: Mapping[str, nn.Module]) -> list[str]:
+def hook_reasons(modules: Mapping[str, nn.Module]) -> list[str]:
     """Which of these modules, by name, must be called because of hooks or a forward of their own."""
     return [
         f"{name} has hooks or a forward of its own, which would not be called"

@@ -245,7 +245,7 @@ class BeitPreTrainedModel(nn.Module):
             self.attn_implementation,
             embeddings.cls_token,
             self.config.attention_head_dim,
-            embeddings.obstacles_to_fusing(),
+            embeddings.unsupported_reasons(),
         )
 
     def set_pixel_normalization(

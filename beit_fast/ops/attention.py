@@ -74,8 +74,8 @@ def rel_pos_attention(
 
 def _unsupported_reasons(arguments: AttentionArguments | AttentionBackwardArguments) -> Sequence[str]:
     q = arguments.q
-    kernel = "triton/cuda" if q.is_cuda else "triton/interpreter"
-    return availability.kernel_refusals(kernel, q.device, q.dtype, q.shape[-1] if q.ndim else 0)
+    kernel: availability.KernelName = "triton" if q.is_cuda else "triton-interpret"
+    return availability.attention_unsupported_reasons(kernel, q.device, q.dtype, q.shape[-1] if q.ndim else 0)
 
 
 def _launch(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:

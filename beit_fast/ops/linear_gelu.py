@@ -47,7 +47,7 @@ def _fallback(arguments: LinearGeluArguments) -> Tensor:
 
 def _unsupported_reasons(arguments: LinearGeluArguments) -> Sequence[str]:
     x, weight, _ = arguments
-    return availability.linear_gelu_refusals(x.device, x.dtype, weight.shape[0] if weight.ndim == 2 else 0)
+    return availability.linear_gelu_unsupported_reasons(x.device, x.dtype, weight.shape[0] if weight.ndim == 2 else 0)
 
 
 def _launch(arguments: LinearGeluArguments) -> Tensor:

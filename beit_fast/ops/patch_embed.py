@@ -64,7 +64,7 @@ def _run_cuda(arguments: PatchEmbedArguments) -> Tensor:
     dtypes = [x.dtype for x in tensors if x is not None]
     normalized = 0 if mean is None and std is None else pixels.shape[1]
     kernel = availability.patch_embed_kernel(pixels.device, dtypes, normalized)
-    if kernel == "fused/cuda" and native.load("_C_cuda"):
+    if kernel == "cuda" and native.load("_C_cuda"):
         allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
         return torch.ops.beit_fast._patch_embed_cuda.default(*arguments, allow_tf32)
     return fallback.patch_embed(arguments)

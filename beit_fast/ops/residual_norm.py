@@ -87,7 +87,7 @@ def _unsupported_reasons(arguments: Any) -> Sequence[str]:
     vectors_and_rows = (named.get(name) for name in _FLOATS)
     dtypes = [rows.dtype, *(tensor.dtype for tensor in vectors_and_rows if tensor is not None)]
     size = rows.shape[-1] if rows.ndim else 1
-    return availability.residual_norm_refusals(rows.device, dtypes, size, rows.numel() // max(size, 1))
+    return availability.residual_norm_unsupported_reasons(rows.device, dtypes, size, rows.numel() // max(size, 1))
 
 
 _FLOATS = ("branch", "scale", "weight", "bias", "grad_sum", "grad_normalized")  # may have a dtype of their own

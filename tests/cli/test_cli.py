@@ -24,8 +24,9 @@ def test_info_as_a_process_prints_aligned_text_and_nothing_else() -> None:
     for section in ("versions", "devices", "kernels behind patch embedding", "native libraries"):
         assert section in lines
     assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)
-    kernels = [line for line in lines if line.startswith("  triton/")]
-    assert len({line.index("no: ") for line in kernels if "no: " in line}) == 1
+    first = next(place for place, line in enumerate(lines) if line.startswith("kernels behind attn_implementation")) + 1
+    kernels = [line for line in lines[first : first + len(availability.KERNELS)] if "no: " in line]
+    assert len({line.index("no: ") for line in kernels}) == 1
 
 
 def test_info_json_agrees_with_the_dispatcher_and_the_native_libraries(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def embed_patches(
     channels_last: bool = False,
 ) -> list[Tensor]:
     """Tokens, with every option."""
-    assert native.load("_C_cuda"), native.refusal("_C_cuda")
+    assert native.load("_C_cuda"), native.unsupported_reason("_C_cuda")
     shape, patches = (3, 3, *image), (image[0] // patch[0]) * (image[1] // patch[1])
     pixels = torch.randint(0, 256, shape, device="cuda").to(torch.uint8 if is_bytes else dtype)
     pixels = pixels.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -49,7 +49,7 @@ def test_bytes(position: str, dtype: torch.dtype) -> None:
     pixels = byte_images(2, 3, 35, 40).to(device())
     with torch.no_grad():
         fused = under("triton", model)(pixels).logits
-        assert model.patch_embed_report().kernel.startswith("fused/")
+        assert model.patch_embed_report().kernel == "cuda"
         floats = normalized(pixels)
         eager = under("eager", model)(floats.to(dtype)).logits
         exact = under("eager", model).double()(floats).logits

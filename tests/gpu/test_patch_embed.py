@@ -17,7 +17,7 @@ from ..support.oracle import assert_within_budget
 from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_inputs
 from .calls import LONG, need_free_memory
 
-if _reason := native.refusal("_C_cuda"):
+if _reason := native.unsupported_reason("_C_cuda"):
     pytest.skip(f"the CUDA library does not serve: {_reason}", allow_module_level=True)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +44,7 @@ def tf32_products() -> Iterator[None]:
 
 
 def test_the_library_loads() -> None:
-    assert native.load("_C_cuda"), native.refusal("_C_cuda")
+    assert native.load("_C_cuda"), native.unsupported_reason("_C_cuda")
 
 
 def inputs(image: tuple[int, int] = (48, 64), patch: tuple[int, int] = (16, 16), **options: Any) -> dict[str, Any]:

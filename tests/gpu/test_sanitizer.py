@@ -56,7 +56,8 @@ def test_no_race_in_shared_memory() -> None:
 
 
 needs_the_library = pytest.mark.skipif(
-    native.refusal("_C_cuda") is not None, reason=f"the CUDA library does not serve: {native.refusal('_C_cuda')}"
+    native.unsupported_reason("_C_cuda") is not None,
+    reason=f"the CUDA library does not serve: {native.unsupported_reason('_C_cuda')}",
 )
 
 

@@ -146,7 +146,7 @@ def test_none_takes_a_fused_kernel_where_one_serves():
 def no_kernel(monkeypatch):
     attention._decide.cache_clear()
     monkeypatch.setattr(availability, "serving_kernel", lambda *args: None)
-    monkeypatch.setattr(availability, "kernel_refusals", lambda *args: ("it is night",))
+    monkeypatch.setattr(availability, "attention_unsupported_reasons", lambda *args: ("it is night",))
     yield
     attention._decide.cache_clear()
 

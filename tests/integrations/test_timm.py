@@ -184,7 +184,7 @@ def test_the_report():
     assert f"attention on cpu in torch.float32, head dimension 8: {DEFAULT_ATTENTION}" in text
     with torch.no_grad(), Spy(17) as spy:
         model(pixels_for(model))
-    assert len(spy.calls) == (3 if DEFAULT_ATTENTION == "triton/c++" else 0)
+    assert len(spy.calls) == (3 if DEFAULT_ATTENTION == "cpp" else 0)
     again = accelerate(model, attn_implementation="triton")
     assert not again.replaced
     assert len(again.already_fast) == 4

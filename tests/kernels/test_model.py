@@ -15,7 +15,7 @@ from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS, TINY, randomize
 from .cases import BACKWARD_FACTOR, FORWARD_FACTOR, device, of_triton
 
-KERNEL = {"cpu": "triton/c++" if kernels_are_native() else "triton/interpreter", "cuda": "triton/cuda"}
+KERNEL = {"cpu": "cpp" if kernels_are_native() else "triton-interpret", "cuda": "triton"}
 
 
 def build(**options: Any) -> beit_fast.BeitForImageClassification:

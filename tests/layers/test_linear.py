@@ -25,7 +25,10 @@ SHAPES = [((1,), 768, 768), ((197,), 768, 96), ((4, 197), 64, 192), ((5,), 7, 3)
 @pytest.fixture(params=["onednn", "split_bf16"])
 def products(monkeypatch, request):
     """What is named multiplies whatever the CPU and however few the rows; yields the list of its products' shapes."""
-    refusals = {"onednn": onednn.packing_refusal("cpu", torch.float32), "split_bf16": split_bf16.unsupported_reason()}
+    refusals = {
+        "onednn": onednn.unsupported_reason("cpu", torch.float32),
+        "split_bf16": split_bf16.unsupported_reason(),
+    }
     functions = {"onednn": choice.gemm_onednn, "split_bf16": choice.gemm_split_bf16}
     if refusals[request.param] is not None:
         pytest.skip(refusals[request.param])

@@ -340,7 +340,10 @@ def test_a_state_dict_of_another_model_is_not_saved(tmp_path: Path, problem: str
 )
 def test_the_linears_of_cpu_training_run_in_sharded_models(tmp_path: Path, product: str, operator: str) -> None:
     """What multiplies keeps weights for the backward pass, which FSDP2 frees and gathers again in between."""
-    refusals = {"onednn": onednn.packing_refusal("cpu", torch.float32), "split_bf16": split_bf16.unsupported_reason()}
+    refusals = {
+        "onednn": onednn.unsupported_reason("cpu", torch.float32),
+        "split_bf16": split_bf16.unsupported_reason(),
+    }
     if refusals[product] is not None:
         pytest.skip(str(refusals[product]))
     run = Run("sharded", "both", dtype=torch.float32, batch=40)  # enough rows to pack for

@@ -21,7 +21,9 @@ from beit_fast.testing import memory
 
 from ..support.oracle import assert_within_budget, attention_oracle
 
-pytestmark = pytest.mark.skipif(not native.is_loaded("_C"), reason=f"no native library: {native.refusal('_C')}")
+pytestmark = pytest.mark.skipif(
+    not native.is_loaded("_C"), reason=f"no native library: {native.unsupported_reason('_C')}"
+)
 
 ROOT = Path(__file__).parents[2]
 IN_USE, INSTRUCTION_SETS = native.instruction_sets()

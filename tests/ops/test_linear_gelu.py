@@ -109,6 +109,6 @@ def test_flops_are_those_of_the_product() -> None:
 
 
 def test_reasons_of_the_kernel() -> None:
-    refusals = availability.linear_gelu_refusals(torch.device("cpu"), torch.float64, 2**24)
+    refusals = availability.linear_gelu_unsupported_reasons(torch.device("cpu"), torch.float64, 2**24)
     assert len(refusals) == 3
     assert "serves cuda tensors, not cpu" in refusals

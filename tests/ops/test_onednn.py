@@ -14,7 +14,7 @@ SIZES = [(1, 768, 768), (197, 768, 2304), (788, 96, 33), (5, 7, 3), (300, 1, 1)]
 
 
 def require(dtype: torch.dtype = torch.float32) -> None:
-    refusal = onednn.packing_refusal("cpu", dtype)
+    refusal = onednn.unsupported_reason("cpu", dtype)
     if refusal is not None:
         pytest.skip(refusal)
 
@@ -79,13 +79,13 @@ def test_the_packed_copy_does_not_follow_its_weight():
 def test_misfits_are_one_error_that_names_all_of_them():
     require()
     packed = onednn.pack(torch.randn(8, 4), 3)
-    with pytest.raises(ValueError, match=r"\[8, 4\]: x is \[3, 5\], not \[3, 4\]; bias is torch.float64"):
+    with pytest.raises(ValueError, match=r"\[8, 4\] cannot serve: x is \[3, 5\], not \[3, 4\]; bias is torch.float64"):
         onednn.packed_linear(torch.randn(3, 5), packed, torch.zeros(8, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"residual is \[1, 8\], not \[3, 8\]"):
         onednn.packed_linear_add(torch.randn(3, 4), packed, None, torch.randn(1, 8))
-    with pytest.raises(ValueError, match="activation is 'relu'; accepted are 'none', 'gelu'"):
+    with pytest.raises(ValueError, match=r"activation='relu' is not supported \(expected 'none' or 'gelu'\)"):
         onednn.packed_linear(torch.randn(3, 4), packed, None, "relu")
-    with pytest.raises(ValueError, match=r"not empty, not one of shape \[0, 4\]"):
+    with pytest.raises(ValueError, match=r"not empty, not of shape \[0, 4\]"):
         onednn.pack(torch.randn(0, 4), 3)
     with pytest.raises(RuntimeError, match="no derivative"):
         onednn.packed_linear(torch.randn(3, 4, requires_grad=True), packed, None)
@@ -94,13 +94,13 @@ def test_misfits_are_one_error_that_names_all_of_them():
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # what `flags` says of Intel's GPUs
 def test_refusals_name_device_dtype_and_switch():
     require()
-    assert onednn.packing_refusal("cuda", torch.float32) == "oneDNN serves cpu tensors, not cuda"
-    assert "torch.float64 is none of float32" in onednn.packing_refusal("cpu", torch.float64)
+    assert onednn.unsupported_reason("cuda", torch.float32) == "oneDNN serves cpu tensors, not cuda"
+    assert "torch.float64 is not supported (expected float32" in onednn.unsupported_reason("cpu", torch.float64)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert "enabled is False" in onednn.packing_refusal("cpu", torch.float32)
+        assert "enabled is False" in onednn.unsupported_reason("cpu", torch.float32)
     with FlopCounterMode(display=False):
-        assert "mode that intercepts" in onednn.packing_refusal("cpu", torch.float32)
-    assert onednn.packing_refusal(torch.device("cpu"), torch.float32) is None
+        assert "mode that intercepts" in onednn.unsupported_reason("cpu", torch.float32)
+    assert onednn.unsupported_reason(torch.device("cpu"), torch.float32) is None
 
 
 def test_the_check_holds_whatever_surrounds_it(fresh_check):
@@ -109,7 +109,7 @@ def test_the_check_holds_whatever_surrounds_it(fresh_check):
         onednn._check.cache_clear()
         state = torch.get_rng_state()
         with surrounding:
-            assert onednn.packing_refusal("cpu", torch.float32) is None
+            assert onednn.unsupported_reason("cpu", torch.float32) is None
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -132,7 +132,7 @@ def test_a_failed_check_is_a_reason_and_info_says_it(fresh_check, monkeypatch, b
         return pack, replacement, add
 
     monkeypatch.setattr(onednn, "_operators", operators)
-    reason = onednn.packing_refusal("cpu", torch.float32)
+    reason = onednn.unsupported_reason("cpu", torch.float32)
     expected = {
         "absent": "no attribute '_linear_pointwise'",
         "raises": "cannot run in torch.float32: could not create a primitive",

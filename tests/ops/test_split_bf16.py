@@ -392,7 +392,7 @@ def test_without_tiles_there_is_one_error():
 
 
 def test_an_older_library_is_noticed(monkeypatch):
-    monkeypatch.setattr(native, "refusal", lambda name: None)
+    monkeypatch.setattr(native, "unsupported_reason", lambda name: None)
     monkeypatch.setattr(native, "is_loaded", lambda name: True)
     monkeypatch.setattr(native, "ask", lambda function: None)
     assert "was built before it had split-bf16 linear layers" in split_bf16.unsupported_reason()

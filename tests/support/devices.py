@@ -11,10 +11,10 @@ from beit_fast import native
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 NATIVE_VARIABLE = "BEIT_FAST_TEST_NATIVE"
 
-CPU_ATTENTION = "triton/c++" if native.is_loaded("_C") else "triton/composite"
+CPU_ATTENTION = "cpp" if native.is_loaded("_C") else "torch"
 """The kernel behind `"triton"` on CPU tensors in this process, where Triton does not interpret."""
 
-DEFAULT_ATTENTION = "triton/c++" if native.is_loaded("_C") else "sdpa"
+DEFAULT_ATTENTION = "cpp" if native.is_loaded("_C") else "sdpa"
 """What `attn_implementation=None` comes to on the CPU in this process."""
 
 

@@ -64,7 +64,7 @@ def choose_gemm() -> GemmChoice:
     preferred = _preferred(_REQUESTED)
     reason = None
     if preferred.name == "onednn":
-        reason = onednn.packing_refusal("cpu", torch.float32)
+        reason = onednn.unsupported_reason("cpu", torch.float32)
     elif preferred.name == "split_bf16":
         reason = split_bf16.unsupported_reason()
     return preferred if reason is None else GemmChoice("blas", reason)

@@ -1,8 +1,8 @@
-"""oneDNN's packed linears, which torch keeps private: the one file that calls private operators, behind a check.
+"""Linear layers on oneDNN with packed weights, by private operators of PyTorch that are checked before use.
 
-`torch.ops.mkldnn._reorder_linear_weight` and `_linear_pointwise` are what Inductor's freezing uses. They may change in
-any release of torch, so `packing_refusal` runs them once on small matrices before anybody relies on them, and every
-caller has a path on public operators for where it gives a reason. None of them has a derivative.
+Inductor's freezing uses `torch.ops.mkldnn._reorder_linear_weight` and `_linear_pointwise`. They may change in any
+release of torch, so `unsupported_reason` runs them once on small matrices, and every caller falls back to public
+operators if it returns a reason. The operators have no derivative.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...utils.messages import join_choices
+from ..dispatch.availability import dtype_reasons
+
 ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "none")}
-"""What `packed_linear` can apply to its output, as oneDNN's name and algorithm; `"gelu"` is the exact form, by erf."""
+"""oneDNN's name and algorithm for each activation of `packed_linear`; `"gelu"` is the exact form, by erf."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHECK_TOLERANCE = 64  # eps of the dtype, of the largest output; a wrong layout or activation is off by far more
 
 
-def packing_refusal(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why weights of `dtype` cannot be packed for oneDNN on `device`, or None where they can.
+def unsupported_reason(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why weights of `dtype` cannot be packed for oneDNN on `device`; None if they can.
 
-    Ask before the other functions here are used. The first question for a dtype runs the operators once.
+    Call it before the other functions here. The first call for a dtype runs the operators once.
     """
     if torch.device(device).type != "cpu":
         return f"oneDNN serves cpu tensors, not {torch.device(device).type}"
-    if dtype not in _DTYPES:
-        return f"dtype {dtype} is none of {', '.join(str(known).removeprefix('torch.') for known in _DTYPES)}"
+    for reason in dtype_reasons([dtype], _DTYPES):
+        return reason
     if not torch.backends.mkldnn.is_available():
         return "this torch is built without oneDNN"
     if not torch.backends.mkldnn.enabled:
@@ -41,14 +44,13 @@ def packing_refusal(device: torch.device | str, dtype: torch.dtype) -> str | Non
 
 
 def pack(weight: Tensor, rows: int) -> Tensor:
-    """A copy of `weight`, `[out, in]` with any strides, in oneDNN's layout for inputs of about `rows` rows.
+    """Copy `weight`, `[out, in]` with any strides, to oneDNN's layout for inputs of about `rows` rows.
 
-    The copy is opaque: `shape` and `dtype` are the weight's, its memory is oneDNN's own and it cannot be deep-copied
-    or saved. It serves inputs of any number of rows, fastest those it was packed for, and later changes of `weight`
-    do not reach it.
+    The copy is opaque: it has the shape and dtype of the weight, but it cannot be deep-copied or saved. It accepts
+    inputs with any number of rows and is fastest for `rows`. Later changes to `weight` have no effect on it.
     """
     if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"pack takes a weight [out, in] that is not empty, not one of shape {list(weight.shape)}")
+        raise ValueError(f"weight must be [out, in] and not empty, not of shape {list(weight.shape)}")
     return _operators()[0](weight.detach(), max(rows, 1))
 
 
@@ -58,12 +60,12 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: st
     The bias is `[out]`, and x, bias and weight have one dtype; x may have any strides.
 
     Raises:
-        ValueError: sizes or dtypes do not fit, or the activation is unknown.
-        RuntimeError: a gradient would be needed.
+        ValueError: If sizes or dtypes do not fit, or the activation is unknown.
+        RuntimeError: If a gradient is required.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; accepted are {', '.join(map(repr, ACTIVATIONS))}")
-    _refuse_misfits(x, packed, bias)
+        raise ValueError(f"activation={activation!r} is not supported (expected {join_choices(ACTIVATIONS)})")
+    _check_arguments(x, packed, bias)
     name, algorithm = ACTIVATIONS[activation]
     return _operators()[1](x, packed, bias, name, [], algorithm)
 
@@ -73,35 +75,39 @@ def packed_linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: 
 
     Otherwise as `packed_linear`.
     """
-    _refuse_misfits(x, packed, bias, residual)
+    _check_arguments(x, packed, bias, residual)
     return _operators()[2](x, residual, packed, bias, "add")
 
 
-def _refuse_misfits(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> None:
-    """oneDNN's own errors name neither shapes nor dtypes, and autograd would drop the gradient with a warning."""
+def _check_arguments(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> None:
+    """Check shapes, dtypes and gradients: oneDNN's errors name no shapes, and autograd would only warn."""
     width, size = packed.shape
     expected = {
         "x": (x, (*x.shape[:-1], size)),
         "bias": (bias, (width,)),
         "residual": (residual, (*x.shape[:-1], width)),
     }
-    problems = []
+    errors = []
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
         if tensor.shape != shape:
-            problems.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+            errors.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
         if tensor.dtype != packed.dtype:
-            problems.append(f"{name} is {tensor.dtype}, not {packed.dtype}")
-    if problems:
-        raise ValueError(f"a packed linear of weight {[width, size]}: {'; '.join(problems)}")
+            errors.append(f"{name} is {tensor.dtype}, not {packed.dtype}")
+    if errors:
+        raise ValueError(f"a packed linear layer with weight {[width, size]} cannot serve: {'; '.join(errors)}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual)):
         raise RuntimeError("a packed linear has no derivative: call it under torch.no_grad() or on detached tensors")
 
 
 @functools.cache
 def _operators() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """(pack, linear, linear with a residual); AttributeError where this torch lacks one."""
+    """(pack, linear, linear with a residual).
+
+    Raises:
+        AttributeError: If this version of torch lacks one.
+    """
     operators = torch.ops.mkldnn
     pointwise = operators._linear_pointwise
     return operators._reorder_linear_weight.default, pointwise.default, pointwise.binary
@@ -111,7 +117,7 @@ def _operators() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., 
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
 def _check(dtype: torch.dtype) -> str | None:
-    """Why the operators cannot be relied on for `dtype`, found by running them on small numbers, exact in any dtype."""
+    """Run the operators on small numbers, which are exact in any dtype; return why they are unusable, or None."""
     generator = torch.Generator("cpu").manual_seed(0)
     x, weight, bias, residual = (
         torch.randint(-4, 5, shape, generator=generator, device="cpu").to(dtype) / 4

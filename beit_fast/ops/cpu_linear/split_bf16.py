@@ -29,7 +29,7 @@ _STEP_BYTES = 2 * _SIDE * _DEPTH  # of one term
 
 def unsupported_reason() -> str | None:
     """Why the operators cannot serve in this process; None if they can."""
-    reason = native.refusal("_C")
+    reason = native.unsupported_reason("_C")
     if reason is not None or not native.is_loaded("_C"):
         return reason or f"{native.file_name('_C')} is not loaded"
     answer = native.ask("beit_fast_parts_refusal")

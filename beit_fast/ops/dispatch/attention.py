@@ -1,8 +1,8 @@
-"""The one dispatcher of attention: a name chooses a function, and a backend that cannot serve says why.
+"""Choose the attention implementation and its kernel, or list why none can serve.
 
-`"eager"` and `"sdpa"` are the readable references and materialise the bias; `"triton"` is the operator
-`beit_fast::rel_pos_attention`. None means `"triton"` where a fused kernel serves the device and dtype, else `"sdpa"`,
-as in an export to ONNX, which has no such operator.
+`"eager"` and `"sdpa"` are references that materialise the bias; `"triton"` is the operator
+`beit_fast::rel_pos_attention`. None means `"triton"` if a fused kernel serves the device and dtype, else `"sdpa"`. In
+an export to ONNX, which has no such operator, None means `"sdpa"`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from . import availability
 
 
 def check_implementation(name: str | None) -> str | None:
-    """`name` itself if it is an attention implementation or None, else ValueError."""
+    """Return `name` if it is an attention implementation or None.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     if name is not None and name not in ATTENTION_IMPLEMENTATIONS:
         accepted = join_choices((*ATTENTION_IMPLEMENTATIONS, None))
         raise ValueError(f"attn_implementation={name!r} is not supported (expected {accepted})")
@@ -27,33 +31,33 @@ def check_implementation(name: str | None) -> str | None:
 
 
 def resolve(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The implementation that will run: None is decided by device and dtype, `"triton"` is checked.
+    """Resolve an implementation: None by device and dtype, `"triton"` if a kernel can serve.
 
     Raises:
-        ValueError: the name is unknown, or `"triton"` was asked for and no kernel serves; lists every kernel's reasons.
+        ValueError: If the name is unknown, or no kernel serves `"triton"`; the error lists every kernel's reasons.
     """
     return choose(implementation, device, dtype, head_dim)[0]
 
 
 def kernel_name(implementation: str | None, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
-    """What runs in the end: `"eager"`, `"sdpa"`, or the kernel behind `"triton"`, such as `"triton/cuda"`."""
+    """The kernel of an implementation: `"eager"`, `"sdpa"`, or for `"triton"` one of `availability.KERNELS`."""
     return choose(implementation, torch.device(device), dtype, head_dim)[1]
 
 
 def choose(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """Choose (implementation, kernel): the same throughout a process, except in an export to ONNX."""
-    refusals = availability.onnx_refusals()
-    if not refusals or implementation in ("eager", "sdpa"):
+    """(implementation, kernel) to run: constant within a process, except in an export to ONNX."""
+    reasons = availability.onnx_unsupported_reasons()
+    if not reasons or implementation in ("eager", "sdpa"):
         return _decide(implementation, device, dtype, head_dim)
     if check_implementation(implementation) is None:
         return "sdpa", "sdpa"
     raise ValueError(
-        f"attn_implementation={implementation!r} cannot serve: {'; '.join(refusals)}. "
-        "Use 'sdpa' or 'eager', or None, which takes 'sdpa' there."
+        f"attn_implementation={implementation!r} cannot serve: {'; '.join(reasons)}. "
+        "Use 'sdpa' or 'eager', or None, which selects 'sdpa' there."
     )
 
 
-# What torch.compiler.assume_constant_result sets; calling that imports Dynamo, which takes a second.
+# torch.compiler.assume_constant_result sets this attribute, but importing Dynamo for it takes a second.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -67,7 +71,7 @@ def _decide(implementation: str | None, device: torch.device, dtype: torch.dtype
         return "sdpa", "sdpa"
     if kernel is None:
         reasons = "".join(
-            f"\n  {name}: {'; '.join(availability.kernel_refusals(name, device, dtype, head_dim))}"
+            f"\n  {name}: {'; '.join(availability.attention_unsupported_reasons(name, device, dtype, head_dim))}"
             for name in availability.KERNELS
         )
         raise ValueError(
@@ -80,13 +84,16 @@ def _decide(implementation: str | None, device: torch.device, dtype: torch.dtype
 def describe_kernels(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32, head_dim: int = 64
 ) -> list[tuple[str, bool, tuple[str, ...]]]:
-    """Every kernel behind `"triton"` as (name, whether it serves, why not); each on its own device type if None."""
+    """List the kernels of `"triton"` as (name, whether it can serve, reasons why not).
 
-    def place(kernel: str) -> torch.device:
-        return torch.device(device or ("cuda" if kernel == "triton/cuda" else "cpu"))
+    If `device` is None, each kernel is described on its own device type.
+    """
+
+    def device_of(kernel: str) -> torch.device:
+        return torch.device(device or ("cuda" if kernel == "triton" else "cpu"))
 
     rows = [
-        (kernel, availability.kernel_refusals(kernel, place(kernel), dtype, head_dim))
+        (kernel, availability.attention_unsupported_reasons(kernel, device_of(kernel), dtype, head_dim))
         for kernel in availability.KERNELS
     ]
     return [(kernel, not reasons, reasons) for kernel, reasons in rows]
@@ -94,23 +101,23 @@ def describe_kernels(
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """Which attention ran in a model, and why others did not; `str()` is for people.
+    """Which attention kernels ran in a model, and why others cannot. `str()` returns a readable summary.
 
     Attributes:
-        requested: the `attn_implementation` asked for, None if left to device and dtype.
-        layers: the kernel that last ran in each layer, None where a layer has not run outside `torch.compile`.
+        requested: `attn_implementation`, None if device and dtype decide.
+        layers: the kernel that last ran in each layer; None for a layer that has not run outside `torch.compile`.
         would_run: the kernel that would run for the parameters' device and dtype.
-        refusals: for every kernel behind `"triton"`, why it does not serve there; empty where it does.
+        unsupported_reasons: for each kernel of `"triton"`, why it cannot serve there; empty if it can.
     """
 
     requested: str | None
     layers: tuple[str | None, ...]
     would_run: str
-    refusals: dict[str, tuple[str, ...]]
+    unsupported_reasons: dict[str, tuple[str, ...]]
 
     @property
     def kernel(self) -> str:
-        """The kernel that ran, several joined by commas, or the one that would run where none has."""
+        """The kernels that ran, joined by commas; if none has run, the kernel that would run."""
         ran = sorted({kernel for kernel in self.layers if kernel is not None})
         return ", ".join(ran) if ran else self.would_run
 
@@ -118,7 +125,9 @@ class AttentionReport:
         count = sum(kernel is not None for kernel in self.layers)
         state = f"ran in {count} of {len(self.layers)} layers" if count else "has not run yet, would run"
         lines = [f"attention: {self.kernel} ({state}; attn_implementation={self.requested!r})"]
-        lines += [f"  {name}: {'; '.join(reasons) or 'available'}" for name, reasons in self.refusals.items()]
+        lines += [
+            f"  {name}: {'; '.join(reasons) or 'available'}" for name, reasons in self.unsupported_reasons.items()
+        ]
         return "\n".join(lines)
 
 
@@ -129,10 +138,12 @@ def report(
     dtype: torch.dtype,
     head_dim: int,
 ) -> AttentionReport:
-    """The report of a model with these parameters' device and dtype."""
-    refusals = {name: availability.kernel_refusals(name, device, dtype, head_dim) for name in availability.KERNELS}
+    """Report on a model with parameters of this device and dtype."""
+    reasons: dict[str, tuple[str, ...]] = {
+        name: availability.attention_unsupported_reasons(name, device, dtype, head_dim) for name in availability.KERNELS
+    }
     try:
         would_run = kernel_name(requested, device, dtype, head_dim)
     except ValueError:
         would_run = "none"
-    return AttentionReport(requested, tuple(layers), would_run, refusals)
+    return AttentionReport(requested, tuple(layers), would_run, reasons)

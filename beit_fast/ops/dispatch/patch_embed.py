@@ -1,8 +1,7 @@
-"""The dispatcher of patch embedding: the convolution or the operator, and why the operator cannot take its place.
+"""Choose between the convolution and the operator for patch embedding, or list why the operator cannot serve.
 
-`"conv"` is the readable reference, `nn.Conv2d` and the steps after it; `"fused"` is the operator
-`beit_fast::patch_embed`, from pixels to tokens in one call. None means `"fused"` where attention runs `"triton"`, else
-`"conv"`.
+`"conv"` is the reference, `nn.Conv2d` and the steps after it; `"fused"` is the operator `beit_fast::patch_embed`, from
+pixels to tokens in one call. None means `"fused"` if attention runs `"triton"`, else `"conv"`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,11 @@ from . import attention, availability
 
 
 def check_implementation(name: str | None) -> str | None:
-    """`name` itself if it is an implementation of patch embedding or None, else ValueError."""
+    """Return `name` if it is an implementation of patch embedding or None.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     if name is not None and name not in PATCH_EMBED_IMPLEMENTATIONS:
         accepted = join_choices((*PATCH_EMBED_IMPLEMENTATIONS, None))
         raise ValueError(f"patch_embed_implementation={name!r} is not supported (expected {accepted})")
@@ -26,27 +29,38 @@ def check_implementation(name: str | None) -> str | None:
 
 
 def resolve(
-    implementation: str | None, attn_implementation: str | None, weight: Tensor, head_dim: int, obstacles: list[str]
+    implementation: str | None,
+    attn_implementation: str | None,
+    weight: Tensor,
+    head_dim: int,
+    unsupported_reasons: list[str],
 ) -> str:
-    """The implementation that will run; None follows attention as it runs for `weight`'s device and dtype.
+    """Resolve an implementation; None follows attention for the device and dtype of `weight`.
+
+    Args:
+        implementation: requested implementation of patch embedding.
+        attn_implementation: requested attention implementation.
+        weight: a parameter of the embedding.
+        head_dim: head dimension of attention.
+        unsupported_reasons: why the operator cannot replace the modules of this model.
 
     Raises:
-        ValueError: `"fused"` was asked for and something stands in its way, or attention cannot be resolved.
+        ValueError: If `"fused"` was requested but cannot serve, or attention cannot be resolved.
     """
-    obstacles = [*obstacles, *availability.onnx_refusals()]
+    unsupported_reasons = [*unsupported_reasons, *availability.onnx_unsupported_reasons()]
     if implementation is None:
         attends = attention.resolve(attn_implementation, weight.device, weight.dtype, head_dim)
-        return "fused" if attends == "triton" and not obstacles else "conv"
-    if implementation == "fused" and obstacles:
+        return "fused" if attends == "triton" and not unsupported_reasons else "conv"
+    if implementation == "fused" and unsupported_reasons:
         raise ValueError(
-            f"patch_embed_implementation='fused' cannot serve this model: {'; '.join(obstacles)}. "
-            "Use 'conv', or None to follow attention where nothing stands in the way."
+            f"patch_embed_implementation='fused' cannot serve this model: {'; '.join(unsupported_reasons)}. "
+            "Use 'conv', or None, which follows attention if the operator can serve."
         )
     return implementation
 
 
 def kernel_name(resolved: str, pixels: Tensor, weight: Tensor) -> str:
-    """What runs in the end: `"conv"`, or the kernel behind `"fused"`, such as `"fused/c++"`."""
+    """The kernel of a resolved implementation: `"conv"`, or for `"fused"` one of `PATCH_EMBED_KERNELS`."""
     if resolved != "fused":
         return resolved
     if pixels.dtype == torch.uint8:
@@ -56,29 +70,31 @@ def kernel_name(resolved: str, pixels: Tensor, weight: Tensor) -> str:
 
 @dataclass(frozen=True)
 class PatchEmbedReport:
-    """Which patch embedding ran in a model, and why others did not; `str()` is for people.
+    """Which patch embedding ran in a model, and why others cannot. `str()` returns a readable summary.
 
     Attributes:
-        requested: the `patch_embed_implementation` asked for, None if it follows attention.
-        ran: what ran last, `"conv"` or a kernel behind `"fused"`; None if nothing has outside `torch.compile`.
+        requested: `patch_embed_implementation`, None if it follows attention.
+        ran: what ran last, `"conv"` or a kernel of `"fused"`; None if nothing has run outside `torch.compile`.
         would_run: what would run on float pixels of the parameters' dtype, on their device.
-        refusals: for every kernel behind `"fused"`, why it does not serve there; empty where it does.
+        unsupported_reasons: for each kernel of `"fused"`, why it cannot serve there; empty if it can.
     """
 
     requested: str | None
     ran: str | None
     would_run: str
-    refusals: dict[str, tuple[str, ...]]
+    unsupported_reasons: dict[str, tuple[str, ...]]
 
     @property
     def kernel(self) -> str:
-        """What ran, or what would run where nothing has."""
+        """What ran; if nothing has run, what would run."""
         return self.would_run if self.ran is None else self.ran
 
     def __str__(self) -> str:
         state = "has not run yet, would run" if self.ran is None else "ran"
         lines = [f"patch embedding: {self.kernel} ({state}; patch_embed_implementation={self.requested!r})"]
-        lines += [f"  {name}: {'; '.join(reasons) or 'available'}" for name, reasons in self.refusals.items()]
+        lines += [
+            f"  {name}: {'; '.join(reasons) or 'available'}" for name, reasons in self.unsupported_reasons.items()
+        ]
         return "\n".join(lines)
 
 
@@ -88,15 +104,17 @@ def report(
     attn_implementation: str | None,
     weight: Tensor,
     head_dim: int,
-    obstacles: list[str],
+    unsupported_reasons: list[str],
 ) -> PatchEmbedReport:
-    """The report of a model whose parameters are like `weight`."""
-    refusals = {
-        name: (*availability.patch_embed_refusals(name, weight.device, [weight.dtype]), *obstacles)
+    """Report on a model with parameters like `weight`; arguments as in `resolve`."""
+    reasons: dict[str, tuple[str, ...]] = {
+        name: (*availability.patch_embed_unsupported_reasons(name, weight.device, [weight.dtype]), *unsupported_reasons)
         for name in availability.PATCH_EMBED_KERNELS
     }
     try:
-        would_run = kernel_name(resolve(requested, attn_implementation, weight, head_dim, obstacles), weight, weight)
+        would_run = kernel_name(
+            resolve(requested, attn_implementation, weight, head_dim, unsupported_reasons), weight, weight
+        )
     except ValueError:
         would_run = "none"
-    return PatchEmbedReport(requested, ran, would_run, refusals)
+    return PatchEmbedReport(requested, ran, would_run, reasons)
