@@ -135,16 +135,23 @@ def test_fine_tuning_starts_from_a_masked_model(tmp_path):
     assert torch.equal(model.beit.embeddings.mask_token, trained.beit.embeddings.mask_token)
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint of Transformers for every class."""
+    options = options_for("BeitForSemanticSegmentation") | {"use_relative_position_bias": True, "out_features": None}
+    folders = {name: tmp_path_factory.mktemp(name) for name in CLASSES}
+    for name, folder in folders.items():
+        write_theirs(name, folder, **options)
+    return folders
+
+
 @pytest.mark.parametrize("target", CLASSES)
 @pytest.mark.parametrize("source", CLASSES)
-def test_every_class_reads_the_trunk_of_every_other(source, target, tmp_path):
-    options = options_for("BeitForSemanticSegmentation") | {"use_relative_position_bias": True, "out_features": None}
-    written = write_theirs(source, tmp_path, **options)
+def test_every_class_reads_the_trunk_of_every_other(source, target, folders):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = getattr(beit_fast, target).from_pretrained(tmp_path)
-    written.save_pretrained(tmp_path / "again")
-    stored = {key.removeprefix("beit."): x for key, x in load_file(tmp_path / "again/model.safetensors").items()}
+        model = getattr(beit_fast, target).from_pretrained(folders[source])
+    stored = {key.removeprefix("beit."): x for key, x in load_file(folders[source] / "model.safetensors").items()}
     own = {key.removeprefix("beit."): x for key, x in model.state_dict().items()}
     trunk = [key for key in own if key.startswith(("embeddings.", "encoder."))]
     assert len(trunk) > 60

@@ -1,5 +1,7 @@
 """Pixel values and sizes against Transformers' Pillow backend, and of the tensor processor against both."""
 
+import itertools
+
 import matplotlib.cbook
 import numpy as np
 import pytest
@@ -42,11 +44,15 @@ def unnormalised(values):
     return np.asarray(values) / 2 + 0.5
 
 
-@pytest.mark.parametrize("resample", FILTERS.values(), ids=FILTERS.keys())
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-@pytest.mark.parametrize("name", ["photograph", "noise", "clipped"])
-def test_pixels_are_those_of_the_pillow_backend(images, name, geometry, resample):
-    options = {**geometry, "resample": resample}
+CASES = [
+    *itertools.product(["clipped"], GEOMETRIES, FILTERS),
+    *itertools.product(["photograph"], GEOMETRIES, ["bicubic"]),
+]
+
+
+@pytest.mark.parametrize(("name", "geometry", "resample"), CASES)
+def test_preprocess_returns_the_pixels_of_the_pillow_backend(images, name, geometry, resample):
+    options = {**GEOMETRIES[geometry], "resample": FILTERS[resample]}
     expected = BeitImageProcessorPil(**options)(images[name], return_tensors="np")["pixel_values"]
     pixels = BeitImageProcessor(**options)(images[name], return_tensors="np").pixel_values
     fast = BeitImageProcessorFast(**options)(images[name], return_tensors="np").pixel_values
