@@ -116,17 +116,16 @@ gpu-test-kernels gpu-test-device:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" \
 	  $(GPU_TESTS)
 
-# Compares with every baseline, which all have to be there, and writes benchmarks/results/; BENCH_OPTIONS=--full takes every
-# size.
+# Compare with every baseline, which all have to be installed, and write benchmarks/results/. BENCH_OPTIONS=--full runs
+# every size.
 bench: $(VENV)/.bench $(NATIVE)
 	$(BIN)/pytest benchmarks/ --require-baselines $(BENCH_OPTIONS) --rows=build/benchmarks.jsonl
 	$(BIN)/python -m benchmarks.report.plot build/benchmarks.jsonl --results benchmarks/results
 	$(BIN)/python -m benchmarks.report.targets build/benchmarks.jsonl
 
-# Attention, or whole models, on a GPU against their baselines, in the Python at hand (torch for CUDA, Triton,
-# pytest-benchmark, transformers, matplotlib; timm takes part where it is there): no .venv, nothing is downloaded.
-# RESULTS=FOLDER gets a copy, and the log of rows as the run goes on; COMMIT=... is written down where this folder is no
-# checkout.
+# Compare attention, or whole models, on a GPU. GPU_PYTHON has torch for CUDA, Triton, pytest-benchmark, transformers,
+# matplotlib and optionally timm; nothing is installed or downloaded. RESULTS=FOLDER gets a copy of the results and the
+# log of rows. COMMIT=... is recorded if this folder is not a checkout.
 GPU_BUDGET ?= 200
 gpu-bench: GPU_BENCH := attention
 gpu-bench-models: GPU_BENCH := model

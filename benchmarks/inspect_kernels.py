@@ -1,16 +1,16 @@
-"""What each attention kernel needs and does, counted in its machine code; no GPU is needed.
+"""Count registers, spills and instructions of the attention kernels in their machine code, without a GPU.
 
     python benchmarks/inspect_kernels.py                          # sm_80 and sm_90, bf16, D = 64
     python benchmarks/inspect_kernels.py --all --json kernels.json
     python benchmarks/inspect_kernels.py --kernel forward --capability 90 --tile 128,64,8,2 --markdown
 
-For each kernel, GPU architecture, tile and way to read the bias: registers of a thread, bytes spilled, shared memory of
-a program, instructions of the main loop that each scheduler issues for 64 x 64 scores, by the pipe that executes them,
-and their ratio to the kernel without a bias. The bound is the largest of the cycles that issue, the tensor cores (mma),
-exp2 (xu), memory accesses (lsu) and arithmetic (alu, fma) take at least: see kernels/aot/sass.py.
+A row is a kernel, GPU architecture, tile and bias layout. Its columns are the registers of a thread, spilled bytes,
+shared memory of a program, and instructions of the main loop per scheduler for 64 x 64 scores, by pipe. The last
+columns are their ratio to the kernel without a bias, and the bound. The bound is the largest of the least cycles for
+issue, tensor cores (mma), exp2 (xu), memory accesses (lsu) and arithmetic (alu, fma): see kernels/aot/sass.py.
 
-"shipped" is the tile that the launcher chooses, "reference" is 64x64 with 4 warps and 2 stages. Results are kept in
-build/aot, or in the folder that BEIT_FAST_AOT_CACHE names, until the kernels' source changes.
+"shipped" is the tile that the launcher chooses, "reference" is 64x64 with 4 warps and 2 stages. Results are cached in
+build/aot, or in the folder BEIT_FAST_AOT_CACHE, until the source of the kernels changes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAST_COLUMNS = ("to none", "bound")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 0, 1 where a kernel does not compile, 2 where nothing can be."""
+    """Print the table; return 0, or 1 if a kernel does not compile, or 2 if there is no compiler."""
     options = parse(arguments)
     variants = [
         variant
@@ -71,9 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; exits with 2 and one message where they make no sense."""
+    """Parse the options; exit with 2 and a message if they are not valid."""
     parser = argparse.ArgumentParser(
-        description="Count what the attention kernels need and do, without a GPU.",
+        description="Count registers, spills and instructions of the attention kernels, without a GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--kernel", nargs="+", choices=configs.KERNELS, default=list(configs.KERNELS))
@@ -97,14 +97,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def head_dim(given: str) -> int:
-    """A head dimension that the kernels accept."""
+    """Parse a head dimension of the kernels."""
     if not given.isdecimal() or int(given) % 8 or not 8 <= int(given) <= configs.HEAD_DIMS[-1]:
-        raise argparse.ArgumentTypeError(f"{given!r} is no multiple of 8 from 8 to {configs.HEAD_DIMS[-1]}")
+        raise argparse.ArgumentTypeError(f"{given!r} is not a multiple of 8 from 8 to {configs.HEAD_DIMS[-1]}")
     return int(given)
 
 
 def tile(given: str) -> configs.TileConfig:
-    """A tile from what its four numbers are."""
+    """Parse the four numbers of a tile."""
     numbers = [int(part) if part.isdecimal() else 0 for part in given.split(",")]
     powers = all(number > 0 and number & (number - 1) == 0 for number in numbers[:3])
     if len(numbers) != 4 or not powers or min(numbers[:2]) < 16 or numbers[2] > 32 or numbers[3] < 1:
@@ -115,7 +115,7 @@ def tile(given: str) -> configs.TileConfig:
 
 
 def variants_of(kernel: str, capability: int, options: argparse.Namespace) -> list[Variant]:
-    """Every tile with every way to read the bias; the bias gradient exists only with a bias."""
+    """List every tile with every bias layout; the bias gradient needs a bias."""
     layouts = list(dict.fromkeys([configs.NO_BIAS, *attention_variants.bias_layouts(capability, options.dtype)]))
     if kernel == "backward_dbias":
         layouts.remove(configs.NO_BIAS)
@@ -135,7 +135,7 @@ def variants_of(kernel: str, capability: int, options: argparse.Namespace) -> li
 
 
 def row(variant: Variant, found: Inspection) -> Row:
-    """One line of the table: plain values, for JSON too."""
+    """Build one line of the table from JSON values."""
     work = attention_variants.work(variant)
     by_pipe = sass.instructions_by_pipe(found.loop, work)
     cycles = sass.cycles_by_pipe(found.loop, work)
@@ -157,7 +157,7 @@ def row(variant: Variant, found: Inspection) -> Row:
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """Adds `to_none`: instructions over those of the same kernel without a bias, None where there is no such kernel."""
+    """Add `to_none`: the ratio of instructions to the kernel without a bias, or None without such a kernel."""
     base = {
         (row["kernel"], row["capability"], row["tile"]): row["instructions"] for row in rows if row["bias"] == "none"
     }
@@ -168,13 +168,13 @@ def with_ratios(rows: list[Row]) -> list[Row]:
 
 
 def conditions(options: argparse.Namespace) -> Row:
-    """Under which the table holds."""
+    """Return the conditions of the table."""
     names = ("dtype", "precision", "head_dim", "key_mask", "dropout")
     return {"triton": triton.__version__, "per": "64 x 64 scores", **{name: getattr(options, name) for name in names}}
 
 
 def cells(row: Row) -> list[str]:
-    """A row as it is printed."""
+    """Format the cells of a row."""
     tile_name = attention_variants.tile_name(row["tile"])
     names = [name for name, holds in (("shipped", row["shipped"]), ("reference", row["tile"] == REFERENCE)) if holds]
     counts = [f"{row['by_pipe'][pipe]:.0f}" for pipe in sass.PIPES]
@@ -194,7 +194,7 @@ def cells(row: Row) -> list[str]:
 
 
 def text(rows: list[Row]) -> str:
-    """Columns aligned: words to the left, numbers to the right."""
+    """Format aligned columns: words to the left, numbers to the right."""
     lines = [[*COLUMNS, *LAST_COLUMNS], *(cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
@@ -207,7 +207,7 @@ def text(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table for a README."""
+    """Format the table as Markdown."""
     header = [*COLUMNS, *LAST_COLUMNS]
     rule = ["---" if _is_word(column) else "---:" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *(cells(row) for row in rows)])

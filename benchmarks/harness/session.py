@@ -19,7 +19,12 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Outcome:
-    """Baselines of a case that have no row: a reason by name, apart for wrong and for missing ones."""
+    """Baselines of a case without a row: reasons by name.
+
+    Attributes:
+        wrong: Those that failed the check.
+        missing: Those that cannot run here.
+    """
 
     wrong: dict[str, str]
     missing: dict[str, str]
