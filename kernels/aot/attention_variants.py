@@ -1,4 +1,4 @@
-"""The ways to compile the attention kernels, for compile.py, which compiles without a GPU."""
+"""Variants of the attention kernels, for compile.py."""
 
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ KERNELS = {
     "dtable_cls": backward_dbias.dtable_cls_kernel,
 }
 PRODUCTS = {"forward": 2, "backward_dkv": 4, "backward_dq": 3, "backward_dbias": 2}
-"""Matrix products of a step, each of BLOCK_M x BLOCK_N x BLOCK_D multiply-adds."""
+"""Matrix products per step, each of BLOCK_M x BLOCK_N x BLOCK_D multiply-adds."""
 
 ROWS = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
 POINTERS = {
@@ -48,7 +48,7 @@ POINTERS = {
 }
 FLOATS = ("scale", "scale_log2", "drop_scale", "inverse_scale")
 LAUNCH_DEFAULTS = {"num_warps": 4, "num_stages": 3}
-"""Triton's own, for the kernels that have no tiles to choose."""
+"""Triton's defaults, for kernels without a table of tiles."""
 
 
 class Variant(NamedTuple):
@@ -56,7 +56,7 @@ class Variant(NamedTuple):
 
     kernel: str
     capability: int
-    tile: configs.TileConfig | None = None  # None for kernels that have no choice
+    tile: configs.TileConfig | None = None  # None for kernels without a table of tiles
     dtype: str = "bf16"
     precision: str = "ieee"  # of fp32 products
     head_dim: int = 64
@@ -89,26 +89,26 @@ def tile_name(tile: configs.TileConfig) -> str:
 
 
 def layout_name(layout: configs.BiasLayout) -> str:
-    """The name of a layout; pairs of a plain one have their own."""
+    """Return the name of a layout; pairs of a plain one have their own."""
     return "plain pairs" if layout == configs.BiasLayout("plain", 2) else layout.name
 
 
 def bias_layouts(capability: int, dtype: str) -> list[configs.BiasLayout]:
-    """How the bias is read on a GPU: windows of even and odd width, and one that is too large for them."""
+    """Return the bias layouts of a GPU: for windows of even and of odd width, and for a large one."""
     architecture = gpu.architecture_class(*divmod(capability, 10))
     windows = ((14, 14), (15, 15), (96, 96))
     return [configs.bias_layout(architecture, DTYPES[dtype], window) for window in windows]
 
 
 def shipped(variant: Variant) -> Variant:
-    """The variant with the tiles that the launcher would choose."""
+    """Return the variant with the tiles that the launcher chooses."""
     block_d = configs.padded_head_dim(variant.head_dim)
     tile = configs.select(variant.kernel, variant.architecture, block_d, variant.arithmetic, variant.dropout)
     return variant._replace(tile=tile)
 
 
 def small_kernels(capability: int, dtype: str = "bf16", head_dim: int = 64) -> list[Variant]:
-    """The kernels that have no tiles to choose, in the forms in which they are launched."""
+    """Return the kernels without a table of tiles, in the forms in which they are launched."""
     plain = Variant("pack_bias", capability, dtype=dtype, head_dim=head_dim)
     layouts = {layout.name: layout for layout in bias_layouts(capability, dtype)}
     variants = [plain._replace(bias_layout=layout) for layout in layouts.values()]
@@ -127,7 +127,7 @@ def _options(variant: Variant) -> dict[str, int]:
 
 
 def _constants(variant: Variant) -> dict[str, Any]:
-    """Compile-time arguments, as the launcher passes them; tensors that are not there are None."""
+    """Return the compile-time arguments as the launcher passes them; absent tensors are None."""
     blocks = {
         "pack_bias": {"BLOCK": configs.PACK_BLOCK},
         "combine_splits": {"BLOCK_M": configs.COMBINE_BLOCK},
@@ -162,10 +162,9 @@ def _constants(variant: Variant) -> dict[str, Any]:
 
 
 def _specialisation(variant: Variant, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes of a usual launch: 16 divides pointers, and strides of whole heads.
-
-    A head begins `head_dim` elements after the one before it, which 16 need not divide.
-    """
+    """Return signature, constants and attributes of a typical launch."""
+    # Triton specializes on divisibility by 16, here of pointers and strides. The stride of heads is head_dim, which may
+    # be an odd multiple of 8.
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -187,7 +186,7 @@ def _specialisation(variant: Variant, constants: dict[str, Any]) -> tuple[dict, 
         elif name in FLOATS or name in primitives.RUNTIME_INTEGERS:
             signature[name] = "fp32" if name in FLOATS else "i32"
         else:
-            raise ValueError(f"{variant.kernel}: nothing says which type the argument {name!r} has")
+            raise ValueError(f"{variant.kernel}: the type of argument {name!r} is not known")
     return signature, constexprs, attributes
 
 
@@ -198,7 +197,7 @@ def _pointer_type(name: str, variant: Variant) -> str:
 
 
 def work(variant: Variant) -> sass.Work:
-    """What an iteration of a variant's main loop does; for the kernels that have tiles."""
+    """Return the work of an iteration of a variant's main loop."""
     tile = variant.tile
     assert tile is not None, f"{variant.kernel} has no main loop"
     scores = tile.block_m * tile.block_n

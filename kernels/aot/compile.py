@@ -1,9 +1,7 @@
-"""Compiles kernels without a GPU, as a launch would, and says what came out: resources, loop, layouts.
+"""Compile kernels without a GPU, as a launch would, and inspect the result: resources, main loop, register layouts.
 
-What can be compiled is in the other files of this folder, one for each folder of kernels: see `Compilable`.
-
-Needs Triton only. What was found is kept as JSON under the hash of the kernels' source, Triton's version and all that
-the compiler was given, so asking again compiles nothing.
+Variants to compile are in the other files of this folder, one for each folder of kernels. This needs Triton alone.
+Results are cached as JSON under a hash of the kernels' source, Triton's version and all arguments of the compiler.
 """
 
 import concurrent.futures
@@ -33,7 +31,7 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 class CompileSpec(NamedTuple):
-    """A kernel with all that the compiler needs: constants, signature and options."""
+    """A kernel, and the constants, signature and options to compile it with."""
 
     function: Any  # triton.JITFunction
     constants: dict[str, Any]
@@ -42,21 +40,21 @@ class CompileSpec(NamedTuple):
 
 
 class Compilable(Protocol):
-    """One way to compile one kernel; its text says which."""
+    """One way to compile one kernel; `str()` names it."""
 
     @property
     def capability(self) -> int: ...
 
     @property
     def tile(self) -> Any:
-        """None for kernels that have no main loop to look at."""
+        """None for kernels without a main loop to inspect."""
 
     def compile_spec(self) -> CompileSpec: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a variant."""
+    """The compiler's output for a variant."""
 
     cubin: bytes
     ptx: str
@@ -66,10 +64,10 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What one program of a compiled variant needs, and what its main loop does."""
+    """Resources of one program of a compiled variant, and the instructions of its main loop."""
 
     registers: int  # of a thread
-    stack: int  # bytes of a thread; with `local`, what was spilled
+    stack: int  # bytes of a thread; stack and local memory hold spilled registers
     local: int
     shared: int  # bytes
     loop: Counter[str]  # instructions of the main loop, see sass.main_loop
@@ -84,11 +82,15 @@ AnyVariant = TypeVar("AnyVariant", bound=Compilable)
 
 
 class CompilationError(RuntimeError):
-    """The compiler gave up on a variant."""
+    """A variant does not compile."""
 
 
 def require_compiler() -> None:
-    """RuntimeError where Triton's interpreter has taken the compiler's place."""
+    """Check that Triton compiles in this process.
+
+    Raises:
+        RuntimeError: If TRITON_INTERPRET is set.
+    """
     if not isinstance(primitives.split_program_id, triton.JITFunction):
         raise RuntimeError(
             "Triton's interpreter is on (TRITON_INTERPRET is set), and it cannot share a process with the compiler: "
@@ -97,7 +99,11 @@ def require_compiler() -> None:
 
 
 def compile_variant(variant: Compilable) -> Compiled:
-    """Compile for a GPU that need not be there; CompilationError says which variant does not compile, and why."""
+    """Compile for the variant's GPU architecture.
+
+    Raises:
+        CompilationError: If the variant does not compile, with its name and the reason.
+    """
     require_compiler()
     spec = variant.compile_spec()
     source = ASTSource(spec.function, *spec.specialisation)
@@ -105,18 +111,19 @@ def compile_variant(variant: Compilable) -> Compiled:
         knobs.cache.dir = folder
         try:
             compiled = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=spec.options)
-        except Exception as error:  # of every kind: from the front end, MLIR, LLVM and ptxas
+        # The front end, MLIR, LLVM and ptxas raise different types.
+        except Exception as error:
             raise CompilationError(f"{variant} does not compile: {type(error).__name__}: {error}") from error
         return Compiled(compiled.asm["cubin"], compiled.asm["ptx"], compiled.asm["ttgir"], compiled.metadata.shared)
 
 
 def cache_folder(default: Path) -> Path:
-    """Where results are kept: BEIT_FAST_AOT_CACHE, or else `default`."""
+    """Return the folder of cached results: BEIT_FAST_AOT_CACHE, or else `default`."""
     return Path(os.environ.get("BEIT_FAST_AOT_CACHE") or default)
 
 
 def inspect(variant: Compilable, cache: Path) -> Inspection:
-    """Compile and look, or read what an earlier call with the same sources found."""
+    """Compile and inspect a variant, or read the cached result."""
     file = cache / f"{_key(variant)}.json"
     if not file.exists():
         _write(file, _inspect_compiled(compile_variant(variant), variant))
@@ -136,7 +143,8 @@ def _inspect_compiled(compiled: Compiled, variant: Compilable) -> Inspection:
 
 
 def _write(file: Path, inspection: Inspection) -> None:
-    """All at once, because another process may look for the same file."""
+    """Cache a result."""
+    # By atomic rename, because other processes read the same folder.
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(vars(inspection)))
@@ -151,7 +159,8 @@ def _key(variant: Compilable) -> str:
 
 @functools.cache
 def _sources() -> str:
-    """Hash of the kernels and of what looks at them; what configs.py decides is in variants and constants."""
+    """Return a hash of the source of kernels and inspection."""
+    # What the excluded files decide is part of variants and constants.
     folder = Path(__file__).parent.parent
     files = [
         file
@@ -164,11 +173,12 @@ def _sources() -> str:
 def inspect_all(
     variants: Iterable[AnyVariant], cache: Path, workers: int = 1
 ) -> Iterator[tuple[AnyVariant, Inspection | str]]:
-    """Each variant with what `inspect` gave, or with why it does not compile, in order.
+    """Yield each variant with its inspection, or with the error of the compiler, in order.
 
     Args:
-        cache: folder of results, see `cache_folder`.
-        workers: processes that compile; 1 is this one.
+        variants: Variants of one kind.
+        cache: Folder of cached results, see `cache_folder`.
+        workers: Number of processes that compile; 1 compiles in this one.
     """
     require_compiler()
     variants = list(variants)
@@ -182,7 +192,7 @@ def inspect_all(
 
 
 def _attempt(variant: Compilable, cache: Path) -> Inspection | str:
-    """As `inspect`, an error of the compiler as its text."""
+    """Inspect a variant; return an error of the compiler as text."""
     try:
         return inspect(variant, cache)
     except CompilationError as error:

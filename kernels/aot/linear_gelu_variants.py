@@ -1,4 +1,4 @@
-"""The ways to compile the kernel, for compile.py, which compiles without a GPU."""
+"""Variants of the linear_gelu kernel, for compile.py."""
 
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ class LinearVariant(NamedTuple):
         return CompileSpec(linear_gelu_kernel, constants, self._specialisation(constants), options)
 
     def _constants(self) -> dict[str, Any]:
-        """Compile-time arguments, as the launcher passes them."""
+        """Return the compile-time arguments as the launcher passes them."""
         return {
             "BLOCK_M": self.tile.block_m,
             "BLOCK_N": self.tile.block_n,
@@ -46,7 +46,9 @@ class LinearVariant(NamedTuple):
         }
 
     def _specialisation(self, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
-        """Signature, constants and attributes of a launch: 16 divides pointers, strides and inputs; bias is dense."""
+        """Return signature, constants and attributes of a launch."""
+        # Triton specializes on divisibility by 16, here of pointers, strides and inputs, and on a stride of 1 of the
+        # bias.
         signature: dict[str, Any] = {}
         constexprs: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], Any] = {}
@@ -74,7 +76,7 @@ class LinearVariant(NamedTuple):
 
 
 def shipped(capability: int, dtype: str = "bf16", precision: str = "ieee") -> list[LinearVariant]:
-    """The variants that the launcher chooses between by the number of rows."""
+    """Return the variants that the launcher chooses from by the number of rows."""
     architecture = gpu.architecture_class(*divmod(capability, 10))
     multiplies = gpu.arithmetic(DTYPES[dtype], precision)
     tiles = dict.fromkeys(configs.TILES[multiplies, architecture])
@@ -82,7 +84,7 @@ def shipped(capability: int, dtype: str = "bf16", precision: str = "ieee") -> li
 
 
 def work(variant: LinearVariant) -> sass.Work:
-    """What an iteration of the main loop does; its "scores" are sums of block_k products."""
+    """Return the work of an iteration of the main loop; its "scores" are sums of block_k products."""
     tile = variant.tile
     sums = tile.block_m * tile.block_n
     return sass.Work(variant.capability, tile.num_warps, sums, sums * tile.block_k, variant.precision == "tf32")

@@ -1,4 +1,4 @@
-"""The ways to compile the kernels, for compile.py, which compiles without a GPU."""
+"""Variants of the residual_norm kernels, for compile.py."""
 
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ ABSENT = {
     "frozen": ("branch", "partial_scale", "partial_weight", "partial_bias"),
     "everything": (),
 }
-"""What a launch leaves out, by its name."""
+"""Parameters that are None, by form of a launch."""
 FORMS = {
     "forward": ("everything", "no affine", "plain", "norm alone", "sum alone"),
     "backward": ("everything", "frozen", "gradient of the sum alone"),
@@ -50,7 +50,7 @@ class NormVariant(NamedTuple):
 
     @property
     def tile(self) -> None:
-        """There is no loop over matrix products to look at."""
+        """None: there is no loop of matrix products."""
         return None
 
     @property
@@ -69,7 +69,7 @@ class NormVariant(NamedTuple):
         return configs.forward_warps(self.size) if self.kernel == "forward" else configs.backward_warps(self.size)
 
     def _constants(self) -> dict[str, Any]:
-        """Compile-time arguments, as the launcher passes them; tensors that are not there are None."""
+        """Return the compile-time arguments as the launcher passes them; absent tensors are None."""
         constants: dict[str, Any] = {
             "SIZE": self.size,
             "BLOCK": configs.padded_size(self.size),
@@ -81,7 +81,7 @@ class NormVariant(NamedTuple):
         return {name: value for name, value in constants.items() if name in KERNELS[self.kernel].arg_names}
 
     def _specialisation(self, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
-        """Signature, constants and attributes of a launch: 16 divides pointers."""
+        """Return signature, constants and attributes of a launch; 16 divides pointers."""
         signature: dict[str, Any] = {}
         constexprs: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], Any] = {}
@@ -109,7 +109,7 @@ class NormVariant(NamedTuple):
         if name in VECTORS:
             return self.vector_dtype
         assert name in ("drop_path_scale", "mean", "rstd") or name.startswith("partial_"), (
-            f"{name}: nothing says its type"
+            f"the type of argument {name!r} is not known"
         )
         return "fp32"
 
@@ -120,7 +120,7 @@ class NormVariant(NamedTuple):
 
 
 def shipped(capability: int, size: int = 768) -> list[NormVariant]:
-    """What training in bf16, in fp32 and under autocast launches, and in bf16 what leaves something out."""
+    """Return the launches of training in bf16, in fp32 and under autocast, and in bf16 those with absent tensors."""
     everywhere = (("bf16", "bf16", "bf16"), ("fp32", "fp32", "fp32"), ("bf16", "fp32", "fp32"))
     return [
         NormVariant(kernel, capability, size, *dtypes, form)

@@ -1,20 +1,9 @@
-"""What a cubin holds: resources, the instructions of its main loop, and the cycles they cost at least.
+"""Resources of a cubin, the instructions of its main loop, and a lower bound of their cycles.
 
-The model counts a multiprocessor's cycles for one 64 x 64 tile of scores. An iteration of the main loop is one tile
-of BLOCK_M x BLOCK_N, which `warps` warps work through together, all with the same instructions; so an instruction that
-stands in the loop once is issued `warps / (BLOCK_M * BLOCK_N / 4096)` times for 64 x 64 scores. Each such issue takes
-
-- issue: 1/4 cycle, since four schedulers issue one warp instruction a cycle each (compute capability 8.0 and later);
-- alu, fma, xu: 32 lanes over the lanes of that pipe. "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA
-  C++ Best Practices Guide has them: 16 results a cycle for exp2 and conversions, 64 fp32 on 8.0 and 128 later, 64
-  integer operations up to 9.0; for 10.0 and 12.0 the largest of that class, 128, so that the bound stays a lower one;
-- lsu: a cycle for 32 lanes of 4 bytes, so two for 64-bit and four for 128-bit accesses: 32 load/store lanes and 128
-  bytes of shared memory a cycle, as NVIDIA's whitepapers on A100 (GA100), H100 (GH100) and later have it. Bank
-  conflicts, uncoalesced addresses, and what wgmma reads from shared memory by itself are not in it;
-- mma: the products' multiply-adds over the dense rate of the whitepapers' tables, fp32 accumulation. GeForce parts
-  have half of what stands here for 8.6, 8.9 and 12.0; tf32 has half of fp16 everywhere.
-
-The largest of these is the bound; dependencies and latencies come on top.
+The unit is one 64 x 64 tile of scores on one streaming multiprocessor (SM). An iteration of the main loop computes a
+tile of BLOCK_M x BLOCK_N with `warps` warps, which all execute every instruction of the loop. An instruction is
+therefore issued `warps / (BLOCK_M * BLOCK_N / 4096)` times per unit. The bound is the largest of the cycles of issue
+and of each pipe; dependencies and latencies add to it.
 """
 
 import re
@@ -43,21 +32,25 @@ MATRIX = re.compile(r"(H|HG|I|QG|UTC\w*)MMA")
 
 
 class Resources(NamedTuple):
-    """Of one program; bytes, but for the registers of a thread."""
+    """Resources of one program."""
 
-    registers: int
-    stack: int
-    local: int
+    registers: int  # of a thread
+    stack: int  # bytes
+    local: int  # bytes
 
 
 class Rates(NamedTuple):
-    """Of one multiprocessor, a cycle."""
+    """Throughput of one SM per cycle."""
 
     matrix: int  # fp16 multiply-adds
     fma: int  # lanes
     alu: int  # lanes
 
 
+# NVIDIA's CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic Instructions", has fma and alu; 10.0 and 12.0
+# take the largest alu rate of their class, so that the bound stays a lower one. The whitepapers of A100 (GA100), H100
+# (GH100) and later have the dense matrix rates with fp32 accumulation. GeForce parts of 8.6, 8.9 and 12.0 have half of
+# these; tf32 has half of fp16.
 RATES = {
     80: Rates(1024, 64, 64),
     86: Rates(512, 128, 64),
@@ -66,6 +59,9 @@ RATES = {
     100: Rates(4096, 128, 128),
     120: Rates(512, 128, 128),
 }
+# Each scheduler issues one warp instruction a cycle (compute capability 8.0 and later). The guide has 16 results a
+# cycle for exp2 and conversions. The whitepapers have 32 load/store lanes of 4 bytes; bank conflicts, uncoalesced
+# addresses, and shared memory that wgmma reads are not counted.
 SCHEDULERS = 4
 XU_LANES = 16
 LSU_LANES = 32
@@ -73,7 +69,7 @@ WARP = 32
 
 
 class Work(NamedTuple):
-    """What an iteration of a main loop does."""
+    """The work of an iteration of a main loop."""
 
     capability: int
     warps: int
@@ -83,14 +79,14 @@ class Work(NamedTuple):
 
 
 def resources(cubin: bytes) -> Resources:
-    """Registers, stack and local memory of the one kernel of a cubin."""
+    """Return registers, stack and local memory of the only kernel of a cubin."""
     usage = _run_on(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
     fields = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(fields["REG"], fields["STACK"], fields["LOCAL"])
 
 
 def disassemble(cubin: bytes) -> str:
-    """The machine code of a cubin as nvdisasm prints it."""
+    """Return the machine code of a cubin as nvdisasm prints it."""
     return _run_on(cubin, knobs.nvidia.nvdisasm.path, "-c")
 
 
@@ -102,12 +98,9 @@ def _run_on(cubin: bytes, *command: str) -> str:
 
 
 def main_loop(disassembly: str) -> Counter[str]:
-    """How often each instruction, modifiers included, stands in the loop that multiplies matrices; empty without one.
-
-    A loop is what lies between a label and a branch back to it. Of the loops around a matrix instruction it is the one
-    that ends first: waits for a barrier, which stand behind the code on sm_100, branch back over the loop as well.
-    Without tensor cores it is the shortest loop with the most FFMA.
-    """
+    """Count the instructions, with modifiers, of the loop that multiplies matrices; empty if there is none."""
+    # Of the loops around a matrix instruction, the one that ends first: on sm_100, waits for barriers are behind the
+    # code, and branch back over the loop as well. Without tensor cores, the shortest loop with the most FFMA.
     instructions, loops = _instructions_and_loops(disassembly)
     bodies = [instructions[first : last + 1] for first, last in loops]
     with_matrices = [body for body in bodies if any(MATRIX.match(name) for name in body)]
@@ -120,7 +113,8 @@ def main_loop(disassembly: str) -> Counter[str]:
 
 
 def _instructions_and_loops(disassembly: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Names of all instructions, and (first, last) of each loop in the order in which loops end."""
+    """Return the names of all instructions, and (first, last) of each loop in the order in which loops end."""
+    # A loop is the code between a label and a branch back to it.
     instructions: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[str, int]] = []
@@ -136,12 +130,12 @@ def _instructions_and_loops(disassembly: str) -> tuple[list[str], list[tuple[int
 
 
 def base_name(instruction: str) -> str:
-    """The name without its modifiers: LDG of LDG.E.128."""
+    """Return the name without modifiers: LDG of LDG.E.128."""
     return instruction.partition(".")[0]
 
 
 def pipe_of(instruction: str) -> str:
-    """Which of PIPES executes an instruction."""
+    """Return the pipe, one of PIPES, that executes an instruction."""
     name = base_name(instruction)
     if MATRIX.fullmatch(name):
         return "mma"
@@ -149,12 +143,12 @@ def pipe_of(instruction: str) -> str:
 
 
 def is_known(instruction: str) -> bool:
-    """Whether `pipe_of` knows an instruction: one of a new architecture counts as "other"."""
+    """Whether `pipe_of` knows an instruction; unknown ones count as "other"."""
     return pipe_of(instruction) != "other" or base_name(instruction) in PIPE_OF
 
 
 def instructions_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
-    """Warp instructions that each scheduler issues for a 64 x 64 tile: four warps' worth on four schedulers."""
+    """Return the warp instructions per scheduler and 64 x 64 tile, by pipe."""
     counts = dict.fromkeys(PIPES, 0.0)
     for instruction, count in loop.items():
         counts[pipe_of(instruction)] += count * _issues(work) / SCHEDULERS
@@ -162,7 +156,7 @@ def instructions_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
 
 
 def cycles_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
-    """Cycles of a multiprocessor that a 64 x 64 tile takes at least, by what would bound it: see the module."""
+    """Return a lower bound of an SM's cycles per 64 x 64 tile, for issue and for each pipe."""
     rates = RATES[work.capability]
     lanes = {"xu": XU_LANES, "alu": rates.alu, "fma": rates.fma}
     cycles = dict.fromkeys(("issue", "mma", "xu", "lsu", "alu", "fma"), 0.0)
@@ -181,17 +175,17 @@ def cycles_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
 
 
 def bound(cycles: dict[str, float]) -> str:
-    """Which of the cycles are the most."""
+    """Return the name of the largest of the cycles."""
     return max(cycles, key=lambda name: cycles[name])
 
 
 def _issues(work: Work) -> float:
-    """How often an instruction of the loop is issued for 64 x 64 scores."""
+    """Return how often an instruction of the loop is issued per 64 x 64 scores."""
     return work.warps / (work.scores / 4096)
 
 
 def access_words(instruction: str) -> int:
-    """Words of 4 bytes that each lane moves; 1 for tensor memory, which has a port of its own."""
+    """Return the words of 4 bytes per lane; 1 for tensor memory, which has its own port."""
     if base_name(instruction) in ("LDSM", "STSM"):
         return int(instruction[-1]) if instruction.endswith((".2", ".4")) else 1
     if base_name(instruction) in ("LDTM", "STTM"):
@@ -201,10 +195,8 @@ def access_words(instruction: str) -> int:
 
 
 def multiply_adds(loop: Counter[str]) -> int | None:
-    """Of one warp's matrix instructions; None where their shape is not in the name, as on sm_100.
-
-    HMMA.16816 is 16 x 8 x 16 by one warp, HGMMA.64x64x16 is 64 x 64 x 16 by four.
-    """
+    """Return the multiply-adds of one warp's matrix instructions; None if names have no shape, as on sm_100."""
+    # HMMA.16816 is 16 x 8 x 16 by one warp; HGMMA.64x64x16 is 64 x 64 x 16 by four.
     total = 0
     for instruction, count in loop.items():
         if pipe_of(instruction) != "mma":

@@ -1,8 +1,8 @@
-"""Which elements a thread's registers hold where the kernels load the bias: read off the compiler's TTGIR.
+"""Register layouts of the bias loads, read from the compiler's TTGIR.
 
-The vector loads of primitives.load_bias_tile are right only if adjacent registers hold what one instruction loads.
-Triton describes a layout as linear over bits: each bit of a register's, lane's or warp's number adds (exclusive or)
-one basis vector (row, column) to the element's place.
+The vector loads of bias.load_bias_tile are right only if adjacent registers hold what one instruction loads. A layout
+of Triton is linear over bits: each bit of a register, lane or warp number adds (exclusive or) one basis vector
+(row, column) to the position of the element.
 """
 
 import re
@@ -22,21 +22,18 @@ class BiasLoad(NamedTuple):
 
     assembly: str
     layout: str  # as Triton prints it
-    registers: Bases  # what each bit of the register's number adds to the place
-    others: Bases  # the same of lanes and warps
+    registers: Bases  # basis vector of each bit of the register number
+    others: Bases  # basis vectors of lanes and warps
 
     @property
     def vector(self) -> int:
-        """Elements that one instruction loads."""
+        """Elements per instruction."""
         found = re.search(r"\.v(\d)\.", self.assembly)
         return int(found[1]) if found else 1
 
 
 def bias_loads(ttgir: str, capability: int) -> list[BiasLoad]:
-    """The different loads of a module that are written as inline assembly.
-
-    Where nothing uses what is loaded there is no load: the compiler leaves such copies behind, and ptxas drops them.
-    """
+    """Return the distinct loads of a module that are written as inline assembly."""
     context = ir.context()
     ir.load_dialects(context)
     make_backend(GPUTarget("cuda", capability, 32)).load_dialects(context)
@@ -44,10 +41,12 @@ def bias_loads(ttgir: str, capability: int) -> list[BiasLoad]:
         file.write(ttgir)
         file.flush()
         module = ir.parse_mlir_module(file.name, context)
-    module.context = context  # the module does not keep it alive
+    # The module holds no reference to its context.
+    module.context = context
     builder = gluon_ir.GluonOpBuilder(context)
     operations: list[Any] = []
     module.walk(operations.append)
+    # The compiler leaves copies of loads that nothing uses, which ptxas removes.
     used = {
         operation.get_operand(index).id() for operation in operations for index in range(operation.get_num_operands())
     }
@@ -72,10 +71,8 @@ def _bias_load(builder: Any, assembly: str, result: Any) -> BiasLoad:
 
 
 def _bases(builder: Any, layout: Any, shape: list[int]) -> tuple[Bases, Bases]:
-    """Bases of registers, and of lanes and warps together.
-
-    A slice is what its parent holds where the sliced dimension has size 1, without registers that repeat others.
-    """
+    """Return the basis vectors of registers, and of lanes and warps together."""
+    # A slice is its parent with a sliced dimension of size 1, without the registers that repeat others.
     if isinstance(layout, SliceLayout):
         parent = [*shape[: layout.dim], 1, *shape[layout.dim :]]
         registers, others = _bases(builder, layout.parent, parent)
@@ -90,14 +87,12 @@ def _bases(builder: Any, layout: Any, shape: list[int]) -> tuple[Bases, Bases]:
 
 
 def misplaced(load: BiasLoad) -> str | None:
-    """What is wrong with a vector load's registers, or None.
-
-    Adjacent registers must hold: for 2, columns c and c + 1 of one row, c even; for 4, the same of tile row m and then
-    of row m + 8, where m % 16 < 8.
-    """
+    """Return the error in the register layout of a vector load, or None."""
     if load.vector not in (1, 2, 4):
-        return f"nothing is known of vectors of {load.vector}: {load.assembly}"
+        return f"vectors of {load.vector} are not supported (expected 1, 2 or 4): {load.assembly}"
     is_row = len(load.registers[0]) == 1 if load.registers else False
+    # Adjacent registers must hold, for 2, columns c and c + 1 of one row, c even; for 4, these of tile row m and then
+    # of row m + 8, with m % 16 < 8.
     wanted = {1: [], 2: [[0, 1]], 4: [[0, 1], [8, 0]]}[load.vector]
     if is_row:
         wanted = [basis[1:] for basis in wanted]
@@ -108,5 +103,5 @@ def misplaced(load: BiasLoad) -> str | None:
         parts_columns = load.vector > 1 and basis[-1] & 1
         parts_rows = load.vector == 4 and basis[0] & 8
         if parts_columns or parts_rows:
-            return f"{load.layout}: basis {basis} takes vectors of {load.vector} apart"
+            return f"{load.layout}: basis {basis} splits vectors of {load.vector}"
     return None

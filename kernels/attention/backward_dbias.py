@@ -1,4 +1,7 @@
-"""The gradient of the bias, down to the table: score gradients summed over the batch, then along diagonals."""
+"""Gradient of the bias table: score gradients summed over the batch, then along diagonals.
+
+The scratch between both steps is bounded: a launch covers some heads or rows, see configs.plan_backward_dbias.
+"""
 
 import triton
 import triton.language as tl
@@ -34,7 +37,7 @@ def backward_dbias_kernel(
     key_mask,  # [batch_size, patch_count + 1] bool, or None
     lse_log2,  # [batch_size, head_count, lse_stride] fp32
     delta,  # as lse_log2
-    scratch,  # [splits, chunk_heads, row_end - row_start, scratch_stride] fp32, written
+    scratch,  # [num_splits, chunk_heads, row_end - row_start, scratch_stride] fp32, written
     grad_strides,  # (batch, token, head), elements
     query_strides,
     key_strides,
@@ -68,7 +71,7 @@ def backward_dbias_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The score gradient of one [BLOCK_M, BLOCK_N] tile of one head, summed over samples in registers.
+    """Sum the score gradient of one [BLOCK_M, BLOCK_N] tile of one head over samples, in registers.
 
     Grid: (key blocks, query blocks of the launch, heads of the launch, splits of the batch) flattened.
     """
@@ -89,11 +92,13 @@ def backward_dbias_kernel(
     first = (split * batches_per_split).to(tl.int32)
     for step in range(first, tl.minimum(first + batches_per_split, batch_size)):
         batch = tl.cast(step, tl.int64)
-        row_pointers += drop_threshold >> 31  # 0, unknown to the compiler, which would keep the bias in registers
+        # Adds 0, which the compiler cannot know: it would load the bias once, keep it in 32 registers, and copy it.
+        row_pointers += drop_threshold >> 31
         q = load_rows(head_base(query, batch, head, query_strides), queries, query_strides, HEAD_DIM, BLOCK_D)
-        gradient = load_rows(head_base(grad_out, batch, head, grad_strides), queries, grad_strides, HEAD_DIM, BLOCK_D)
+        do = load_rows(head_base(grad_out, batch, head, grad_strides), queries, grad_strides, HEAD_DIM, BLOCK_D)
         keys = patch_base(head_base(key, batch, head, key_strides), start, key_strides)
         values = patch_base(head_base(value, batch, head, value_strides), start, value_strides)
+        # Every tile has the mask of a ragged one: there is one per program, and the loop is over samples.
         k = load_patches(keys, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, True)  # [N, D]
         v = load_patches(values, start, patch_count, value_strides, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         row_lse = load_row_values(lse_log2, batch, head, rows, patch_count, head_count, lse_stride)
@@ -110,10 +115,11 @@ def backward_dbias_kernel(
             keep = dropout_keep(
                 queries[:, None], tokens[None, :], batch, head, head_count, seed_low, seed_high, drop_threshold
             )
-        dp = matmul(gradient, tl.trans(v), PRECISION, UPCAST)  # [M, N]
+        dp = matmul(do, tl.trans(v), PRECISION, UPCAST)  # [M, N]
         acc += score_gradient(p, dp, row_delta[:, None], keep, drop_scale, DROPOUT)
 
     patches = start + tl.arange(0, BLOCK_N)
+    # int64, because splits * heads * rows * scratch_stride may pass 2**31.
     lines = outer * (row_end - row_start) + (rows - row_start).to(tl.int64)
     inside = (rows < row_end)[:, None] & (patches < patch_count)[None, :]
     tl.store(scratch + lines[:, None] * scratch_stride + patches[None, :], acc, mask=inside)
@@ -150,12 +156,13 @@ def dbias_cls_column_kernel(
     BLOCK_M: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """The score gradient of every query with the CLS key. Grid: (batch, query blocks, heads) flattened."""
+    """Compute the score gradient of BLOCK_M queries with the CLS key. Grid: (batch, query blocks, heads) flattened."""
     batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_M))
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     queries = row_tokens(rows, patch_count)
+    # One column, so that sums of elementwise products replace matrix products.
     q = load_rows(head_base(query, batch, head, query_strides), queries, query_strides, HEAD_DIM, BLOCK_D)  # [M, D]
-    gradient = load_rows(head_base(grad_out, batch, head, grad_strides), queries, grad_strides, HEAD_DIM, BLOCK_D)
+    do = load_rows(head_base(grad_out, batch, head, grad_strides), queries, grad_strides, HEAD_DIM, BLOCK_D)
     cls_key = load_cls(head_base(key, batch, head, key_strides), HEAD_DIM, BLOCK_D)[None, :]
     cls_value = load_cls(head_base(value, batch, head, value_strides), HEAD_DIM, BLOCK_D)[None, :]
     scores = tl.sum(q.to(tl.float32) * cls_key, 1)
@@ -168,7 +175,7 @@ def dbias_cls_column_kernel(
     keep = None
     if DROPOUT:
         keep = dropout_keep(queries, 0, batch, head, head_count, seed_low, seed_high, drop_threshold)
-    dp = tl.sum(gradient.to(tl.float32) * cls_value, 1)
+    dp = tl.sum(do.to(tl.float32) * cls_value, 1)
     ds = score_gradient(p, dp, row_delta, keep, drop_scale, DROPOUT)
     tl.store(cls_column + (batch * head_count + head) * (patch_count + 1) + rows, ds, mask=rows <= patch_count)
 
@@ -177,7 +184,7 @@ def dbias_cls_column_kernel(
 def dtable_patches_kernel(
     scratch,  # [num_splits, heads of this launch, row_end - row_start, scratch_stride] fp32
     grad_table,  # contiguous [(2 * window_height - 1) * (2 * window_width - 1) + 3, head_count] fp32, written
-    accumulate,  # 0: store the sums; 1: add them to what an earlier launch stored
+    accumulate,  # 0: store the sums; 1: add them to those of an earlier launch
     num_splits,
     chunk_heads,
     row_start,
@@ -190,7 +197,7 @@ def dtable_patches_kernel(
     BLOCK_P: tl.constexpr,  # query patches of a step
     BLOCK_V: tl.constexpr,  # column differences of a program
 ):
-    """Patch rows of the table: sums along diagonals, BLOCK_V column differences a program.
+    """Sum the scratch along diagonals into BLOCK_V column differences of one row difference of the table.
 
     Grid: (blocks of column differences, row differences, heads of this launch) flattened, the first fastest.
     """
@@ -200,9 +207,12 @@ def dtable_patches_kernel(
     )
     columns_apart = difference_block.to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
     rows_apart = row_difference - (window_height - 1)
+    # Queries that have a key `rows_apart` rows above are consecutive patches; some may be in another launch.
     first_patch = tl.maximum(tl.maximum(rows_apart, 0) * window_width, row_start)
     last_patch = tl.minimum(tl.minimum(window_height, window_height + rows_apart) * window_width, row_end)
 
+    # Each query reads its key row backwards, which is contiguous memory. A program adds in registers and reduces over
+    # queries once, so that the order of the sum is fixed and no atomics are needed.
     acc = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
     for split in range(0, num_splits):
         lines = (split * chunk_heads + chunk_head) * (row_end - row_start) - row_start
@@ -241,10 +251,11 @@ def dtable_cls_kernel(
     head_count,
     BLOCK: tl.constexpr,
 ):
-    """The last three rows of the table (CLS to patch, patch to CLS, CLS to CLS), one head a program."""
+    """Write the last three table rows: CLS to patch, patch to CLS, CLS to CLS. Grid: heads of the launch."""
     chunk_head = tl.program_id(0).to(tl.int64)
     head = head_start + chunk_head
     as_query = tl.zeros([BLOCK], tl.float32)
+    # The CLS query is the last row of the scratch.
     for split in range(0, num_splits):
         lines = (split * chunk_heads + chunk_head + 1) * (row_end - row_start) - 1
         for start in range(0, patch_count, BLOCK):
@@ -252,6 +263,7 @@ def dtable_cls_kernel(
             as_query += tl.load(scratch + lines * scratch_stride + patches, mask=patches < patch_count, other=0.0)
     as_key = tl.zeros([BLOCK], tl.float32)
     both = tl.zeros([BLOCK], tl.float32)
+    # The CLS column has the patches first and CLS last.
     for batch in range(0, batch_size):
         column = cls_column + (tl.cast(batch, tl.int64) * head_count + head) * (patch_count + 1)
         for start in range(0, patch_count + 1, BLOCK):

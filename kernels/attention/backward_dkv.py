@@ -1,4 +1,4 @@
-"""dK and dV: one pass over the queries, on transposed tiles."""
+"""dK and dV of the attention backward: one pass over the queries, on transposed tiles."""
 
 import triton
 import triton.language as tl
@@ -36,8 +36,8 @@ def backward_dkv_step(
     value,
     query,  # pointers to patch `start` of the head
     grad_out,
-    lse_base,  # pointers to the head's statistics
-    delta_base,
+    lse_base,  # pointer to the lse of the head's patch 0
+    delta_base,  # as lse_base
     row_pointers,
     column_offsets,
     key_strides,
@@ -63,15 +63,17 @@ def backward_dkv_step(
     UPCAST: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Add what BLOCK_M more queries give: (key_acc, value_acc). Tiles are transposed: [keys, queries]."""
+    """Return (key_acc, value_acc) after BLOCK_M more queries."""
+    # Tiles are [keys, queries], so that the sums over queries need no transposed product.
     k = reload_rows(k, key, keys, key_strides, HEAD_DIM, BLOCK_D)
     v = reload_rows(v, value, keys, value_strides, HEAD_DIM, BLOCK_D)
     q = load_patches(query, start, patch_count, query_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)  # [M, D]
-    gradient = load_patches(grad_out, start, patch_count, grad_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)
+    do = load_patches(grad_out, start, patch_count, grad_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)
     scores = biased_scores(
         k, q, row_pointers, column_offsets, start, BLOCK_M, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
     )  # [N, M]
     patches = start + tl.arange(0, BLOCK_M)
+    # Masked keys need no mask here: their rows of dK and dV are set to 0 after the loop.
     p = tl.exp2(scores * scale_log2 - tl.load(lse_base + patches)[None, :])
     if TAIL:
         p = tl.where((patches < patch_count)[None, :], p, 0.0)
@@ -81,12 +83,13 @@ def backward_dkv_step(
             patches[None, :] + 1, keys[:, None], batch, head, head_count, seed_low, seed_high, drop_threshold
         )
     if value_acc is not None:
+        # dV sees the weights after dropout; ds needs those before it.
         dropped = p
         if DROPOUT:
             dropped = tl.where(keep, p * drop_scale, 0.0)
-        value_acc += matmul(dropped.to(gradient.dtype), gradient, PRECISION, UPCAST)
+        value_acc += matmul(dropped.to(do.dtype), do, PRECISION, UPCAST)
     if key_acc is not None:
-        dp = matmul(v, tl.trans(gradient), PRECISION, UPCAST)  # [N, M]
+        dp = matmul(v, tl.trans(do), PRECISION, UPCAST)  # [N, M]
         ds = score_gradient(p, dp, tl.load(delta_base + patches)[None, :], keep, drop_scale, DROPOUT)
         key_acc += matmul(ds.to(q.dtype), q, PRECISION, UPCAST)
     return key_acc, value_acc
@@ -103,8 +106,8 @@ def backward_dkv_kernel(
     key_mask,  # [batch_size, patch_count + 1] bool, or None
     lse_log2,  # [batch_size, head_count, lse_stride] fp32
     delta,  # as lse_log2
-    grad_key,  # contiguous, as key, written; None if it is not wanted
-    grad_value,  # contiguous, as value, written; None if it is not wanted
+    grad_key,  # contiguous, as key, written; None if not needed
+    grad_value,  # contiguous, as value, written; None if not needed
     grad_strides,  # (batch, token, head), elements
     query_strides,
     key_strides,
@@ -133,7 +136,8 @@ def backward_dkv_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dK and dV of BLOCK_N keys of one head: one pass over the queries. Grid: (batch, key blocks, heads) flattened."""
+    """Compute dK and dV of BLOCK_N keys of one head. Grid: (batch, key blocks, heads) flattened."""
+    # Batch is fastest, so that programs which run together read the same head's bias.
     batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_N))
     rows = row_indices(block, BLOCK_N, BIAS_LAYOUT)
     keys = row_tokens(rows, patch_count)
@@ -146,6 +150,7 @@ def backward_dkv_kernel(
     lse_base = lse_log2 + (batch * head_count + head) * lse_stride
     delta_base = delta + (batch * head_count + head) * lse_stride
 
+    # The CLS query initializes both sums: it needs no matrix product, and the loop covers patches alone.
     cls_query = load_cls(query, HEAD_DIM, BLOCK_D)[None, :]
     cls_gradient = load_cls(grad_out, HEAD_DIM, BLOCK_D)[None, :]
     scores = tl.sum(k.to(tl.float32) * cls_query, 1)  # [N], of the CLS query
@@ -163,6 +168,7 @@ def backward_dkv_kernel(
             BIAS_VECTOR,
         )
         scores += load_cls_bias(packed_bias, head, rows, patch_count, packed_size)
+    # CLS is fourth from the end: see backward_preprocess_kernel.
     p = tl.exp2(scores * scale_log2 - tl.load(lse_base + lse_stride - 4))
     keep = None
     dropped = p
@@ -180,6 +186,7 @@ def backward_dkv_kernel(
 
     query = patch_base(query, 0, query_strides)
     grad_out = patch_base(grad_out, 0, grad_strides)
+    # A ragged last tile is compiled separately, because it needs a mask.
     whole = patch_count - (patch_count % BLOCK_M)
     for start in range(0, whole, BLOCK_M):
         key_acc, value_acc = backward_dkv_step(
@@ -200,6 +207,7 @@ def backward_dkv_kernel(
             True,
         )  # fmt: skip
 
+    # Masked keys have weights of 0, and so do their gradients.
     if key_mask is not None:
         valid = load_key_validity(key_mask, batch, keys, mask_strides)[:, None]
     if grad_key is not None:

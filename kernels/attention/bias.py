@@ -1,4 +1,4 @@
-"""Device functions that read the packed bias: see ../README.md for its layouts."""
+"""Device functions that read the packed bias. See ../README.md for the layouts."""
 
 import triton
 import triton.language as tl
@@ -16,20 +16,20 @@ def bias_rows(
     BIAS_LAYOUT: tl.constexpr,
     BIAS_VECTOR: tl.constexpr,
 ):
-    """[BLOCK] pointers: where the bias of each row begins, in the unit that `load_bias_tile` counts columns in.
-
-    A paired table is read in units of two columns of one row (8 bytes), the others in single entries.
-    """
+    """Return [BLOCK] pointers to the bias of each row with column 0."""
     head_bias = packed_bias + head * packed_size
+    # CLS, the last row, reads the constant region behind the patches.
     patches = tl.minimum(rows, patch_count - 1)
     is_patch = rows < patch_count
     line = patches // window_width
     column = patches - line * window_width
     line_size = (2 * window_height - 1) * window_width
     if BIAS_LAYOUT == "extended":
+        # The table itself: the address of (row, column) is affine, so that columns only subtract an offset.
         span = ((2 * window_height - 1) * (2 * window_width - 1) - 1) // 2
         offsets = tl.where(is_patch, patches + line * (window_width - 1) + span, 3 * span + 1)
     elif BIAS_LAYOUT == "paired":
+        # Two columns of one row (8 bytes) are a unit, so that pointer + column number is an address.
         units = (column // 2) * line_size + (window_height - 1 - line) * window_width
         units = tl.where(is_patch, units, (window_width // 2) * line_size)
         if BIAS_VECTOR == 4:
@@ -46,17 +46,13 @@ def bias_rows(
 @triton.jit
 def load_bias_tile(
     row_pointers,  # [BLOCK] from bias_rows
-    column_offsets,  # pointer to int32 [patch_count], for an extended table
+    column_offsets,  # pointer to int32 [patch_count] for "extended", else None
     start,  # first patch of the columns
     BLOCK: tl.constexpr,  # columns
     BIAS_LAYOUT: tl.constexpr,
     BIAS_VECTOR: tl.constexpr,  # entries that one instruction loads in the mma layout; 0 for tl.load
 ):
-    """[rows, BLOCK] fp32 bias divided by the scale. Columns beyond the last patch read something arbitrary.
-
-    The vector loads take it that a thread's registers hold 1: any one element, 2: two adjacent columns of a row, 4: two
-    adjacent columns of tile row m, then those of tile row m + 8.
-    """
+    """Return the [rows, BLOCK] fp32 bias divided by the scale. Columns beyond the last patch are arbitrary values."""
     patches = start + tl.arange(0, BLOCK)
     if BIAS_LAYOUT == "extended":
         addresses = row_pointers[:, None] - load_column_offsets(column_offsets + patches, BIAS_VECTOR)[None, :]
@@ -64,6 +60,8 @@ def load_bias_tile(
         addresses = row_pointers[:, None] + (2 * patches - (patches & 1))[None, :]
     else:
         addresses = row_pointers[:, None] + patches[None, :]
+    # A vector load fills adjacent registers of a thread. They must hold, as ttgir_layouts.py checks: for 2, two
+    # adjacent columns of a row; for 4, two adjacent columns of tile row m, then those of tile row m + 8.
     if BIAS_VECTOR == 4:
         bias = tl.inline_asm_elementwise(
             "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
@@ -88,7 +86,8 @@ def load_bias_tile(
 
 @triton.jit
 def load_column_offsets(addresses, BIAS_VECTOR: tl.constexpr):
-    """int32 in the shape of `addresses`, which are consecutive; the vector load is as in load_bias_tile."""
+    """Return the int32 values at consecutive addresses."""
+    # Pairs are adjacent columns, as in load_bias_tile.
     if BIAS_VECTOR == 0:
         offsets = tl.load(addresses)
     else:
@@ -100,5 +99,6 @@ def load_column_offsets(addresses, BIAS_VECTOR: tl.constexpr):
 
 @triton.jit
 def load_cls_bias(packed_bias, head, rows, patch_count, packed_size):
-    """[BLOCK] fp32 bias of each row with the CLS column, divided by the scale: the last two entries of a head_bias."""
+    """Return the [BLOCK] fp32 bias of each row with the CLS column, divided by the scale."""
+    # The last two entries of a head: one for patches, one for CLS.
     return tl.load(packed_bias + head * packed_size + packed_size - 2 + tl.where(rows < patch_count, 0, 1))

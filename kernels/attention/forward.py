@@ -1,4 +1,4 @@
-"""Forward kernels: attention with an online softmax in base 2, and the merging of split keys."""
+"""Attention forward with an online softmax in base 2, and the combination of splits."""
 
 import triton
 import triton.language as tl
@@ -34,13 +34,15 @@ def softmax_step(
     MASKED: tl.constexpr,
     GUARD: tl.constexpr,  # whether a row may have seen only -inf so far
 ):
-    """One step of the online softmax in base 2: (weights, rescaling of what came before, m_i, l_i)."""
+    """Return (weights, rescaling of the earlier sums, m_i, l_i) after one more tile of scores."""
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
     m_safe = m_new
+    # -inf - -inf is NaN; a row without a key so far gets weights of 0.
     if GUARD:
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    # One fused multiply-add: the scale is applied here, and not to the tile of scores before the maximum.
     p = tl.exp2(scores * scale_log2 - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
@@ -83,7 +85,7 @@ def forward_step(
     GUARD: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Take BLOCK_N more keys in: (m_i, l_i, acc)."""
+    """Return (m_i, l_i, acc) after BLOCK_N more keys."""
     q = reload_rows(q, query, queries, query_strides, HEAD_DIM, BLOCK_D)
     k = load_patches(key, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
     scores = biased_scores(
@@ -99,6 +101,7 @@ def forward_step(
         keep = dropout_keep(
             queries[:, None], keys[None, :], batch, head, head_count, seed_low, seed_high, drop_threshold
         )
+        # l_i has the sum of all weights; those that are dropped are missing from acc alone.
         p = tl.where(keep, p, 0.0)
     v = load_patches(value, start, patch_count, value_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
     acc = acc * alpha[:, None] + matmul(p.to(v.dtype), v, PRECISION, UPCAST)
@@ -113,8 +116,8 @@ def attention_forward_kernel(
     packed_bias,  # [head_count, packed_size] fp32, or None
     column_offsets,  # [patch_count] int32 for the layout "extended", else None
     key_mask,  # [batch_size, patch_count + 1] bool, or None
-    out,  # contiguous, as query; for SPLIT [splits, ...] fp32; written
-    lse,  # [batch_size, head_count, patch_count + 1] fp32, natural logarithm; for SPLIT [splits, ...]; written
+    out,  # contiguous, as query; with SPLIT [num_splits, ...] fp32; written
+    lse,  # [batch_size, head_count, patch_count + 1] fp32, natural logarithm; with SPLIT [num_splits, ...]; written
     query_strides,  # (batch, token, head), elements
     key_strides,
     value_strides,
@@ -125,7 +128,7 @@ def attention_forward_kernel(
     packed_size,
     window_height,
     window_width,
-    keys_per_split,  # patches, a multiple of BLOCK_N; all of them without SPLIT
+    keys_per_split,  # patches, a multiple of BLOCK_N; not read without SPLIT
     scale_log2,  # scale * log2(e), positive
     drop_threshold,  # int(dropout_p * 2**31)
     drop_scale,  # 1 / (1 - dropout_p)
@@ -142,10 +145,9 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr,  # how tl.dot multiplies fp32
     UPCAST: tl.constexpr,
 ):
-    """One program computes `out` and `lse` of BLOCK_M queries of one head, in one pass over its keys.
-
-    Grid: (batch, query blocks, heads, splits) flattened, batch fastest.
-    """
+    """Compute `out` and `lse` of BLOCK_M queries of one head. Grid: (batch, query blocks, heads, splits) flattened."""
+    # Batch is fastest, so that programs which run together read the same head's bias.
+    # CLS makes m_i finite from the start, unless a mask or a split excludes it.
     GUARD: tl.constexpr = SPLIT or key_mask is not None
     batch, block, outer = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_M))
     head = outer % head_count
@@ -157,6 +159,7 @@ def attention_forward_kernel(
     key = head_base(key, batch, head, key_strides)
     value = head_base(value, batch, head, value_strides)
 
+    # The CLS key initializes the online softmax: its column needs no matrix product, and the loop covers patches alone.
     m_i = tl.sum(q.to(tl.float32) * load_cls(key, HEAD_DIM, BLOCK_D)[None, :], 1)
     row_pointers = None
     if BIAS_LAYOUT != "none":
@@ -178,6 +181,7 @@ def attention_forward_kernel(
     if DROPOUT:
         keep = dropout_keep(queries, 0, batch, head, head_count, seed_low, seed_high, drop_threshold)
         acc = tl.where(keep[:, None], acc, 0.0)
+    # The first split takes CLS.
     if GUARD:
         takes_cls = split == 0
         if key_mask is not None:
@@ -194,6 +198,7 @@ def attention_forward_kernel(
         last = patch_count
     key = patch_base(key, first, key_strides)
     value = patch_base(value, first, value_strides)
+    # Full tiles have no mask of any kind; a ragged last one is compiled separately.
     whole = last - (last % BLOCK_N)
     for start in range(first, whole, BLOCK_N):
         m_i, l_i, acc = forward_step(
@@ -212,17 +217,18 @@ def attention_forward_kernel(
             DROPOUT, PRECISION, UPCAST, GUARD, True,
         )  # fmt: skip
 
-    lse_log2 = (m_i + tl.log2(l_i)) * LN_2
+    # A row without a key: lse is -inf, and out is 0 and not 0 / 0.
+    row_lse = (m_i + tl.log2(l_i)) * LN_2
     if GUARD:
         no_key = l_i == 0.0
-        lse_log2 = tl.where(no_key, float("-inf"), lse_log2)
+        row_lse = tl.where(no_key, float("-inf"), row_lse)
         l_i = tl.where(no_key, 1.0, l_i)
     acc = acc / l_i[:, None]
     if DROPOUT:
         acc *= drop_scale
     store_rows(out, acc, split * batch_size + batch, head, rows, patch_count, head_count, HEAD_DIM, BLOCK_D)
     row = ((split * batch_size + batch) * head_count + head) * (patch_count + 1) + queries
-    tl.store(lse + row, lse_log2, mask=rows <= patch_count)
+    tl.store(lse + row, row_lse, mask=rows <= patch_count)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
@@ -239,32 +245,32 @@ def combine_splits_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Weigh the results on parts of the keys by their shares of the softmax's sum, BLOCK_M queries of one head."""
+    """Add the splits' results of BLOCK_M queries of one head, weighted by their shares of the softmax's sum."""
     batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(token_count, BLOCK_M))
     tokens = block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     inside = tokens < token_count
     mask = inside[:, None] & (columns < HEAD_DIM)[None, :]
-    statistics = (batch * head_count + head) * token_count + tokens
+    lse_offsets = (batch * head_count + head) * token_count + tokens
     lines = (batch * token_count + tokens) * head_count + head
     offsets = lines[:, None] * HEAD_DIM + columns[None, :]
-    statistics_size = batch_size.to(tl.int64) * head_count * token_count
+    lse_size = batch_size.to(tl.int64) * head_count * token_count
 
+    # Splits are read in order, so that the sum is deterministic.
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for split in range(0, num_splits):
-        part = tl.load(partial_lse + split * statistics_size + statistics, mask=inside, other=float("-inf"))
+        part = tl.load(partial_lse + split * lse_size + lse_offsets, mask=inside, other=float("-inf"))
         largest = tl.maximum(largest, part)
     safe = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for split in range(0, num_splits):
-        part = tl.load(partial_lse + split * statistics_size + statistics, mask=inside, other=float("-inf"))
+        part = tl.load(partial_lse + split * lse_size + lse_offsets, mask=inside, other=float("-inf"))
         share = tl.exp(part - safe)
         total += share
-        acc += share[:, None] * tl.load(
-            partial_out + split * statistics_size * HEAD_DIM + offsets, mask=mask, other=0.0
-        )
+        acc += share[:, None] * tl.load(partial_out + split * lse_size * HEAD_DIM + offsets, mask=mask, other=0.0)
+    # No split has a key for this row.
     no_key = total == 0.0
     acc = acc / tl.where(no_key, 1.0, total)[:, None]
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + statistics, tl.where(no_key, float("-inf"), safe + tl.log(total)), mask=inside)
+    tl.store(lse + lse_offsets, tl.where(no_key, float("-inf"), safe + tl.log(total)), mask=inside)

@@ -1,8 +1,8 @@
-"""Device functions that the forward and the backward attention kernels share.
+"""Device functions that the forward and backward attention kernels share.
 
-A tile has rows and columns. Rows are what a program owns, columns what it passes over: queries and keys, or keys and
-queries in the kernel of dK and dV. Rows are numbered patches first, CLS last; columns are patches only, because CLS
-is taken in before the loop.
+A program owns the rows of a tile and loops over its columns. Rows are queries and columns keys, except for dK and dV,
+where rows are keys and columns queries. Rows are patches first and CLS last. Columns are patches only: each kernel adds
+the CLS column before its loop.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .bias import load_bias_tile
 
-# Triton compiles a kernel anew for integers that are 1 or multiples of 16, which is of no use for these.
+# Triton recompiles a kernel for integers that are 1 or multiples of 16, which does not make these kernels faster.
 RUNTIME_INTEGERS = [
     "accumulate",
     "batch_size",
@@ -39,8 +39,10 @@ RUNTIME_INTEGERS = [
 
 @triton.jit
 def row_indices(block, BLOCK: tl.constexpr, BIAS_LAYOUT: tl.constexpr):
-    """[BLOCK] int32 row numbers; paired rows 2t and 2t+1 sit where one thread holds both, at t and t + 8 of 16."""
+    """Return the [BLOCK] int32 row numbers of a tile."""
     lanes = tl.arange(0, BLOCK)
+    # One thread of an mma instruction holds tile rows t and t + 8 of 16. Rows 2t and 2t+1, whose bias is woven together
+    # in the paired layout, go there, so that one 16-byte load fills four registers.
     if BIAS_LAYOUT == "paired":
         lanes = (lanes & -16) | ((lanes & 7) << 1) | ((lanes >> 3) & 1)
     return block * BLOCK + lanes
@@ -48,31 +50,34 @@ def row_indices(block, BLOCK: tl.constexpr, BIAS_LAYOUT: tl.constexpr):
 
 @triton.jit
 def row_tokens(rows, patch_count):
-    """The token of a row: patches in order, then CLS; rows beyond read CLS again, so that no load needs a mask."""
+    """Return the token of each row: patches in order, then CLS."""
+    # Rows beyond the last read CLS again, so that no load needs a mask.
     return tl.where(rows < patch_count, rows + 1, 0)
 
 
 @triton.jit
 def head_base(base, batch, head, strides):
-    """Pointer to token 0 of one head; `strides` are those of (batch, token, head) in elements, multiples of 8."""
+    """Return a pointer to token 0 of one head; `strides` are (batch, token, head), in elements."""
+    # The launcher guarantees multiples of 8, which Triton needs to know for 16-byte loads.
     return base + tl.multiple_of(batch * strides[0] + head * strides[2], 8)
 
 
 @triton.jit
 def token_stride(strides, dtype: tl.constexpr):
-    """Elements between tokens, as `dtype`; 16 bytes divide it, which Triton sees by itself for multiples of 16 only."""
+    """Return the number of elements between tokens, as `dtype`."""
+    # Triton detects divisibility by 16 only; 8 elements of 16 bits are enough for 16-byte loads.
     return tl.multiple_of(tl.cast(strides[1], dtype), 8)
 
 
 @triton.jit
 def patch_base(base, start, strides):
-    """Pointer to patch `start`, from one to token 0 of the head."""
+    """Return a pointer to patch `start`, given one to token 0 of the head."""
     return base + tl.cast(start + 1, tl.int64) * token_stride(strides, tl.int64)
 
 
 @triton.jit
 def load_rows(base, tokens, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] rows of existing tokens; columns beyond HEAD_DIM read as 0."""
+    """Load [BLOCK, BLOCK_D] rows of existing tokens; columns beyond HEAD_DIM are 0."""
     columns = tl.arange(0, BLOCK_D)
     addresses = base + tokens.to(tl.int64)[:, None] * token_stride(strides, tl.int64) + columns[None, :]
     if HEAD_DIM == BLOCK_D:
@@ -84,14 +89,16 @@ def load_rows(base, tokens, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 
 @triton.jit
 def reload_rows(
-    values,  # [BLOCK, BLOCK_D], what load_rows gave
+    values,  # [BLOCK, BLOCK_D] from load_rows
     base,  # pointer to token 0 of a head
     tokens,
     strides,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The same rows; read again for fp32, where products keep their operands in registers and would spill."""
+    """Return the same rows, for fp32 by loading them again."""
+    # Triton keeps both operands of an fp32 product in registers: held through the loop, they would spill. The load is
+    # volatile, or the compiler would hoist it out of the loop.
     if values.dtype == tl.float32:
         columns = tl.arange(0, BLOCK_D)
         addresses = base + tokens.to(tl.int64)[:, None] * token_stride(strides, tl.int64) + columns[None, :]
@@ -108,11 +115,12 @@ def load_patches(
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TAIL: tl.constexpr,  # whether patches may lie beyond the last, which then read as 0
+    TAIL: tl.constexpr,  # whether patches may lie beyond the last; these are 0
 ):
-    """[BLOCK, BLOCK_D] rows of consecutive patches. Offsets within the tile are int32: see the launcher."""
+    """Load [BLOCK, BLOCK_D] rows of consecutive patches."""
     lanes = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
+    # int32 offsets save instructions; the launcher copies tensors whose token stride is too large for them.
     offsets = lanes[:, None] * token_stride(strides, tl.int32) + columns[None, :]
     addresses = base + offsets
     if TAIL:
@@ -127,7 +135,7 @@ def load_patches(
 
 @triton.jit
 def load_cls(base, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK_D] fp32: the CLS token of a head."""
+    """Load the [BLOCK_D] CLS token of a head, as fp32."""
     columns = tl.arange(0, BLOCK_D)
     return tl.load(base + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)
 
@@ -144,7 +152,7 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Round rows to the tensor's dtype and store those that exist."""
+    """Round rows to the tensor's dtype, and store those that exist."""
     columns = tl.arange(0, BLOCK_D)
     tokens = row_tokens(rows, patch_count).to(tl.int64)
     lines = (batch * (patch_count + 1) + tokens) * head_count + head
@@ -154,22 +162,23 @@ def store_rows(
 
 @triton.jit
 def load_key_validity(key_mask, batch, tokens, mask_strides):
-    """[BLOCK] bool: the key may be attended to. `tokens` exist; `mask_strides` are those of (batch, token)."""
+    """Load [BLOCK] bool, True = attend, for existing tokens; `mask_strides` are (batch, token)."""
     return tl.load(key_mask + batch * mask_strides[0] + tokens.to(tl.int64) * mask_strides[1]) != 0
 
 
 @triton.jit
 def cls_validity(key_mask, batch, mask_strides):
-    """Whether CLS may be attended to as a key, a scalar."""
+    """Load one bool: whether queries may attend to the CLS key."""
     return tl.load(key_mask + batch * mask_strides[0]) != 0
 
 
 @triton.jit
 def patch_validity(key_mask, batch, start, patch_count, mask_strides, BLOCK: tl.constexpr):
-    """[BLOCK] bool: the patch exists and may be attended to as a key."""
+    """Return [BLOCK] bool: the patch exists, and queries may attend to it."""
     patches = start + tl.arange(0, BLOCK)
     valid = patches < patch_count
     if key_mask is not None:
+        # Patches beyond the last read the last one's mask, which is a valid address.
         valid &= load_key_validity(key_mask, batch, tl.minimum(patches, patch_count - 1) + 1, mask_strides)
     return valid
 
@@ -187,13 +196,15 @@ def biased_scores(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """[A, B] fp32 scores divided by the scale: the bias is what the matrix product starts from."""
+    """Return [A, B] fp32 scores divided by the scale, bias included."""
+    # Triton's interpreter multiplies the bit patterns of bf16 as integers.
     if UPCAST:
         rows = rows.to(tl.float32)
         columns = columns.to(tl.float32)
     if BIAS_LAYOUT == "none":
         products = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
     else:
+        # The bias is the accumulator that the product starts from, so that adding it costs no instruction.
         bias = load_bias_tile(row_pointers, column_offsets, start, BLOCK, BIAS_LAYOUT, BIAS_VECTOR)
         products = tl.dot(rows, tl.trans(columns), bias, input_precision=PRECISION)
     return products
@@ -201,10 +212,9 @@ def biased_scores(
 
 @triton.jit
 def dropout_keep(queries, keys, batch, head, head_count, seed_low, seed_high, threshold):
-    """Which attention weights are kept: Philox4x32-10 of (query, key, plane), bool in the broadcast shape.
-
-    `queries` and `keys` are int32 tokens and broadcast against each other; the seed comes as two int32 words.
-    """
+    """Return bool, True = keep, of attention weights; `queries` and `keys` are int32 tokens that broadcast."""
+    # Philox4x32-10 of (query, key, plane), so that the backward recomputes the mask. The seed is two int32 words,
+    # because Triton would pass some seeds as int32 and others as int64.
     high = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64)
     low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
     plane = (batch * head_count + head).to(tl.int32)
@@ -214,6 +224,7 @@ def dropout_keep(queries, keys, batch, head, head_count, seed_low, seed_high, th
 
 @triton.jit
 def load_row_values(pointer, batch, head, rows, patch_count, head_count, lse_stride):
-    """[BLOCK] fp32 of a [batch, head, lse_stride] tensor: patches first, CLS fourth from the end."""
-    places = tl.where(rows < patch_count, rows, lse_stride - 4)
-    return tl.load(pointer + (batch * head_count + head) * lse_stride + places)
+    """Load the [BLOCK] fp32 lse or delta of rows from `backward_preprocess_kernel`."""
+    # Patches come first; CLS is the fourth entry from the end.
+    positions = tl.where(rows < patch_count, rows, lse_stride - 4)
+    return tl.load(pointer + (batch * head_count + head) * lse_stride + positions)

@@ -1,4 +1,4 @@
-"""The tiles of the attention kernels, by count and not by stopwatch: ../README.md says how they were chosen."""
+"""Tiles of the attention kernels, chosen by instruction counts and not by timing: see ../README.md."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from ..common.gpu import SM80, SM90, SM100, SMALL
 
 
 class TileConfig(NamedTuple):
-    """How one kernel is tiled and compiled."""
+    """Tile sizes and compiler options of one kernel."""
 
     block_m: int  # queries
     block_n: int  # keys
@@ -37,7 +37,7 @@ _128x64x8x2 = TileConfig(128, 64, 8, 2)
 _128x64x8x3 = TileConfig(128, 64, 8, 3)
 
 TILES = {
-    # kernel, arithmetic, whether weights are dropped, architecture class: padded head dimension 16, 32, 64, 128
+    # kernel, arithmetic, dropout, architecture class: tiles for padded head dimensions 16, 32, 64, 128
     # 16 bits, without dropout
     ("forward", "half", False, SMALL): (_64x64x4x2, _64x64x4x2, _64x64x8x2, _32x32x4x2),
     ("forward", "half", False, SM80): (_64x64x4x2, _64x64x4x2, _64x64x4x2, _32x32x4x2),

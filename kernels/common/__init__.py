@@ -1,4 +1,4 @@
-"""What the kernels of every folder use: facts about GPUs (`gpu`), the device of a tensor (`device`), device functions.
+"""Code that the kernels of every folder use: GPU facts, the device of a tensor, launching, device functions.
 
 Importing this folder imports nothing.
 """

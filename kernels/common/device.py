@@ -1,4 +1,4 @@
-"""The device of a tensor: its architecture class, its multiprocessors, and how torch lets it multiply fp32."""
+"""The device of a tensor: architecture class, number of SMs, and the precision of fp32 products."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from . import gpu
 
 
 def dot_precision(q: Tensor) -> str:
-    """tf32 only where torch's own fp32 matrix products on CUDA may use it."""
+    """Return the precision of `tl.dot` for inputs like `q`."""
+    # tf32 only if torch's own fp32 matrix products on CUDA may use it.
     if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current."""
+    # Triton launches on the current device, which may be another one.
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def architecture_of(tensor: Tensor) -> str:
-    """Architecture class of the tensor's device."""
+    """Return the architecture class of the tensor's device."""
     return _architecture(tensor.device.index) if tensor.is_cuda else gpu.INTERPRETER
 
 
 def num_sms_of(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's device; 0 on a CPU, where nothing is gained by more programs."""
+    """Return the number of SMs of the tensor's device; 0 on a CPU, where more programs gain nothing."""
     return _num_sms(tensor.device.index) if tensor.is_cuda else 0
 
 

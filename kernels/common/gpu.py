@@ -1,4 +1,4 @@
-"""Classes of GPUs, and the limits and arithmetics that every kernel chooses its tiles by. Imports nothing."""
+"""GPU architecture classes, their limits, and the arithmetics that tiles are chosen by. Imports nothing."""
 
 SMALL = "small"
 SM80 = "sm80"
@@ -10,21 +10,22 @@ ARCHITECTURES = (SMALL, SM80, SM90, SM100)
 ARITHMETICS = ("half", "tf32", "ieee")
 
 SHARED_MEMORY_LIMIT = {SMALL: 99 * 1024, SM80: 163 * 1024, SM90: 227 * 1024, SM100: 227 * 1024}
-"""Bytes of shared memory that one program may use, by architecture class."""
+"""Bytes of shared memory per program, by architecture class."""
 
 
 def architecture_class(major: int, minor: int) -> str:
-    """Class of a CUDA compute capability; the one with the least shared memory if it is not known."""
+    """Return the architecture class of a CUDA compute capability."""
+    # An unknown GPU gets the class with the least shared memory, whose tiles fit everywhere.
     if (major, minor) == (8, 0):
         return SM80
     return {9: SM90, 10: SM100}.get(major, SMALL)
 
 
 def arithmetic(element_size: int, precision: str) -> str:
-    """Which of ARITHMETICS a kernel multiplies in.
+    """Return the arithmetic, one of ARITHMETICS, of a kernel's matrix products.
 
     Args:
-        element_size: bytes of an element of q, k and v.
-        precision: of fp32 products, "tf32" or "ieee".
+        element_size: Bytes per input element.
+        precision: Precision of fp32 products, "tf32" or "ieee".
     """
     return precision if element_size == 4 else "half"

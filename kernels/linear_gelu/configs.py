@@ -1,6 +1,6 @@
-"""How the kernel is tiled: a plain table by arithmetic, architecture class and number of rows.
+"""Tiles of the kernel by arithmetic, architecture class and number of rows: see ../README.md.
 
-Nothing is tuned at run time, and nothing was timed: ../README.md says what the entries come from.
+Nothing is tuned at run time.
 """
 
 from typing import NamedTuple
@@ -8,16 +8,16 @@ from typing import NamedTuple
 from ..common.gpu import INTERPRETER, SM80, SM90, SM100, SMALL
 
 GROUP = 8
-"""Rows of blocks that run together: they share tiles of the weight in L2."""
+"""Rows of blocks that run together and share tiles of the weight in L2."""
 
 FEW, SOME, MANY = "few", "some", "many"
 ROW_CLASSES = (FEW, SOME, MANY)
 LARGEST_ROWS = {FEW: 640, SOME: 4096}
-"""Of each class: one image of 384 pixels, some twenty of 224, and whatever is more."""
+"""Largest number of rows of a class: one image of 384 pixels, about twenty of 224; MANY has no limit."""
 
 
 class LinearTile(NamedTuple):
-    """How the kernel is tiled and compiled."""
+    """Tile sizes and compiler options."""
 
     block_m: int  # rows
     block_n: int  # outputs
@@ -61,20 +61,21 @@ TILES = {
 
 
 def row_class(row_count: int) -> str:
-    """Which of ROW_CLASSES."""
+    """Return the class, one of ROW_CLASSES."""
     return next((name for name, largest in LARGEST_ROWS.items() if row_count <= largest), MANY)
 
 
-def select(architecture: str, multiplies: str, row_count: int, output_count: int) -> LinearTile:
-    """The tiles of a launch.
+def select(architecture: str, arithmetic: str, row_count: int, output_count: int) -> LinearTile:
+    """Return the tiles of a launch.
 
     Args:
-        architecture: one of gpu.ARCHITECTURES, or gpu.INTERPRETER.
-        multiplies: "half", "tf32" or "ieee".
-        row_count: rows of x.
-        output_count: rows of the weight; where 16 does not divide it, the tiles for many rows would spill.
+        architecture: One of gpu.ARCHITECTURES, or gpu.INTERPRETER.
+        arithmetic: One of gpu.ARITHMETICS.
+        row_count: Rows of x.
+        output_count: Rows of the weight.
     """
     if architecture == INTERPRETER:
         return _INTERPRETED
-    few, some, many = TILES[multiplies, architecture]
+    few, some, many = TILES[arithmetic, architecture]
+    # Unaligned outputs take more registers: the tiles for many rows would spill.
     return {FEW: few, SOME: some, MANY: some if output_count % 16 else many}[row_class(row_count)]

@@ -1,4 +1,4 @@
-"""The kernel: a matrix product whose epilogue adds the bias and takes the exact GELU, in fp32."""
+"""A matrix product whose epilogue adds the bias and applies the exact GELU, in fp32."""
 
 import triton
 import triton.language as tl
@@ -10,17 +10,15 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 @triton.jit
 def exact_gelu(values):
-    """x * Phi(x) with the error function, as torch's GELU without an approximation has it."""
+    """Return x * Phi(x) by the error function, as torch's GELU with approximate="none"."""
     return 0.5 * values * (1.0 + tl.erf(values * SQRT_HALF))
 
 
 @triton.jit
 def half_precision_gelu(values):
-    """The exact GELU to 6e-6 of every value above -6, for results of 16 bits: max(x, 0) - |x| Phi(-|x|).
-
-    log2 of Phi(-|x|) is a polynomial of degree 7 from 0 to 6, and falls on beyond: see ../README.md. A third of the
-    instructions of the error function. NaN and +inf stay, and -inf gives NaN, as with the error function.
-    """
+    """Return the exact GELU with a relative error of 6e-6 above -6, for results of 16 bits."""
+    # max(x, 0) - |x| Phi(-|x|), a third of the instructions of erf. log2 Phi(-|x|) is a polynomial of degree 7 from 0
+    # to 6 and keeps falling beyond: ../README.md has its derivation.
     size = tl.abs(values)
     tail = -1.8348242699e-06 * size + 6.1598540924e-05
     tail = tail * size - 9.3052675948e-04
@@ -29,17 +27,19 @@ def half_precision_gelu(values):
     tail = tail * size - 4.5846438408e-01
     tail = tail * size - 1.1512510777
     tail = tl.exp2(tail * size - 9.9999529123e-01)
+    # x/2 + |x|/2 is max(x, 0) that keeps NaN. The limit keeps inf * 0 out of the product for +inf.
     return 0.5 * values + 0.5 * size - tl.minimum(size, 64.0) * tail
 
 
 @triton.jit
 def grouped_blocks(program, row_blocks, column_blocks, GROUP: tl.constexpr):
-    """(row block, column block) of a program: down GROUP rows of blocks, then right, for the sake of L2."""
+    """Return (row block, column block) of a program."""
+    # Down GROUP rows of blocks, then right: programs that run together share tiles of x and of the weight in L2.
     group_programs = GROUP * column_blocks
     first = program // group_programs * GROUP
     height = tl.minimum(row_blocks - first, GROUP)
-    place = program % group_programs
-    return first + place % height, place // height
+    position = program % group_programs
+    return first + position % height, position // height
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -62,17 +62,14 @@ def linear_gelu_kernel(
     PRECISION: tl.constexpr,  # how tl.dot multiplies fp32
     UPCAST: tl.constexpr,
 ):
-    """One program computes BLOCK_M x BLOCK_N of `gelu(x @ weight.T + bias)`. Grid: blocks, see grouped_blocks.
-
-    Rows and outputs beyond the last read the last again, so that no load of the loop needs a mask for them. Offsets
-    within a tile of `out` are int32, so outputs are fewer than 2**24.
-    """
+    """Compute a [BLOCK_M, BLOCK_N] block of `gelu(x @ weight.T + bias)`. Grid: blocks, see grouped_blocks."""
     row_block, output_block = grouped_blocks(
         tl.program_id(0), tl.cdiv(row_count, BLOCK_M), tl.cdiv(output_count, BLOCK_N), GROUP
     )
     rows = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = output_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inputs = tl.arange(0, BLOCK_K)
+    # Rows and outputs beyond the last read the last again, so that loads in the loop need no mask for them.
     x_pointers = x + tl.minimum(rows, row_count - 1)[:, None] * row_stride + inputs[None, :]
     weight_pointers = weight + tl.minimum(outputs, output_count - 1)[:, None] * weight_stride + inputs[None, :]
 
@@ -91,8 +88,10 @@ def linear_gelu_kernel(
 
     if bias is not None:
         acc += tl.load(bias + tl.minimum(outputs, output_count - 1) * bias_stride).to(tl.float32)[None, :]
+    # Offsets within the tile are int32, hence fewer than 2**24 outputs; the corner is int64.
     corner = out + row_block.to(tl.int64) * BLOCK_M * output_count + output_block * BLOCK_N
     addresses = corner + tl.arange(0, BLOCK_M)[:, None] * output_count + tl.arange(0, BLOCK_N)[None, :]
     inside = (rows < row_count)[:, None] & (outputs < output_count)[None, :]
+    # The polynomial is exact enough for 16 bits, not for fp32.
     acc = exact_gelu(acc) if out.dtype.element_ty == tl.float32 else half_precision_gelu(acc)
     tl.store(addresses, acc.to(out.dtype.element_ty), mask=inside)

@@ -1,6 +1,6 @@
-"""The backward kernels: gradients of the rows, and of what all rows share, summed in two stages.
+"""Gradients of the rows, and of scale, weight and bias, which all rows share, in two stages.
 
-One program sums each element of each gradient, in one order: no atomics, and two runs agree bit for bit.
+One program sums each element of each gradient, in a fixed order and without atomics: results are deterministic.
 """
 
 import triton
@@ -18,7 +18,7 @@ def load_rows(
     columns,  # [BLOCK]
     inside,  # [ROWS, BLOCK] bool
 ):
-    """[ROWS, BLOCK] fp32; 0 outside."""
+    """Load [ROWS, BLOCK] as fp32; 0 outside."""
     addresses = base + row_offset(rows, token_count, strides)[:, None] + columns[None, :]
     return tl.load(addresses, mask=inside, other=0.0).to(tl.float32)
 
@@ -27,7 +27,7 @@ def load_rows(
 def residual_norm_backward_kernel(
     grad_total,  # [batch_size, token_count, SIZE] gradient of the sum itself, or None
     grad_normalized,  # as grad_total, or None
-    total,  # as grad_total: what was normalised; None without grad_normalized
+    total,  # as grad_total: the normalized sum; None without grad_normalized
     branch,  # as grad_total; None without partial_scale
     scale,  # [SIZE], or None for 1
     drop_path_scale,  # [batch_size] fp32, or None for 1
@@ -50,10 +50,14 @@ def residual_norm_backward_kernel(
     BLOCK: tl.constexpr,  # SIZE rounded up to a power of two
     ROWS: tl.constexpr,  # rows of a step
 ):
-    """Gradients of consecutive rows, and these rows' share of the gradients of scale, weight and bias."""
+    """Compute the gradients of consecutive rows, and their part of the gradients of scale, weight and bias.
+
+    Grid: programs of configs.share_rows.
+    """
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     exists = columns < SIZE
+    # Sums of a program stay in registers over all its rows; sum_partials_kernel adds up programs.
     scale_sum = tl.zeros([BLOCK], tl.float32)
     weight_sum = tl.zeros([BLOCK], tl.float32)
     bias_sum = tl.zeros([BLOCK], tl.float32)
@@ -67,6 +71,7 @@ def residual_norm_backward_kernel(
             x = load_rows(total, rows, token_count, total_strides, columns, inside)
             average = tl.load(mean + rows, mask=rows < row_count, other=0.0)[:, None]
             inverse = tl.load(rstd + rows, mask=rows < row_count, other=0.0)[:, None]
+            # Recomputed, because storing it would cost a pass over memory.
             x = (x - average) * inverse
             weight_sum += tl.sum(dy * x, 0)
             bias_sum += tl.sum(dy, 0)
@@ -79,6 +84,7 @@ def residual_norm_backward_kernel(
             gradient += load_rows(grad_total, rows, token_count, grad_total_strides, columns, inside)
         if grad_residual is not None:
             tl.store(grad_residual + starts, gradient, mask=inside)
+        # From here on the gradient of the branch: drop path first, because the gradient of scale includes it.
         if drop_path_scale is not None:
             gradient *= tl.load(drop_path_scale + rows // token_count, mask=rows < row_count, other=0.0)[:, None]
         if partial_scale is not None:
@@ -111,7 +117,7 @@ def sum_partials_kernel(
     BLOCK_P: tl.constexpr,  # programs of a step
     BLOCK_C: tl.constexpr,  # columns of a program
 ):
-    """Sums over the programs of the first stage, BLOCK_C columns a program. Grid: blocks of columns."""
+    """Add up BLOCK_C columns of the programs' sums. Grid: blocks of columns."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     weight_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)

@@ -1,15 +1,16 @@
-"""The forward kernel: a sum of residual and branch, and its LayerNorm."""
+"""Sum of residual and branch, and its LayerNorm, in one kernel."""
 
 import triton
 import triton.language as tl
 
-# Triton compiles a kernel anew for integers that are 1 or multiples of 16, which is of no use for these.
+# Triton recompiles a kernel for integers that are 1 or multiples of 16, which does not make these kernels faster.
 RUNTIME_INTEGERS = ["program_count", "row_count", "rows_per_program", "token_count"]
 
 
 @triton.jit
 def row_offset(row, token_count, strides):
-    """Elements from the first to a row, int64; `strides` are those of (batch, token)."""
+    """Return the int64 offset of a row; `strides` are (batch, token), in elements."""
+    # Two strides, because slices of a wider tensor are not evenly spaced across samples.
     sample = (row // token_count).to(tl.int64)
     token = (row % token_count).to(tl.int64)
     return sample * strides[0] + token * strides[1]
@@ -18,13 +19,13 @@ def row_offset(row, token_count, strides):
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def residual_norm_kernel(
     residual,  # [batch_size, token_count, SIZE]
-    branch,  # as residual, or None: nothing is added
+    branch,  # as residual, or None for the norm of residual alone
     scale,  # [SIZE] layer scale, or None for 1
     drop_path_scale,  # [batch_size] fp32, 0 or 1 / keep_prob, or None for 1
     weight,  # [SIZE], or None for 1
     bias,  # [SIZE], or None for 0
     total,  # contiguous, as residual, written: residual + drop_path_scale * scale * branch; None without a branch
-    normalized,  # contiguous, as residual, written; or None for the sum alone
+    normalized,  # contiguous, as residual, written; None for the sum alone
     mean,  # [batch_size * token_count] fp32, written; None without normalized
     rstd,  # as mean
     residual_strides,  # (batch, token), elements
@@ -34,7 +35,7 @@ def residual_norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,  # SIZE rounded up to a power of two
 ):
-    """One row (token) a program, held in registers. Grid: batch_size * token_count."""
+    """Add and normalize one row (token), held in registers. Grid: batch_size * token_count."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -49,13 +50,16 @@ def residual_norm_kernel(
             added *= tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
         if drop_path_scale is not None:
             added *= tl.load(drop_path_scale + row // token_count)
+        # The norm is that of the rounded sum, because the backward reads the rounded one.
         rounded = (x + added).to(total.dtype.element_ty)
         tl.store(total + start + columns, rounded, mask=inside)
-        x = rounded.to(tl.float32)  # what is normalised is what the backward reads again
+        x = rounded.to(tl.float32)
     if normalized is not None:
         average = tl.sum(x, 0) / SIZE
-        # Again from where it is: exact for equal numbers, whose rounding 1 / sqrt(eps) would make large.
+        # Correct the mean once, which makes it exact for rows of equal numbers: 1 / sqrt(eps) = 1e6 amplifies its
+        # error.
         average += tl.sum(tl.where(inside, x - average, 0.0), 0) / SIZE
+        # Deviations and not E[x^2] - mean^2, which cancels.
         centred = tl.where(inside, x - average, 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, 0) / SIZE + eps)
         tl.store(mean + row, average)

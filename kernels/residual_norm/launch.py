@@ -174,6 +174,7 @@ def fill_backward(
             if gradient is not None:
                 gradient.zero_()
         return
+    # None compiles a kernel without what is not needed.
     if grad_normalized is None:
         total = weight = mean = rstd = None
     if shared[0] is None:
