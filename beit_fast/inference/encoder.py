@@ -1,4 +1,4 @@
-"""The encoder of an optimised model: folded blocks, and the biases of the last few windows."""
+"""The encoder of an optimised model: folded blocks and a cache of biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.attention_backends import dense_bias, eager_attention, run_attention
 from ..layers.block import BeitEncoder, BeitLayer
-from ..layers.context import Kernels, choose_kernels, query_dtype
+from ..layers.context import BlockContext, choose_kernels, query_dtype
 from ..ops.dispatch import attention, availability
 from ..ops.packed_bias import pack_bias, packed_bias_attention
 from ..ops.residual_norm import residual_norm
@@ -33,7 +33,7 @@ Biases = tuple[LayerBias, ...]
 
 
 class BiasCache:
-    """The biases of the windows that were used last, at most `limit` of them."""
+    """Biases of the last `limit` windows."""
 
     def __init__(self, make: Callable[[Window], Biases], limit: int = 8) -> None:
         self.limit = limit
@@ -55,26 +55,17 @@ class BiasCache:
             return biases
 
     def held(self) -> list[Biases]:
-        """All that is kept now: whoever records its addresses, as a CUDA graph does, has to keep it too."""
+        """Return the cached biases. A CUDA graph that captures their addresses must keep a reference."""
         return list(self._biases.values())
 
     def clear(self) -> None:
-        """Forget everything, since it would be made differently now."""
+        """Drop all biases, because they depend on the attention kernel."""
         with self._lock:
             self._biases.clear()
 
 
-class AttentionCall(NamedTuple):
-    """What attention takes in a forward of the encoder, the same in every block."""
-
-    window: Window
-    key_mask: Tensor | None
-    kernels: Kernels
-    output_attentions: bool
-
-
 class FoldedBlock(nn.Module):
-    """A block of four linear layers around attention, its norms without gain and shift."""
+    """A folded block: attention, four linear layers, and norms without gain and shift."""
 
     def __init__(self, folded: FoldedLayer, num_heads: int, rows: int) -> None:
         super().__init__()
@@ -86,36 +77,41 @@ class FoldedBlock(nn.Module):
         self.up = build_linear(folded.up, rows, folded.activation)
         self.down = build_linear(folded.down, rows)
 
-    def forward(self, hidden_states: Tensor, bias: LayerBias, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """`[B, N, E]` to `[B, N, E]`, and the attention weights `[B, H, N, N]` where asked for."""
-        mixed, weights = self.mix(self.norm(hidden_states, 0), bias, call)
-        hidden_states = self.out.add(mixed, hidden_states)
+    def forward(self, hidden_states: Tensor, bias: LayerBias, context: BlockContext) -> tuple[Tensor, Tensor | None]:
+        """Return `[B, N, E]`, and the attention weights `[B, H, N, N]` if requested."""
+        attended, weights = self.self_attention(self.norm(hidden_states, 0), bias, context)
+        hidden_states = self.out.add(attended, hidden_states)
         return self.down.add(self.up(self.norm(hidden_states, 1)), hidden_states), weights
 
     def norm(self, hidden_states: Tensor, number: int) -> Tensor:
-        """The norm before attention (0) or before the MLP (1)."""
+        """Normalise before attention (0) or before the MLP (1)."""
         return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps[number])
 
-    def mix(self, normalized: Tensor, bias: LayerBias, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Attention without its output projection, `[B, N, E]` to `[B, N, H * D]`, and its weights."""
+    def self_attention(
+        self, normalized: Tensor, bias: LayerBias, context: BlockContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend without the output projection: return `[B, N, H * D]` and the attention weights."""
         q, k, v = self.qkv(normalized).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, D]
-        kernels = call.kernels.serving(q.device, q.dtype)
+        kernels = context.kernels.serving(q.device, q.dtype)
         self.last_kernel = kernels.name
         weights = None
-        if call.output_attentions:
-            dense = None if bias.table is None else dense_bias(bias.table, call.window)
-            out, weights = eager_attention(q, k, v, dense, call.key_mask, scale=1.0)
+        if context.output_attentions:
+            dense = None if bias.table is None else dense_bias(bias.table, context.window)
+            out, weights = eager_attention(q, k, v, dense, context.key_mask, scale=1.0)
         elif kernels.name in availability.TRITON_KERNELS:
-            out = packed_bias_attention(q, k, v, bias.table, call.key_mask, call.window, 1.0, bias.packed)
+            out = packed_bias_attention(q, k, v, bias.table, context.key_mask, context.window, 1.0, bias.packed)
         else:
-            out = run_attention(kernels.attention, q, k, v, bias.table, call.window, call.key_mask, 1.0)
+            out = run_attention(kernels.attention, q, k, v, bias.table, context.window, context.key_mask, 1.0)
         return out.flatten(2), weights
 
 
 class FoldedEncoder(nn.Module):
-    """Takes the place of a `BeitEncoder` whose blocks it holds folded, in `dtype`; shares no memory with it.
+    """An encoder of folded blocks with the interface of `BeitEncoder`; it shares no memory with the original.
 
-    rows: tokens in a batch, `B * N`, that weights are packed for; any other number works.
+    Args:
+        encoder: the encoder to fold.
+        dtype: dtype of weights and arithmetic.
+        rows: tokens in a batch, `B * N`, that weights are packed for; other numbers work too.
     """
 
     def __init__(self, encoder: BeitEncoder, dtype: torch.dtype, rows: int) -> None:
@@ -146,14 +142,14 @@ class FoldedEncoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """As `BeitEncoder.forward`."""
+        """Run all blocks, as `BeitEncoder.forward` does."""
         requested = "eager" if output_attentions else self.attn_implementation
         kernels = choose_kernels(requested, hidden_states.device, query_dtype(hidden_states), self.head_dim)
-        call = AttentionCall(window, key_mask, kernels, output_attentions)
+        context = BlockContext(window, None, None, key_mask, kernels, output_attentions)
         run = self._run_fused if self._fuses_norms(hidden_states) else self._run
         states, attentions = [hidden_states], []
         last = hidden_states
-        for last, weights in run(hidden_states, call):
+        for last, weights in run(hidden_states, context):
             if output_hidden_states:
                 states.append(last)
             if weights is not None:
@@ -164,19 +160,19 @@ class FoldedEncoder(nn.Module):
             tuple(attentions) if output_attentions else None,
         )
 
-    def _run(self, hidden_states: Tensor, call: AttentionCall) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The output of each block, and its attention weights."""
-        for block, bias in zip(self.blocks(), self.biases(call.window), strict=True):
-            hidden_states, weights = block(hidden_states, bias, call)
+    def _run(self, hidden_states: Tensor, context: BlockContext) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the output and the attention weights of each block."""
+        for block, bias in zip(self.blocks(), self.biases(context.window), strict=True):
+            hidden_states, weights = block(hidden_states, bias, context)
             yield hidden_states, weights
 
-    def _run_fused(self, hidden_states: Tensor, call: AttentionCall) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The same, each residual added in one kernel with the norm that follows, if need be the next block's."""
+    def _run_fused(self, hidden_states: Tensor, context: BlockContext) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the same, with each residual and the norm after it in one kernel."""
         blocks = list(self.blocks())
         normalized = blocks[0].norm(hidden_states, 0)
-        for block, bias, following in zip(blocks, self.biases(call.window), [*blocks[1:], None], strict=True):
-            mixed, weights = block.mix(normalized, bias, call)
-            hidden_states, normalized = residual_norm(hidden_states, block.out(mixed), eps=block.eps[1])
+        for block, bias, following in zip(blocks, self.biases(context.window), [*blocks[1:], None], strict=True):
+            attended, weights = block.self_attention(normalized, bias, context)
+            hidden_states, normalized = residual_norm(hidden_states, block.out(attended), eps=block.eps[1])
             branch = block.down(block.up(normalized))
             if following is None:
                 hidden_states = hidden_states + branch
@@ -185,7 +181,7 @@ class FoldedEncoder(nn.Module):
             yield hidden_states, weights
 
     def _fuses_norms(self, hidden_states: Tensor) -> bool:
-        """Whether Triton's kernels take the residuals and norms."""
+        """Whether Triton kernels can compute the residuals and norms."""
         if hidden_states.device.type == "cpu" and not availability.INTERPRETED:
             return False
         size = hidden_states.shape[-1]
@@ -195,28 +191,28 @@ class FoldedEncoder(nn.Module):
         )
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        """Choose attention for every block from now on."""
+        """Set the attention implementation of every block."""
         self.attn_implementation = attn_implementation
         self.biases.clear()
         for block in self.blocks():
             block.last_kernel = None
 
     def blocks(self) -> Iterator[FoldedBlock]:
-        """The blocks, first to last."""
+        """Iterate over the blocks."""
         return (block for block in self.layer if isinstance(block, FoldedBlock))
 
     def linears(self) -> Iterator[InferenceLinear]:
-        """The linear layers of all blocks."""
+        """Iterate over the linear layers of all blocks."""
         for block in self.blocks():
             yield from (block.qkv, block.out, block.up, block.down)
 
     def weight_bytes(self) -> int:
-        """Bytes of the folded blocks' weights and of the native tables."""
+        """Return the bytes of the folded weights and of the native tables."""
         tables = {id(table): table for table in self._native_tables if table is not None}.values()
         return sum(linear.weight_bytes() for linear in self.linears()) + sum(t.nbytes for t in tables)
 
     def _biases_for(self, window: Window) -> Biases:
-        """What every layer's attention reads, made once where layers share it."""
+        """Build the bias of every layer, once for layers that share a table."""
         made: dict[int, LayerBias] = {}
         for table in self._native_tables:
             if id(table) not in made:
@@ -234,7 +230,7 @@ class FoldedEncoder(nn.Module):
 
 
 def _with_shared_table(encoder: BeitEncoder, tables: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Each layer's table plus the one that all share; resizing is linear, so their sum is resized once."""
+    """Add the shared table to each layer's table; resizing is linear, so the sum is resized once."""
     if encoder.relative_position_bias is None:
         return tuple(tables)
     parameter = encoder.relative_position_bias.relative_position_bias_table.detach()
