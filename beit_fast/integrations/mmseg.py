@@ -95,12 +95,9 @@ class MmsegBeit(nn.Module):
         fixed = {"qv_bias": qv_bias, "patch_norm": patch_norm, "final_norm": final_norm, "num_fcs": num_fcs}
         errors = _fixed_errors(fixed) + _layer_errors(norm, activation, init_values)
         errors += _index_errors(indices, num_layers, feature_pyramid)
-        errors += _pretrained_errors(pretrained, init_cfg, position_interpolation)
-        if errors:
-            raise ValueError("MmsegBeit cannot be built:\n" + "\n".join(f"- {error}" for error in errors))
+        _raise_errors(errors + _pretrained_errors(pretrained, init_cfg, position_interpolation))
         self.out_indices = [index % num_layers for index in indices]
-        self.embed_dims = embed_dims
-        self.norm_eval = norm_eval
+        self.embed_dims, self.norm_eval = embed_dims, norm_eval
         self.pretrained = init_cfg["checkpoint"] if init_cfg else pretrained
         self.position_interpolation = position_interpolation
         config = BeitConfig(
@@ -157,6 +154,11 @@ def _fixed_errors(given: Mapping[str, Any]) -> list[str]:
         for name, value in given.items()
         if value != _FIXED[name]
     ]
+
+
+def _raise_errors(errors: Sequence[str]) -> None:
+    if errors:
+        raise ValueError("MmsegBeit cannot be built:\n" + "\n".join(f"- {error}" for error in errors))
 
 
 def _freeze_norms(trunk: nn.Module) -> None:
