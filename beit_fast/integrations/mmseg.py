@@ -118,8 +118,7 @@ class MmsegBeit(nn.Module):
             add_fpn=feature_pyramid,
         )
         self.trunk = BeitBackbone(config, attn_implementation, patch_embed_implementation)
-        if not norm.get("requires_grad", True):
-            _freeze_norms(self.trunk)
+        _set_norms_trainable(self.trunk, norm.get("requires_grad", True))
         self.register_load_state_dict_pre_hook(_take_other_names)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -161,10 +160,10 @@ def _raise_errors(errors: Sequence[str]) -> None:
         raise ValueError("MmsegBeit cannot be built:\n" + "\n".join(f"- {error}" for error in errors))
 
 
-def _freeze_norms(trunk: nn.Module) -> None:
+def _set_norms_trainable(trunk: nn.Module, trainable: bool) -> None:
     for module in trunk.modules():
         if isinstance(module, nn.LayerNorm):
-            module.requires_grad_(False)
+            module.requires_grad_(trainable)
 
 
 def _layer_errors(norm: Mapping[str, Any], activation: Mapping[str, Any], init_values: float) -> list[str]:
