@@ -2,9 +2,9 @@
 
 python examples/depth_dpt.py [--out depth.png] [--model FOLDER_OR_ID --image PATH]
 
-With --model, a DPT checkpoint with a BEiT backbone, such as Intel/dpt-beit-base-384, is given a photograph. Without, a
-small DPT is trained for some seconds on drawn scenes, discs in front of each other that are darker and smaller the
-further away they are, and shown scenes that it has not seen.
+With --model, a DPT checkpoint with a BEiT backbone, such as Intel/dpt-beit-base-384, predicts a photograph. Without it,
+a small DPT is trained for some seconds on drawn scenes of discs, of which distant ones are darker and smaller. Then it
+predicts held-out scenes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the picture, print what it shows, and return the exit code."""
+    """Write the picture, print the error, and return the exit code."""
     parser = argparse.ArgumentParser(description="Depth with DPT around beit_fast's backbone.")
     parser.add_argument("--out", type=Path, default=Path("depth.png"), help="default: depth.png")
     parser.add_argument("--model", help="a DPT checkpoint with a BEiT backbone (default: a small one is trained)")
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.model is None) != (options.image is None):
         parser.error("--model and --image go together")
-    register()  # from here on BEiT backbones inside Transformers' models are beit_fast's
+    register()  # BEiT backbones inside Transformers models are now beit_fast's
     torch.manual_seed(0)
     if options.model is not None:
         model = DPTForDepthEstimation.from_pretrained(options.model).eval()
@@ -81,7 +81,7 @@ def small_dpt() -> DPTForDepthEstimation:
 
 
 def train(model: DPTForDepthEstimation) -> DPTForDepthEstimation:
-    """Fit the model to new scenes in every step; prints how far off it is on others."""
+    """Train on new scenes in every step, and print the error on held-out scenes."""
     random = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
@@ -109,7 +109,7 @@ def predict(model: DPTForDepthEstimation, pixels: Tensor) -> Tensor:
 
 
 def draw_scenes(count: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures `[B, 3, 64, 64]` in [-1, 1] with noise on them, and how near each pixel is, `[B, 64, 64]` in [0, 1]."""
+    """Draw noisy pictures `[B, 3, 64, 64]` in [-1, 1] and the nearness `[B, 64, 64]` in [0, 1]."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     pictures, maps = [], []
     for _ in range(count):
@@ -130,7 +130,7 @@ def held_out_scenes() -> tuple[Tensor, Tensor]:
 
 
 def of_scenes(model: DPTForDepthEstimation) -> Image.Image:
-    """Held-out scenes, below them how near they are, and below that what the model says."""
+    """Held-out scenes, their nearness, and the predictions, one row each."""
     pixels, nearness = held_out_scenes()
     lines = [(pixels.permute(0, 2, 3, 1) + 1) / 2, grey(nearness), grey(predict(model, pixels))]
     sheet = torch.cat([torch.cat(list(line), dim=1) for line in lines])  # [3 * 64, B * 64, 3]
@@ -139,7 +139,7 @@ def of_scenes(model: DPTForDepthEstimation) -> Image.Image:
 
 
 def of_photograph(model: DPTForDepthEstimation, photograph: Image.Image) -> Image.Image:
-    """A photograph and beside it how near things are, white being nearest."""
+    """A photograph beside its predicted nearness; white is nearest."""
     side = model.config.backbone_config.image_size
     small = torch.from_numpy(np.array(photograph.resize((side, side)))).permute(2, 0, 1)[None] / 127.5 - 1
     depth = predict(model, small)[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from beit_fast import __version__, native
 from beit_fast.cli import info, main
+from beit_fast.cli.options import PredictOptions
 from beit_fast.ops.dispatch import attention, availability
 
 
@@ -45,20 +48,50 @@ def test_info_json_agrees_with_the_dispatcher_and_the_native_libraries(capsys: p
     assert facts["instruction_sets"] == {"used": used, "usable": list(usable)}
 
 
-@pytest.mark.parametrize("arguments", [(), ("fly",), ("info", "--yaml")])
-def test_main_wrong_arguments_exit_with_2_and_name_the_accepted_ones(
-    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("fly", "'fly' (choose from"),
+        ("info --yaml", "--yaml"),
+        ("classify --model m", "required: IMAGE"),
+        ("classify a.png --model m --top 0", "0 is not a positive number"),
+        ("classify a.png --model m --attn flash", "'flash' (choose from"),
+        ("segment a.png --model m", "required: --out"),
+        ("segment a.png --out b.png --model m --opacity 2", "2 is not between 0 and 1"),
+        ("convert a b --image-size 1x2x3", "1x2x3 is not a number or HEIGHTxWIDTH"),
+        ("predict a b --model m --top 0", "0 is not a positive number"),
+        ("predict a b --model m --logits --features", "not allowed with argument"),
+        ("predict a b --model m --top 1 --features", "not allowed with argument"),
+        ("predict a b --model m --overwrite --retry-failed", "not allowed with argument"),
+        ("predict a b --model m --workers -1", "-1 is negative"),
+        ("predict a --model m", "required: OUT"),
+        ("predict a b c --model m", "unrecognized arguments: c"),
+    ],
+)
+def test_main_wrong_arguments_exit_with_2(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main.main(arguments)
+        main.main(line.split())
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    for word in arguments[-1:]:
-        assert word in err
-    assert "usage: beit-fast" in err
-    if arguments == ("fly",):
-        assert "predict" in err
+    assert message in err
+
+
+def test_main_fills_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With defaults and with every kind of value."""
+    found: list[PredictOptions] = []
+    monkeypatch.setattr("beit_fast.cli.predict.command.predict", lambda options: found.append(options) or 0)
+    assert main.main(["predict", "images", "out.jsonl", "--model", "m"]) == 0
+    line = "predict a b.pq --model m --features --retry-failed --workers 0 --dtype bfloat16"
+    assert main.main(line.split()) == 0
+    defaults = PredictOptions(
+        **{"model": "m", "attn": None, "device": None, "dtype": None, "local_files_only": False, "json": False},
+        **{"dataset": "images", "out": Path("out.jsonl"), "format": None, "output": "classes", "top": 5},
+        **{"batch_size": 32, "workers": None, "optimize": False, "start": "resume"},
+    )
+    changes = {"output": "features", "start": "retry-failed", "workers": 0, "dtype": "bfloat16"}
+    assert found == [defaults, replace(defaults, dataset="a", out=Path("b.pq"), **changes)]
 
 
 @pytest.mark.parametrize(

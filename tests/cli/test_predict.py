@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_fast import BeitImageProcessor
-from beit_fast.cli import main
 from beit_fast.cli.predict.dataset import find_images
 
 from ..support.devices import CPU_ATTENTION
@@ -71,7 +70,7 @@ class Spy(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "triton"])
-def test_logits_are_those_of_transformers(attention, model, images, tmp_path, capsys):
+def test_predict_logits_match_transformers(attention, model, images, tmp_path, capsys):
     out = tmp_path / "new" / "out.jsonl"
     with Spy() as spy:
         code, text, _ = predict(
@@ -92,7 +91,7 @@ def test_logits_are_those_of_transformers(attention, model, images, tmp_path, ca
     assert sorted(os.listdir(tmp_path / "new" / "out.jsonl.run")) == ["lock", "manifest.json"]
 
 
-def test_a_lost_bias_would_be_seen(model, images, tmp_path, capsys):
+def test_predict_without_bias_differs_from_transformers(model, images, tmp_path, capsys):
     """The comparison above has teeth: without the tables the logits are far away."""
     state = load_file(model / "model.safetensors")
     without = {key: torch.zeros_like(x) if key.endswith("bias_table") else x for key, x in state.items()}
@@ -104,7 +103,7 @@ def test_a_lost_bias_would_be_seen(model, images, tmp_path, capsys):
     assert relative_error(recorded_logits(out), reference_logits(model, images)) > 0.05
 
 
-def test_classes_are_the_most_probable_ones(model, images, tmp_path, capsys):
+def test_predict_classes_are_the_most_probable(model, images, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     code, text, _ = predict(capsys, images, out, "--model", model, "--top", 2, "--device", "cpu")
     assert code == 0
@@ -120,7 +119,7 @@ def test_classes_are_the_most_probable_ones(model, images, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["BeitForImageClassification", "BeitModel", "BeitForSemanticSegmentation"])
-def test_features_of_any_checkpoint(name, images, tmp_path, capsys):
+def test_predict_features_of_any_checkpoint(name, images, tmp_path, capsys):
     options = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": (1, 2)}
     save_checkpoint(tmp_path / "model", name, **(options if "Segmentation" in name else {}))
     out = tmp_path / "out.jsonl"
@@ -138,7 +137,7 @@ def test_features_of_any_checkpoint(name, images, tmp_path, capsys):
     torch.testing.assert_close(torch.tensor(records[NAMES[0]]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_digits_are_named(tmp_path, capsys):
+def test_predict_optimized_classifies_held_out_digits(tmp_path, capsys):
     """With trained weights, packed: digits that the shipped model has not seen."""
     out = tmp_path / "digits.jsonl"
     code, _, _ = predict(
@@ -151,7 +150,7 @@ def test_digits_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_optimized_models_call_the_fused_operator_and_agree(dtype, model, images, tmp_path, capsys):
+def test_predict_optimized_calls_the_operator_and_matches_transformers(dtype, model, images, tmp_path, capsys):
     with Spy() as spy:
         code, _, _ = predict(
             capsys, images, tmp_path / "out.jsonl", "--model", model, "--logits", "--optimize", "--dtype", dtype,
@@ -164,7 +163,7 @@ def test_optimized_models_call_the_fused_operator_and_agree(dtype, model, images
 
 
 @pytest.mark.parametrize("output", [("--top", 3), ("--logits",), ("--features",)])
-def test_parquet_holds_what_jsonl_holds(output, model, images, tmp_path, capsys):
+def test_predict_parquet_equals_jsonl(output, model, images, tmp_path, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     folder = tmp_path / "images"
     folder.symlink_to(images)
@@ -182,7 +181,7 @@ def test_parquet_holds_what_jsonl_holds(output, model, images, tmp_path, capsys)
     assert table.to_pylist() == read_jsonl(tmp_path / "out.jsonl")
 
 
-def test_parquet_without_pyarrow_says_what_to_install(model, images, tmp_path, capsys, monkeypatch):
+def test_predict_parquet_without_pyarrow_is_refused(model, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     code, out, err = predict(capsys, images, tmp_path / "out.parquet", "--model", model)
     assert (code, out) == (2, "")
@@ -190,7 +189,7 @@ def test_parquet_without_pyarrow_says_what_to_install(model, images, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
-def test_images_that_cannot_be_read_are_recorded(model, tmp_path, capsys):
+def test_predict_unreadable_images_are_recorded(model, tmp_path, capsys):
     save_images(tmp_path / "images", 5)
     (tmp_path / "images" / "empty.png").touch()
     (tmp_path / "images" / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -214,7 +213,7 @@ def test_images_that_cannot_be_read_are_recorded(model, tmp_path, capsys):
     assert all((record["classes"] is None) == (record["path"] in errors) for record in read_jsonl(out))
 
 
-def test_what_is_not_finite_is_an_error_of_its_image(tmp_path, capsys):
+def test_predict_outputs_not_finite_are_recorded_as_errors(tmp_path, capsys):
     """float16 overflows for some images only: their numbers are not passed on."""
     model = save_checkpoint(tmp_path / "model")
     with torch.no_grad():
@@ -228,7 +227,7 @@ def test_what_is_not_finite_is_an_error_of_its_image(tmp_path, capsys):
     ] * 2
 
 
-def test_images_of_several_sizes_where_the_processor_keeps_them(tmp_path, capsys):
+def test_predict_images_of_several_sizes_without_resizing(tmp_path, capsys):
     model = save_checkpoint(tmp_path / "model")
     processor = BeitImageProcessor(do_resize=False)
     processor.save_pretrained(tmp_path / "model")
@@ -245,13 +244,13 @@ def test_images_of_several_sizes_where_the_processor_keeps_them(tmp_path, capsys
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_of_weights_is_a_checkpoint_too(model, images, tmp_path, capsys):
+def test_predict_weights_file_equals_its_folder(model, images, tmp_path, capsys):
     for name, checkpoint in (("folder", model), ("file", model / "model.safetensors")):
         assert predict(capsys, images, tmp_path / f"{name}.jsonl", "--model", checkpoint, "--device", "cpu")[0] == 0
     assert (tmp_path / "folder.jsonl").read_bytes() == (tmp_path / "file.jsonl").read_bytes()
 
 
-def test_a_list_names_its_images(model, images, tmp_path, capsys):
+def test_predict_list_reads_its_images(model, images, tmp_path, capsys):
     """Relative to the list, or absolute; each once; missing ones are failures; hidden and odd names are taken."""
     save_image(tmp_path / "near" / ".hidden.png", 0)
     save_image(tmp_path / "near" / "no suffix.png", 1).rename(tmp_path / "near" / "no suffix")
@@ -267,7 +266,7 @@ def test_a_list_names_its_images(model, images, tmp_path, capsys):
     assert "2 repeated lines are left out" in err
 
 
-def test_a_folder_s_images_are_those_with_an_image_s_ending(tmp_path):
+def test_find_images_in_a_folder_selects_by_suffix(tmp_path):
     save_images(tmp_path, 4)
     for name in ("notes.txt", ".hidden.png", ".folder/hidden.png", "png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -280,7 +279,7 @@ def test_a_folder_s_images_are_those_with_an_image_s_ending(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have Unicode names only")
-def test_names_that_are_not_utf_8(model, tmp_path, capsys):
+def test_predict_names_not_utf8_need_jsonl(model, tmp_path, capsys):
     name = os.fsdecode(b"caf\xe9 \xc3\xa9.png")
     save_image(tmp_path / "images" / "x.png", 0).rename(tmp_path / "images" / name)
     out = tmp_path / "out.jsonl"
@@ -304,7 +303,7 @@ def test_names_that_are_not_utf_8(model, tmp_path, capsys):
         ("binary", "is not a text file (expected a folder of images"),
     ],
 )
-def test_no_data_set(dataset, message, tmp_path, capsys):
+def test_predict_without_images_is_refused(dataset, message, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "list.txt").write_text("\n \n")
     save_image(tmp_path / "image.png", 0)
@@ -326,7 +325,7 @@ def test_no_data_set(dataset, message, tmp_path, capsys):
         (("out.jsonl", "--device", "cpu", "--dtype", "int8"), "dtype"),
     ],
 )
-def test_an_out_that_cannot_be(arguments, message, model, images, tmp_path, capsys):
+def test_predict_wrong_out_is_refused(arguments, message, model, images, tmp_path, capsys):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "exists.jsonl").write_text("precious")
     code, out, err = predict(capsys, images, tmp_path / arguments[0], "--model", model, *arguments[1:])
@@ -336,7 +335,7 @@ def test_an_out_that_cannot_be(arguments, message, model, images, tmp_path, caps
     assert (tmp_path / "exists.jsonl").read_text() == "precious"
 
 
-def test_a_checkpoint_without_the_head_is_refused(images, tmp_path, capsys):
+def test_predict_checkpoint_without_classifier_is_refused(images, tmp_path, capsys):
     save_checkpoint(tmp_path / "model", "BeitForMaskedImageModeling")
     with pytest.warns(UserWarning, match="were initialized"):
         code, out, err = predict(capsys, images, tmp_path / "out.jsonl", "--model", tmp_path / "model")
@@ -347,20 +346,10 @@ def test_a_checkpoint_without_the_head_is_refused(images, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-def test_outputs_that_are_no_probabilities_of_classes(problem, images, tmp_path, capsys):
+def test_predict_other_problem_types_need_logits(problem, images, tmp_path, capsys):
     save_checkpoint(tmp_path / "model", problem_type=problem)
     arguments = (images, tmp_path / "out.jsonl", "--model", tmp_path / "model")
     code, _, err = predict(capsys, *arguments)
     assert code == 2
     assert f"is for {problem}" in err
     assert predict(capsys, *arguments, "--logits", "--device", "cpu")[0] == 0
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["a b --top 0", "a b --logits --features", "a b --overwrite --retry-failed", "a b --workers -1", "a", "a b c"],
-)
-def test_wrong_arguments_exit_with_2(line):
-    with pytest.raises(SystemExit) as caught:
-        main.main(["predict", *line.split(), "--model", "m"])
-    assert caught.value.code == 2

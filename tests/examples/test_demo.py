@@ -77,7 +77,7 @@ def test_demo_compares_the_backends_and_draws(
         assert image.size == tuple(round(side * 120) for side in demo.FIGURE_INCHES)
 
 
-def test_demo_names_classes_of_a_checkpoint(
+def test_demo_with_a_checkpoint_prints_classes(
     demo: ModuleType, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--image", str(photograph), "--out", str(tmp_path / "demo.png"), "--model", str(demo.DIGITS)]
@@ -101,7 +101,7 @@ def test_demo_names_classes_of_a_checkpoint(
     assert sum(float(share) for share, _ in classes) <= 100.1
 
 
-def test_demo_shows_the_bias_that_the_model_adds(demo: ModuleType, config: BeitConfig) -> None:
+def test_patch_bias_matches_the_table(demo: ModuleType, config: BeitConfig) -> None:
     model = demo.build_model(config, torch.device("cpu"))
     name = "beit.encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table"
     table = dict(model.named_parameters())[name].detach()
@@ -111,7 +111,7 @@ def test_demo_shows_the_bias_that_the_model_adds(demo: ModuleType, config: BeitC
     np.testing.assert_array_equal(bias[:, 3, 0], table[(1 - 3 + 3) * 7 + (2 - 0 + 3)].numpy())
 
 
-def test_demo_tables_are_smooth_with_standard_deviation_one(demo: ModuleType) -> None:
+def test_smooth_table_is_smooth_with_deviation_one(demo: ModuleType) -> None:
     torch.manual_seed(0)
     table = demo.smooth_table((14, 14), 12)
     assert table.shape == (27 * 27 + 3, 12)
@@ -122,7 +122,7 @@ def test_demo_tables_are_smooth_with_standard_deviation_one(demo: ModuleType) ->
     assert steps[-1] < steps[0] / 2
 
 
-def test_effect_of_bias_leaves_the_model_as_it_was(demo: ModuleType, config: BeitConfig) -> None:
+def test_effect_of_bias_restores_the_model(demo: ModuleType, config: BeitConfig) -> None:
     model = demo.build_model(config, torch.device("cpu"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert demo.effect_of_bias(model, torch.randn(1, 3, 64, 64)) > 1e-4
@@ -130,7 +130,7 @@ def test_effect_of_bias_leaves_the_model_as_it_was(demo: ModuleType, config: Bei
         assert torch.equal(value, before[name])
 
 
-def test_demo_preprocessing_covers_minus_one_to_one(demo: ModuleType) -> None:
+def test_preprocess_covers_minus_one_to_one(demo: ModuleType) -> None:
     pixels = demo.preprocess(Image.fromarray(np.array([[[0, 0, 0]], [[255, 255, 255]]], np.uint8)), (2, 1))
     assert pixels.shape == (1, 3, 2, 1)
     assert pixels[0, :, :, 0].tolist() == [[-1.0, 1.0]] * 3
@@ -144,7 +144,7 @@ def test_demo_preprocessing_covers_minus_one_to_one(demo: ModuleType) -> None:
         (["--image", str(DEMO)], "cannot read the image"),
     ],
 )
-def test_demo_refuses_with_one_error(
+def test_demo_wrong_arguments_are_one_error(
     demo: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -77,7 +77,7 @@ def held_out(log: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return indices, np.rint(data.images[indices] * 255 / 16).astype(np.uint8), data.target[indices]
 
 
-def test_checkpoint_is_small_and_of_the_hub_s_layout() -> None:
+def test_checkpoint_is_small_in_the_hub_layout() -> None:
     file = DIGITS / "model.safetensors"
     assert file.stat().st_size < 2_000_000
     with safe_open(file, "pt") as tensors:
@@ -88,7 +88,7 @@ def test_checkpoint_is_small_and_of_the_hub_s_layout() -> None:
     assert model.config.id2label == dict(enumerate(NAMES))
 
 
-def test_transformers_reads_the_checkpoint(shown: tuple[Tensor, Tensor], processor: dict[str, Any]) -> None:
+def test_checkpoint_in_transformers_gives_equal_logits(shown: tuple[Tensor, Tensor], processor: dict[str, Any]) -> None:
     theirs, loading = transformers.BeitForImageClassification.from_pretrained(DIGITS, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     pixels, _ = shown
@@ -96,14 +96,14 @@ def test_transformers_reads_the_checkpoint(shown: tuple[Tensor, Tensor], process
         torch.testing.assert_close(theirs.eval()(pixels).logits, load_model()(pixels).logits)
 
 
-def test_every_layer_has_learned_a_bias_of_its_own() -> None:
+def test_checkpoint_tables_differ_between_layers() -> None:
     tables = [table for name, table in load_model().named_parameters() if name.endswith("relative_position_bias_table")]
     assert len(tables) == load_model().config.num_hidden_layers
     assert all(table.std() > 0.1 for table in tables)
     assert all(not torch.equal(tables[0], table) for table in tables[1:])
 
 
-def test_two_images_of_each_class_are_shown_as_they_were_held_out(
+def test_shipped_images_are_two_held_out_digits_per_class(
     held_out: tuple[np.ndarray, np.ndarray, np.ndarray], shown: tuple[Tensor, Tensor]
 ) -> None:
     assert shown[1].bincount().tolist() == [2] * 10
@@ -118,7 +118,7 @@ def test_two_images_of_each_class_are_shown_as_they_were_held_out(
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
-def test_images_are_named_as_logged_under_every_attention(
+def test_checkpoint_accuracy_equals_the_log_under_every_attention(
     implementation: str, shown: tuple[Tensor, Tensor], log: dict[str, Any]
 ) -> None:
     pixels, labels = shown
@@ -131,7 +131,7 @@ def test_images_are_named_as_logged_under_every_attention(
     assert (logits - exact).norm() <= 2 * (eager - exact).norm() + floor
 
 
-def test_held_out_accuracy_is_what_the_log_says(
+def test_held_out_accuracy_equals_the_log(
     held_out: tuple[np.ndarray, np.ndarray, np.ndarray], processor: dict[str, Any], log: dict[str, Any]
 ) -> None:
     _, images, labels = held_out
@@ -142,7 +142,7 @@ def test_held_out_accuracy_is_what_the_log_says(
     assert right.mean() == log["held_out_accuracy"] >= 0.97
 
 
-def test_log_is_of_the_whole_training(log: dict[str, Any]) -> None:
+def test_log_covers_the_whole_training(log: dict[str, Any]) -> None:
     assert log["options"]["quick"] is False
     for stage in ("pretraining", "fine_tuning"):
         assert [row["epoch"] for row in log[stage]] == list(range(1, log["options"][f"{stage}_epochs"] + 1))
@@ -152,7 +152,7 @@ def test_log_is_of_the_whole_training(log: dict[str, Any]) -> None:
     assert log["seconds"] < 300
 
 
-def test_readme_gives_the_log_s_figures(log: dict[str, Any]) -> None:
+def test_readme_figures_equal_the_log(log: dict[str, Any]) -> None:
     text = (DIGITS / "README.md").read_text()
     right = round(log["held_out_accuracy"] * log["split"]["held_out"])
     assert f"{log['held_out_accuracy']:.2%} ({right} of {log['split']['held_out']})".replace("%", " %") in text
@@ -171,7 +171,7 @@ def script() -> Iterator[ModuleType]:
     del sys.modules[spec.name]
 
 
-def test_masks_are_blocks_over_two_fifths_of_the_window(script: ModuleType) -> None:
+def test_blockwise_mask_covers_two_fifths_in_blocks(script: ModuleType) -> None:
     random = np.random.default_rng(0)
     masks = np.stack([script.blockwise_mask((6, 6), random) for _ in range(300)])
     shares = masks.mean((1, 2))
@@ -182,7 +182,7 @@ def test_masks_are_blocks_over_two_fifths_of_the_window(script: ModuleType) -> N
     assert masked_beside_masked > shares.mean() + 0.1
 
 
-def test_augmentation_moves_the_digit_and_not_the_background(script: ModuleType, shown: tuple[Tensor, Tensor]) -> None:
+def test_augment_keeps_the_background(script: ModuleType, shown: tuple[Tensor, Tensor]) -> None:
     pixels, _ = shown
     moved = script.augment(pixels)
     assert moved.shape == pixels.shape
@@ -193,7 +193,7 @@ def test_augmentation_moves_the_digit_and_not_the_background(script: ModuleType,
     assert change.max() < 1
 
 
-def test_fine_tuning_starts_from_the_pre_trained_trunk_and_its_shared_table(script: ModuleType) -> None:
+def test_start_from_copies_trunk_and_shared_table(script: ModuleType) -> None:
     sizes = script.ARCHITECTURE
     pretrained = BeitForMaskedImageModeling(
         BeitConfig(use_mask_token=True, use_shared_relative_position_bias=True, **sizes)

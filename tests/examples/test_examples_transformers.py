@@ -11,14 +11,14 @@ from ..support.examples import run
 pytestmark = pytest.mark.slow
 
 
-def test_accelerating_a_model_of_transformers():
+def test_accelerate_transformers_keeps_the_logits():
     text = run("accelerate_transformers.py", "--image-size", 320)
     assert "replaced: 4 BeitAttention" in text
     assert float(re.search(r"relative difference of its logits: (\S+)", text)[1]) < 1e-5
     assert "restored: logits the same to the bit" in text
 
 
-def test_fine_tuning_with_trainer(tmp_path):
+def test_finetune_trainer_improves_accuracy(tmp_path):
     text = run("finetune_trainer.py", "--out", tmp_path / "model", "--steps", 60)
     before, after = re.search(r"held-out accuracy (\S+)% before, (\S+)% after", text).groups()
     assert float(after) > 90 > float(before)
@@ -26,7 +26,7 @@ def test_fine_tuning_with_trainer(tmp_path):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_depth_is_learnt_from_drawn_scenes(tmp_path):
+def test_depth_dpt_beats_the_best_constant(tmp_path):
     text = run("depth_dpt.py", "--out", tmp_path / "depth.png")
     error, constant = map(float, re.search(r"held-out scenes: (\S+) \(of the best constant (\S+)\)", text).groups())
     assert error < constant / 2

@@ -12,7 +12,7 @@ from ..support.prediction import save_checkpoint, save_image
 pytestmark = pytest.mark.slow
 
 
-def test_classification_reads_the_digits():
+def test_classification_of_digits_is_correct():
     text = run("classification.py")
     assert "20 of 20 right" in text
     assert f"attention: {CPU_ATTENTION}" in text
@@ -20,14 +20,14 @@ def test_classification_reads_the_digits():
     assert float(difference[1]) < 1e-5
 
 
-def test_classification_of_one_s_own_images(tmp_path):
+def test_classification_of_other_images(tmp_path):
     save_checkpoint(tmp_path / "model")
     (tmp_path / "model" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
     text = run("classification.py", save_image(tmp_path / "a.png", 0), "--model", tmp_path / "model")
     assert re.search(r"^a\.png +class \d", text)
 
 
-def test_segmentation_learns_which_digit_ink_belongs_to(tmp_path):
+def test_segmentation_overlay_learns_the_digits(tmp_path):
     out = tmp_path / "overlay.png"
     text = run("segmentation_overlay.py", "--out", out)
     share = re.search(r"in its own digit's class: (\S+)%", text)
@@ -38,7 +38,7 @@ def test_segmentation_learns_which_digit_ink_belongs_to(tmp_path):
         assert len(picture.getcolors(1 << 20)) > 100
 
 
-def test_segmentation_of_a_photograph(tmp_path):
+def test_segmentation_overlay_of_a_photograph(tmp_path):
     options = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": (1, 2)}
     save_checkpoint(tmp_path / "model", "BeitForSemanticSegmentation", **options)
     (tmp_path / "model" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
