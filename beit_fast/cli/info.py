@@ -43,9 +43,9 @@ def _linears() -> dict[str, Any]:
 
     try:
         chosen = choice.choose_gemm()
-        training: dict[str, str | None] = {"product": chosen.name, "reason": chosen.reason}
+        training: dict[str, str | None] = {"gemm": chosen.name, "reason": chosen.reason}
     except ValueError as error:  # what training would raise
-        training = {"product": None, "reason": str(error)}
+        training = {"gemm": None, "reason": str(error)}
     return {"packed": {"reason": onednn.unsupported_reason("cpu", torch.float32)}, "training": training}
 
 
@@ -97,11 +97,12 @@ def format_facts(facts: dict[str, Any]) -> str:
 
 
 def _linear_lines(linears: dict[str, Any]) -> list[str]:
-    refusal, training = linears["packed"]["reason"], linears["training"]
-    product = {"blas": "F.linear", "onednn": "oneDNN", "split_bf16": "AMX tiles", None: "none"}[training["product"]]
+    reason, training = linears["packed"]["reason"], linears["training"]
+    packed = "oneDNN" if reason is None else f"no: {reason}"
+    gemm = {"blas": "F.linear", "onednn": "oneDNN", "split_bf16": "AMX tiles", None: "none"}[training["gemm"]]
     return [
-        f"packed linears: {'oneDNN' if refusal is None else f'no: {refusal}'}",
-        f"linears of training on cpu in float32: {product} ({training['reason']})",
+        f"packed linear layers: {packed}",
+        f"float32 linear layers in training on cpu: {gemm} ({training['reason']})",
     ]
 
 

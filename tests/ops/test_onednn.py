@@ -139,10 +139,10 @@ def test_a_failed_check_is_a_reason_and_info_says_it(fresh_check, monkeypatch, b
         "tanh": "wrong in torch.float32: a linear with GELU",
     }
     assert reason.endswith(expected.get(broken, "wrong in torch.float32: a linear, a linear with GELU"))
-    assert f"packed linears: no: {reason}" in info.format_facts(info.gather_facts()).splitlines()
+    assert f"packed linear layers: no: {reason}" in info.format_facts(info.gather_facts()).splitlines()
     monkeypatch.undo()
 
 
 def test_info_says_that_linears_are_packed():
     require()
-    assert "packed linears: oneDNN" in info.format_facts(info.gather_facts()).splitlines()
+    assert "packed linear layers: oneDNN" in info.format_facts(info.gather_facts()).splitlines()
