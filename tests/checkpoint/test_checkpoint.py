@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained against Transformers' files: bit for bit both ways, other heads, other sizes."""
+"""`from_pretrained` and `save_pretrained` against Transformers: weights, other heads, other image sizes."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from ..support.transformers_reference import (
 
 
 def write_theirs(name, folder, **options):
-    """A file that Transformers wrote, its model, in evaluation mode."""
+    """Save a model of Transformers and return it."""
     theirs = getattr(transformers, name)(transformers.BeitConfig(**(TINY | options_for(name) | options))).eval()
     randomize(theirs)
     theirs.save_pretrained(folder)
@@ -52,7 +52,7 @@ def load_quietly(name, folder, **options):
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_theirs_to_ours_and_back_bit_for_bit(name, position, tmp_path):
+def test_from_pretrained_with_a_transformers_file_matches_and_saves_it_bit_for_bit(name, position, tmp_path):
     theirs = write_theirs(name, tmp_path / "theirs", **POSITIONS[position])
     ours, info = load_quietly(name, tmp_path / "theirs")
     assert not any(info.values()), info
@@ -74,7 +74,7 @@ def test_theirs_to_ours_and_back_bit_for_bit(name, position, tmp_path):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_ours_to_ours_keeps_everything(name, tmp_path):
+def test_save_pretrained_then_from_pretrained_keeps_weights_and_dtype(name, tmp_path):
     ours = make_ours(name, use_relative_position_bias=True).to(torch.bfloat16)
     ours.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -88,7 +88,7 @@ def test_ours_to_ours_keeps_everything(name, tmp_path):
     assert not any(t.is_meta for t in again.state_dict().values())
 
 
-def test_names_in_memory_of_transformers_5(tmp_path):
+def test_from_pretrained_with_in_memory_names_of_transformers_5_loads(tmp_path):
     for name in CLASSES:
         options = POSITIONS["both"] if name == "BeitModel" else POSITIONS["per layer"]
         theirs = write_theirs(name, tmp_path / name, **options)
@@ -107,15 +107,15 @@ def write_again(theirs, folder):
 
 
 @pytest.mark.parametrize("name", ["BeitModel", "BeitForMaskedImageModeling", "BeitForImageClassification"])
-def test_pooling_by_cls(name, tmp_path):
+def test_from_pretrained_with_cls_pooling_loads_the_final_norm(name, tmp_path):
     write_theirs(name, tmp_path, use_mean_pooling=False, use_relative_position_bias=True)
     ours, info = load_quietly(name, tmp_path)
     assert not any(info.values())
     assert isinstance(ours.base_model.layernorm, torch.nn.LayerNorm)
 
 
-def test_fine_tuning_starts_from_a_masked_model(tmp_path):
-    """The pre-trained head is left out and said so; the new head is drawn, and warned about once."""
+def test_from_pretrained_with_another_head_initializes_its_own_and_warns_once(tmp_path):
+    """The head of masked image modeling is unexpected, and the classifier is initialized."""
     trained = write_theirs("BeitForMaskedImageModeling", tmp_path, **POSITIONS["shared"])
     with pytest.warns(UserWarning, match=r"were initialized.*classifier\.weight") as caught:
         model, info = beit_fast.BeitForImageClassification.from_pretrained(
@@ -137,7 +137,7 @@ def test_fine_tuning_starts_from_a_masked_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A checkpoint of Transformers for every class."""
+    """Folder of a Transformers checkpoint for every class."""
     options = options_for("BeitForSemanticSegmentation") | {"use_relative_position_bias": True, "out_features": None}
     folders = {name: tmp_path_factory.mktemp(name) for name in CLASSES}
     for name, folder in folders.items():
@@ -147,7 +147,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("target", CLASSES)
 @pytest.mark.parametrize("source", CLASSES)
-def test_every_class_reads_the_trunk_of_every_other(source, target, folders):
+def test_from_pretrained_with_a_file_of_any_class_loads_the_trunk(source, target, folders):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = getattr(beit_fast, target).from_pretrained(folders[source])
@@ -158,7 +158,7 @@ def test_every_class_reads_the_trunk_of_every_other(source, target, folders):
     assert all(torch.equal(own[key], stored[key]) for key in trunk)
 
 
-def test_a_shared_table_becomes_one_for_each_layer(tmp_path):
+def test_from_pretrained_with_a_shared_table_copies_it_to_each_layer(tmp_path):
     theirs = write_theirs("BeitModel", tmp_path, **POSITIONS["shared"])
     ours = beit_fast.BeitModel.from_pretrained(
         tmp_path, use_relative_position_bias=True, use_shared_relative_position_bias=False
@@ -170,8 +170,8 @@ def test_a_shared_table_becomes_one_for_each_layer(tmp_path):
 
 
 @pytest.mark.parametrize("size", [48, 16, (32, 64)])
-def test_bilinear_resizing_gives_what_transformers_computes_at_that_size(size, tmp_path):
-    """A resized model at its new native size equals Transformers' model, which resizes in each forward."""
+def test_from_pretrained_with_image_size_matches_transformers_at_that_size(size, tmp_path):
+    """Transformers resizes the table in each forward."""
     height, width = (size, size) if isinstance(size, int) else size
     theirs = write_theirs("BeitModel", tmp_path, **POSITIONS["both"], use_absolute_position_embeddings=True)
     ours = beit_fast.BeitModel.from_pretrained(tmp_path, image_size=size)
@@ -190,7 +190,7 @@ def test_bilinear_resizing_gives_what_transformers_computes_at_that_size(size, t
     )
 
 
-def test_a_resized_model_is_saved_at_its_new_size(tmp_path):
+def test_save_pretrained_after_resizing_keeps_the_new_size(tmp_path):
     write_theirs("BeitModel", tmp_path / "small", **POSITIONS["per layer"])
     large = beit_fast.BeitModel.from_pretrained(tmp_path / "small", image_size=(32, 64))
     large.save_pretrained(tmp_path / "large")
@@ -201,7 +201,7 @@ def test_a_resized_model_is_saved_at_its_new_size(tmp_path):
     assert back.config.window == (4, 4)
 
 
-def test_another_window_is_refused_with_the_size_it_is_for(tmp_path):
+def test_from_pretrained_with_another_window_raises_the_stored_size(tmp_path):
     write_theirs("BeitModel", tmp_path, **POSITIONS["per layer"])
     config = beit_fast.BeitConfig(**(TINY | POSITIONS["per layer"] | {"image_size": 64}))
     with pytest.raises(ValueError, match="does not fit BeitModel") as refusal:
@@ -214,7 +214,7 @@ def test_another_window_is_refused_with_the_size_it_is_for(tmp_path):
     assert resized.config.window == (8, 8)
 
 
-def test_one_error_lists_missing_unexpected_and_mismatched(tmp_path):
+def test_from_pretrained_with_wrong_parameters_lists_all_in_one_error(tmp_path):
     write_theirs("BeitForImageClassification", tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["beit.encoder.layer.1.output.dense.bias"]
@@ -233,7 +233,7 @@ def test_one_error_lists_missing_unexpected_and_mismatched(tmp_path):
     )
 
 
-def test_another_number_of_labels(tmp_path):
+def test_from_pretrained_with_another_num_labels_needs_ignore_mismatched_sizes(tmp_path):
     theirs = write_theirs("BeitForImageClassification", tmp_path)
     with pytest.raises(ValueError, match=r"classifier\.weight is \[5, 32\].*\n.*ignore_mismatched_sizes=True"):
         beit_fast.BeitForImageClassification.from_pretrained(tmp_path, num_labels=9)
@@ -247,7 +247,7 @@ def test_another_number_of_labels(tmp_path):
     assert torch.equal(model.beit.pooler.layernorm.weight, theirs.beit.pooler.layernorm.weight)
 
 
-def test_a_missing_mask_token_leaves_the_cls_token_alone(tmp_path):
+def test_from_pretrained_without_a_mask_token_keeps_the_cls_token(tmp_path):
     theirs = write_theirs("BeitModel", tmp_path, use_mask_token=False)
     with pytest.warns(UserWarning, match="mask_token"):
         ours = beit_fast.BeitModel.from_pretrained(tmp_path, use_mask_token=True)
@@ -255,7 +255,7 @@ def test_a_missing_mask_token_leaves_the_cls_token_alone(tmp_path):
     assert torch.equal(ours.embeddings.cls_token, theirs.embeddings.cls_token)
 
 
-def test_dtype_device_and_attention(tmp_path):
+def test_from_pretrained_with_options_applies_them(tmp_path):
     theirs = write_theirs("BeitModel", tmp_path)
     load = beit_fast.BeitModel.from_pretrained
     assert load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -272,7 +272,7 @@ def test_dtype_device_and_attention(tmp_path):
         load(tmp_path, dtype=torch.float16, torch_dtype=torch.float32)
 
 
-def test_wrong_arguments_are_refused(tmp_path):
+def test_from_pretrained_and_save_pretrained_with_wrong_arguments_raise(tmp_path):
     write_theirs("BeitModel", tmp_path)
     with pytest.raises(TypeError, match=re.escape("got unexpected arguments imagesize (expected")):
         beit_fast.BeitModel.from_pretrained(tmp_path, imagesize=64)
@@ -286,7 +286,7 @@ def test_wrong_arguments_are_refused(tmp_path):
         make_ours("BeitModel").to("meta").save_pretrained(tmp_path)
 
 
-def test_loading_draws_no_random_numbers(tmp_path):
+def test_from_pretrained_keeps_the_random_state(tmp_path):
     write_theirs("BeitModel", tmp_path)
     before = torch.get_rng_state()
     beit_fast.BeitModel.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: shards, pickles, the hub's cache without a network, and saves that are killed."""
+"""Files of checkpoints: shards, pickles, the cache of the hub, and killed saves."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def load(path, **options):
     return beit_fast.BeitForImageClassification.from_pretrained(path, **options)
 
 
-def test_shards_both_ways(tmp_path):
+def test_sharded_files_load_here_and_in_transformers(tmp_path):
     ours = make_model(use_relative_position_bias=True)
     ours.save_pretrained(tmp_path / "ours", max_shard_size="30KB")
     names = sorted(file.name for file in (tmp_path / "ours").iterdir())
@@ -54,16 +54,16 @@ def test_shards_both_ways(tmp_path):
         assert_same_state(load(tmp_path / path).state_dict(), ours.state_dict())
 
 
-def test_a_file_is_written_as_the_hub_has_it(tmp_path):
+def test_save_pretrained_writes_two_files_with_one_mode(tmp_path):
     make_model().save_pretrained(tmp_path / "new" / "folder")
     assert sorted(os.listdir(tmp_path / "new/folder")) == ["config.json", "model.safetensors"]
     modes = {file.stat().st_mode for file in (tmp_path / "new/folder").iterdir()}
-    assert len(modes) == 1, "whoever may read config.json may read the weights"
+    assert len(modes) == 1, "the weights must have the mode of config.json"
     header = (tmp_path / "new/folder/model.safetensors").read_bytes()[8:200]
     assert b'"format":"pt"' in header
 
 
-def test_shards_show_progress_and_one_file_does_not(tmp_path, capsys):
+def test_from_pretrained_with_shards_shows_progress(tmp_path, capsys):
     make_model().save_pretrained(tmp_path / "one")
     make_model().save_pretrained(tmp_path / "many", max_shard_size="30KB")
     load(tmp_path / "one")
@@ -72,8 +72,8 @@ def test_shards_show_progress_and_one_file_does_not(tmp_path, capsys):
     assert "Loading weights" in capsys.readouterr().err
 
 
-def test_saving_again_leaves_one_checkpoint_and_other_files(tmp_path):
-    """From shards to one file, to shards, to shards again: no file of the one before stays, all others do."""
+def test_save_pretrained_again_removes_old_weights_only(tmp_path):
+    """Shards and single files replace one another; other files stay."""
     (tmp_path / "preprocessor_config.json").write_text("{}")
     for seed, size in enumerate(["30KB", "5GB", "30KB", "30KB", "60KB", "5GB"]):
         model = make_model(seed)
@@ -89,7 +89,7 @@ def test_saving_again_leaves_one_checkpoint_and_other_files(tmp_path):
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": 3, "b": "../../keep.safetensors"}}'])
-def test_saving_over_a_damaged_index(index, tmp_path):
+def test_save_pretrained_over_a_damaged_index_stays_in_its_folder(index, tmp_path):
     (tmp_path / "keep.safetensors").write_bytes(b"")
     folder = tmp_path / "a/b"
     folder.mkdir(parents=True)
@@ -99,7 +99,7 @@ def test_saving_over_a_damaged_index(index, tmp_path):
     assert (tmp_path / "keep.safetensors").exists()
 
 
-def test_pickles_of_tensors_are_read_and_code_is_not_run(tmp_path):
+def test_from_pretrained_with_a_pickle_does_not_run_code(tmp_path):
     model = make_model()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -119,14 +119,14 @@ def test_pickles_of_tensors_are_read_and_code_is_not_run(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-def test_pickles_are_refused_where_torch_is_unsafe(tmp_path, monkeypatch):
+def test_from_pretrained_with_a_pickle_and_an_unsafe_torch_raises(tmp_path, monkeypatch):
     torch.save(make_model().state_dict(), tmp_path / "model.pth")
     monkeypatch.setattr(files.torch, "__version__", "2.9.1+cpu")
     with pytest.raises(ValueError, match=r"torch 2\.9\.1\+cpu cannot read pickles safely.*expected .*torch 2\.10"):
         load(tmp_path / "model.pth")
 
 
-def test_damaged_and_foreign_files_are_one_clear_error(tmp_path):
+def test_from_pretrained_with_a_damaged_or_foreign_file_raises(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -149,13 +149,13 @@ def test_damaged_and_foreign_files_are_one_clear_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", 3])
-def test_an_index_cannot_lead_out_of_its_folder(name, tmp_path):
+def test_from_pretrained_with_an_index_out_of_its_folder_raises(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ValueError, match="does not have a weight_map from parameters to files of its folder"):
         load(tmp_path)
 
 
-def test_missing_and_overlapping_shards(tmp_path):
+def test_read_tensors_with_missing_or_overlapping_shards_raises(tmp_path):
     make_model().save_pretrained(tmp_path, max_shard_size="30KB")
     first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
     with pytest.raises(ValueError, match="which another shard also contains"):
@@ -166,7 +166,7 @@ def test_missing_and_overlapping_shards(tmp_path):
 
 
 def hub_cache(folder, model, **save_options):
-    """A cache as `huggingface_hub` lays it out: blobs elsewhere, links in the snapshot, a ref to it."""
+    """Create a cache with the layout of `huggingface_hub`: blobs, links to them, a ref."""
     repository = folder / "models--someone--beit-tiny"
     model.save_pretrained(folder / "saved", **save_options)
     (repository / "snapshots" / REVISION).mkdir(parents=True)
@@ -181,7 +181,7 @@ def hub_cache(folder, model, **save_options):
 
 @pytest.mark.parametrize("size", ["5GB", "30KB"])
 @pytest.mark.parametrize("revision", [None, "main", REVISION])
-def test_the_hub_s_cache_without_a_network(revision, size, tmp_path):
+def test_from_pretrained_reads_the_hub_cache_without_a_network(revision, size, tmp_path):
     model = make_model(use_shared_relative_position_bias=True)
     cache = hub_cache(tmp_path, model, max_shard_size=size)
     loaded = load("someone/beit-tiny", cache_dir=cache, local_files_only=True, revision=revision)
@@ -191,7 +191,7 @@ def test_the_hub_s_cache_without_a_network(revision, size, tmp_path):
     assert config == loaded.config
 
 
-def test_a_cached_repository_with_pickles_alone(tmp_path):
+def test_from_pretrained_with_cached_pickles_only_loads(tmp_path):
     model = make_model()
     cache = hub_cache(tmp_path, model)
     snapshot = cache / "models--someone--beit-tiny/snapshots" / REVISION
@@ -207,7 +207,7 @@ def test_a_cached_repository_with_pickles_alone(tmp_path):
 
 
 @pytest.mark.parametrize("local_files_only", [True, False])
-def test_what_is_not_there_says_what_was_looked_for(local_files_only, tmp_path):
+def test_from_pretrained_with_an_unknown_repository_lists_files_and_cache(local_files_only, tmp_path):
     cache = hub_cache(tmp_path, make_model())
     with pytest.raises(FileNotFoundError) as refusal:
         load("someone/other", cache_dir=cache, local_files_only=local_files_only, revision="v2")
@@ -224,14 +224,14 @@ def test_what_is_not_there_says_what_was_looked_for(local_files_only, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "a/b/c", "no such name", "weights.safetensors"])
-def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
+def test_from_pretrained_with_a_missing_path_raises(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="it is not a file, a folder or the name of a hub repository"):
         load(name)
 
 
 def run_killed(save):
-    """Run `save` in a forked process; whether it was killed."""
+    """Run `save` in a forked process and return whether it was killed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch has threads; the child does not use them
         child = os.fork()
@@ -248,7 +248,7 @@ def run_killed(save):
 
 
 def kill_at_call(number):
-    """Make this process kill itself at the given call that changes the disk."""
+    """Kill this process at the given call of `os` that changes the disk."""
     calls = itertools.count()
 
     def killing(function):
@@ -315,7 +315,7 @@ def test_save_pretrained_killed_inside_a_write_keeps_the_old_checkpoint(tmp_path
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
-def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_save_pretrained_with_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     model = make_model()
     model.save_pretrained(tmp_path)
     before = load_file(tmp_path / "model.safetensors")

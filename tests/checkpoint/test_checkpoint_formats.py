@@ -1,4 +1,4 @@
-"""Files of timm, unilm, mmsegmentation, DiT and Data2VecVision, written by the packages where these are there."""
+"""Checkpoints of timm, unilm, mmsegmentation, DiT and Data2VecVision."""
 
 import argparse
 
@@ -30,8 +30,7 @@ def assert_equal_trunks(mine, wanted):
 
 @pytest.mark.parametrize("wrapped", ["plain", "model", "module", "data parallel", "safetensors"])
 @pytest.mark.parametrize("position", timm_reference.POSITIONS)
-def test_timm_classifiers(position, wrapped, tmp_path):
-    """Configuration from shapes, parameters unpacked, the same logits."""
+def test_from_pretrained_with_a_timm_classifier_matches_timm(position, wrapped, tmp_path):
     theirs = timm_reference.build(**timm_reference.POSITIONS[position])
     state = theirs.state_dict()
     file = tmp_path / ("model.safetensors" if wrapped == "safetensors" else "checkpoint.pth")
@@ -51,8 +50,7 @@ def test_timm_classifiers(position, wrapped, tmp_path):
         assert relative_error(ours(pixels).logits, theirs(pixels)) < 1e-5
 
 
-def test_timm_by_way_of_the_hub_s_format_and_transformers(tmp_path):
-    """timm to our file to Transformers: nothing is lost and the logits stay."""
+def test_save_pretrained_of_a_timm_model_loads_in_transformers(tmp_path):
     theirs = timm_reference.build(use_rel_pos_bias=True)
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     ours = Classifier.from_pretrained(tmp_path / "timm.pth")
@@ -67,8 +65,8 @@ def test_timm_by_way_of_the_hub_s_format_and_transformers(tmp_path):
         assert relative_error(model(pixels).logits, theirs(pixels)) < 1e-5
 
 
-def test_timm_without_layer_scale_pooling_by_cls_and_a_folder_of_timm_s(tmp_path):
-    """timm's own config.json has none of BEiT's fields and is passed over."""
+def test_from_pretrained_with_a_timm_folder_and_other_options_matches_timm(tmp_path):
+    """The config.json of timm is ignored: it has no fields of BEiT."""
     theirs = timm_reference.build(use_rel_pos_bias=True, init_values=None, global_pool="token", use_fc_norm=False)
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architecture": "beit_tiny", "num_classes": 5, "pretrained_cfg": {}}')
@@ -81,15 +79,15 @@ def test_timm_without_layer_scale_pooling_by_cls_and_a_folder_of_timm_s(tmp_path
         assert relative_error(ours(pixels).logits, theirs(pixels)) < 1e-5
 
 
-def test_heads_that_nothing_tells_must_be_given(tmp_path):
+def test_infer_config_without_a_table_requires_num_attention_heads(tmp_path):
     torch.save(timm_reference.build(use_abs_pos_emb=True).state_dict(), tmp_path / "absolute.pth")
     with pytest.raises(ValueError, match="pass num_attention_heads"):
         Classifier.from_pretrained(tmp_path / "absolute.pth")
 
 
 @pytest.mark.parametrize("size", [48, 24, (48, 64)])
-def test_geometric_resizing_is_timm_s(size, tmp_path):
-    """Tables, and logits at the new size, against timm's own loading into a model of that size."""
+def test_from_pretrained_with_geometric_resizing_matches_timm(size, tmp_path):
+    """timm resizes the tables when it loads them into a model of the new size."""
     theirs = timm_reference.build(use_rel_pos_bias=True)
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     ours = Classifier.from_pretrained(tmp_path / "timm.pth", image_size=size, position_interpolation="geometric")
@@ -107,7 +105,7 @@ def test_geometric_resizing_is_timm_s(size, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"), [((14, 14), (24, 24)), ((24, 24), (14, 14)), ((4, 6), (7, 5)), ((2, 3), (3, 3))]
 )
-def test_geometric_tables_are_timm_s(old, new):
+def test_resize_table_geometric_matches_timm(old, new):
     rows = (2 * old[0] - 1) * (2 * old[1] - 1) + 3
     table = torch.randn(rows, 5)
     new_rows = (2 * new[0] - 1) * (2 * new[1] - 1) + 3
@@ -117,13 +115,13 @@ def test_geometric_tables_are_timm_s(old, new):
     assert torch.equal(mine[-3:], table[-3:])
 
 
-def test_geometric_tables_from_a_single_patch():
+def test_resize_table_geometric_from_a_single_patch_is_constant():
     table = torch.randn(4, 2)
     resized = resize_table_geometric(table, (1, 1), (2, 2))
     assert torch.equal(resized, torch.cat([table[:1].expand(9, -1), table[1:]]))
 
 
-def test_resizing_keeps_the_dtype_of_the_file(tmp_path):
+def test_resize_positions_keeps_the_dtype(tmp_path):
     state = timm_reference.build(use_rel_pos_bias=True).half().state_dict()
     torch.save(state, tmp_path / "half.pth")
     for interpolation in ("bilinear", "geometric"):
@@ -131,8 +129,8 @@ def test_resizing_keeps_the_dtype_of_the_file(tmp_path):
         assert ours.dtype == torch.float16
 
 
-def test_unilm_pre_training(tmp_path):
-    """Wrapped with argparse options, an index buffer, a mask token, `norm` and `lm_head`, a shared table."""
+def test_from_pretrained_with_unilm_pretraining_loads(tmp_path):
+    """The file has argparse options, an index buffer, a mask token, `norm`, `lm_head` and a shared table."""
     theirs = timm_reference.build(use_shared_rel_pos_bias=True)
     state = timm_reference.masked_modelling_state(theirs)
     assert any(key.endswith("relative_position_index") for key in state)
@@ -158,7 +156,7 @@ def test_unilm_pre_training(tmp_path):
         assert relative_error(model(pixels, bool_masked_pos=masked).logits, wanted) < 1e-5
 
 
-def test_fine_tuning_from_unilm_s_shared_table(tmp_path):
+def test_from_pretrained_with_a_shared_table_of_unilm_copies_it(tmp_path):
     state = timm_reference.masked_modelling_state(timm_reference.build(use_shared_rel_pos_bias=True))
     torch.save({"model": state}, tmp_path / "pretrain.pth")
     with pytest.warns(UserWarning, match=r"classifier\.weight"):
@@ -174,8 +172,8 @@ def test_fine_tuning_from_unilm_s_shared_table(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["unilm", "mmseg"])
-def test_segmentation_files(package, tmp_path):
-    """A real segmentation model's weights under the names of unilm's ADE20k files and of mmsegmentation."""
+def test_from_pretrained_with_segmentation_files_loads(package, tmp_path):
+    """Weights of a segmentation model with the names of unilm's ADE20k files and of mmsegmentation."""
     source = timm_reference.build(use_rel_pos_bias=True, depth=4)
     values = TINY | {"num_hidden_layers": 4, "use_relative_position_bias": True, "out_indices": [1, 2, 3, 4]}
     values |= {"auxiliary_channels": 6, "use_mask_token": False, "layer_norm_eps": 1e-6}
@@ -209,7 +207,7 @@ def test_segmentation_files(package, tmp_path):
         assert relative_error(state[:, 1:].transpose(1, 2).reshape(feature.shape), feature) < 1e-5
 
 
-def test_dit_has_absolute_positions_only(tmp_path):
+def test_from_pretrained_with_dit_loads_absolute_positions(tmp_path):
     values = TINY | {"use_absolute_position_embeddings": True, "use_mask_token": True}
     theirs = transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**values)).eval()
     randomize(theirs)
@@ -223,7 +221,7 @@ def test_dit_has_absolute_positions_only(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["Model", "ForImageClassification", "ForSemanticSegmentation"])
-def test_data2vec_vision(task, tmp_path):
+def test_from_pretrained_with_data2vec_vision_loads(task, tmp_path):
     values = TINY | {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "use_relative_position_bias": True}
     values |= {"auxiliary_channels": 6} if task == "ForSemanticSegmentation" else {}
     if task == "ForSemanticSegmentation":
@@ -242,7 +240,7 @@ def test_data2vec_vision(task, tmp_path):
     assert relative_error(getattr(mine, name), getattr(wanted, name)) < 1e-5
 
 
-def test_index_buffers_of_converted_files_are_dropped(tmp_path):
+def test_to_hub_names_drops_index_buffers(tmp_path):
     model = transformers.BeitModel(transformers.BeitConfig(**TINY, use_relative_position_bias=True))
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -252,7 +250,7 @@ def test_index_buffers_of_converted_files_are_dropped(tmp_path):
     assert not any(info.values())
 
 
-def test_a_file_of_another_network_is_refused(tmp_path):
+def test_from_pretrained_with_another_network_raises(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"is not a BEiT model.*blocks\.0\.attn.*conv1\.weight"):
         beit_fast.BeitModel.from_pretrained(tmp_path)
@@ -261,7 +259,7 @@ def test_a_file_of_another_network_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("depth", "stages"), [(12, [3, 5, 7, 11]), (24, [7, 11, 15, 23])])
-def test_stages_of_segmentation_files_are_those_on_the_hub(depth, stages):
+def test_infer_config_of_segmentation_selects_the_stages_of_the_hub(depth, stages):
     trunk, _ = to_hub_names(timm_reference.build(use_rel_pos_bias=True, depth=depth, num_classes=0).state_dict())
     head = {"decode_head.classifier.weight": torch.zeros(150, 32, 1, 1)}
     head |= {f"decode_head.psp_modules.{scale}.1.conv.weight": torch.zeros(1) for scale in range(4)}
@@ -276,7 +274,7 @@ def test_stages_of_segmentation_files_are_those_on_the_hub(depth, stages):
     assert infer_config(trunk | head, "a file", {"pool_scales": (1, 2, 3)}).pool_scales == (1, 2, 3)
 
 
-def test_a_rectangular_table_without_a_configuration_needs_one(tmp_path):
+def test_from_pretrained_with_a_rectangular_table_requires_a_config(tmp_path):
     theirs = timm_reference.build(use_rel_pos_bias=True, img_size=(24, 40))
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     with pytest.raises(ValueError, match=r"\[48, 4\] is not for a square image\. Pass config=BeitConfig"):

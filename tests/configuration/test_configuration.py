@@ -1,4 +1,4 @@
-"""`BeitConfig`: fields, labels, stages and validation, against Transformers' where it has the same thing."""
+"""`BeitConfig`: fields, labels, stages and validation, compared with Transformers."""
 
 import copy
 import inspect
@@ -18,7 +18,7 @@ from beit_fast.layers.activations import ACTIVATIONS
 NOT_PARAMETER_FREE = {"prelu", "xielu"}
 
 
-def test_every_field_and_default_is_that_of_transformers():
+def test_fields_and_defaults_match_transformers():
     ours, theirs = BeitConfig().to_dict(), transformers.BeitConfig().to_dict()
     assert theirs.pop("transformers_version") == transformers.__version__
     assert ours.pop("transformers_version") is None
@@ -51,7 +51,7 @@ def test_construction_takes_keywords_only():
     ],
     ids=str,
 )
-def test_values_are_stored_in_one_form(given_values, stored):
+def test_construction_converts_values_to_one_type(given_values, stored):
     name = next(iter(given_values))
     value = getattr(BeitConfig(**given_values), name)
     assert value == stored
@@ -121,14 +121,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "value", "error", "expected"), REFUSED, ids=lambda value: repr(value)[:24])
-def test_a_bad_value_is_refused_with_its_name_and_what_is_accepted(name, value, error, expected):
+def test_construction_with_an_invalid_value_raises_name_and_expectation(name, value, error, expected):
     with pytest.raises(error, match=expected) as refusal:
         BeitConfig(**{name: value})
     assert f"{name}=" in str(refusal.value)
     assert str(refusal.value).count("\n- ") == 1
 
 
-def test_all_problems_come_in_one_error():
+def test_construction_lists_all_errors_in_one():
     with pytest.raises(ValueError, match="5 errors") as refusal:
         BeitConfig(hidden_size=770, patch_size=(16, 8), drop_path_rate=2, out_indices=[5, 4], hidden_act=3)
     for name in (
@@ -141,12 +141,12 @@ def test_all_problems_come_in_one_error():
         assert name in str(refusal.value)
 
 
-def test_only_wrong_types_are_a_type_error():
+def test_construction_with_wrong_types_only_raises_a_type_error():
     with pytest.raises(TypeError, match="2 errors"):
         BeitConfig(hidden_size="768", use_mask_token=None)
 
 
-def test_validate_after_edits_lists_every_problem():
+def test_validate_after_edits_lists_every_error():
     config = BeitConfig(out_indices=[3, 5, 7, 11], add_fpn=True)
     config.num_hidden_layers = 6
     config.hidden_size = 100
@@ -161,13 +161,13 @@ def test_validate_after_edits_lists_every_problem():
     assert repaired.out_features == ["stage6"]
 
 
-def test_heads_need_not_divide_the_width_when_head_dim_is_set():
+def test_head_dim_allows_any_number_of_heads():
     config = BeitConfig(hidden_size=100, num_attention_heads=3, head_dim=16)
     assert config.attention_head_dim == 16
     assert BeitConfig(hidden_size=96, num_attention_heads=3).attention_head_dim == 32
 
 
-def test_one_label_is_no_single_label_classification_here_as_in_transformers():
+def test_single_label_classification_with_one_label_raises_as_in_transformers():
     values = {"num_labels": 1, "problem_type": "single_label_classification"}
     with pytest.raises(ValueError, match="num_labels=1"):
         BeitConfig(**values)
@@ -186,14 +186,14 @@ LABELS = [
 
 
 @pytest.mark.parametrize(("fields", "names"), LABELS, ids=lambda value: repr(value)[:40])
-def test_label_maps_follow_from_whichever_is_given(fields, names):
+def test_any_label_field_determines_the_others(fields, names):
     config = BeitConfig(**fields)
     assert config.id2label == names
     assert config.label2id == {name: index for index, name in names.items()}
     assert config.num_labels == len(names)
 
 
-def test_a_name_may_belong_to_two_classes():
+def test_id2label_accepts_repeated_names():
     names = {0: "crane", 1: "maillot", 2: "crane"}
     assert BeitConfig(id2label=names).label2id == {"crane": 2, "maillot": 1}
     config = BeitConfig(id2label=names, label2id={"crane": 0, "maillot": 1})
@@ -202,7 +202,7 @@ def test_a_name_may_belong_to_two_classes():
     assert config.num_labels == 3
 
 
-def test_setting_one_label_field_keeps_the_others_in_step():
+def test_setting_a_label_field_updates_the_others():
     config = BeitConfig()
     config.id2label = {0: "cat", 1: "dog", 2: "eel"}
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "eel": 2})
@@ -228,12 +228,12 @@ def test_setting_one_label_field_keeps_the_others_in_step():
     ],
     ids=str,
 )
-def test_contradictions_are_refused(fields):
+def test_construction_with_contradicting_fields_raises(fields):
     with pytest.raises(ValueError, match=r"contradicts|different stages"):
         BeitConfig(**fields)
 
 
-def test_older_spellings_are_accepted():
+def test_construction_accepts_older_names():
     config = BeitConfig(torch_dtype="float16", segmentation_indices=(1, 3), _attn_implementation="eager")
     assert (config.dtype, config.torch_dtype) == (torch.float16, torch.float16)
     assert config.out_features == ["stage1", "stage3"]
@@ -258,12 +258,12 @@ features = st.lists(st.sampled_from(["stem", "stage1", "stage2", "stage3", "stag
 
 @settings(max_examples=200, deadline=None)
 @given(out_indices=st.none() | indices, out_features=st.none() | features)
-def test_stages_are_chosen_as_in_transformers(out_indices, out_features):
+def test_stage_selection_matches_transformers(out_indices, out_features):
     fields = {"out_indices": out_indices, "out_features": out_features}
     assert choose_stages(BeitConfig, **fields) == choose_stages(transformers.BeitConfig, **fields)
 
 
-def test_setting_stages_keeps_names_and_indices_in_step():
+def test_setting_stages_updates_names_and_indices():
     config = BeitConfig(num_hidden_layers=4)
     config.out_features = ["stem", "stage2"]
     assert config.out_indices == [0, 2]
@@ -278,7 +278,7 @@ def test_setting_stages_keeps_names_and_indices_in_step():
         config.stage_names = ["stem"]
 
 
-def test_geometry():
+def test_window_and_num_patches_of_a_rectangle():
     config = BeitConfig(image_size=(70, 96), patch_size=16, use_shared_relative_position_bias=True)
     assert config.image_height_width == (70, 96)
     assert (config.window, config.num_patches) == ((4, 6), 24)
@@ -288,7 +288,7 @@ def test_geometry():
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
-def test_copies_are_equal_and_apart(duplicate):
+def test_copies_are_equal_and_independent(duplicate):
     config = BeitConfig(num_labels=3, out_indices=[1, 2], attn_implementation="eager", note="kept")
     other = duplicate(config)
     assert other == config
@@ -298,7 +298,7 @@ def test_copies_are_equal_and_apart(duplicate):
     assert other != config
 
 
-def test_equality_is_about_the_fields():
+def test_equality_ignores_implementations():
     assert BeitConfig(attn_implementation="eager") == BeitConfig()
     assert BeitConfig(out_indices=[12]) == BeitConfig()
     assert BeitConfig(note=1) != BeitConfig()
@@ -306,7 +306,7 @@ def test_equality_is_about_the_fields():
     assert type("Other", (BeitConfig,), {})() != BeitConfig()
 
 
-def test_repr_shows_what_is_not_the_default():
+def test_repr_omits_defaults():
     assert repr(BeitConfig()) == "BeitConfig()"
     config = BeitConfig(hidden_size=96, num_attention_heads=3, note="kept", attn_implementation="sdpa")
     text = "BeitConfig(hidden_size=96, num_attention_heads=3, note='kept', attn_implementation='sdpa')"
@@ -336,16 +336,16 @@ def test_a_compiled_function_reads_the_configuration():
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 28.0))
 
 
-def test_activations_of_layers_are_the_names_of_the_configuration():
+def test_activations_have_the_names_of_the_configuration():
     assert tuple(ACTIVATIONS) == ACTIVATION_NAMES
 
 
-def test_transformers_activations_are_all_here():
+def test_activations_include_all_of_transformers():
     assert set(ACTIVATIONS) == set(transformers.activations.ACT2CLS) - NOT_PARAMETER_FREE
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activation_has_the_formula_of_transformers(name):
+def test_activation_matches_transformers(name):
     values = torch.linspace(-12, 12, 1001, dtype=torch.float64, requires_grad=True)
     expected = transformers.activations.ACT2FN[name](values)
     activation = ACTIVATIONS[name]()

@@ -1,4 +1,4 @@
-"""Configurations as files: those of Transformers 4 and 5 are read, and what is written loads there."""
+"""Configuration files, exchanged with Transformers 4 and 5."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def fields(request):
 
 
 def theirs_of(fields):
-    """Transformers' configuration with the same fields; it wants one int as patch size and real floats."""
+    """The same configuration in Transformers, which requires an int patch size and floats."""
     floats = ("layer_scale_init_value", "initializer_range", "auxiliary_loss_weight")
     converted = {name: float(value) for name, value in fields.items() if name in floats}
     return transformers.BeitConfig(**{**fields, **converted, "patch_size": 16})
@@ -84,14 +84,14 @@ def without(values, *names):
 
 
 @pytest.mark.parametrize("use_diff", [True, False])
-def test_what_is_written_is_read_back(fields, use_diff, tmp_path):
+def test_to_json_file_then_from_json_file_is_equal(fields, use_diff, tmp_path):
     config = BeitConfig(**fields)
     config.to_json_file(tmp_path / "config.json", use_diff=use_diff)
     assert BeitConfig.from_json_file(tmp_path / "config.json") == config
 
 
 @pytest.mark.parametrize("use_diff", [True, False])
-def test_what_is_written_loads_in_transformers(fields, use_diff, tmp_path):
+def test_to_json_file_loads_in_transformers(fields, use_diff, tmp_path):
     config = BeitConfig(**fields)
     config.to_json_file(tmp_path / "config.json", use_diff=use_diff)
     theirs = transformers.BeitConfig.from_pretrained(tmp_path)
@@ -99,7 +99,7 @@ def test_what_is_written_loads_in_transformers(fields, use_diff, tmp_path):
     assert without(theirs.to_dict(), *names) == without(config.to_dict(), *names)
 
 
-def test_what_transformers_writes_is_read(fields, tmp_path):
+def test_from_pretrained_reads_a_transformers_file(fields, tmp_path):
     theirs = theirs_of(fields)
     theirs.save_pretrained(tmp_path)
     config = BeitConfig.from_pretrained(tmp_path)
@@ -109,14 +109,14 @@ def test_what_transformers_writes_is_read(fields, tmp_path):
     assert config == BeitConfig(**fields, transformers_version=transformers.__version__)
 
 
-def test_the_written_file_has_the_keys_of_transformers(fields, tmp_path):
+def test_to_diff_dict_has_the_keys_of_transformers(fields, tmp_path):
     names = ("transformers_version", "label2id")
     ours = BeitConfig(**fields).to_diff_dict()
     theirs = theirs_of(fields).to_diff_dict()
     assert set(without(ours, *names)) == set(without(theirs, *names))
 
 
-def test_a_file_of_version_4_is_read_whole(tmp_path):
+def test_from_pretrained_reads_a_transformers_4_file(tmp_path):
     (tmp_path / "config.json").write_text(VERSION_4_FILE)
     config = BeitConfig.from_pretrained(tmp_path)
     assert config.id2label == {0: "wall", 1: "building", 2: "sky"}
@@ -137,19 +137,19 @@ def test_a_file_of_version_4_is_read_whole(tmp_path):
     )
 
 
-def test_implementations_are_not_written():
+def test_to_json_string_omits_implementations():
     text = BeitConfig(attn_implementation="triton", patch_embed_implementation="fused").to_json_string(use_diff=False)
     for word in ("triton", "attn", "fused", "patch_embed"):
         assert word not in text
 
 
-def test_an_unknown_key_may_have_the_name_of_a_property():
+def test_from_dict_keeps_an_unknown_key_with_the_name_of_a_property():
     config = BeitConfig.from_dict({"window": 7, "image_size": 32})
     assert config.window == (2, 2)
     assert config.to_dict()["window"] == 7
 
 
-def test_overrides_replace_what_was_derived():
+def test_from_dict_overrides_replace_derived_fields():
     saved = BeitConfig(id2label={0: "cat", 1: "dog", 2: "eel"}, dtype="float16").to_dict()
     assert BeitConfig.from_dict(saved, num_labels=3).id2label[0] == "cat"
     assert BeitConfig.from_dict(saved, num_labels=4).label2id["LABEL_3"] == 3
@@ -163,7 +163,7 @@ def test_overrides_replace_what_was_derived():
         BeitConfig.from_dict(chosen, num_hidden_layers=2)
 
 
-def test_from_dict_leaves_its_argument_alone():
+def test_from_dict_does_not_modify_its_argument():
     saved = BeitConfig(note=[1]).to_dict()
     before = json.dumps(saved)
     config = BeitConfig.from_dict(saved, num_labels=4, num_hidden_layers=3)
@@ -172,15 +172,15 @@ def test_from_dict_leaves_its_argument_alone():
     assert config.note == [1]
 
 
-def test_a_stale_label2id_in_a_file_is_rebuilt():
-    """Transformers' configurations keep the default label2id when a script sets id2label alone."""
+def test_from_dict_rebuilds_a_stale_label2id():
+    """Transformers keeps the default label2id if only id2label is set."""
     theirs = transformers.BeitConfig()
     theirs.id2label = {0: "cat", 1: "dog", 2: "eel"}
     config = BeitConfig.from_dict(theirs.to_dict())
     assert config.label2id == {"cat": 0, "dog": 1, "eel": 2}
 
 
-def test_saving_replaces_the_file_whole(tmp_path, monkeypatch):
+def test_save_pretrained_interrupted_keeps_the_old_file(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "folder"
     BeitConfig().save_pretrained(folder)
     before = (folder / "config.json").read_bytes()
@@ -199,7 +199,7 @@ def test_saving_replaces_the_file_whole(tmp_path, monkeypatch):
     assert BeitConfig.from_pretrained(folder).hidden_size == 96
 
 
-def test_an_invalid_configuration_is_not_saved(tmp_path):
+def test_save_pretrained_of_an_invalid_configuration_raises(tmp_path):
     config = BeitConfig()
     config.hidden_size = 100
     with pytest.raises(ValueError, match="hidden_size=100"):
@@ -210,7 +210,7 @@ def test_an_invalid_configuration_is_not_saved(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-def test_from_pretrained_takes_a_folder_or_a_file_and_overrides(tmp_path):
+def test_from_pretrained_accepts_a_folder_or_a_file_and_overrides(tmp_path):
     BeitConfig(num_labels=3).save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "config.json", str(tmp_path)):
         config = BeitConfig.from_pretrained(path, image_size=384, attn_implementation="eager")
@@ -218,7 +218,7 @@ def test_from_pretrained_takes_a_folder_or_a_file_and_overrides(tmp_path):
         assert config.name_or_path == str(path)
 
 
-def test_a_missing_file_is_one_clear_error(tmp_path):
+def test_from_pretrained_with_a_missing_file_raises(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"there is no such file or folder \(expected a folder with config\.json"
     ):
@@ -233,12 +233,12 @@ def test_a_missing_file_is_one_clear_error(tmp_path):
     ("text", "reason"),
     [("{", "is not JSON"), ("[1]", "is a JSON list"), ('{"model_type": "vit"}', "expected 'beit'")],
 )
-def test_a_file_that_is_no_configuration_is_refused(text, reason, tmp_path):
+def test_from_pretrained_with_a_file_of_other_contents_raises(text, reason, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=reason):
         BeitConfig.from_pretrained(tmp_path)
 
 
-def test_from_dict_wants_a_dict():
+def test_from_dict_with_a_string_raises():
     with pytest.raises(TypeError, match="expects a dict of fields, not a str"):
         BeitConfig.from_dict("config.json")

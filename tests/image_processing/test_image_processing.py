@@ -55,7 +55,7 @@ def test_defaults_are_those_of_transformers_5():
     }
 
 
-def test_every_spelling_of_an_option():
+def test_options_accept_every_spelling():
     pair = {"height": 96, "width": 64}
     for size in ((96, 64), [96, 64], pair, {**pair, "shortest_edge": None}, np.array([96, 64]).tolist()):
         assert BeitImageProcessor(size=size, crop_size=size).crop_size == pair
@@ -68,7 +68,7 @@ def test_every_spelling_of_an_option():
     assert BeitImageProcessor(do_resize=None).do_resize is True
 
 
-def test_one_error_lists_every_refused_option():
+def test_construction_lists_every_invalid_option_in_one_error():
     with pytest.raises(ValueError, match="BeitImageProcessor has 6 errors") as caught:
         BeitImageProcessor(
             size={"height": 5}, crop_size=0, resample="cubic", image_std=[1, 0, 1], return_tensors="tf", do_resize=1
@@ -86,7 +86,7 @@ def test_one_error_lists_every_refused_option():
 
 
 @BOTH
-def test_overrides_last_for_one_call(class_):
+def test_preprocess_overrides_apply_to_one_call(class_):
     processor = class_(size=32)
     image = noise(20, 30, 3)
     before = processor.to_dict()
@@ -102,7 +102,7 @@ def test_overrides_last_for_one_call(class_):
 
 
 @BOTH
-def test_what_is_returned(class_):
+def test_preprocess_returns_lists_arrays_or_tensors(class_):
     images = [noise(20, 30, 3), noise(31, 17, 3)]
     features = class_(size=8)(images, return_tensors="pt")
     assert isinstance(features, BatchFeature)
@@ -119,7 +119,7 @@ def test_what_is_returned(class_):
         class_(size={"shortest_edge": 8})(images, return_tensors="pt")
 
 
-def test_features_move_and_convert():
+def test_batch_feature_to_moves_and_converts():
     features = BatchFeature(pixel_values=torch.ones(2), labels=[torch.ones(2).long()], names=["a"])
     assert features.to(torch.float16) is features
     assert features.pixel_values.dtype == torch.float16
@@ -135,8 +135,8 @@ def test_features_move_and_convert():
 
 
 @BOTH
-def test_label_maps_keep_their_class_ids(class_):
-    """Resized like images, ids 0 to 150 gave labels up to 168 (huggingface/transformers BEiT, bicubic label maps)."""
+def test_preprocess_keeps_class_ids(class_):
+    """Regression: bicubic resizing in Transformers turned ids 0 to 150 into labels up to 168."""
     labels = np.random.default_rng(0).integers(0, 151, (50, 70)).astype(np.uint8)
     image = noise(50, 70, 3)
     result = class_(resample=3)(image, labels, return_tensors="pt")
@@ -146,8 +146,8 @@ def test_label_maps_keep_their_class_ids(class_):
 
 
 @BOTH
-def test_reducing_labels_leaves_the_image_and_the_callers_array_alone(class_):
-    """Regressions of huggingface/transformers#38042, #43527 and of an array overwritten in place."""
+def test_do_reduce_labels_does_not_modify_the_array(class_):
+    """Regressions of huggingface/transformers#38042 and #43527."""
     first = np.array([[0, 1], [254, 255]], dtype=np.uint8)
     second = np.array([[150, 2], [0, 0]], dtype=np.int64)
     kept = first.copy(), second.copy()
@@ -167,7 +167,7 @@ def test_reducing_labels_leaves_the_image_and_the_callers_array_alone(class_):
 
 
 @BOTH
-def test_a_crop_beyond_the_image_is_black_and_its_labels_are_ignored(class_):
+def test_center_crop_beyond_the_image_pads_with_zeros_and_ignored_labels(class_):
     options = {"do_resize": False, "do_center_crop": True, "crop_size": (5, 2), "do_normalize": False}
     result = class_(**options, do_reduce_labels=True)(
         np.full((2, 4, 3), 255, np.uint8), np.full((2, 4), 7), return_tensors="np"
@@ -177,7 +177,7 @@ def test_a_crop_beyond_the_image_is_black_and_its_labels_are_ignored(class_):
 
 
 @pytest.mark.parametrize("size", [(3, 3), (4, 3), (7, 9), (1, 8), (6, 5)])
-def test_crops_of_tensors_and_arrays_agree(size):
+def test_center_crop_of_tensors_and_arrays_agree(size):
     image = noise(3, 6, 5)
     cropped = center_crop(image, size, fill=9)
     assert np.array_equal(center_crop(torch.tensor(image), size, fill=9).numpy(), cropped)
@@ -185,12 +185,12 @@ def test_crops_of_tensors_and_arrays_agree(size):
 
 
 @BOTH
-def test_as_many_label_maps_as_images(class_):
+def test_preprocess_with_another_number_of_label_maps_raises(class_):
     with pytest.raises(ValueError, match="expected 2 segmentation maps for 2 images, got 1"):
         class_()([noise(9, 9, 3)] * 2, [noise(9, 9)])
 
 
-def test_scaling_twice_is_pointed_out():
+def test_preprocess_of_unit_floats_warns_about_rescaling():
     image = np.random.default_rng(0).random((9, 9, 3))
     with pytest.warns(UserWarning, match="pass do_rescale=False"):
         BeitImageProcessor()(image)
@@ -199,7 +199,7 @@ def test_scaling_twice_is_pointed_out():
 
 
 @BOTH
-def test_files_of_version_4(tmp_path, class_):
+def test_from_pretrained_reads_a_transformers_4_file(tmp_path, class_):
     (tmp_path / "preprocessor_config.json").write_text(VERSION_4_FILE)
     processor = class_.from_pretrained(tmp_path, do_center_crop=True)
     assert processor.size == {"height": 640, "width": 640}
@@ -215,7 +215,7 @@ def test_files_of_version_4(tmp_path, class_):
     assert again.to_dict() == processor.to_dict()
 
 
-def test_a_file_of_version_4_that_version_5_wrote_again_still_reduces_labels():
+def test_from_dict_with_both_names_of_reduce_labels_reduces_labels():
     values = {"reduce_labels": True, "do_reduce_labels": False}
     assert BeitImageProcessor.from_dict(values).do_reduce_labels is True
     assert BeitImageProcessor.from_dict({"reduce_labels": False}).do_reduce_labels is False
@@ -225,7 +225,7 @@ def test_a_file_of_version_4_that_version_5_wrote_again_still_reduces_labels():
 
 
 @BOTH
-def test_the_hub_s_cache_without_a_network(tmp_path, class_):
+def test_from_pretrained_reads_the_hub_cache_without_a_network(tmp_path, class_):
     repository = tmp_path / "models--someone--beit-tiny"
     snapshot = repository / "snapshots" / ("a" * 40)
     BeitImageProcessor(size=96).save_pretrained(snapshot)
@@ -237,7 +237,7 @@ def test_the_hub_s_cache_without_a_network(tmp_path, class_):
         class_.from_pretrained("someone/other", cache_dir=tmp_path, local_files_only=True)
 
 
-def test_files_that_cannot_be_used(tmp_path):
+def test_from_pretrained_with_other_files_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"the folder does not contain preprocessor_config\.json"):
         BeitImageProcessor.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
@@ -252,7 +252,7 @@ def test_files_that_cannot_be_used(tmp_path):
     assert (tmp_path / "preprocessor_config.json").read_text() == "{"
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_save_pretrained_with_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     BeitImageProcessor(size=32).save_pretrained(tmp_path)
 
     def fail(*args):
@@ -265,7 +265,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert BeitImageProcessor.from_pretrained(tmp_path).size == {"height": 32, "width": 32}
 
 
-def test_the_old_name_warns_when_constructed(tmp_path):
+def test_feature_extractor_construction_warns(tmp_path):
     with pytest.warns(FutureWarning, match="old name of BeitImageProcessor"):
         extractor = BeitFeatureExtractor(size=32)
     assert isinstance(extractor, BeitImageProcessor)
@@ -274,7 +274,7 @@ def test_the_old_name_warns_when_constructed(tmp_path):
 
 
 @BOTH
-def test_processors_are_copied_by_pickle(class_):
+def test_pickle_copies_a_processor(class_):
     processor = class_(size=32, note="kept")
     assert pickle.loads(pickle.dumps(processor)).to_dict() == processor.to_dict()
     assert "BeitImageProcessor" in repr(processor)

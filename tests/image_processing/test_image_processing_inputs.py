@@ -1,4 +1,4 @@
-"""What the image processors accept: modes, files, layouts, and the one error for the rest."""
+"""Inputs of the image processors: modes, files, layouts and errors."""
 
 import io
 
@@ -19,7 +19,7 @@ def processor(request):
 
 
 def pixels_of(processor, image, **overrides):
-    """The pixels of one image as RGB triples by row."""
+    """Return the pixels of one image as RGB triples by row."""
     return np.moveaxis(processor(image, **overrides).pixel_values[0], 0, -1).tolist()
 
 
@@ -58,11 +58,11 @@ MODES = {
 
 
 @pytest.mark.parametrize(("image", "expected"), MODES.values(), ids=MODES.keys())
-def test_every_mode_becomes_rgb(processor, image, expected):
+def test_preprocess_converts_every_mode_to_rgb(processor, image, expected):
     assert pixels_of(processor, image) == [[expected]]
 
 
-def test_palettes_and_transparent_colours(processor):
+def test_preprocess_converts_palettes_and_transparent_colors(processor):
     assert pixels_of(processor, palette_image()) == [[[10, 20, 30], [200, 100, 0]]]
     assert pixels_of(processor, palette_image(transparent=1)) == [[[10, 20, 30], [255, 255, 255]]]
     assert pixels_of(processor, palette_image(transparent=b"\x00\xff")) == [[[255, 255, 255], [200, 100, 0]]]
@@ -70,7 +70,7 @@ def test_palettes_and_transparent_colours(processor):
     assert pixels_of(processor, transparent_rgb()) == [[[255, 255, 255], [1, 2, 3]]]
 
 
-def test_pillow_images_as_they_are_where_asked(processor):
+def test_do_convert_rgb_false_keeps_the_mode(processor):
     assert processor(palette_image(), do_convert_rgb=False).pixel_values.tolist() == [[[[0, 1]]]]
     assert processor(Image.new("1", (1, 1), 1), do_convert_rgb=False).pixel_values.tolist() == [[[[255]]]]
     assert processor(Image.new("RGBA", (1, 1), (1, 2, 3, 4)), do_convert_rgb=False).pixel_values.shape == (1, 4, 1, 1)
@@ -92,13 +92,13 @@ def test_pillow_images_as_they_are_where_asked(processor):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_one_error_for_what_is_no_image(processor, image, message):
+def test_preprocess_with_an_invalid_image_raises(processor, image, message):
     with pytest.raises(ValueError, match=message):
         processor(image)
 
 
 @pytest.mark.parametrize("image", [None, 5, {"image": 1}, b"abc", ["x", 5][1:], np.array([["a"]])], ids=str)
-def test_one_error_for_other_types(processor, image):
+def test_preprocess_with_another_type_raises(processor, image):
     with pytest.raises(TypeError, match=r"image 0 is (of type|an array of)"):
         processor(image)
 
@@ -115,13 +115,13 @@ def test_one_error_for_other_types(processor, image):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_values_that_are_no_pixels(class_, image, problem):
+def test_preprocess_with_values_out_of_range_raises(class_, image, problem):
     with pytest.raises(ValueError, match=problem):
         class_(do_rescale=False)(image)
 
 
 @BOTH
-def test_channels_that_do_not_fit_the_means(class_):
+def test_preprocess_with_another_number_of_means_raises(class_):
     with pytest.raises(
         ValueError, match="image_mean has 3 numbers but an image has 1 channels; pass do_convert_rgb=True"
     ):
@@ -131,7 +131,7 @@ def test_channels_that_do_not_fit_the_means(class_):
     assert four.pixel_values.shape == (1, 4, 224, 224)
 
 
-def test_arrays_become_rgb_where_asked(processor):
+def test_do_convert_rgb_true_converts_arrays(processor):
     grey, clear = np.full((1, 2), 7, np.uint8), np.array([[[1, 2, 3, 0], [1, 2, 3, 255]]], np.uint8)
     assert pixels_of(processor, grey, do_convert_rgb=True) == [[[7] * 3] * 2]
     assert pixels_of(processor, torch.tensor(grey), do_convert_rgb=True) == [[[7] * 3] * 2]
@@ -158,7 +158,7 @@ def test_arrays_become_rgb_where_asked(processor):
         ((2, 8, 9), "channels_first", (2, 8, 9)),
     ],
 )
-def test_layouts_of_arrays(processor, shape, data_format, expected):
+def test_preprocess_infers_or_takes_the_layout(processor, shape, data_format, expected):
     array = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
     for image in (array, torch.tensor(array), [array], array[None], [[array]]):
         result = processor(image, input_data_format=data_format).pixel_values
@@ -166,7 +166,7 @@ def test_layouts_of_arrays(processor, shape, data_format, expected):
         assert sorted(result.ravel().tolist()) == sorted(array.ravel().tolist())
 
 
-def test_unusual_arrays(processor):
+def test_preprocess_accepts_unusual_arrays(processor):
     image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     read_only = image.copy()
     read_only.flags.writeable = False
@@ -178,7 +178,7 @@ def test_unusual_arrays(processor):
 
 
 @BOTH
-def test_the_callers_image_stays_as_it_is(class_):
+def test_preprocess_does_not_modify_the_image(class_):
     for image in (np.full((4, 5, 3), 7, np.uint8), np.full((4, 5, 3), 7.0, np.float32), torch.full((3, 4, 5), 7.0)):
         before = image.copy() if isinstance(image, np.ndarray) else image.clone()
         for options in ({}, {"do_resize": False}):
@@ -187,7 +187,7 @@ def test_the_callers_image_stays_as_it_is(class_):
 
 
 @BOTH
-def test_one_pixel(class_):
+def test_preprocess_of_one_pixel(class_):
     for image in (Image.new("RGB", (1, 1), (255, 0, 51)), torch.tensor([255, 0, 51], dtype=torch.uint8).view(3, 1, 1)):
         for resample in range(6):
             values = class_(size=4, resample=resample)(image, return_tensors="pt").pixel_values
@@ -196,7 +196,7 @@ def test_one_pixel(class_):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_stand_upright(tmp_path, processor, orientation):
+def test_preprocess_applies_the_exif_orientation(tmp_path, processor, orientation):
     stored = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -219,7 +219,7 @@ def test_photographs_stand_upright(tmp_path, processor, orientation):
         assert image.size == (3, 2)
 
 
-def test_files_that_cannot_be_read(tmp_path, processor):
+def test_preprocess_with_an_unreadable_file_raises(tmp_path, processor):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(buffer, "JPEG")
     whole = buffer.getvalue()
@@ -251,7 +251,7 @@ def test_files_that_cannot_be_read(tmp_path, processor):
         processor(image)
 
 
-def test_a_file_beyond_pillows_limit_of_pixels_is_named(tmp_path, processor, monkeypatch):
+def test_preprocess_with_a_file_over_the_pixel_limit_raises(tmp_path, processor, monkeypatch):
     Image.new("RGB", (40, 30)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_a_file_beyond_pillows_limit_of_pixels_is_named(tmp_path, processor, mon
         processor(tmp_path / "huge.png")
 
 
-def test_every_form_of_a_label_map(tmp_path, processor):
+def test_preprocess_accepts_every_form_of_a_label_map(tmp_path, processor):
     image = np.zeros((1, 2, 3), np.uint8)
     palette_image().save(tmp_path / "map.png")
     maps = [
@@ -293,6 +293,6 @@ def test_every_form_of_a_label_map(tmp_path, processor):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_label_maps_that_are_none(processor, label_map, message):
+def test_preprocess_with_an_invalid_label_map_raises(processor, label_map, message):
     with pytest.raises(ValueError, match=message):
         processor(np.zeros((1, 2, 3), np.uint8), label_map)

@@ -1,4 +1,4 @@
-"""Pixel values and sizes against Transformers' Pillow backend, and of the tensor processor against both."""
+"""Pixel values and sizes compared with the Pillow backend of Transformers."""
 
 import itertools
 
@@ -39,8 +39,8 @@ def images():
     return {"photograph": photograph, "noise": noise, "clipped": clipped}
 
 
-def unnormalised(values):
-    """Pixel values of mean and standard deviation 0.5 as numbers from 0 to 1."""
+def unnormalize(values):
+    """Invert the normalization with mean and standard deviation 0.5."""
     return np.asarray(values) / 2 + 0.5
 
 
@@ -59,12 +59,12 @@ def test_preprocess_returns_the_pixels_of_the_pillow_backend(images, name, geome
     assert pixels.shape == fast.shape == expected.shape
     assert pixels.dtype == fast.dtype == np.float32
     np.testing.assert_allclose(pixels, expected, atol=1e-5, rtol=0)
-    assert np.abs(unnormalised(fast) - unnormalised(expected)).max() <= 2.01 * LEVEL
+    assert np.abs(unnormalize(fast) - unnormalize(expected)).max() <= 2.01 * LEVEL
 
 
 @pytest.mark.parametrize("size", [(224, 224), (333, 50), (50, 333), (97, 20), (20, 131)], ids=str)
 @pytest.mark.parametrize("resample", [1, 2, 3, 4, 5])
-def test_matrices_resize_as_pillow_does(images, resample, size):
+def test_resize_by_matrices_matches_pillow(images, resample, size):
     for image in (images["noise"], images["clipped"]):
         expected = np.array(Image.fromarray(image).resize(size[::-1], resample))
         resized = resize_by_matrices(torch.tensor(image).permute(2, 0, 1)[None], size, resample)
@@ -83,7 +83,7 @@ def test_matrices_resize_as_pillow_does(images, resample, size):
     ],
     ids=str,
 )
-def test_rescaling_and_normalising_as_the_pillow_backend(images, options):
+def test_rescaling_and_normalizing_matches_the_pillow_backend(images, options):
     expected = BeitImageProcessorPil(resample=0, **options)(images["noise"], return_tensors="np")["pixel_values"]
     for class_ in (BeitImageProcessor, BeitImageProcessorFast):
         pixels = class_(resample="nearest", **options)(images["noise"], return_tensors="np").pixel_values
@@ -92,7 +92,7 @@ def test_rescaling_and_normalising_as_the_pillow_backend(images, options):
 
 
 @pytest.mark.parametrize("kind", ["unit floats", "whole floats", "half", "int64", "channels last", "torch"])
-def test_arrays_of_every_kind_give_the_same_pixels(images, kind):
+def test_preprocess_of_every_kind_of_array_returns_the_same_pixels(images, kind):
     image = np.moveaxis(images["noise"], -1, 0)
     options = {"do_rescale": False} if kind in ("unit floats", "half") else {}
     given = {
@@ -110,14 +110,14 @@ def test_arrays_of_every_kind_give_the_same_pixels(images, kind):
         torch.testing.assert_close(pixels, expected, atol=1e-5 + 2 * levels * LEVEL, rtol=0)
 
 
-def test_unit_floats_are_as_close_to_the_pillow_backend(images):
+def test_preprocess_of_unit_floats_is_close_to_the_pillow_backend(images):
     image = images["noise"].astype(np.float32) / 255
     expected = BeitImageProcessorPil(do_rescale=False)(image, return_tensors="np")["pixel_values"]
     pixels = BeitImageProcessor(do_rescale=False)(image, return_tensors="np").pixel_values
-    assert np.abs(unnormalised(pixels) - unnormalised(expected)).max() <= LEVEL * 1.001
+    assert np.abs(unnormalize(pixels) - unnormalize(expected)).max() <= LEVEL * 1.001
 
 
-def test_a_batch_a_list_and_grouping_agree(images):
+def test_preprocess_of_a_batch_and_a_list_agree(images):
     generator = torch.Generator().manual_seed(0)
     small = torch.randint(256, (4, 3, 90, 70), generator=generator, dtype=torch.uint8)
     large = torch.randint(256, (2, 3, 300, 250), generator=generator, dtype=torch.uint8)
@@ -132,7 +132,7 @@ def test_a_batch_a_list_and_grouping_agree(images):
 
 
 @pytest.mark.parametrize("size", [7, 50, 224])
-def test_label_maps_are_resized_as_pillow_resizes_by_nearest_neighbour(size):
+def test_preprocess_resizes_label_maps_as_pillow(size):
     labels = np.random.default_rng(0).integers(0, 151, (133, 600)).astype(np.uint8)
     expected = np.array(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST))
     image = Image.new("RGB", (600, 133))
@@ -142,7 +142,7 @@ def test_label_maps_are_resized_as_pillow_resizes_by_nearest_neighbour(size):
         assert np.array_equal(result[0], expected)
 
 
-def test_segmentation_matches_transformers():
+def test_post_process_semantic_segmentation_matches_transformers():
     class Outputs:
         logits = torch.randn(2, 5, 9, 11)
 
@@ -160,7 +160,7 @@ def test_segmentation_matches_transformers():
 
 
 @pytest.mark.parametrize("class_", [BeitImageProcessor, BeitImageProcessorFast])
-def test_transformers_reads_what_is_written_and_the_other_way_round(tmp_path, class_):
+def test_saved_processors_load_in_transformers_and_back(tmp_path, class_):
     options = {"size": (96, 64), "resample": 2, "do_center_crop": True, "crop_size": 48, "do_reduce_labels": True}
     class_(**options).save_pretrained(tmp_path / "ours")
     theirs = BeitImageProcessorPil.from_pretrained(tmp_path / "ours")
@@ -169,4 +169,4 @@ def test_transformers_reads_what_is_written_and_the_other_way_round(tmp_path, cl
     image = Image.effect_mandelbrot((120, 100), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     expected = theirs(image, return_tensors="np")["pixel_values"]
     pixels = class_.from_pretrained(tmp_path / "theirs")(image, return_tensors="np").pixel_values
-    assert np.abs(unnormalised(pixels) - unnormalised(expected)).max() <= 2.01 * LEVEL
+    assert np.abs(unnormalize(pixels) - unnormalize(expected)).max() <= 2.01 * LEVEL
