@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -117,7 +117,9 @@ def test_baselines_compute_the_same_and_a_wrong_one_is_not_timed(
     names, expected, reference_of, prepare, shape = contract(mode, dtype, tmp_path)
     assert expected <= set(names)
     file = str(tmp_path / "reference.pt")
+    precision = torch.get_float32_matmul_precision()
     for name in names:
+        torch.set_float32_matmul_precision(precision)  # a baseline may lower it in its process
         reference = reference_of(name)
         torch.save(vars(reference), file)
         prepared = prepare(name, file)
@@ -134,6 +136,13 @@ def test_baselines_compute_the_same_and_a_wrong_one_is_not_timed(
         torch.save({"results": results, "budgets": reference.budgets}, file)
         with pytest.raises(ValueError, match=rf"wrong and not timed\. {moved}: relative error"):
             prepare(names[-1], file)
+
+
+@pytest.fixture(autouse=True)
+def restore_precision() -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.slow
@@ -345,6 +354,16 @@ def test_parameter_without_gradient_is_wrong(of_docs: bool) -> None:
         results_of = functools.partial(models.logits_and_gradients, case, models._network(case, model, "probe"))
     with pytest.raises(ValueError, match=r"wrong and not timed\..*cls_token"):
         results_of()
+
+
+def test_hf_docs_training_step_starts_from_zero_gradients() -> None:
+    case = hf_docs_cases.HfDocsCase("training", 2, 48, 48, "fp32", 2, model="tiny")
+    model = model_cases.our_model(case.native, "triton", torch.float32)
+    step = hf_docs.step_of(case, model)
+    step()
+    first = [parameter.grad.clone() for parameter in model.parameters()]
+    step()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), first, strict=True))
 
 
 def test_reference_of_a_model_holds_every_gradient() -> None:
