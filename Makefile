@@ -25,7 +25,7 @@ OUT ?= demo.png
 BENCH_OPTIONS ?=
 
 .PHONY: demo test test-compiled test-beyond test-interpreted test-composite test-full test-slow-compiled test-slow-beyond test-slow-interpreted
-.PHONY: sanitize bench lint docs format clean
+.PHONY: sanitize bench lint docs wheel format clean
 .PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench gpu-bench-models
 
 # The main job: BEiT on a photograph under three attention backends.
@@ -145,6 +145,16 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy -p beit_fast
 	$(BIN)/lint-imports --no-cache
 
+# The wheel to upload, with the native libraries, under the oldest manylinux tag that auditwheel finds for it; torch's
+# libraries stay outside.
+wheel: $(VENV)/.base .venvs/wheel/.done
+	rm -rf build/wheel dist/*.whl
+	BEIT_FAST_NATIVE=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/.venvs/wheel/bin:$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir dist build/wheel/*.whl
+	.venvs/wheel/bin/auditwheel show dist/*.whl
+	.venvs/wheel/bin/twine check --strict dist/*.whl
+
 # The site in build/site, from docs/ and the docstrings; a warning is an error.
 docs: .venvs/docs/.done
 	NO_MKDOCS_2_WARNING=1 $(<D)/bin/mkdocs build --quiet --strict
@@ -188,9 +198,9 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.ba
 	$(PIP) install --target $(@D) "transformers==$*"
 	touch $@
 
-# mkdocs reads the docstrings without importing the package, so torch is not needed.
-.venvs/docs/.done: pyproject.toml
+# Tools that read files of the package and do not import it, so these environments need no torch.
+.venvs/docs/.done .venvs/wheel/.done: .venvs/%/.done: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip --disable-pip-version-check --quiet install $$($(@D)/bin/python -c 'import tomllib; \
-	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"])')
 	touch $@

@@ -1,7 +1,8 @@
 """Adds the libraries of csrc/ to what pyproject.toml declares: those that can be built here, for any Python.
 
 `BEIT_FAST_NATIVE=0` builds none; `BEIT_FAST_NATIVE=1` makes it an error when one is missing for which there is a
-compiler, or when there is no C++ compiler. csrc/build.py has the commands, and what else can be set.
+compiler, or when there is no C++ compiler. csrc/build.py has the commands, and what else can be set. The long
+description is README without its relative links.
 """
 
 import filecmp
@@ -22,6 +23,7 @@ import build as native_build
 
 PACKAGE = "beit_fast"
 native = runpy.run_path(f"{PACKAGE}/native.py")  # what the package looks for; needs no torch
+links = runpy.run_path("repository_links.py")
 
 
 class BuildNative(build_ext):
@@ -96,6 +98,8 @@ def build_libraries(names):
 
 
 setup(
+    long_description=links["without_relative_links"](Path("README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
     ext_modules=[
         Extension(f"{PACKAGE}.{name}", sorted(map(str, Path("csrc").rglob(pattern))))
         for name, pattern in native_build.SOURCES.items()

@@ -8,6 +8,7 @@ does not import torch.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import warnings
@@ -69,6 +70,21 @@ def unsupported_reason(library: str) -> str | None:
     if not (FOLDER / file_name(library)).exists():
         return f"{file_name(library)} was not built{_build_failure(library)}"
     return None
+
+
+def missing_kernels() -> str | None:
+    """Return why attention on the CPU runs as PyTorch operations; None if faster kernels run it."""
+    reason = None if _INTERPRETED else unsupported_reason("_C")
+    return None if reason is None else f"attention on this CPU runs as PyTorch operations, which is slow: {reason}"
+
+
+@functools.cache
+def warn_of_missing_kernels() -> None:
+    """Warn once per process if `missing_kernels()`, except if it was asked for or `load` has warned."""
+    message = missing_kernels()
+    if message is not None and not _DISABLED and "_C" not in _failures:
+        remedy = "install with a C++ compiler and --no-build-isolation, or set BEIT_FAST_NATIVE=0 to accept this"
+        warnings.warn(f"beit_fast: {message}; {remedy}", RuntimeWarning, stacklevel=2)
 
 
 def _build_failure(library: str) -> str:

@@ -90,7 +90,7 @@ def test_without_libraries_the_composites_serve_and_say_so(bare):
     facts, warnings = report(bare)
     assert (facts["attention"], facts["patches"]) == ("torch", "torch")
     assert facts["reasons"] == {name: f"{native.file_name(name)} was not built" for name in native.LIBRARIES}
-    assert warnings == ""
+    assert warnings.count("RuntimeWarning") == 1  # attention is slow
 
 
 def test_the_reason_that_the_build_left_is_told(bare):
@@ -108,7 +108,7 @@ def test_a_library_of_another_interface_is_never_loaded(bare):
     facts, warnings = report(bare)
     assert facts["attention"] == "torch"
     assert facts["reasons"]["_C"] == f"{native.file_name('_C')} was not built, and {stale} has another interface"
-    assert warnings == ""
+    assert warnings.count("RuntimeWarning") == 1  # attention is slow
 
 
 def test_a_library_that_does_not_load_is_a_warning_and_a_reason(bare):

@@ -31,6 +31,7 @@ def gather_facts() -> dict[str, Any]:
         ],
         "patch_embed_kernels": _patch_embed_kernels(),
         "native_libraries": {library: native.describe(library) for library in native.LIBRARIES},
+        "missing_kernels": native.missing_kernels(),
         "instruction_sets": {"used": used, "usable": list(usable)},
         "linears": _linears(),
     }
@@ -90,6 +91,8 @@ def format_facts(facts: dict[str, Any]) -> str:
     lines += _aligned([_kernel_line(kernel) for kernel in facts["patch_embed_kernels"]])
     lines += ["", "native libraries"]
     lines += _aligned([(name, _library_line(library)) for name, library in facts["native_libraries"].items()])
+    if facts["missing_kernels"] is not None:
+        lines += ["", f"warning: {facts['missing_kernels']}"]
     sets = facts["instruction_sets"]
     if sets["used"] is not None:
         lines += ["", f"instruction set of the CPU kernels: {sets['used']} (usable here: {', '.join(sets['usable'])})"]

@@ -187,6 +187,29 @@ def test_a_wheel_installs(wheel, environment):
     assert run(interpreter, "-c", FORWARD).stdout.strip() == "cpp"
 
 
+def test_an_installed_wheel_reads_digits(wheel, environment, tmp_path):
+    """In a folder of its own, beside the torch that the tests have."""
+    interpreter, _ = environment
+    install(interpreter, wheel)
+    shutil.copytree(ROOT / "examples" / "digits", tmp_path / "digits")
+    images = sorted((tmp_path / "digits" / "images").glob("*.png"))
+    command = ["-m", "beit_fast", "classify", *images, "--model", "digits", "--top", "1", "--json"]
+    results = json.loads(run(interpreter, *command, cwd=tmp_path).stdout)
+    assert right_digits(results) >= 19
+    assert len(images) == 20
+
+
+def right_digits(results):
+    """How many of the images, which are named after their digit, have the right class first."""
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    firsts = {Path(row["image"]).name: row["classes"][0]["label"] for row in results["results"]}
+    return sum(label == names[int(name[0])] for name, label in firsts.items())
+
+
+def test_twine_accepts_sdist_and_wheel(sdist, wheel):
+    run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
+
+
 def test_an_sdist_installs_without_libraries_if_told_so(sdist, environment):
     """That it builds them is what the wheel shows, which comes from the same files."""
     interpreter, site = environment

@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ... import native
 from ...position_bias import gather_bias, reduce_bias, relative_position_index
 from ..arguments import AttentionArguments, AttentionBackwardArguments
 
@@ -20,6 +21,8 @@ _GROUP_ELEMENTS = 2**20
 def attention_forward(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:
     """`beit_fast::rel_pos_attention`: see `beit_fast.rel_pos_attention` for shapes and meaning."""
     q, k, v, table, key_mask, window, scale, dropout_p, seed = arguments
+    if q.device.type == "cpu":
+        native.warn_of_missing_kernels()
     _resolve_vector_math()
     batch, tokens, heads, _ = q.shape
     compute = _compute_dtype(q)

@@ -1,0 +1,54 @@
+"""README as the long description of the package, and the citation file."""
+
+import re
+import runpy
+
+import pytest
+
+import beit_fast
+
+from ..support.checkout import ROOT
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs from a checkout")
+
+README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
+URL = "https://example.org/owner/beit_fast"
+LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@pytest.fixture(scope="module")
+def without_relative_links():
+    return runpy.run_path(str(ROOT / "repository_links.py"))["without_relative_links"]
+
+
+def test_without_an_address_only_absolute_links_stay(without_relative_links):
+    text = without_relative_links(README, repository_url="")
+    assert [target for _, target in LINK.findall(text) if "://" not in target] == []
+    assert "![" not in text
+    assert "first steps" in text  # the words of a link stay
+
+
+def test_with_an_address_every_link_is_absolute(without_relative_links):
+    text = without_relative_links(README, repository_url=URL)
+    assert len(LINK.findall(text)) == len(LINK.findall(README))
+    assert all("://" in target for _, target in LINK.findall(text))
+    assert f"({URL}/raw/main/benchmarks/results/" in text
+    assert f"({URL}/blob/main/docs/training.md#torchcompile)" in text
+
+
+def test_links_of_a_page_in_a_folder_start_there(without_relative_links):
+    text = without_relative_links("[a](../kernels/README.md) [b](cli.md) [c](#d)", "docs", URL)
+    assert text == f"[a]({URL}/blob/main/kernels/README.md) [b]({URL}/blob/main/docs/cli.md) [c](#d)"
+
+
+def test_code_blocks_stay_as_they_are(without_relative_links):
+    block = "```python\nx = [a](b)\n```\n"
+    assert without_relative_links(block, repository_url="") == block
+
+
+def test_citation_names_the_version_and_the_paper():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == beit_fast.__version__
+    assert citation["references"][0]["title"].startswith("BEiT")
