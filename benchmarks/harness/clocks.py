@@ -76,7 +76,7 @@ class DeviceClock:
         return begin.elapsed_time(end) / 1e3
 
     def plan(self, step: Step) -> tuple[int, int]:
-        """Return calls per round and rounds: 0.5 ms or 16 calls a round, 10 to 30 rounds in about 0.15 s."""
+        """Return calls per round and rounds: about 0.15 s in 10 to 30 rounds of 0.5 ms or 16 calls."""
         queueing = HEAD_START * min(self._queueing(step) for _ in range(3))
         self.head_start = queueing + HEAD_START_MARGIN
         once = _once(self, step)

@@ -68,7 +68,7 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
 
 
 def _comparable(target: Target, ours: list[Row], rows: list[Row]) -> list[Row]:
-    """Keep one row of ours for each case and, if it ran in groups, those of groups with a baseline to compare with."""
+    """Drop rows of ours whose group has no baseline to compare with, but keep one per case."""
     kept = []
     for row in ours:
         groups = [
