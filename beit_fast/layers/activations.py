@@ -1,4 +1,4 @@
-"""What `config.hidden_act` can name: Transformers' names and formulas, all without parameters."""
+"""Activations of `config.hidden_act`, under the names of Transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 class Elementwise(nn.Module):
-    """A function of one tensor as a module: any shape in, the same shape and dtype out."""
+    """An elementwise function as a module."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def sqrt_softplus(values: Tensor) -> Tensor:
 
 _gelu_tanh = partial(nn.GELU, approximate="tanh")
 
-# Transformers' five tanh forms are one formula; they differ in what is fused and how it rounds.
+# The five tanh forms of Transformers are one formula with different rounding.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
     {
         "gelu": nn.GELU,
@@ -80,4 +80,4 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
         "tanh": nn.Tanh,
     }
 )
-"""Name -> factory of a fresh module. Transformers' `prelu` and `xielu` have parameters and are not here."""
+"""A module factory for each name. `prelu` and `xielu` of Transformers have parameters and are not supported."""

@@ -18,7 +18,7 @@ from .module_hooks import clone_if_hooked
 
 
 class BeitRelativePositionBias(nn.Module):
-    """A bias table `[(2 * height - 1) * (2 * width - 1) + 3, H]` for the native window, resized to any other."""
+    """A bias table `[(2 * height - 1) * (2 * width - 1) + 3, H]`, resized to the window of the image."""
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class BeitRelativePositionBias(nn.Module):
 
 
 def _drop_relative_position_index(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Converted checkpoints carry the index as a buffer; it follows from the window and is computed."""
+    """Drop the index buffer of converted checkpoints: it is computed from the window."""
     state_dict.pop(f"{prefix}relative_position_index", None)
 
 

@@ -1,4 +1,4 @@
-"""Attention by the backend that the dispatcher names: eager, SDPA or the fused operator."""
+"""The attention backends: eager, SDPA and the fused operator."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def attend(
     implementation: str | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention by the named implementation; shapes as in `beit_fast.rel_pos_attention`.
+    """Resolve an implementation and run attention; see `run_attention`.
 
-    `bias` is the dense `[H, N, N]` of the table where the caller already has it; `"triton"` never reads it. Dropout
-    takes its random numbers from torch's CPU generator (`"triton"`) or the device's (`"eager"`, `"sdpa"`).
+    Raises:
+        ValueError: If the implementation is unknown, or `"triton"` is requested and no kernel serves.
     """
     backend = attention.resolve(implementation, q.device, q.dtype, q.shape[-1])
     return run_attention(backend, q, k, v, table, window, key_mask, scale, dropout_p, bias)
@@ -44,7 +44,14 @@ def run_attention(
     dropout_p: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention by a backend that the dispatcher has chosen: `"eager"`, `"sdpa"` or `"triton"`; see `attend`."""
+    """Run attention by a resolved backend; shapes as in `beit_fast.rel_pos_attention`.
+
+    Dropout draws from the CPU generator of torch (`"triton"`) or from that of the device (`"eager"`, `"sdpa"`).
+
+    Args:
+        backend: `"eager"`, `"sdpa"` or `"triton"`.
+        bias: The dense bias `[H, N, N]` of `table` if the caller has it. `"triton"` does not read it.
+    """
     if backend == "triton":
         seed = int(torch.randint(2**62, ()).item()) if dropout_p > 0 else 0
         return rel_pos_attention(q, k, v, table, window, key_mask, scale, dropout_p, seed)
@@ -56,7 +63,7 @@ def run_attention(
 
 
 def dense_bias(table: Tensor, window: Window) -> Tensor:
-    """The bias `[H, N, N]` for `"eager"` and `"sdpa"`, at least fp32: its gradient is then summed in fp32 too."""
+    """Gather the bias `[H, N, N]` in at least fp32, so that its gradient is summed in fp32."""
     return gather_bias(table.to(torch.promote_types(table.dtype, torch.float32)), window)
 
 
@@ -69,9 +76,15 @@ def eager_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, with a dense bias `[H, N, N]`: the output `[B, N, H, D]` and the weights `[B, H, N, N]`.
+    """Compute attention and its weights with PyTorch operations.
 
-    Products in the dtype of q, softmax in fp32 (fp64 for fp64 inputs), weights after softmax and dropout.
+    Products run in the dtype of q, softmax in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        bias: The dense bias `[H, N, N]`, or None.
+
+    Returns:
+        The output `[B, N, H, D]`, and the weights `[B, H, N, N]` after softmax and dropout.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
@@ -105,11 +118,11 @@ def _sdpa(
     if key_mask is not None:
         out = out.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
     out = out.transpose(1, 2)
-    if torch.compiler.is_exporting():  # what takes SDPA's place may have other strides, so a copy must be in the graph
+    if torch.compiler.is_exporting():  # the graph needs a copy: a decomposition of SDPA may have other strides
         return out.clone(memory_format=torch.contiguous_format)
     return out.contiguous()
 
 
 def _non_empty(key_mask: Tensor) -> Tensor:
-    """The mask, all True for samples that mask every key: their softmax stays finite and their output is zeroed."""
+    """Set the mask of samples without any key to True: softmax stays finite, and their output is zeroed later."""
     return key_mask | ~key_mask.any(-1, keepdim=True)

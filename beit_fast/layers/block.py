@@ -22,9 +22,9 @@ from .module_hooks import hook_reasons
 class BeitLayer(nn.Module):
     """A block: `x + lambda_1 * attention(norm(x))`, then `x + lambda_2 * mlp(norm(x))`, drop path on both branches.
 
-    Where attention runs Triton's kernels, so do the sums and the norm between them, in one operator each; it reads the
-    parameters of `layernorm_after`, draws from `drop_path`, and calls neither. Where one of them was replaced or has
-    hooks, both are called.
+    If attention runs in Triton kernels, so do the sums and the norm between them. These operators read the parameters
+    of `layernorm_after` and draw from `drop_path`, without calling them. If one of the two modules was replaced or has
+    hooks, both are called instead.
     """
 
     def __init__(self, config: BeitConfig, drop_path_rate: float = 0.0) -> None:
@@ -62,7 +62,7 @@ class BeitLayer(nn.Module):
         return replaced + hook_reasons(modules)
 
     def _can_fuse(self, hidden_states: Tensor, branch: Tensor) -> bool:
-        """Whether the Triton kernels take what comes after attention."""
+        """Whether the Triton kernels can compute residual, drop path and LayerNorm of this block."""
         self_attention = getattr(self.attention, "attention", None)
         if not isinstance(self_attention, BeitSelfAttention) or hasattr(branch, "device_mesh"):
             return False  # a DTensor has a mesh, and the operators have no rules for it
@@ -75,13 +75,13 @@ class BeitLayer(nn.Module):
     def _fused_half(self, hidden_states: Tensor, branch: Tensor, context: BlockContext) -> Tensor:
         norm = self.layernorm_after
         hidden_states, normalized = residual_norm(
-            hidden_states, branch, self.lambda_1, self._drop_factors(branch), norm.weight, norm.bias, norm.eps
+            hidden_states, branch, self.lambda_1, self._drop_path_scale(branch), norm.weight, norm.bias, norm.eps
         )
         branch = self.output(self.intermediate(normalized, context), context)
-        return residual_add(hidden_states, branch, self.lambda_2, self._drop_factors(branch))
+        return residual_add(hidden_states, branch, self.lambda_2, self._drop_path_scale(branch))
 
-    def _drop_factors(self, branch: Tensor) -> Tensor | None:
-        return self.drop_path.factors(branch) if isinstance(self.drop_path, BeitDropPath) else None
+    def _drop_path_scale(self, branch: Tensor) -> Tensor | None:
+        return self.drop_path.drop_path_scale(branch) if isinstance(self.drop_path, BeitDropPath) else None
 
 
 def _scaled(branch: Tensor, layer_scale: Tensor | None) -> Tensor:
@@ -89,7 +89,7 @@ def _scaled(branch: Tensor, layer_scale: Tensor | None) -> Tensor:
 
 
 class BeitEncoder(nn.Module):
-    """The stack of blocks, with the bias table that they may share."""
+    """The stack of blocks and the bias table that they may share."""
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()

@@ -13,13 +13,17 @@ from ..position_bias import Window, resize_position_embeddings
 from .module_hooks import hook_reasons
 
 Normalization = tuple[list[float], list[float]]
-"""Mean and standard deviation of each channel, in the units of uint8 pixels."""
+"""Mean and standard deviation of each channel, in units of uint8 pixels."""
 
 _LARGEST_PIXEL = 255
 
 
 def window_of(pixel_values: Tensor, patch_size: int) -> Window:
-    """Patches that fit into an image `[B, C, H, W]`, `(height, width)`; what does not fill a patch is cropped."""
+    """Count the whole patches of an image `[B, C, H, W]`, as `(height, width)`; the rest is cropped.
+
+    Raises:
+        ValueError: If the image is smaller than one patch.
+    """
     height, width = pixel_values.shape[-2:]
     if height < patch_size or width < patch_size:
         raise ValueError(f"images of {height}x{width} pixels are smaller than one patch of {patch_size}x{patch_size}")
@@ -27,7 +31,7 @@ def window_of(pixel_values: Tensor, patch_size: int) -> Window:
 
 
 class BeitPatchEmbeddings(nn.Module):
-    """Patches as tokens: `[B, C, H, W]` to `[B, P, E]` by a convolution whose stride is its kernel."""
+    """Patches to tokens, `[B, C, H, W]` to `[B, P, E]`: a convolution with stride = kernel size."""
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
@@ -41,12 +45,13 @@ class BeitPatchEmbeddings(nn.Module):
 
 
 class BeitEmbeddings(nn.Module):
-    """CLS, patches (some replaced by the mask token) and, where configured, absolute positions: `[B, 1 + P, E]`.
+    """CLS, patches (some replaced by the mask token) and optional absolute positions, `[B, 1 + P, E]`.
 
-    `patch_embed_implementation` is a name of `ops.dispatch.patch_embed` or None, which follows `attn_implementation`;
-    `last_kernel` names what ran last. `"fused"` is one operator for all steps: it reads the parameters of
-    `patch_embeddings.projection` and calls neither module. Where one of them was replaced or has hooks, None therefore
-    takes `"conv"`, which calls them, and `"fused"` is an error.
+    `patch_embed_implementation` is `"conv"`, `"fused"` or None, which follows `attn_implementation`. `"fused"` is one
+    operator for all steps. It reads the parameters of `patch_embeddings.projection` and calls neither module. If one of
+    them was replaced or has hooks, `"fused"` is an error and None runs `"conv"`, which calls both.
+
+    `last_kernel` is the name of the kernel that ran last, None before the first call outside `torch.compile`.
     """
 
     def __init__(self, config: BeitConfig) -> None:
@@ -115,11 +120,11 @@ class BeitEmbeddings(nn.Module):
         return tokens if positions is None else tokens + positions
 
     def _mask(self, bool_masked_pos: Tensor | None, accepted: tuple[int, int]) -> Tensor | None:
-        """`bool_masked_pos`, `[B, P]` or `[B, h, w]` of any type, as bool of the accepted shape `[B, P]`."""
+        """Convert `bool_masked_pos`, `[B, P]` or `[B, h, w]` of any dtype, to bool `[B, P]`."""
         if bool_masked_pos is None:
             return None
         if self.mask_token is None:
-            raise ValueError("bool_masked_pos needs a mask token: build the model with use_mask_token=True")
+            raise ValueError("bool_masked_pos requires a mask token: build the model with use_mask_token=True")
         masked = bool_masked_pos.flatten(1).bool()
         if masked.shape != accepted:
             raise ValueError(
@@ -148,7 +153,7 @@ def unsupported_reasons(patch_embeddings: nn.Module, expected: type[nn.Module]) 
 
 
 def float_pixels(pixels: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:
-    """Pixels for the convolution, in `dtype`; those that come with a normalization, uint8 ones, are normalised."""
+    """Convert pixels to `dtype` for the convolution; uint8 pixels are normalised."""
     if normalization is None:
         return pixels.to(dtype)
     return normalize_pixels(pixels, *normalization, dtype)
@@ -157,21 +162,20 @@ def float_pixels(pixels: Tensor, normalization: Normalization | None, dtype: tor
 def normalization_of(
     pixels: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Normalization | None:
-    """Mean and deviation for uint8 pixels, from those of pixels scaled to 0..1; None for float pixels.
+    """Scale the mean and standard deviation of pixels in 0..1 to uint8 pixels; None for float pixels.
 
     Raises:
-        ValueError: uint8 pixels without mean and std, or pixels of another integer type.
+        ValueError: If uint8 pixels come without mean and std, or pixels are of another integer dtype.
     """
     if pixels.dtype.is_floating_point:
         return None
     if pixels.dtype != torch.uint8:
         raise ValueError(
-            f"pixel_values must be floating point, normalised, or uint8, not {str(pixels.dtype).removeprefix('torch.')}"
+            f"pixel_values must be normalised floating point, or uint8, not {str(pixels.dtype).removeprefix('torch.')}"
         )
     if mean is None or std is None:
         raise ValueError(
-            "uint8 pixel_values need the mean and deviation that normalise them: call "
-            "model.set_pixel_normalization(mean, std), such as an image processor's image_mean and image_std, or give "
-            "floating-point pixels that are normalised already"
+            "uint8 pixel_values need a mean and standard deviation: call model.set_pixel_normalization(mean, std) with "
+            "the image_mean and image_std of an image processor, or pass normalised floating-point pixels"
         )
     return [_LARGEST_PIXEL * number for number in mean], [_LARGEST_PIXEL * number for number in std]

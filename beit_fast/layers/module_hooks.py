@@ -1,4 +1,4 @@
-"""Whether calling a module does just what its class says, so that an operator may stand in for the call: a leaf."""
+"""Whether an operator may replace the call of a module: only if no hook or overridden forward is skipped."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def clone_if_hooked(module: nn.Module, tensor: Tensor) -> Tensor:
 
 
 def hook_reasons(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Which of these modules, by name, must be called because of hooks or a forward of their own."""
+    """List the modules that must be called because they have hooks or their own forward."""
     return [
-        f"{name} has hooks or a forward of its own, which would not be called"
+        f"{name} has hooks or its own forward, which would be skipped"
         for name, module in modules.items()
         if not runs_as_written(module)
     ]

@@ -56,7 +56,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     need_free_memory(12 * batch * tokens * size)
     case = make_case(1, tokens, size)
     many = case.map(lambda x: x.expand(batch, *x.shape[1:]), "residual", "branch", "grad_sum", "grad_normalized")
-    many = many.map(lambda x: x.expand(batch).contiguous(), "keep")
+    many = many.map(lambda x: x.expand(batch).contiguous(), "drop_path_scale")
     expected, actual = fused(case), fused(many)
     assert actual["sum"].numel() > 2**31
     for name in ("sum", "normalized", "dresidual", "dbranch"):
@@ -82,7 +82,7 @@ def test_neither_direction_waits_for_the_device() -> None:
 def differentiate(case: ResidualCase, leaves: dict[str, Tensor]) -> list[Tensor]:
     """sum, normalised rows and the gradients of all leaves."""
     residual, branch, scale, weight, bias = (leaves[name] for name in ORDER)
-    outputs = residual_norm.residual_norm(residual, branch, scale, case.keep, weight, bias, EPS)
+    outputs = residual_norm.residual_norm(residual, branch, scale, case.drop_path_scale, weight, bias, EPS)
     gradients = torch.autograd.grad(outputs, [leaves[name] for name in ORDER], (case.grad_sum, case.grad_normalized))
     return [*(x.detach() for x in outputs), *gradients]
 
@@ -142,14 +142,16 @@ def test_compiled_whole_with_any_batch() -> None:
 
     def block(case: ResidualCase, leaves: dict[str, Tensor]) -> Tensor:
         residual, branch, scale, weight, bias = (leaves[name] for name in ORDER)
-        total, normalized = residual_norm.residual_norm(residual, branch, scale, case.keep, weight, bias, EPS)
-        return residual_norm.residual_add(total, normalized.sin(), scale, case.keep)
+        total, normalized = residual_norm.residual_norm(
+            residual, branch, scale, case.drop_path_scale, weight, bias, EPS
+        )
+        return residual_norm.residual_add(total, normalized.sin(), scale, case.drop_path_scale)
 
     compiled, stance = torch.compile(block, fullgraph=True), "default"
     for batch in (4, 7, 2):
         case = make_case(batch, 197, 768, dtype=torch.float32)
         leaves = leaves_of(case)
-        for tensor in (leaves["residual"], leaves["branch"], case.keep):
+        for tensor in (leaves["residual"], leaves["branch"], case.drop_path_scale):
             torch._dynamo.mark_dynamic(tensor, 0)
         with torch.compiler.set_stance(stance):
             out = compiled(case, leaves)
@@ -167,8 +169,8 @@ def test_opcheck() -> None:
     case = make_case(2, 3, 64)
     leaves = leaves_of(case)
     residual, branch, scale, weight, bias = (leaves[name] for name in ORDER)
-    opcheck(residual_norm.residual_norm_op, (residual, branch, scale, case.keep, weight, bias, EPS))
-    opcheck(residual_norm.residual_add_op, (residual, branch, scale, case.keep))
+    opcheck(residual_norm.residual_norm_op, (residual, branch, scale, case.drop_path_scale, weight, bias, EPS))
+    opcheck(residual_norm.residual_add_op, (residual, branch, scale, case.drop_path_scale))
 
 
 @pytest.mark.parametrize("value", [3.0, 0.1, 60000.1])

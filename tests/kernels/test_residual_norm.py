@@ -30,7 +30,7 @@ from .cases import DTYPES, HALF_DTYPES, assert_same_bits, device, storage_bytes
 from .test_far_strides import address_space, memory_is_not_filled  # noqa: F401
 
 DEVICE = device()
-OPTIONAL = ("branch", "scale", "keep", "weight", "bias")
+OPTIONAL = ("branch", "scale", "drop_path_scale", "weight", "bias")
 
 
 def make_case(*shape: int, dtype: torch.dtype = torch.float32, without: tuple[str, ...] = ()) -> ResidualCase:
@@ -71,7 +71,7 @@ def test_what_may_be_left_out(without: tuple[str, ...]) -> None:
         check_parity(case, fused_sum, eager_sum)
 
 
-@pytest.mark.parametrize("without", [(), ("scale", "keep"), ("weight",)])
+@pytest.mark.parametrize("without", [(), ("scale", "drop_path_scale"), ("weight",)])
 @pytest.mark.parametrize("absent", ["grad_sum", "grad_normalized"])
 def test_one_of_the_gradients_may_not_come(absent: str, without: tuple[str, ...]) -> None:
     check_parity(make_case(without=(absent, *without)))
@@ -87,7 +87,7 @@ def test_only_the_gradients_asked_for_come_back(output_mask: tuple[bool, ...]) -
 
 
 def _gradients(case: ResidualCase, output_mask: list[bool] | tuple[bool, ...]) -> tuple[Tensor, ...]:
-    inputs = (case.branch, case.scale, case.keep, case.weight, case.bias)
+    inputs = (case.branch, case.scale, case.drop_path_scale, case.weight, case.bias)
     total, _, mean, rstd = residual_norm.residual_norm_op(case.residual, *inputs, EPS)
     return residual_norm.residual_norm_backward_op(
         case.grad_sum, case.grad_normalized, total, *inputs, mean, rstd, total.dtype, list(output_mask)
@@ -113,7 +113,7 @@ def test_the_branch_is_kept_for_the_gradient_of_scale_alone(trained: bool, count
 def test_mean_and_deviation_are_those_of_the_rounded_sum() -> None:
     case = make_case(dtype=torch.bfloat16)
     total, _, mean, rstd = residual_norm.residual_norm_op(
-        case.residual, case.branch, case.scale, case.keep, None, None, EPS
+        case.residual, case.branch, case.scale, case.drop_path_scale, None, None, EPS
     )
     variance, expected = torch.var_mean(total.double(), -1, correction=0)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=1e-6)
@@ -154,7 +154,7 @@ def test_strided_vectors() -> None:
 def test_the_gradient_of_a_sum_has_stride_zero() -> None:
     case = make_case(without=("grad_sum", "grad_normalized"))
     leaves = [x.requires_grad_() for x in (case.residual, case.branch, case.scale)]
-    total, normalized = residual_norm.residual_norm(*leaves, case.keep, case.weight, case.bias, EPS)
+    total, normalized = residual_norm.residual_norm(*leaves, case.drop_path_scale, case.weight, case.bias, EPS)
     actual = torch.autograd.grad(total.sum() + normalized.sum(), leaves)
     ones = replace(case, grad_sum=torch.ones_like(total), grad_normalized=torch.ones_like(total))
     expected = fused(ones)
@@ -170,7 +170,7 @@ def test_two_runs_agree_bit_for_bit(dtype: torch.dtype) -> None:
 def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     case = make_case(without=("scale", "weight", "bias"))
     together = fused(case)
-    alone = fused(case.map(lambda x: x[1:2], *ROWS, "keep"))
+    alone = fused(case.map(lambda x: x[1:2], *ROWS, "drop_path_scale"))
     assert_same_bits(list(alone.values()), [x[1:2] for x in together.values()])
 
 
@@ -313,11 +313,13 @@ def test_what_the_kernels_do_not_take_is_refused_with_all_reasons() -> None:
         residual_norm.residual_add(many, many)
 
 
-@pytest.mark.parametrize("without", [(), ("branch", "bias"), ("scale", "keep", "weight")])
+@pytest.mark.parametrize("without", [(), ("branch", "bias"), ("scale", "drop_path_scale", "weight")])
 def test_opcheck(without: tuple[str, ...]) -> None:
     case = make_case(2, 3, 16, without=without)
-    tensors = (case.branch, case.scale, case.keep, case.weight, case.bias)
-    leaves = [x if x is None or x is case.keep else x.clone().requires_grad_() for x in (case.residual, *tensors)]
+    tensors = (case.branch, case.scale, case.drop_path_scale, case.weight, case.bias)
+    leaves = [
+        x if x is None or x is case.drop_path_scale else x.clone().requires_grad_() for x in (case.residual, *tensors)
+    ]
     opcheck(residual_norm.residual_norm_op, (*leaves, EPS))
     total, _, mean, rstd = residual_norm.residual_norm_op(case.residual, *tensors, EPS)
     total = case.residual if case.branch is None else total
@@ -326,5 +328,12 @@ def test_opcheck(without: tuple[str, ...]) -> None:
     opcheck(residual_norm.residual_norm_backward_op, (*gradients, total, *tensors, mean, rstd, total.dtype, mask))
     if case.branch is not None:
         opcheck(residual_norm.residual_add_op, tuple(leaves[:4]))
-        arguments = (case.grad_sum, case.branch, case.scale, case.keep, total.dtype, [True, case.scale is not None])
+        arguments = (
+            case.grad_sum,
+            case.branch,
+            case.scale,
+            case.drop_path_scale,
+            total.dtype,
+            [True, case.scale is not None],
+        )
         opcheck(residual_norm.residual_add_backward_op, arguments)

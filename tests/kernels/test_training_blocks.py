@@ -128,11 +128,11 @@ def test_the_same_seed_drops_the_same_paths() -> None:
     torch.manual_seed(5)
     called = drop_path(branch)
     torch.manual_seed(5)
-    factors = drop_path.factors(branch)
+    factors = drop_path.drop_path_scale(branch)
     assert factors is not None
     assert set(factors.tolist()) == {0.0, 2.0}
     assert torch.equal(called, branch * factors[:, None, None])
-    assert drop_path.eval().factors(branch) is None
+    assert drop_path.eval().drop_path_scale(branch) is None
 
 
 def test_dropping_every_path_leaves_the_residual() -> None:

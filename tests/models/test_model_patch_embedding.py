@@ -188,7 +188,7 @@ def parametrize_projection(patch_embeddings):
         (replace_convolution, "projection is not a plain convolution with stride = kernel size"),
         (hook_projection, "patch_embeddings.projection has hooks"),
         (hook_patch_embeddings, "patch_embeddings has hooks"),
-        (override_forward, "patch_embeddings has hooks or a forward of its own"),
+        (override_forward, "patch_embeddings has hooks or its own forward"),
         (prune_projection, "patch_embeddings.projection has hooks"),
         (parametrize_projection, "not an nn.Conv2d"),
     ],

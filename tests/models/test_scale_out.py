@@ -306,15 +306,15 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(results: li
         messages = result["refuse"]
         for reason in (
             r"beit\.encoder\.layer\.0: 1 attention heads cannot be split evenly among 2 processes",
-            r"beit\.encoder\.layer\.0: 49 numbers in the MLP cannot be split evenly among 2 processes",
+            r"beit\.encoder\.layer\.0: 49 MLP features cannot be split evenly among 2 processes",
             r"beit\.encoder\.layer\.1: attention\.output\.dense is a Identity, not an nn\.Linear",
         ):
             assert re.search(reason, messages["uneven"])
         assert not messages["changed"]
-        assert "2 dimensions; give one of them, such as mesh['data'] or mesh['tensor']" in messages["grid"]
+        assert "2 dimensions; pass one of them, such as mesh['data'] or mesh['tensor']" in messages["grid"]
         assert "its parameters are DTensors" in messages["twice"]
         assert messages["foreign"] == (
-            "TypeError: tensor_parallel_plan looks for BeitLayer of beit_fast and found only Linear, Sequential"
+            "TypeError: tensor_parallel_plan expects a model with a BeitLayer of beit_fast, not only Linear, Sequential"
         )
 
 
@@ -322,8 +322,11 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(results: li
     ("problem", "state"),
     [
         ("lacks parameters of the model: beit.embeddings.cls_token", {"beit.embeddings.cls_token": None}),
-        ("has parameters that the model has not: other", {"other": torch.zeros(1)}),
-        ("has parameters of another shape: classifier.bias [2], not [5]", {"classifier.bias": torch.zeros(2)}),
+        ("has parameters that the model does not have: other", {"other": torch.zeros(1)}),
+        (
+            "has parameters of a different shape: classifier.bias [2] (expected [5])",
+            {"classifier.bias": torch.zeros(2)},
+        ),
     ],
 )
 def test_a_state_dict_of_another_model_is_not_saved(tmp_path: Path, problem: str, state: dict[str, Any]) -> None:

@@ -14,15 +14,15 @@ from beit_fast.ops.residual_norm import residual_add_op, residual_norm_backward_
 
 from ..support.residual_norm import EPS, ResidualCase, check_parity, eager_sum, fused, fused_sum, residual_case
 
-OPTIONAL = ("branch", "scale", "keep", "weight", "bias")
+OPTIONAL = ("branch", "scale", "drop_path_scale", "weight", "bias")
 
 
 def inputs_of(case: ResidualCase, *, trained: bool = False) -> list[Tensor | None]:
-    """residual, branch, scale, keep, weight and bias; all but `keep` require gradients where `trained`."""
+    """The tensors of an operator call; all but `drop_path_scale` require gradients if `trained`."""
     names = ("residual", *OPTIONAL)
     tensors = [getattr(case, name) for name in names]
     return [
-        x if x is None or name == "keep" else x.detach().clone().requires_grad_(trained)
+        x if x is None or name == "drop_path_scale" else x.detach().clone().requires_grad_(trained)
         for name, x in zip(names, tensors, strict=True)
     ]
 
@@ -36,7 +36,7 @@ def test_parity(without: tuple[str, ...], dtype: torch.dtype) -> None:
         check_parity(case, fused_sum, eager_sum)
 
 
-@pytest.mark.parametrize("without", [(), ("scale", "bias"), ("keep",), ("branch",), ("weight", "bias")])
+@pytest.mark.parametrize("without", [(), ("scale", "bias"), ("drop_path_scale",), ("branch",), ("weight", "bias")])
 def test_gradcheck(without: tuple[str, ...]) -> None:
     case = residual_case(2, 3, 5, torch.float64, without=without)
     inputs = inputs_of(case, trained=True)
@@ -52,7 +52,7 @@ def test_gradcheck(without: tuple[str, ...]) -> None:
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@pytest.mark.parametrize("without", [(), ("branch",), ("scale", "weight"), ("keep", "bias")])
+@pytest.mark.parametrize("without", [(), ("branch",), ("scale", "weight"), ("drop_path_scale", "bias")])
 def test_opcheck(without: tuple[str, ...]) -> None:
     case = residual_case(2, 3, 16, without=without)
     leaves = inputs_of(case, trained=True)
@@ -74,12 +74,14 @@ def test_opcheck(without: tuple[str, ...]) -> None:
 
 def test_gradients_that_nobody_asked_for_are_not_computed() -> None:
     case = residual_case()
-    residual, branch, scale, keep, weight, bias = inputs_of(case)
-    total, normalized = residual_norm.residual_norm(residual, branch, scale, keep, weight.requires_grad_(), bias, EPS)
+    residual, branch, scale, drop_path_scale, weight, bias = inputs_of(case)
+    total, normalized = residual_norm.residual_norm(
+        residual, branch, scale, drop_path_scale, weight.requires_grad_(), bias, EPS
+    )
     (total.sum() + normalized.square().sum()).backward()
     assert weight.grad is not None
     assert all(x.grad is None for x in (residual, branch, scale, bias))
-    assert not residual_norm.residual_add(residual, branch, scale, keep).requires_grad
+    assert not residual_norm.residual_add(residual, branch, scale, drop_path_scale).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -194,7 +196,9 @@ def test_the_backward_operators_refuse_what_they_cannot_differentiate() -> None:
 
 
 def test_meta_tensors_give_shapes() -> None:
-    case = residual_case().map(lambda x: x.to("meta"), "residual", "branch", "scale", "keep", "weight", "bias")
+    case = residual_case().map(
+        lambda x: x.to("meta"), "residual", "branch", "scale", "drop_path_scale", "weight", "bias"
+    )
     total, normalized, mean, rstd = residual_norm_op(*inputs_of(case), EPS, torch.float16)
     assert total.shape == normalized.shape == (3, 5, 40)
     assert (total.dtype, normalized.dtype) == (torch.float32, torch.float16)
@@ -208,9 +212,11 @@ def test_one_graph_for_every_batch() -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
-    def block(residual: Tensor, branch: Tensor, scale: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        total, normalized = residual_norm.residual_norm(residual, branch, scale, keep, weight, bias, EPS)
-        return residual_norm.residual_add(total, normalized.sin(), scale, keep)
+    def block(
+        residual: Tensor, branch: Tensor, scale: Tensor, drop_path_scale: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        total, normalized = residual_norm.residual_norm(residual, branch, scale, drop_path_scale, weight, bias, EPS)
+        return residual_norm.residual_add(total, normalized.sin(), scale, drop_path_scale)
 
     compiled = torch.compile(block, fullgraph=True, backend=counter)
     for batch in (2, 5, 3):

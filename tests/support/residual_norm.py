@@ -26,7 +26,7 @@ class ResidualCase:
     residual: Tensor  # [B, N, E]
     branch: Tensor | None
     scale: Tensor | None  # [E]
-    keep: Tensor | None  # [B]
+    drop_path_scale: Tensor | None  # [B]
     weight: Tensor | None  # [E]
     bias: Tensor | None
     grad_sum: Tensor | None  # [B, N, E]
@@ -41,8 +41,8 @@ class ResidualCase:
         return replace(self, **{name: function(x) for name, x in self.tensors().items() if name in names})
 
     def to(self, dtype: torch.dtype) -> ResidualCase:
-        """The same numbers in one dtype; `keep` stays fp32."""
-        return self.map(lambda x: x.detach().to(dtype), *(name for name in self.tensors() if name != "keep"))
+        """The same numbers in one dtype; `drop_path_scale` stays fp32."""
+        return self.map(lambda x: x.detach().to(dtype), *(name for name in self.tensors() if name != "drop_path_scale"))
 
 
 ROWS = ("residual", "branch", "grad_sum", "grad_normalized")
@@ -66,9 +66,9 @@ def residual_case(
 
     rows = {name: normal(batch, tokens, size) for name in ROWS}
     vectors = {name: normal(size) for name in ("scale", "weight", "bias")}
-    keep = ((torch.arange(batch) % 3 != 1) / 0.7).float().to(device)
-    without = (*without, "scale", "keep") if "branch" in without else without
-    return replace(ResidualCase(keep=keep, **rows, **vectors), **dict.fromkeys(without))
+    drop_path_scale = ((torch.arange(batch) % 3 != 1) / 0.7).float().to(device)
+    without = (*without, "scale", "drop_path_scale") if "branch" in without else without
+    return replace(ResidualCase(drop_path_scale=drop_path_scale, **rows, **vectors), **dict.fromkeys(without))
 
 
 def leaves_of(case: ResidualCase) -> dict[str, Tensor]:
@@ -82,8 +82,8 @@ def eager(case: ResidualCase) -> dict[str, Tensor]:
     total = leaves["residual"]
     if "branch" in leaves:
         branch = leaves["branch"] if case.scale is None else leaves["scale"] * leaves["branch"]
-        if case.keep is not None:
-            branch = branch * case.keep.to(branch.dtype)[:, None, None]
+        if case.drop_path_scale is not None:
+            branch = branch * case.drop_path_scale.to(branch.dtype)[:, None, None]
         total = total + branch
     dtype = total.dtype
     vectors = [None if name not in leaves else leaves[name].to(dtype) for name in ("weight", "bias")]
@@ -95,7 +95,7 @@ def fused(case: ResidualCase, dtype: torch.dtype | None = None) -> dict[str, Ten
     leaves = leaves_of(case)
     optional = [leaves.get(name) for name in ("branch", "scale")]
     vectors = [leaves.get(name) for name in ("weight", "bias")]
-    total, normalized = residual_norm(leaves["residual"], *optional, case.keep, *vectors, EPS, dtype)
+    total, normalized = residual_norm(leaves["residual"], *optional, case.drop_path_scale, *vectors, EPS, dtype)
     return _differentiate(case, leaves, total, normalized)
 
 
@@ -109,7 +109,7 @@ def eager_sum(case: ResidualCase) -> dict[str, Tensor]:
 def fused_sum(case: ResidualCase) -> dict[str, Tensor]:
     """The sum without the norm, by its operator."""
     leaves = leaves_of(replace(case, weight=None, bias=None))
-    total = residual_add(leaves["residual"], leaves["branch"], leaves.get("scale"), case.keep)
+    total = residual_add(leaves["residual"], leaves["branch"], leaves.get("scale"), case.drop_path_scale)
     gradients = torch.autograd.grad(total, list(leaves.values()), case.grad_sum)
     return {"sum": total.detach()} | dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
 
