@@ -78,32 +78,8 @@ def test_as_many_tokens_in_every_dtype(window: tuple[int, int], dtype: torch.dty
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_single_precision_in_one_row(tokens: int) -> None:
-    check_parity(make_case((1, tokens - 1), head_dim=16, **sizes_of(tokens)))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [*AROUND_BLOCKS, 197])
-def test_single_precision_in_one_column(tokens: int) -> None:
-    check_parity(make_case((tokens - 1, 1), head_dim=16, **sizes_of(tokens)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_single_precision_in_the_window_turned(tokens: int) -> None:
-    check_parity(make_case(turned(upright_or_not(tokens)), head_dim=16, **sizes_of(tokens)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tokens", [tokens for tokens in LENGTHS if tokens not in AROUND_BLOCKS])
-@pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_half_precision_at_the_other_lengths(tokens: int, dtype: torch.dtype) -> None:
-    check_parity(make_case(upright_or_not(tokens), dtype, head_dim=32, **sizes_of(tokens)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("step", [1, 2])
-def test_without_a_table_in_the_other_dtypes(tokens: int, step: int) -> None:
-    check_parity(make_case(None, DTYPES[(tokens + step) % 3], tokens=tokens, head_dim=16, **sizes_of(tokens)))
+@pytest.mark.parametrize("is_row", [True, False])
+def test_single_precision_in_one_row_or_column(is_row: bool, tokens: int) -> None:
+    window = (1, tokens - 1) if is_row else (tokens - 1, 1)
+    check_parity(make_case(window, head_dim=16, **sizes_of(tokens)))
