@@ -39,7 +39,9 @@ class CheckpointFiles:
 
 
 def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> CheckpointFiles:
-    """Find the files of a folder, a weights file or a hub repository (`"org/name"`); download them if needed.
+    """Find the files of a folder, a weights file or a hub repository (`"org/name"`).
+
+    Files of a repository are downloaded if they are not in the cache.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
@@ -61,7 +63,9 @@ def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> Ch
 
 
 def read_tensors(files: Sequence[Path], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read all tensors to `device`, with a progress bar for several files or more than 1 GiB.
+    """Read all tensors to `device`.
+
+    A progress bar is shown for several files or more than 1 GiB.
 
     Raises:
         ValueError: If a file is damaged, has an unknown format, contains objects other than tensors and plain data, or

@@ -184,7 +184,7 @@ def full_name(key: str, masked_modelling: bool = False) -> str:
 
 
 def share_table_among_layers(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A shared table as one copy for each layer: how unilm fine-tunes what was pre-trained with a shared one."""
+    """Copy a shared table to each layer, as unilm does before fine-tuning."""
     shared = "beit.encoder.relative_position_bias.relative_position_bias_table"
     own = _TABLE_IN_LAYER + "relative_position_bias_table"
     copies = {f"{_LAYER}.{layer}.{own}": state[shared].clone() for layer in range(layers)}

@@ -105,7 +105,7 @@ def _replace_checkpoint(unfinished: Path, folder: Path, weights: Sequence[str], 
 
 
 def _shards_in(folder: Path) -> set[str]:
-    """Names of the safetensors files that the index of `folder` lists; none if it is missing or damaged."""
+    """Names of the shards in the index of `folder`; none if it is missing or damaged."""
     try:
         weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
     except (FileNotFoundError, ValueError):

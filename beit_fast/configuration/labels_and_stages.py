@@ -132,7 +132,7 @@ def resolve_labels(
 
 
 def labels_agree(id2label: dict[int, str], label2id: dict[str, int]) -> bool:
-    """Whether every name has an index, and every index in `label2id` has that name in `id2label`."""
+    """Whether both label maps have the same names, and `label2id` has an index of each."""
     same_names = set(id2label.values()) == set(label2id)
     return same_names and all(id2label.get(index) == name for name, index in label2id.items())
 
@@ -146,7 +146,7 @@ def _indices(id2label: Mapping[int, str]) -> dict[str, int]:
 
 
 def _map_from_json(labels: Any, field: str, errors: list[FieldError]) -> dict[Any, Any] | None:
-    """Convert the indices of a label map to int (JSON has strings); append to `errors` if that is not possible."""
+    """Convert the indices of a label map to int; JSON has strings. Append errors to `errors`."""
     if labels is None:
         return None
     expected = "a dict of int to string" if field == "id2label" else "a dict of string to int"
@@ -172,7 +172,7 @@ def _index_from_json(index: Any) -> Any:
 def resolve_stages(
     stage_names: Sequence[str], out_features: Any, out_indices: Any
 ) -> tuple[list[int] | None, list[FieldError]]:
-    """Indices of the selected stages (negative ones unchanged), or None if none are selected; and the errors."""
+    """Indices of the selected stages, or None if none are selected, and the errors."""
     indices = to_list(out_indices)
     features = to_list(out_features)
     errors = []
@@ -259,7 +259,7 @@ def _remove(values: dict[str, Any], names: Sequence[str]) -> None:
 
 
 class LabelsAndStages:
-    """The labels and stages of a `BeitConfig`: setting one field updates the fields that depend on it."""
+    """Labels and stages of a `BeitConfig`. Setting a field updates the fields that depend on it."""
 
     num_hidden_layers: int
     _id2label: dict[int, str]

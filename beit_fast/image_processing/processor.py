@@ -345,7 +345,7 @@ def _for_channels(name: str, numbers: Any, channels: int) -> list[float]:
 
 
 def _read_and_record(images: Any, options: Options, were_rescaled: list[bool]) -> Iterator[Array]:
-    """Read images one at a time, and append to `were_rescaled` whether each is rescaled a second time."""
+    """Read images one at a time; `were_rescaled` records which are rescaled twice."""
     for image in read_images(images, options["do_convert_rgb"], options["input_data_format"]):
         were_rescaled.append(options["do_rescale"] and is_unit_range(image))
         yield image

@@ -43,7 +43,7 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _resize(images: Iterable[Tensor], options: Options) -> list[tuple[Tensor, bool]]:
-    """Resize every `[C, H, W]` as uint8 and return it with whether it had values from 0 to 1."""
+    """Resize images `[C, H, W]` as uint8; the bool is True if values were from 0 to 1."""
     resized: list[tuple[Tensor, bool]] = []
     waiting: dict[tuple[Any, ...], list[int]] = {}
     disable_grouping = options["disable_grouping"]
@@ -68,7 +68,7 @@ def _resize_batch(batch: Tensor, options: Options) -> Tensor:
 
 
 def _finish(images: Sequence[Tensor], options: Options, was_unit_range: bool) -> Tensor:
-    """Rescale and normalize images of one size by one multiplication and one addition, to `[B, C, H, W]`."""
+    """Rescale and normalize images of one size to `[B, C, H, W]` in one step."""
     first = images[0]
     scale_and_shift = affine(options, len(first), was_unit_range)
     if scale_and_shift is None:

@@ -1,1 +1,1 @@
-"""Files, hub downloads and messages; imports nothing else from this package."""
+"""Files, hub downloads, messages and names of options; imports nothing else from this package."""

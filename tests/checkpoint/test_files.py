@@ -209,9 +209,9 @@ def test_from_pretrained_with_cached_pickles_only_loads(tmp_path):
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_from_pretrained_with_an_unknown_repository_lists_files_and_cache(local_files_only, tmp_path):
     cache = hub_cache(tmp_path, make_model())
-    with pytest.raises(FileNotFoundError) as refusal:
+    with pytest.raises(FileNotFoundError) as raised:
         load("someone/other", cache_dir=cache, local_files_only=local_files_only, revision="v2")
-    message = str(refusal.value)
+    message = str(raised.value)
     for part in (
         "'someone/other'",
         "model.safetensors or model.safetensors.index.json or pytorch_model.bin",

@@ -204,9 +204,9 @@ def test_save_pretrained_after_resizing_keeps_the_new_size(tmp_path):
 def test_from_pretrained_with_another_window_raises_the_stored_size(tmp_path):
     write_theirs("BeitModel", tmp_path, **POSITIONS["per layer"])
     config = beit_fast.BeitConfig(**(TINY | POSITIONS["per layer"] | {"image_size": 64}))
-    with pytest.raises(ValueError, match="does not fit BeitModel") as refusal:
+    with pytest.raises(ValueError, match="does not fit BeitModel") as raised:
         beit_fast.BeitModel.from_pretrained(tmp_path, config=config)
-    message = str(refusal.value)
+    message = str(raised.value)
     assert "relative_position_bias_table is [52, 4] in the checkpoint and [228, 4] in the model" in message
     assert "image_size=32 (4x4 patches of 8 pixels)" in message
     assert "pass image_size=64 to from_pretrained" in message
@@ -222,9 +222,9 @@ def test_from_pretrained_with_wrong_parameters_lists_all_in_one_error(tmp_path):
     state["beit.encoder.layer.1.extra"] = torch.zeros(2, 3)
     state["beit.embeddings.cls_token"] = torch.zeros(1, 1, 31)
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="does not fit BeitForImageClassification") as refusal:
+    with pytest.raises(ValueError, match="does not fit BeitForImageClassification") as raised:
         beit_fast.BeitForImageClassification.from_pretrained(tmp_path)
-    missing, unexpected, mismatched = str(refusal.value).splitlines()[1:4]
+    missing, unexpected, mismatched = str(raised.value).splitlines()[1:4]
     assert missing == "- missing: beit.encoder.layer.1.output.dense.bias [32], classifier.bias [5]"
     assert unexpected == "- unexpected: beit.encoder.layer.1.extra [2, 3]"
     assert (

@@ -61,7 +61,7 @@ def test_construction_converts_values_to_one_type(given_values, stored):
     assert type(getattr(config, name)) is type(stored)
 
 
-REFUSED = [
+INVALID = [
     ("hidden_size", 0, ValueError, "a positive int"),
     ("hidden_size", 768.0, TypeError, r"of type float \(expected a positive int\)"),
     ("num_hidden_layers", "12", TypeError, "a positive int"),
@@ -120,16 +120,16 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "error", "expected"), REFUSED, ids=lambda value: repr(value)[:24])
+@pytest.mark.parametrize(("name", "value", "error", "expected"), INVALID, ids=lambda value: repr(value)[:24])
 def test_construction_with_an_invalid_value_raises_name_and_expectation(name, value, error, expected):
-    with pytest.raises(error, match=expected) as refusal:
+    with pytest.raises(error, match=expected) as raised:
         BeitConfig(**{name: value})
-    assert f"{name}=" in str(refusal.value)
-    assert str(refusal.value).count("\n- ") == 1
+    assert f"{name}=" in str(raised.value)
+    assert str(raised.value).count("\n- ") == 1
 
 
 def test_construction_lists_all_errors_in_one():
-    with pytest.raises(ValueError, match="5 errors") as refusal:
+    with pytest.raises(ValueError, match="5 errors") as raised:
         BeitConfig(hidden_size=770, patch_size=(16, 8), drop_path_rate=2, out_indices=[5, 4], hidden_act=3)
     for name in (
         "hidden_size=770",
@@ -138,7 +138,7 @@ def test_construction_lists_all_errors_in_one():
         "out_indices=[5, 4]",
         "hidden_act=3",
     ):
-        assert name in str(refusal.value)
+        assert name in str(raised.value)
 
 
 def test_construction_with_wrong_types_only_raises_a_type_error():
@@ -151,10 +151,10 @@ def test_validate_after_edits_lists_every_error():
     config.num_hidden_layers = 6
     config.hidden_size = 100
     config.id2label[5] = "five"
-    with pytest.raises(ValueError, match="3 errors") as refusal:
+    with pytest.raises(ValueError, match="3 errors") as raised:
         config.validate()
     for text in ("out_indices=[3, 5, 7, 11] is not supported", "hidden_size=100", "label2id="):
-        assert text in str(refusal.value)
+        assert text in str(raised.value)
     repaired = BeitConfig()
     repaired.num_hidden_layers = 6
     repaired.validate()
@@ -248,7 +248,7 @@ def choose_stages(config_class, **fields):
     try:
         config = config_class(num_hidden_layers=3, **fields)
     except (ValueError, TypeError, IndexError):
-        return "refused"
+        return "invalid"
     return config.out_features, config.out_indices
 
 
