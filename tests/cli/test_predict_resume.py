@@ -253,6 +253,28 @@ def test_predict_interrupted_says_how_to_resume(workers, arguments, whole, tmp_p
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
+def test_predict_ctrl_c_stops_the_workers_too(arguments, whole, tmp_path, capsys):
+    """The terminal sends SIGINT to all processes of the group: one message, and no process is left."""
+    reached = multiprocessing.get_context("fork").Event()
+
+    def run():
+        os.setsid()
+        stop_at("batch", 3, reached)
+        return main_predict(*arguments, "--workers", 2)
+
+    process = fork(run, tmp_path / "stopped")
+    assert reached.wait(60)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert "rerun the same command to resume" in (tmp_path / "stopped.err").read_text()
+    assert "Traceback" not in (tmp_path / "stopped.err").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert predict(capsys, *arguments)[0] == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
 def test_predict_full_disk_can_be_resumed(arguments, whole, tmp_path, capsys, monkeypatch):
     def full(path, batches):
         raise OSError(28, "No space left on device")

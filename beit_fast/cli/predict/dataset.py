@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -177,7 +178,13 @@ class ImageBatches(TorchDataset[ImageBatch]):
             sampler=numbers,
             num_workers=workers,
             prefetch_factor=1 if workers else None,  # shared memory is 64 MiB in a container
+            worker_init_fn=_ignore_interrupt,
         )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches all processes of a terminal; the main process stops the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _reason(error: Exception, file: Path) -> str:
