@@ -96,7 +96,7 @@ sanitize: $(VENV)/.test
 	$(SANITIZED_RUN) $(BIN)/python -P -c \
 	  'from beit_fast import native; assert native.is_loaded("_C") and "$(SANITIZED)" in native.__file__'
 	$(SANITIZED_RUN) $(BIN)/pytest -p no:cacheprovider -m "not slow" \
-	  $(addprefix tests/ops/test_,ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py patch_embed_isas.py \
+	  $(addprefix tests/ops/test_,ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py \
 	  cpu_attention.py split_bf16.py)
 
 # What needs a CUDA device. Nothing is installed and nothing downloaded; the libraries are built in place.

@@ -37,9 +37,7 @@ def device() -> torch.device:
     """Where the kernels run in this process. conftest.py collects nothing where that is nowhere; a file is skipped."""
     found = kernel_device()
     if found is None:
-        pytest.skip(
-            "the kernels run on CUDA, under TRITON_INTERPRET=1 or BEIT_FAST_TEST_NATIVE=1", allow_module_level=True
-        )
+        pytest.skip("the kernels need CUDA, TRITON_INTERPRET=1 or the native library", allow_module_level=True)
     return found
 
 

@@ -1,5 +1,6 @@
-"""Tests of the kernels: Triton's on CPU tensors under `TRITON_INTERPRET=1`, the native library's under
-`BEIT_FAST_TEST_NATIVE=1`, else Triton's on CUDA where there is a device. In other processes nothing is collected.
+"""Tests of the kernels, the same for all: Triton's in its interpreter or on CUDA, else those of the native library.
+
+Triton interprets its kernels under `TRITON_INTERPRET=1`. A process without any of these collects nothing here.
 """
 
 from __future__ import annotations

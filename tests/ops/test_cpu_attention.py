@@ -1,14 +1,9 @@
-"""The native CPU kernels: instruction sets, threads, sizes of real images, memory, and logits that outgrow a reference.
+"""The native CPU kernels: threads, sizes of real images, memory, and logits that outgrow a reference.
 
-tests/kernels holds what all kernels of the operator have to pass; here it runs under each instruction set.
+tests/kernels holds the checks that all kernels of the operator pass.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,36 +20,8 @@ pytestmark = pytest.mark.skipif(
     not native.is_loaded("_C"), reason=f"no native library: {native.unsupported_reason('_C')}"
 )
 
-ROOT = Path(__file__).parents[2]
-IN_USE, INSTRUCTION_SETS = native.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD_FACTOR, BACKWARD_FACTOR = 2, 3
-
-
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    variables = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.skipif("BEIT_FAST_CPU_ISA" in os.environ, reason="this process is bound to one instruction set")
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x in ("portable", IN_USE) else pytest.mark.slow) for x in INSTRUCTION_SETS]
-)
-def test_every_instruction_set_passes_the_tests_of_the_kernels(name: str) -> None:
-    files = ("tests/kernels", "tests/ops/test_cpu_attention.py")
-    options = ("-q", "-m", "not slow", "-p", "no:cacheprovider")
-    done = run_python("-m", "pytest", *options, *files, BEIT_FAST_CPU_ISA=name, BEIT_FAST_TEST_NATIVE="1")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
-def test_an_unknown_instruction_set_is_one_error_at_the_first_call() -> None:
-    code = "import torch, beit_fast; q = torch.ones(1, 2, 1, 8); beit_fast.rel_pos_attention(q, q, q)"
-    done = run_python("-c", code, BEIT_FAST_CPU_ISA="sse9")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == (f"ValueError: BEIT_FAST_CPU_ISA is 'sse9'; this machine and build run {','.join(INSTRUCTION_SETS)}")
 
 
 def draw(
@@ -66,7 +33,7 @@ def draw(
     head_dim: int = 64,
     masked: bool = False,
 ) -> dict[str, Tensor | None]:
-    """N(0, 1) inputs, drawn anew for the same arguments."""
+    """N(0, 1) inputs, the same for the same arguments."""
     generator = torch.Generator().manual_seed(17)
     tokens = token_count(window)
     shape = (batch, tokens, heads, head_dim)

@@ -9,7 +9,6 @@ import torch
 from beit_fast import native
 
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
-NATIVE_VARIABLE = "BEIT_FAST_TEST_NATIVE"
 
 CPU_ATTENTION = "cpp" if native.is_loaded("_C") else "torch"
 """The kernel behind `"triton"` on CPU tensors in this process, where Triton does not interpret."""
@@ -26,12 +25,12 @@ def why_no_cuda() -> str | None:
 
 
 def kernels_are_native() -> bool:
-    """Whether tests/kernels runs the native library's kernels: where `BEIT_FAST_TEST_NATIVE=1` asks for them."""
-    return os.environ.get(NATIVE_VARIABLE) == "1" and native.is_loaded("_C")
+    """Whether tests/kernels runs the kernels of the native library: if it is loaded and Triton has no CUDA device."""
+    return native.is_loaded("_C") and why_no_cuda() is not None
 
 
 def kernel_device() -> torch.device | None:
-    """CPU for native and interpreted kernels, else CUDA where there is a device, else None: the kernels run nowhere."""
+    """CPU for native and interpreted kernels, CUDA for compiled kernels, None if no kernel can run."""
     if os.environ.get(INTERPRETER_VARIABLE) == "1" or kernels_are_native():
         return torch.device("cpu")
     return None if why_no_cuda() else torch.device("cuda", torch.cuda.current_device())
