@@ -13,7 +13,8 @@ import torch
 import beit_fast
 from beit_fast.integrations.transformers import accelerate, fused_layers
 from beit_fast.integrations.transformers.table_bias import TableBias
-from beit_fast.ops.dispatch import attention, availability
+from beit_fast.layers import attention_backends
+from beit_fast.ops.dispatch import availability
 
 from ..support.oracle import assert_within_budget, relative_error
 from ..support.transformers_models import (
@@ -192,7 +193,7 @@ def test_attention_dropout_in_training(name, monkeypatch):
         drawn.append((dropout_p, seed))
         return beit_fast.rel_pos_attention(q, k, v, table, window, key_mask, scale, dropout_p, seed)
 
-    monkeypatch.setattr(attention, "rel_pos_attention", remember)
+    monkeypatch.setattr(attention_backends, "rel_pos_attention", remember)
     inputs = inputs_for(name, ours)
     first, again = run(ours.train(), inputs), run(ours.train(), inputs)
     assert {p for p, _ in drawn} == {0.25}
