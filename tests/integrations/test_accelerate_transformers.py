@@ -14,7 +14,7 @@ import beit_fast
 from beit_fast.integrations.transformers import accelerate, fused_layers
 from beit_fast.integrations.transformers.table_bias import TableBias
 from beit_fast.layers import attention_backends
-from beit_fast.ops.dispatch import availability
+from beit_fast.ops.dispatch import attention, availability
 
 from ..support.oracle import assert_within_budget, relative_error
 from ..support.transformers_models import (
