@@ -17,11 +17,11 @@ import torch
 
 from benchmarks import bench_cpu_attention, bench_model, bench_patch_embed, conftest
 from benchmarks.baselines import attention, exported, hf_docs, models, transformers_model
-from benchmarks.harness import cases, hf_docs_cases, model_cases
+from benchmarks.harness import cases, hf_docs_cases, model_cases, patch_cases
 from benchmarks.harness.cases import Case, Reference
 from benchmarks.harness.processes import Prepared, Unavailable
 
-FLOAT, BYTES = bench_patch_embed.FLOAT, bench_patch_embed.BYTES
+FLOAT, BYTES = patch_cases.FLOAT, patch_cases.BYTES
 
 
 class Contract(NamedTuple):
@@ -58,12 +58,12 @@ def attention_contract(mode: str, dtype: str, folder: Path) -> Contract:
 
 
 def patch_contract(mode: str, dtype: str, folder: Path) -> Contract:
-    case = bench_patch_embed.PatchCase(mode, 2, dtype, image=24, patch=8, embed=12)
+    case = patch_cases.PatchCase(mode, 2, dtype, image=24, patch=8, embed=12)
     names = list(bench_patch_embed.BASELINES[mode])
     return Contract(
         names,
         {bench_patch_embed.OURS},
-        lambda name: bench_patch_embed.reference(case),
+        lambda name: patch_cases.reference(case),
         lambda name, file: bench_patch_embed.prepare(name, file, **vars(case)),
         (2, 10, 12),
     )
