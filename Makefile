@@ -56,7 +56,7 @@ test-interpreted:
 # The operators again, as they are where nothing was compiled.
 test-composite:
 	BEIT_FAST_NATIVE=0 $(BIN)/pytest -m "not slow" \
-	  $(addprefix tests/ops/test_,attention_dispatch.py ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py)
+	  $(addprefix tests/ops/test_,attention.py attention_dispatch.py ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py)
 
 # The long sweeps, and other versions of what we build on.
 test-full: $(OTHER_TRITONS:%=.venvs/triton-%/.done) $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
@@ -96,8 +96,8 @@ sanitize: $(VENV)/.test
 	$(SANITIZED_RUN) $(BIN)/python -P -c \
 	  'from beit_fast import native; assert native.is_loaded("_C") and "$(SANITIZED)" in native.__file__'
 	$(SANITIZED_RUN) $(BIN)/pytest -p no:cacheprovider -m "not slow" \
-	  $(addprefix tests/ops/test_,ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py \
-	  cpu_attention.py split_bf16.py)
+	  $(addprefix tests/ops/test_,attention.py ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py \
+	  cpu_attention.py split_bf16.py split_bf16_errors.py)
 
 # What needs a CUDA device. Nothing is installed and nothing downloaded; the libraries are built in place.
 gpu: gpu-test gpu-bench gpu-bench-models
