@@ -94,7 +94,8 @@ def layout_name(layout: configs.BiasLayout) -> str:
 
 
 def bias_layouts(capability: int, dtype: str) -> list[configs.BiasLayout]:
-    """Return the bias layouts of a GPU: for windows of even and of odd width, and for a large one."""
+    """Return the bias layouts that a GPU uses."""
+    # Windows of even and of odd width, and one that is too large for both layouts.
     architecture = gpu.architecture_class(*divmod(capability, 10))
     windows = ((14, 14), (15, 15), (96, 96))
     return [configs.bias_layout(architecture, DTYPES[dtype], window) for window in windows]
@@ -108,7 +109,7 @@ def shipped(variant: Variant) -> Variant:
 
 
 def small_kernels(capability: int, dtype: str = "bf16", head_dim: int = 64) -> list[Variant]:
-    """Return the kernels without a table of tiles, in the forms in which they are launched."""
+    """Return the launched forms of the kernels without a table of tiles."""
     plain = Variant("pack_bias", capability, dtype=dtype, head_dim=head_dim)
     layouts = {layout.name: layout for layout in bias_layouts(capability, dtype)}
     variants = [plain._replace(bias_layout=layout) for layout in layouts.values()]

@@ -84,7 +84,8 @@ def shipped(capability: int, dtype: str = "bf16", precision: str = "ieee") -> li
 
 
 def work(variant: LinearVariant) -> sass.Work:
-    """Return the work of an iteration of the main loop; its "scores" are sums of block_k products."""
+    """Return the work of an iteration of the main loop."""
+    # Its "scores" are sums of block_k products.
     tile = variant.tile
     sums = tile.block_m * tile.block_n
     return sass.Work(variant.capability, tile.num_warps, sums, sums * tile.block_k, variant.precision == "tf32")

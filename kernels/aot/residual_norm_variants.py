@@ -120,7 +120,8 @@ class NormVariant(NamedTuple):
 
 
 def shipped(capability: int, size: int = 768) -> list[NormVariant]:
-    """Return the launches of training in bf16, in fp32 and under autocast, and in bf16 those with absent tensors."""
+    """Return the variants that training launches."""
+    # bf16, fp32 and autocast, and in bf16 the forms with absent tensors.
     everywhere = (("bf16", "bf16", "bf16"), ("fp32", "fp32", "fp32"), ("bf16", "fp32", "fp32"))
     return [
         NormVariant(kernel, capability, size, *dtypes, form)

@@ -113,8 +113,8 @@ def main_loop(disassembly: str) -> Counter[str]:
 
 
 def _instructions_and_loops(disassembly: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Return the names of all instructions, and (first, last) of each loop in the order in which loops end."""
-    # A loop is the code between a label and a branch back to it.
+    """Return the names of all instructions, and (first, last) of each loop."""
+    # A loop is the code between a label and a branch back to it. Loops are in the order of their ends.
     instructions: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[str, int]] = []
@@ -156,7 +156,7 @@ def instructions_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
 
 
 def cycles_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
-    """Return a lower bound of an SM's cycles per 64 x 64 tile, for issue and for each pipe."""
+    """Return a lower bound of cycles per 64 x 64 tile, by pipe."""
     rates = RATES[work.capability]
     lanes = {"xu": XU_LANES, "alu": rates.alu, "fma": rates.fma}
     cycles = dict.fromkeys(("issue", "mma", "xu", "lsu", "alu", "fma"), 0.0)
@@ -185,7 +185,8 @@ def _issues(work: Work) -> float:
 
 
 def access_words(instruction: str) -> int:
-    """Return the words of 4 bytes per lane; 1 for tensor memory, which has its own port."""
+    """Return the words of 4 bytes per lane that an access moves."""
+    # Tensor memory has its own port, and counts as one word.
     if base_name(instruction) in ("LDSM", "STSM"):
         return int(instruction[-1]) if instruction.endswith((".2", ".4")) else 1
     if base_name(instruction) in ("LDTM", "STTM"):
@@ -195,7 +196,8 @@ def access_words(instruction: str) -> int:
 
 
 def multiply_adds(loop: Counter[str]) -> int | None:
-    """Return the multiply-adds of one warp's matrix instructions; None if names have no shape, as on sm_100."""
+    """Return the multiply-adds of one warp's matrix instructions, or None."""
+    # None if names have no shape, as on sm_100.
     # HMMA.16816 is 16 x 8 x 16 by one warp; HGMMA.64x64x16 is 64 x 64 x 16 by four.
     total = 0
     for instruction, count in loop.items():

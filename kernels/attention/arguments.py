@@ -81,7 +81,7 @@ class GradientArguments(NamedTuple):
 
 
 class ChunkArguments(NamedTuple):
-    """The heads and rows of the bias gradient that one launch covers, and the scratch that holds them."""
+    """Heads and rows of the bias gradient in one launch, and their scratch."""
 
     scratch: Tensor
     scratch_stride: int

@@ -186,7 +186,7 @@ def backward_dkv_kernel(
 
     query = patch_base(query, 0, query_strides)
     grad_out = patch_base(grad_out, 0, grad_strides)
-    # A ragged last tile is compiled separately, because it needs a mask.
+    # Only a ragged last tile checks bounds; it is compiled separately.
     whole = patch_count - (patch_count % BLOCK_M)
     for start in range(0, whole, BLOCK_M):
         key_acc, value_acc = backward_dkv_step(

@@ -172,7 +172,7 @@ def backward_dq_kernel(
 
     key = patch_base(key, 0, key_strides)
     value = patch_base(value, 0, value_strides)
-    # Full tiles have no mask of any kind; a ragged last one is compiled separately.
+    # Only a ragged last tile checks bounds; it is compiled separately.
     whole = patch_count - (patch_count % BLOCK_N)
     for start in range(0, whole, BLOCK_N):
         acc = backward_dq_step(

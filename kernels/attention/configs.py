@@ -14,7 +14,7 @@ class BiasLayout(NamedTuple):
 
 
 class DbiasPlan(NamedTuple):
-    """The part of the bias gradient that one launch computes, so that its scratch is bounded."""
+    """The part of the bias gradient that one launch computes."""
 
     num_splits: int  # parts of the batch, each with its own sum
     heads: int
@@ -84,7 +84,8 @@ def packed_patch_bytes(window: tuple[int, int]) -> int:
 
 
 def packed_size(layout: str, window: tuple[int, int]) -> int:
-    """Return the fp32 entries of one head: patch rows, the row of CLS, and two for the CLS column."""
+    """Return the fp32 entries of one head's packed bias."""
+    # Patches, the constant row of CLS, and two entries of the CLS column.
     height, width = window
     patches = height * width
     if layout == "extended":
@@ -97,17 +98,19 @@ def packed_size(layout: str, window: tuple[int, int]) -> int:
 
 
 def lse_stride(patch_count: int) -> int:
-    """Return the entries per head of lse and delta: patches, padding to the end of any tile, and four for CLS."""
+    """Return the entries per head of the padded lse and delta."""
+    # Patches, padding to the end of any tile (128 columns at most), and four entries for CLS.
     return (patch_count + 127) // 128 * 128 + 4
 
 
 def scratch_stride(patch_count: int) -> int:
-    """Return the entries per row of the bias gradient's scratch, a multiple of 4 for 16-byte stores."""
+    """Return the entries per row of the bias gradient's scratch."""
+    # A multiple of 4 allows 16-byte stores.
     return (patch_count + 3) // 4 * 4
 
 
 def num_splits(programs: int, patch_count: int, block_n: int, num_sms: int) -> int:
-    """Return the number of splits of the keys that gives every SM work, as in Flash-Decoding.
+    """Return the number of key splits that gives every SM work.
 
     Args:
         programs: Size of the grid without splits.
@@ -122,7 +125,7 @@ def num_splits(programs: int, patch_count: int, block_n: int, num_sms: int) -> i
 def plan_backward_dbias(
     batch_size: int, patch_count: int, head_count: int, config: TileConfig, num_sms: int
 ) -> DbiasPlan:
-    """Return the heads and rows per launch that fit SCRATCH_BYTES, and splits of the batch that fill the GPU."""
+    """Plan launches that fit SCRATCH_BYTES and fill the GPU."""
     row_bytes = 4 * scratch_stride(patch_count)
     rows = patch_count + 1
     heads = min(head_count, SCRATCH_BYTES // (row_bytes * rows))
@@ -131,5 +134,6 @@ def plan_backward_dbias(
         rows = max(1, SCRATCH_BYTES // (row_bytes * config.block_m)) * config.block_m
         return DbiasPlan(1, 1, rows)
     tiles = -(-rows // config.block_m) * -(-patch_count // config.block_n) * heads
+    # Too few tiles for the GPU: split the batch, as far as the scratch holds.
     splits = min(-(-2 * num_sms // tiles), batch_size, SCRATCH_BYTES // (row_bytes * rows * heads))
     return DbiasPlan(max(1, splits), heads, rows)

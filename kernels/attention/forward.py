@@ -34,7 +34,7 @@ def softmax_step(
     MASKED: tl.constexpr,
     GUARD: tl.constexpr,  # whether a row may have seen only -inf so far
 ):
-    """Return (weights, rescaling of the earlier sums, m_i, l_i) after one more tile of scores."""
+    """Return (p, rescaling of earlier sums, m_i, l_i) after one more tile."""
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_log2)
@@ -146,9 +146,9 @@ def attention_forward_kernel(
     UPCAST: tl.constexpr,
 ):
     """Compute `out` and `lse` of BLOCK_M queries of one head. Grid: (batch, query blocks, heads, splits) flattened."""
-    # Batch is fastest, so that programs which run together read the same head's bias.
     # CLS makes m_i finite from the start, unless a mask or a split excludes it.
     GUARD: tl.constexpr = SPLIT or key_mask is not None
+    # Batch is fastest, so that programs which run together read the same head's bias.
     batch, block, outer = split_program_id(tl.program_id(0), batch_size, tl.cdiv(patch_count + 1, BLOCK_M))
     head = outer % head_count
     split = outer // head_count
@@ -198,7 +198,7 @@ def attention_forward_kernel(
         last = patch_count
     key = patch_base(key, first, key_strides)
     value = patch_base(value, first, value_strides)
-    # Full tiles have no mask of any kind; a ragged last one is compiled separately.
+    # Only a ragged last tile checks bounds; it is compiled separately.
     whole = last - (last % BLOCK_N)
     for start in range(first, whole, BLOCK_N):
         m_i, l_i, acc = forward_step(
@@ -209,6 +209,7 @@ def attention_forward_kernel(
         )  # fmt: skip
         key += BLOCK_N * token_stride(key_strides, tl.int64)
         value += BLOCK_N * token_stride(value_strides, tl.int64)
+    # The last splits may have no keys at all.
     if (whole < last) & (first <= whole):
         m_i, l_i, acc = forward_step(
             m_i, l_i, acc, whole, q, queries, query, key, value, row_pointers, column_offsets, key_mask,
@@ -245,7 +246,7 @@ def combine_splits_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Add the splits' results of BLOCK_M queries of one head, weighted by their shares of the softmax's sum."""
+    """Combine the splits of BLOCK_M queries of one head. Grid: (batch, query blocks, heads) flattened."""
     batch, block, head = split_program_id(tl.program_id(0), batch_size, tl.cdiv(token_count, BLOCK_M))
     tokens = block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
@@ -266,6 +267,7 @@ def combine_splits_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for split in range(0, num_splits):
         part = tl.load(partial_lse + split * lse_size + lse_offsets, mask=inside, other=float("-inf"))
+        # A split weighs as much as its share of the softmax's sum.
         share = tl.exp(part - safe)
         total += share
         acc += share[:, None] * tl.load(partial_out + split * lse_size * HEAD_DIM + offsets, mask=mask, other=0.0)

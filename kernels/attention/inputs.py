@@ -68,7 +68,7 @@ def prepare(
 
 
 def addressable(tensor: Tensor) -> Tensor:
-    """Return `[B, N, H, D]` rows that the kernels can address: the tensor, or a contiguous copy."""
+    """Return the tensor, or a contiguous copy if kernels cannot address it."""
     strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride(), strict=False) if size > 1]
     # Loads are of 16 bytes: 8 elements of the smallest dtype.
     aligned = tensor.storage_offset() % 8 == 0 and all(stride % 8 == 0 for stride in strides)
@@ -164,7 +164,8 @@ def _column_offsets(inputs: AttentionInputs) -> Tensor:
 
 
 def signed_word(value: int) -> int:
-    """Return the low 32 bits as a signed integer, so that Triton passes an int32 for every seed."""
+    """Return the low 32 bits as a signed integer."""
+    # Triton passes an int32 for every seed then, and compiles once.
     return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 

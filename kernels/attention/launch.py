@@ -82,7 +82,9 @@ def attention_forward(
 
 
 def forward_bias(table: Tensor | None, window: tuple[int, int], scale: float, heads_like: Tensor) -> BiasArguments:
-    """Pack the bias for `attention_forward`. It copies the table; rebuild it after the table changes.
+    """Pack the bias for `attention_forward`.
+
+    The result copies the table; rebuild it after the table changes.
 
     Args:
         table, window: As for `attention_forward`.
@@ -136,6 +138,7 @@ def attention_backward(
         inputs = prepare(q, k, v, table, key_mask, window, scale, dropout_p, seed)
         shared = _launch_preprocess(inputs, addressable(grad_out), addressable(out), lse.contiguous())
         if want_k or want_v:
+            # Tiles of dK and dV have keys as rows.
             bias = bias_arguments(inputs, flipped=True)
             _launch_dkv(inputs, shared, bias, dk if want_k else None, dv if want_v else None)
         if want_q or want_table:
@@ -161,6 +164,7 @@ def _launch_forward(inputs: AttentionInputs, bias: BiasArguments, out: Tensor, l
     tile = tile_config("forward", inputs)
     programs = batch * triton.cdiv(tokens, tile.block_m) * heads
     num_splits = configs.num_splits(programs, tokens - 1, tile.block_n, num_sms_of(out))
+    # Partial results are fp32: they are rounded once, after they are combined.
     part_out, part_lse = out, lse
     if num_splits > 1:
         part_out = torch.empty((num_splits, *out.shape), dtype=torch.float32, device=out.device)
@@ -265,7 +269,7 @@ def _launch_dq(inputs: AttentionInputs, shared: _Shared, bias: BiasArguments, dq
 
 
 def _launch_dtable(inputs: AttentionInputs, shared: _Shared, bias: BiasArguments, dtable: Tensor) -> None:
-    """Sum the bias gradient over the batch, some heads or rows at a time, and reduce each part to the table."""
+    """Compute the gradient of the table in chunks of heads or rows."""
     tile = tile_config("backward_dbias", inputs)
     batch, patches, heads = shared.scores.batch_size, shared.scores.patch_count, shared.scores.head_count
     plan = configs.plan_backward_dbias(batch, patches, heads, tile, num_sms_of(dtable))
@@ -344,7 +348,7 @@ def _launch_dtable_cls(
 
 
 def _launch_cls_column(shared: _Shared, bias: BiasArguments) -> Tensor:
-    """Return `[B, H, N]` fp32, the gradient of each query's score with the CLS key, the CLS query last."""
+    """Return the `[B, H, N]` fp32 gradient of scores with the CLS key."""
     scores = shared.scores
     batch, tokens, heads = scores.batch_size, scores.patch_count + 1, scores.head_count
     column = torch.empty((batch, heads, tokens), dtype=torch.float32, device=scores.query.device)

@@ -32,7 +32,8 @@ def architecture_of(tensor: Tensor) -> str:
 
 
 def num_sms_of(tensor: Tensor) -> int:
-    """Return the number of SMs of the tensor's device; 0 on a CPU, where more programs gain nothing."""
+    """Return the number of SMs of the tensor's device."""
+    # 0 on a CPU: more programs do not make the interpreter faster.
     return _num_sms(tensor.device.index) if tensor.is_cuda else 0
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Arguments(Protocol):
-    """A NamedTuple: each field is a kernel parameter, or a NamedTuple of parameters that several kernels share."""
+    """A NamedTuple of kernel parameters, or of such NamedTuples."""
 
     def _asdict(self) -> dict[str, Any]: ...
 

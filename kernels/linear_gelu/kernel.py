@@ -16,7 +16,8 @@ def exact_gelu(values):
 
 @triton.jit
 def half_precision_gelu(values):
-    """Return the exact GELU with a relative error of 6e-6 above -6, for results of 16 bits."""
+    """Return the exact GELU to 16 bits."""
+    # The relative error is 6e-6 above -6.
     # max(x, 0) - |x| Phi(-|x|), a third of the instructions of erf. log2 Phi(-|x|) is a polynomial of degree 7 from 0
     # to 6 and keeps falling beyond: ../README.md has its derivation.
     size = tl.abs(values)

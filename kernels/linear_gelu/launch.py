@@ -42,7 +42,9 @@ class LinearGeluArguments(NamedTuple):
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `gelu(x @ weight.T + bias)` with the exact GELU, in fp32, and round once.
+    """Compute `gelu(x @ weight.T + bias)` with the exact GELU.
+
+    Sums and GELU are fp32 and rounded once.
 
     Args:
         x: `[..., inputs]`, fp16, bf16 or fp32, any strides; copied if it is not `addressable`.
@@ -87,7 +89,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def addressable(matrix: Tensor) -> Tensor:
-    """Return rows that the kernel can load 16 bytes at a time: the matrix, or a copy padded with zeros."""
+    """Return the matrix, or a zero-padded copy for 16-byte loads."""
     row_count, columns = matrix.shape
     row_stride, stride = matrix.stride()
     # Multiples of 16 elements are what Triton specializes on; 16-byte loads need no less of fp32.

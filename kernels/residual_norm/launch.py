@@ -156,15 +156,14 @@ def fill_backward(
     rstd: Tensor | None,
     gradients: Sequence[Tensor | None],
 ) -> None:
-    """Fill the gradients of residual, branch, scale, weight and bias that are not None. Results are deterministic.
+    """Fill the gradients that are not None. Results are deterministic.
 
     Args:
         grad_total, grad_normalized: `[B, N, E]`, fp16, bf16 or fp32, any strides, 0 included; one may be None.
         total: The normalized sum, `[B, N, E]`. Like weight, mean and rstd, not read if grad_normalized is None.
         branch: As for the forward; needed for the gradient of scale.
-        scale, drop_path_scale, weight: As for the forward.
-        mean, rstd: Results of the forward.
-        gradients: Contiguous, in any of these dtypes; the last two are None if grad_normalized is None.
+        scale, drop_path_scale, weight, mean, rstd: As for the forward.
+        gradients: Of residual, branch, scale, weight and bias, contiguous; the last two None without grad_normalized.
     """
     incoming = grad_total if grad_normalized is None else grad_normalized
     assert incoming is not None
@@ -201,8 +200,8 @@ def fill_backward(
             BLOCK=configs.padded_size(size),
             ROWS=configs.BACKWARD_ROWS,
         )
-        warps = configs.backward_warps(size)
-        launch_kernel(backward.residual_norm_backward_kernel, share.programs, arguments, num_warps=warps)
+        kernel = backward.residual_norm_backward_kernel
+        launch_kernel(kernel, share.programs, arguments, num_warps=configs.backward_warps(size))
         if any(tensor is not None for tensor in shared):
             _sum_partials(partials, shared, share.programs, size)
 
