@@ -1,4 +1,4 @@
-"""`BeitBackbone`: feature maps for dense prediction, to the contract that UperNet, DPT and ZoeDepth expect."""
+"""`BeitBackbone`: feature maps for dense prediction, as UperNet, DPT and ZoeDepth expect them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .segmentation import FeaturePyramidMixin, feature_map
 
 
 class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
-    """The trunk without a final norm, giving the output of chosen stages.
+    """The trunk without a final norm, with the outputs of chosen stages.
 
     Stage `"stem"` is the embeddings, `"stageK"` the output of K blocks; `config.out_features` or `config.out_indices`
     chooses. `config.reshape_hidden_states` gives `[B, E, h, w]` maps, else `[B, N, E]` tokens with CLS first;
@@ -40,7 +40,7 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
         self.encoder = BeitEncoder(config)
         if config.add_fpn:
             if not config.reshape_hidden_states:
-                raise ValueError("add_fpn=True works on feature maps: it needs reshape_hidden_states=True")
+                raise ValueError("add_fpn=True requires reshape_hidden_states=True")
             self._build_pyramid(config.hidden_size)
         self._finish_construction()
 
@@ -78,7 +78,7 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
         return [self.out_feature_channels[name] for name in self.out_features]
 
     def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> BackboneOutput | tuple[Any, ...]:
-        """Call the backbone with those keyword arguments that its `forward` has."""
+        """Call the backbone, without keyword arguments that its `forward` does not have."""
         known = inspect.signature(self.forward).parameters
         return self(*args, **{name: value for name, value in kwargs.items() if name in known})
 

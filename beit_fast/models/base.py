@@ -1,4 +1,4 @@
-"""What every BEiT model shares: construction, initialisation, choice of kernels, gradient checkpointing."""
+"""Base class of the models: construction, initialisation, choice of kernels, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class BeitPreTrainedModel(nn.Module):
     """Base class of the models.
 
     Args:
-        config: a `BeitConfig`, or a configuration of Transformers' BEiT, which is converted.
-        attn_implementation: `"eager"`, `"sdpa"`, `"triton"` or None (a fused kernel where one serves the device and
-            dtype, else `"sdpa"`, as in an export to ONNX); what is given here wins over what the config carries.
+        config: A `BeitConfig`, or a configuration of Transformers' BEiT, which is converted.
+        attn_implementation: `"eager"`, `"sdpa"`, `"triton"` or None. None runs a fused kernel if one serves the device
+            and dtype, else `"sdpa"`, as in an export to ONNX. It overrides the config.
         patch_embed_implementation: `"conv"` (`nn.Conv2d` and the steps after it), `"fused"` (one operator from pixels
-            to tokens, which reads the convolution's weight and calls neither it nor its hooks) or None: `"fused"` where
-            attention runs `"triton"` and the convolution was not replaced and has no hooks, else `"conv"`. It wins over
-            the config likewise.
+            to tokens, which reads the weight of the convolution without calling it) or None. None runs `"fused"` if
+            attention runs `"triton"` and the convolution was not replaced and has no hooks, else `"conv"`. It overrides
+            the config.
     """
 
     config_class: ClassVar[type] = BeitConfig
@@ -49,7 +49,7 @@ class BeitPreTrainedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())
-        self.name_or_path = self.config.name_or_path  # where adapters say what they were trained on
+        self.name_or_path = self.config.name_or_path  # adapters store it as the name of their base model
         self.attn_implementation = attention.check_implementation(
             self.config.attn_implementation if attn_implementation is None else attn_implementation
         )
@@ -65,7 +65,7 @@ class BeitPreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> Self:
-        """A freshly initialised model in `dtype` (the config's, or torch's default); kwargs go to the constructor."""
+        """Build an initialised model in `dtype`, by default that of the config or of torch."""
         model = cls(config, attn_implementation=attn_implementation, **kwargs)
         dtype = model.config.dtype if dtype is None else dtype
         if isinstance(dtype, str):
@@ -97,37 +97,39 @@ class BeitPreTrainedModel(nn.Module):
         output_loading_info: bool = False,
         **config_overrides: Any,
     ) -> Any:
-        """A model with a checkpoint's parameters, in evaluation mode.
+        """Load a model from a checkpoint, in evaluation mode.
 
-        Reads what Transformers 4 and 5 write (BEiT, DiT, Data2VecVision) and the files of timm, unilm and
-        mmsegmentation, whose configuration is told from shapes. The file may be another head's: parameters that it
-        lacks are initialised, with one warning; what belongs to another head only is left out. Where the file has
-        one bias table for all layers and the configuration one for each, every layer gets a copy, as in unilm.
+        The checkpoint may be of Transformers 4 or 5 (BEiT, DiT, Data2VecVision), timm, unilm or mmsegmentation. The
+        configuration of the latter three is inferred from shapes. The checkpoint may have another head: missing
+        parameters are initialised, with one warning, and parameters of the other head are ignored. If the checkpoint
+        has one bias table for all layers and the configuration one for each, every layer gets a copy, as in unilm.
 
         Args:
-            pretrained_model_name_or_path: a folder, a file (safetensors, an index of shards, or a pickle of tensors,
+            pretrained_model_name_or_path: A folder, a file (safetensors, an index of shards, or a pickle of tensors,
                 read with `weights_only=True`), or a hub repository such as `"microsoft/beit-base-patch16-224"`.
-            config: a `BeitConfig`, one of Transformers, a dict of fields or where to find one, instead of the
-                checkpoint's own.
-            attn_implementation, patch_embed_implementation: see the class.
-            dtype, torch_dtype: of the parameters; by default, or for `"auto"`, the configuration's, else the file's.
-            device: where the parameters go.
-            device_map, max_memory, offload_folder: instead of `device`, spread the layers over devices, host memory and
-                disk by the package accelerate: `"auto"`, or a device for every part by name; see
+            config: A `BeitConfig`, one of Transformers, a dict of fields or a path to one. It replaces the
+                configuration of the checkpoint.
+            attn_implementation, patch_embed_implementation: See the class.
+            dtype, torch_dtype: Dtype of the parameters. By default, or for `"auto"`, that of the configuration, else of
+                the file.
+            device: Device of the parameters.
+            device_map, max_memory, offload_folder: Dispatch the layers to devices, host memory and disk by the package
+                accelerate, instead of `device`: `"auto"`, or a device for every part by name. See
                 `beit_fast.checkpoint.device_map.dispatch`. The file is read into host memory first.
-            revision, cache_dir, token, local_files_only: passed to `huggingface_hub`.
-            num_labels: classes, where another number than the file's; needs `ignore_mismatched_sizes` beside a head.
-            ignore_mismatched_sizes: initialise parameters whose shape differs, with a warning, rather than refuse.
-            image_size: resize bias tables and position embeddings for images of this size.
-            position_interpolation: how: `"bilinear"` (Transformers, MiDaS) or `"geometric"` (timm, unilm).
-            output_loading_info: return `(model, info)`, the latter with missing, unexpected and mismatched keys.
-            config_overrides: fields of `BeitConfig` that win over the checkpoint's, and `add_pooling_layer`.
+            revision, cache_dir, token, local_files_only: Passed to `huggingface_hub`.
+            num_labels: Number of classes. If the head of the file has another number, `ignore_mismatched_sizes` is
+                required.
+            ignore_mismatched_sizes: Initialise parameters whose shape differs, with a warning, instead of raising.
+            image_size: Resize bias tables and position embeddings to images of this size.
+            position_interpolation: `"bilinear"` (Transformers, MiDaS) or `"geometric"` (timm, unilm).
+            output_loading_info: Return `(model, info)` with missing, unexpected and mismatched keys.
+            config_overrides: Fields of `BeitConfig` that override those of the checkpoint, and `add_pooling_layer`.
 
         Raises:
-            FileNotFoundError: nothing is there; says what was looked for.
-            TypeError: an override that is no field.
-            ValueError: a file that does not fit, with every missing, unexpected and mismatched parameter; a damaged
-                or unsafe file; a configuration that shapes do not tell.
+            FileNotFoundError: If there is no checkpoint.
+            TypeError: If an override is not a field of `BeitConfig`.
+            ValueError: If parameters are missing, unexpected or mismatched (all are listed), the file is damaged or
+                unsafe, or the configuration cannot be inferred.
         """
         from ..checkpoint import device_map as placement
         from ..checkpoint import loading
@@ -135,7 +137,7 @@ class BeitPreTrainedModel(nn.Module):
 
         placement.check(device, device_map, max_memory=max_memory, offload_folder=offload_folder)
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-            raise ValueError(f"{dtype=} and {torch_dtype=} are two names of one argument; give one")
+            raise ValueError(f"{dtype=} and {torch_dtype=} are two names of one argument; pass one")
         options = loading.LoadOptions(
             attn_implementation,
             patch_embed_implementation,
@@ -160,21 +162,21 @@ class BeitPreTrainedModel(nn.Module):
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write `config.json` and safetensors under the hub's names, which Transformers 4 and 5 read.
+        """Write `config.json` and safetensors under the names of the hub, which Transformers 4 and 5 read.
 
-        All files are written beside the old ones and flushed before any is replaced, each whole: a process that is
-        killed leaves the old weights or the new ones, never a part.
+        All files are written next to the old ones and flushed before any is replaced. A process that is killed leaves
+        either the old or the new weights.
 
         Args:
-            save_directory: the folder, made if need be.
-            state_dict: what to write instead of the model's own tensors, which may be spread over processes:
-                `get_model_state_dict` of `torch.distributed.checkpoint` gathers them.
-            max_shard_size: where the weights take more, they are split, with an index; bytes or as in `"5GB"`.
-            safe_serialization: True; pickles are not written.
+            save_directory: The folder, created if missing.
+            state_dict: Tensors to write instead of those of the model. If these are sharded over processes, gather
+                them with `get_model_state_dict` of `torch.distributed.checkpoint.state_dict`.
+            max_shard_size: Larger weights are split into shards with an index. Bytes, or a string such as `"5GB"`.
+            safe_serialization: Must be True: pickles are not written.
 
         Raises:
-            ValueError: `safe_serialization=False`, parameters on the meta device or spread over processes, or a
-                state_dict that is not the model's.
+            ValueError: If `safe_serialization` is False, parameters are on the meta device or sharded over processes,
+                or `state_dict` does not match the model.
         """
         from ..checkpoint.saving import save_model
 
@@ -197,11 +199,11 @@ class BeitPreTrainedModel(nn.Module):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """False: there is no text here."""
+        """False: the models do not generate text."""
         return False
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold; exclude_embeddings: without `nn.Embedding`, which no model has."""
+        """Count the elements of the parameters; `exclude_embeddings` has no effect."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -209,11 +211,11 @@ class BeitPreTrainedModel(nn.Module):
         return self._embeddings().patch_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the patch embeddings by a module from `[B, C, H, W]` to `[B, P, E]`."""
+        """Replace the patch embeddings with a module from `[B, C, H, W]` to `[B, P, E]`."""
         self._embeddings().add_module("patch_embeddings", value)
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        """Choose `"eager"`, `"sdpa"`, `"triton"` or None (by device and dtype) for every layer from now on."""
+        """Set `"eager"`, `"sdpa"`, `"triton"` or None (by device and dtype) for every layer."""
         attention.check_implementation(attn_implementation)
         for module in self.modules():
             if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings, BeitEncoder)):
@@ -222,14 +224,14 @@ class BeitPreTrainedModel(nn.Module):
                 module.last_kernel = None
 
     def attention_report(self) -> attention.AttentionReport:
-        """Which attention kernel ran in each layer, and why others cannot serve here."""
+        """Report which attention kernel ran in each layer, and why others cannot serve."""
         layers = self._attention_layers()
         head_dim = self.config.attention_head_dim
         kernels = [layer.last_kernel for layer in layers]
         return attention.report(self.attn_implementation, kernels, self.device, self.dtype, head_dim)
 
     def set_patch_embed_implementation(self, patch_embed_implementation: str | None) -> None:
-        """Choose `"conv"`, `"fused"` or None (follows attention) from now on."""
+        """Set `"conv"`, `"fused"` or None (follows attention)."""
         patch_embed.check_implementation(patch_embed_implementation)
         for module in self.modules():
             if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings)):
@@ -237,7 +239,7 @@ class BeitPreTrainedModel(nn.Module):
         self._embeddings().last_kernel = None
 
     def patch_embed_report(self) -> patch_embed.PatchEmbedReport:
-        """Which patch embedding ran, and why others cannot serve here."""
+        """Report which patch embedding ran, and why others cannot serve."""
         embeddings = self._embeddings()
         return patch_embed.report(
             self.patch_embed_implementation,
@@ -251,18 +253,17 @@ class BeitPreTrainedModel(nn.Module):
     def set_pixel_normalization(
         self, mean: Sequence[float] | float | None, std: Sequence[float] | float | None
     ) -> None:
-        """Let the model take uint8 pixels, of which it makes `(pixels / 255 - mean) / std`.
+        """Accept uint8 pixels, normalised as `(pixels / 255 - mean) / std`.
 
-        Mean and standard deviation are those of pixels scaled to 0..1, as image processors have them:
-        `model.set_pixel_normalization(processor.image_mean, processor.image_std)`. They are kept in `config`, saved and
-        loaded with it, and seen by every model built from the same config object. Floating-point pixels are taken as
-        normalised, before and after.
+        Mean and standard deviation are those of pixels in 0..1, as in image processors:
+        `model.set_pixel_normalization(processor.image_mean, processor.image_std)`. They are stored in `config`, which
+        models may share, and saved with it. Floating-point pixels are expected to be normalised.
 
         Args:
-            mean, std: one number for each channel, or one for all; None for both refuses uint8 pixels again.
+            mean, std: One number for each channel, or one for all. None for both rejects uint8 pixels.
 
         Raises:
-            TypeError, ValueError: what the configuration does not accept; nothing is changed.
+            TypeError, ValueError: If the configuration does not accept the numbers. It is then unchanged.
         """
         channels = self.config.num_channels
         given = {"pixel_mean": mean, "pixel_std": std}
@@ -272,7 +273,7 @@ class BeitPreTrainedModel(nn.Module):
         self.config.update(numbers)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute each layer in the backward pass instead of keeping its activations.
+        """Recompute each layer in the backward pass instead of storing its activations.
 
         `gradient_checkpointing_kwargs` go to `torch.utils.checkpoint.checkpoint`, `use_reentrant=False` by default.
         """
@@ -282,7 +283,7 @@ class BeitPreTrainedModel(nn.Module):
                 module.checkpoint_options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Store activations again."""
         for module in self.modules():
             if isinstance(module, BeitEncoder):
                 module.gradient_checkpointing = False
@@ -293,13 +294,15 @@ class BeitPreTrainedModel(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """`gradient_checkpointing_enable` under its name in Transformers 5: every layer, nothing offloaded."""
+        """`gradient_checkpointing_enable` under its name in Transformers 5, without its options."""
         if every_n_layers != 1 or offload:
-            raise ValueError(f"{every_n_layers=}, {offload=}; accepted: every_n_layers=1 and offload=False")
+            raise ValueError(
+                f"{every_n_layers=}, {offload=} is not supported (expected every_n_layers=1 and offload=False)"
+            )
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Store activations again."""
         self.gradient_checkpointing_disable()
 
     @property
@@ -308,11 +311,11 @@ class BeitPreTrainedModel(nn.Module):
         return any(isinstance(m, BeitEncoder) and m.gradient_checkpointing for m in self.modules())
 
     def init_weights(self) -> None:
-        """Draw every parameter anew, as construction did: needed after `to_empty` on a model built on meta."""
+        """Initialise every parameter, as after `to_empty` on a model built on the meta device."""
         self.apply(self._init_weights)
 
     def _finish_construction(self) -> None:
-        """Initialise what this class added (a nested model has initialised itself) and set the kernels."""
+        """Initialise the modules outside nested models, and set the implementations."""
         for child in self.children():
             if not isinstance(child, BeitPreTrainedModel):
                 child.apply(self._init_weights)
@@ -321,7 +324,7 @@ class BeitPreTrainedModel(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Transformers' rule: weights N(0, initializer_range), biases and tokens and tables zero, norms one."""
+        """Initialise as Transformers: weights N(0, initializer_range); biases, tokens and tables 0; norms 1."""
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             module.weight.normal_(0.0, self.config.initializer_range)
             if module.bias is not None:
@@ -346,12 +349,16 @@ class BeitPreTrainedModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, BeitSelfAttention)]
 
     def _flag(self, value: bool | None, name: str) -> bool:
-        """A forward argument, or the config's where it was left out."""
+        """The argument of a forward, or the value of the config if it is None."""
         return bool(getattr(self.config, name) if value is None else value)
 
 
 def key_mask_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """An `attention_mask` `[B, N]` (non-zero = attend) as bool; ValueError for any other shape."""
+    """Convert an `attention_mask` `[B, N]` (non-zero: attend) to bool.
+
+    Raises:
+        ValueError: If the shape differs.
+    """
     if attention_mask is None:
         return None
     if attention_mask.shape != tokens.shape[:2]:

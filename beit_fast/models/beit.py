@@ -1,4 +1,4 @@
-"""BEiT's trunk and its two heads on tokens: masked image modelling and image classification."""
+"""The trunk of BEiT, masked image modelling and image classification."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class BeitModel(BeitPreTrainedModel):
     """The BEiT vision transformer (arXiv 2106.08254) without a head.
 
     Args:
-        config: sizes, biases and pooling.
-        add_pooling_layer: whether `pooler_output` is computed.
-        attn_implementation, patch_embed_implementation: see `BeitPreTrainedModel`.
+        config: Sizes, biases and pooling.
+        add_pooling_layer: Whether `pooler_output` is computed.
+        attn_implementation, patch_embed_implementation: See `BeitPreTrainedModel`.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class BeitModel(BeitPreTrainedModel):
         """Run the trunk.
 
         Args:
-            pixel_values: `[B, C, H, W]` of any size; what does not fill a patch is cropped. Floating point, normalised
-                as an image processor does, or uint8 after `set_pixel_normalization`.
+            pixel_values: `[B, C, H, W]` of any size, cropped to whole patches. Floating point, normalised by an image
+                processor, or uint8 after `set_pixel_normalization`.
             bool_masked_pos: `[B, P]`, True where a patch is replaced by the mask token.
-            interpolate_pos_encoding: accepted for compatibility; positions always fit the image.
+            interpolate_pos_encoding: Ignored: positions always fit the image.
             attention_mask: `[B, N]` with CLS first, non-zero where a token may be attended to.
-            output_attentions: return the attention weights; that call takes the eager path, which has them.
-            output_hidden_states: return the embeddings and every layer's output.
-            return_dict: a `BeitModelOutputWithPooling` if True, a tuple without Nones if False.
+            output_attentions: Return the attention weights, which requires `"eager"` for this call.
+            output_hidden_states: Return the embeddings and the output of every layer.
+            return_dict: Return a `BeitModelOutputWithPooling` if True, a tuple without Nones if False.
 
         Returns:
             last_hidden_state `[B, N, E]`, pooler_output `[B, E]`, hidden_states (layers + 1 of `[B, N, E]`, before the
@@ -132,13 +132,13 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         """Predict visual tokens: logits `[B, P, vocab_size]`.
 
         Args:
-            labels: int64, one visual token for every True of `bool_masked_pos`, in row-major order; gives the loss, the
+            labels: int64, one visual token for every True of `bool_masked_pos`, in row-major order. The loss is the
                 cross-entropy over masked patches (-100 is ignored).
 
         The other arguments are those of `BeitModel.forward`.
         """
         if labels is not None and bool_masked_pos is None:
-            raise ValueError("labels of masked patches need bool_masked_pos, which says what was masked")
+            raise ValueError("labels of masked patches require bool_masked_pos")
         outputs = self.beit(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
@@ -184,8 +184,8 @@ class BeitForImageClassification(BeitPreTrainedModel):
         """Classify images: logits `[B, num_labels]`.
 
         Args:
-            labels: class indices `[B]`, or floats `[B]` for regression (`num_labels == 1`), or floats
-                `[B, num_labels]` for several labels an image; `config.problem_type` decides where it is set.
+            labels: Class indices `[B]`, or floats `[B]` for regression (`num_labels == 1`), or floats
+                `[B, num_labels]` for several labels an image. `config.problem_type` overrides this rule.
 
         The other arguments are those of `BeitModel.forward`.
         """
@@ -205,7 +205,7 @@ class BeitForImageClassification(BeitPreTrainedModel):
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
     """Mean squared error, cross-entropy or binary cross-entropy of `logits` `[B, L]`.
 
-    Where `problem_type` is None: regression for one label, cross-entropy for integer labels, else several labels.
+    If `problem_type` is None: regression for one label, cross-entropy for integer labels, else several labels.
     """
     labels = labels.to(logits.device)
     if problem_type is None:

@@ -1,4 +1,4 @@
-"""What the models return: named tensors that also index like a tuple and behave as a dict and as a pytree."""
+"""Outputs of the models: named tensors, also a tuple, a dict and a pytree."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.utils import _pytree as pytree
 
 @dataclass_transform(eq_default=False)
 class ModelOutput(OrderedDict[str, Any]):
-    """Base of every model output. A subclass only lists its fields, each annotated and with the default None.
+    """Base of the model outputs. A subclass lists annotated fields with the default None.
 
-    A field that is None is absent: from the keys, the items, the length and the tuple. What remains is always
-    in the order in which the class lists its fields.
+    A field that is None is absent from the keys, the items, the length and the tuple. The other fields keep the order
+    of the class.
 
     - `output.logits`, `output["logits"]`, `output[1]`, `output[:2]` and `output.to_tuple()` read fields;
-    - `output.logits = x` and `output["logits"] = x` set one; None removes it;
+    - `output.logits = x` and `output["logits"] = x` set a field; None removes it;
     - `Output({"logits": x})` and `Output(pairs)` build one from a mapping or from (name, value) pairs, as
       `torch.nn.parallel.gather` and Accelerate do.
 
     Iterating gives the keys, as for any dict; unpack with `loss, logits = output.to_tuple()`. Subclasses are
-    dataclasses and pytree nodes (serialised under `module.ClassName`) from the moment they are defined.
+    dataclasses and pytree nodes (serialised under `module.ClassName`).
     `torch.jit.trace(strict=False)` makes a plain dict of one, whose values must then be of one type: trace
     with `return_dict=False` where hidden states or attentions are asked for.
 
@@ -123,7 +123,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
 
 def _holds_fields(value: Any) -> bool:
-    """Whether a lone first argument is a mapping or pairs of fields, instead of the first field itself."""
+    """Whether the only argument is a mapping or pairs of fields, not the first field."""
     if isinstance(value, (dict, Iterator)):
         return True
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_pair, value))

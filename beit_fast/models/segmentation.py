@@ -31,7 +31,7 @@ def _resize(features: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class FeaturePyramidMixin:
-    """Four maps of one resolution to 4, 2, 1 and 1/2 times it; checkpoints name the steps `fpn1` to `fpn4`."""
+    """Four maps of one resolution, resized by 4, 2, 1 and 1/2."""
 
     def _build_pyramid(self, size: int) -> None:
         self.fpn1 = nn.Sequential(_upsample(size), nn.BatchNorm2d(size), nn.GELU(), _upsample(size))
@@ -180,14 +180,14 @@ class BeitForSemanticSegmentation(FeaturePyramidMixin, BeitPreTrainedModel):
         """Segment images: logits `[B, num_labels, 4 * h, 4 * w]` for a grid of `h x w` patches.
 
         Args:
-            labels: class of every pixel, int64 `[B, height, width]`; gives the loss, cross-entropy at the labels' size
-                with `config.semantic_loss_ignore_index` left out, the auxiliary head's weighted by
+            labels: Class of every pixel, int64 `[B, height, width]`. The loss is the cross-entropy at the size of the
+                labels, without `config.semantic_loss_ignore_index`, plus that of the auxiliary head, weighted by
                 `config.auxiliary_loss_weight`.
 
         The other arguments are those of `BeitModel.forward`.
         """
         if labels is not None and self.config.num_labels == 1:
-            raise ValueError("a segmentation loss needs more than one label, config.num_labels is 1")
+            raise ValueError("a segmentation loss requires config.num_labels > 1")
         keep_states = self._flag(output_hidden_states, "output_hidden_states")
         outputs = self.beit(
             pixel_values,

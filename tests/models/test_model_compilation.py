@@ -32,6 +32,12 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+QUICK_CLASSES = [
+    name if name in ("BeitForImageClassification", SEGMENTATION) else pytest.param(name, marks=pytest.mark.slow)
+    for name in CLASSES
+]
+
+
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()
@@ -131,7 +137,7 @@ def test_one_graph_serves_every_batch_and_one_a_single_image(name: str) -> None:
     assert counts == [1, 1, 1, 2]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QUICK_CLASSES)
 def test_one_graph_trains_every_batch(name: str) -> None:
     model = small(name, **RANDOM).train()
     compiled, counter = counted(model)
@@ -158,7 +164,7 @@ def test_without_marks_two_batches_are_two_graphs_and_a_single_image_is_a_third(
     assert counts == [1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QUICK_CLASSES)
 def test_checkpointed_blocks_compile_whole(name: str) -> None:
     model = small(name, **RANDOM).train()
     model.gradient_checkpointing_enable()
@@ -237,7 +243,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QUICK_CLASSES)
 def test_every_way_to_call_compiles(name: str, call: str) -> None:
     """The compiled call gives all that the plain one gives, in the same places."""
     model, options = small(name).double(), CALLS[call]

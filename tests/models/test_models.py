@@ -185,12 +185,12 @@ def test_refusals_say_what_was_given_and_what_is_accepted():
         build(BeitModel, use_mask_token=False)(images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"\[batch, patches\] = \[2, 16\], not \[2, 17\]"):
         build(BeitModel)(images(), bool_masked_pos=torch.zeros(2, 17, dtype=torch.bool))
-    with pytest.raises(ValueError, match="need bool_masked_pos"):
+    with pytest.raises(ValueError, match="require bool_masked_pos"):
         build(beit_fast.BeitForMaskedImageModeling)(images(), labels=torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="four out_indices"):
         build(BeitForSemanticSegmentation)
     segmenter = build(BeitForSemanticSegmentation, num_labels=1, out_indices=[0, 1, 2, 3])
-    with pytest.raises(ValueError, match="more than one label"):
+    with pytest.raises(ValueError, match=r"requires config\.num_labels > 1"):
         segmenter(images(), labels=torch.zeros(2, 32, 32, dtype=torch.long))
     with pytest.raises(ValueError, match="reshape_hidden_states=True"):
         build(BeitBackbone, add_fpn=True, reshape_hidden_states=False, out_indices=[0, 1, 2, 3])
@@ -285,32 +285,14 @@ def test_autocast_keeps_the_residual_stream_precise():
     assert (low.logits.float() - plain).norm() / plain.norm() < 16 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", [BeitForImageClassification, BeitForSemanticSegmentation, BeitBackbone])
-def test_compiles_as_one_graph(cls, backend):
-    torch.compiler.reset()
-    options = {"num_hidden_layers": 3, "out_indices": [0, 1, 2, 3]} if cls is BeitForSemanticSegmentation else {}
-    model = build(cls, backend, **options)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    pixels = images()
-    for mine, plain in zip(compiled(pixels).to_tuple(), model(pixels).to_tuple(), strict=True):
-        torch.testing.assert_close(mine, plain)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_training_step_has_the_same_gradients(backend):
-    torch.compiler.reset()
-    model, pixels, labels = build(attn_implementation=backend).train(), images(), torch.tensor([0, 1])
-    model(pixels, labels=labels).loss.backward()
-    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(pixels, labels=labels).loss.backward()
-    for grad, wanted in zip((p.grad for p in model.parameters() if p.grad is not None), expected, strict=True):
-        torch.testing.assert_close(grad, wanted)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("position", ["use_relative_position_bias", "use_absolute_position_embeddings"])
+@pytest.mark.parametrize(
+    ("backend", "position"),
+    [
+        ("eager", "use_relative_position_bias"),
+        ("sdpa", "use_absolute_position_embeddings"),
+        ("triton", "use_absolute_position_embeddings"),
+    ],
+)
 def test_exports_with_dynamic_batch_height_and_width(backend, position):
     model = build(attn_implementation=backend, **({"use_relative_position_bias": False} | {position: True}))
     dynamic = torch.export.Dim.DYNAMIC
@@ -320,15 +302,6 @@ def test_exports_with_dynamic_batch_height_and_width(backend, position):
     for size in [(2, 3, 32, 48), (3, 3, 64, 40), (5, 3, 24, 24)]:
         pixels = images(*size)
         torch.testing.assert_close(program(pixels).logits, model(pixels).logits)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_traces(backend):
-    model = build(attn_implementation=backend, return_dict=False)
-    traced = torch.jit.trace(model, images())
-    pixels = images()
-    torch.testing.assert_close(traced(pixels)[0], model(pixels)[0])
 
 
 def test_exported_programs_can_be_saved():
