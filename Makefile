@@ -24,7 +24,7 @@ MODEL ?=
 OUT ?= demo.png
 BENCH_OPTIONS ?=
 
-.PHONY: demo test test-compiled test-beyond test-interpreted test-composite test-full test-slow-compiled test-slow-beyond test-slow-interpreted
+.PHONY: demo test test-compiled test-beyond test-interpreted test-fallback test-full test-slow-compiled test-slow-beyond test-slow-interpreted
 .PHONY: sanitize bench lint docs wheel format clean
 .PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench gpu-bench-models
 
@@ -38,7 +38,7 @@ SIDE_BY_SIDE := $(MAKE) --jobs=2 --output-sync=target --no-print-directory
 # The suite: separate processes, since Triton's interpreter and its compiler cannot share one. What goes beyond the
 # package is a part of its own, so that both cores have work to the end.
 test: $(VENV)/.test $(NATIVE)
-	$(SIDE_BY_SIDE) test-interpreted test-compiled test-beyond test-composite
+	$(SIDE_BY_SIDE) test-interpreted test-compiled test-beyond test-fallback
 
 BEYOND := tests/benchmarks tests/cli tests/examples tests/integrations tests/models/test_model_export.py \
   tests/models/test_scale_out.py
@@ -54,7 +54,7 @@ test-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" tests/kernels
 
 # The operators again, as they are where nothing was compiled.
-test-composite:
+test-fallback:
 	BEIT_FAST_NATIVE=0 $(BIN)/pytest -m "not slow" \
 	  $(addprefix tests/ops/test_,attention.py attention_dispatch.py ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py)
 

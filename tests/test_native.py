@@ -64,7 +64,7 @@ def bare(tmp_path):
 
 
 @needs_library
-def test_the_cpu_library_is_loaded_at_import_and_the_cuda_library_is_not():
+def test_import_loads_cpu_library_only():
     facts, warnings = report(PACKAGE, "-W", "error")
     assert (facts["attention"], facts["default"], facts["patches"]) == ("cpp", "cpp", "cpp")
     assert facts["loaded"] == facts["mapped"] == ["_C"]
@@ -72,28 +72,28 @@ def test_the_cpu_library_is_loaded_at_import_and_the_cuda_library_is_not():
     assert warnings == ""
 
 
-def test_native_0_leaves_the_libraries_alone():
+def test_import_with_native_0_loads_no_library():
     facts, _ = report(BEIT_FAST_NATIVE="0")
     assert (facts["attention"], facts["default"], facts["patches"]) == ("torch", "sdpa", "torch")
     assert facts["loaded"] == facts["mapped"] == []
     assert set(facts["reasons"].values()) == {"BEIT_FAST_NATIVE=0 was set when beit_fast was imported"}
 
 
-def test_the_interpreter_keeps_the_cpu_library_away():
+def test_import_under_interpreter_loads_no_cpu_library():
     facts, _ = report(TRITON_INTERPRET="1")
     assert (facts["attention"], facts["default"], facts["patches"]) == ("triton-interpret", "sdpa", "torch")
     assert facts["loaded"] == facts["mapped"] == []
     assert facts["reasons"]["_C"] == "TRITON_INTERPRET=1 was set when beit_fast was imported"
 
 
-def test_without_libraries_the_composites_serve_and_say_so(bare):
+def test_kernels_without_libraries_are_fallbacks(bare):
     facts, warnings = report(bare)
     assert (facts["attention"], facts["patches"]) == ("torch", "torch")
     assert facts["reasons"] == {name: f"{native.file_name(name)} was not built" for name in native.LIBRARIES}
     assert warnings.count("RuntimeWarning") == 1  # attention is slow
 
 
-def test_the_reason_that_the_build_left_is_told(bare):
+def test_unsupported_reason_includes_build_note(bare):
     notes = {"_C": {"built": False, "note": "the C++ compiler none was not found"}}
     (bare / native.BUILD_NOTES).write_text(json.dumps(notes))
     refusals = report(bare)[0]["reasons"]
@@ -101,7 +101,7 @@ def test_the_reason_that_the_build_left_is_told(bare):
     assert refusals["_C_cuda"] == f"{native.file_name('_C_cuda')} was not built"
 
 
-def test_a_library_of_another_interface_is_never_loaded(bare):
+def test_load_of_another_interface_is_rejected(bare):
     """One with the same number of arguments and another meaning would compute garbage."""
     stale = f"_C.{native.INTERFACE - 1}.so"
     (bare / stale).write_bytes(b"not even a library")
@@ -111,7 +111,7 @@ def test_a_library_of_another_interface_is_never_loaded(bare):
     assert warnings.count("RuntimeWarning") == 1  # attention is slow
 
 
-def test_a_library_that_does_not_load_is_a_warning_and_a_reason(bare):
+def test_load_failure_warns_and_gives_reason(bare):
     (bare / native.file_name("_C")).write_bytes(b"not a library")
     facts, warnings = report(bare)
     assert facts["attention"] == "torch"
@@ -119,7 +119,7 @@ def test_a_library_that_does_not_load_is_a_warning_and_a_reason(bare):
     assert warnings.count("RuntimeWarning: beit_fast: _C") == 1
 
 
-def test_the_interface_is_counted_up_when_a_schema_changes():
+def test_interface_changes_with_schemas():
     """Change both together: what was compiled for other arguments must have another name."""
     schemas = (
         arguments.REL_POS_ATTENTION,
@@ -131,7 +131,7 @@ def test_the_interface_is_counted_up_when_a_schema_changes():
     assert (native.INTERFACE, digest) == (1, "c96186bb50227aa8")
 
 
-def test_one_kernel_embeds_patches_on_each_device_and_the_others_say_why_not():
+def test_patch_embed_kernel_per_device_has_reasons_for_others():
     assert availability.patch_embed_kernel(CPU) == ("cpp" if native.is_loaded("_C") else "torch")
     assert availability.patch_embed_kernel(META) == "torch"
     assert availability.patch_embed_unsupported_reasons("torch", META) == ()
@@ -146,7 +146,7 @@ def test_one_kernel_embeds_patches_on_each_device_and_the_others_say_why_not():
     )
 
 
-def test_the_cuda_kernel_says_what_it_does_not_take():
+def test_patch_embed_reasons_of_cuda_kernel():
     reasons = availability.patch_embed_unsupported_reasons("cuda", CPU, [torch.float32, torch.float64], 129)
     assert reasons[0] == "serves cuda tensors, not cpu"
     assert reasons[-2:] == (
@@ -156,7 +156,7 @@ def test_the_cuda_kernel_says_what_it_does_not_take():
 
 
 @pytest.mark.parametrize("built", [False, True])
-def test_cuda_runs_the_library_where_it_loads_and_the_composite_elsewhere(monkeypatch, built):
+def test_patch_embed_on_cuda_runs_library_or_fallback(monkeypatch, built):
     """The function that serves CUDA tensors, on CPU tensors: which of the two it calls."""
     calls = []
     library = torch.library.Library("beit_fast", "IMPL")

@@ -109,7 +109,7 @@ def test_wider_tokens_than_weights(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("batch", [2, 64])
 def test_tf32_where_torch_allows_it(batch: int, tf32_products: None) -> None:
-    """The budget is that of the composite with TF32 products."""
+    """The budget is that of the fallback with TF32 products."""
     arguments = inputs((224, 224), embed=768, batch=batch)
     tokens = beit_fast.patch_embed(**arguments)
     reference = convolution(**in_precision(arguments, torch.float64))
@@ -185,7 +185,7 @@ def test_every_number_is_written(embed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_what_the_kernel_does_not_take_goes_to_the_composite(dtype: torch.dtype) -> None:
+def test_patch_embed_of_unsupported_dtype_runs_fallback(dtype: torch.dtype) -> None:
     """fp64, and the normalisation of more channels than it has room for."""
     check(inputs((8, 8), (4, 4), dtype=dtype, channels=3 if dtype == torch.float64 else 130))
 

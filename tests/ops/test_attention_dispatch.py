@@ -10,29 +10,29 @@ from ..support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
 CPU = torch.device("cpu")
 
 
-def test_none_is_sdpa_where_no_fused_kernel_serves():
+def test_resolve_none_without_fused_kernel_is_sdpa():
     meta = torch.device("meta")
     assert attention.resolve(None, meta, torch.float32, 64) == "sdpa"
     assert attention.kernel_name(None, meta, torch.float32, 64) == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_none_is_the_native_kernel_where_it_is_loaded(dtype):
+def test_kernel_name_of_none_is_native_kernel_if_loaded(dtype):
     assert attention.kernel_name(None, CPU, dtype, 64) == DEFAULT_ATTENTION
     assert attention.resolve(None, CPU, dtype, 64) == ("triton" if DEFAULT_ATTENTION == "cpp" else "sdpa")
 
 
-def test_triton_on_cpu_names_the_kernel_behind_it():
+def test_kernel_name_of_triton_on_cpu():
     assert attention.resolve("triton", CPU, torch.float32, 64) == "triton"
     assert attention.kernel_name("triton", "cpu", torch.float32, 64) == CPU_ATTENTION
 
 
-def test_an_unknown_name_lists_what_is_accepted():
+def test_resolve_unknown_name_raises_with_choices():
     with pytest.raises(ValueError, match=r"'flash' is not supported \(expected 'eager', 'sdpa', 'triton' or None\)"):
         attention.resolve("flash", CPU, torch.float32, 64)
 
 
-def test_a_refusal_lists_every_kernel_with_every_reason():
+def test_resolve_unsupported_raises_with_every_reason():
     with pytest.raises(ValueError, match="attn_implementation='triton' cannot serve") as error:
         attention.resolve("triton", torch.device("xpu"), torch.int32, 65)
     text = str(error.value)
@@ -49,17 +49,17 @@ def test_a_refusal_lists_every_kernel_with_every_reason():
         assert reason in text
 
 
-def test_none_never_refuses_on_a_device_without_a_kernel():
+def test_resolve_none_never_raises():
     assert attention.resolve(None, torch.device("xpu"), torch.float32, 65) == "sdpa"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_cuda_without_a_device_says_so():
+def test_resolve_on_missing_cuda_device_raises():
     with pytest.raises(ValueError, match="torch finds no CUDA device"):
         attention.resolve("triton", torch.device("cuda", 0), torch.bfloat16, 64)
 
 
-def test_kernels_are_described_with_reasons():
+def test_describe_kernels_gives_reasons():
     rows = {name: (serves, reasons) for name, serves, reasons in attention.describe_kernels()}
     assert rows[CPU_ATTENTION] == (True, ())
     assert [name for name, (serves, _) in rows.items() if serves and name != "triton"] == [CPU_ATTENTION]
@@ -68,7 +68,7 @@ def test_kernels_are_described_with_reasons():
     assert "serves cuda tensors, not cpu" in on_cpu["triton"]
 
 
-def test_report_reads_well():
+def test_report_str_is_readable():
     report = attention.report("triton", [CPU_ATTENTION, None], CPU, torch.float32, 64)
     assert report.kernel == CPU_ATTENTION
     assert "ran in 1 of 2 layers" in str(report)

@@ -73,32 +73,32 @@ def check(inputs: dict, window: tuple[int, int], scale: float | None = None) -> 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [(14, 14), (24, 24), (10, 40)])
-def test_sizes_of_images(window: tuple[int, int], dtype: torch.dtype, masked: bool) -> None:
+def test_attention_of_image_sizes_matches_oracle(window: tuple[int, int], dtype: torch.dtype, masked: bool) -> None:
     check(draw(window, dtype, batch=2 if window == (14, 14) else 1, masked=masked), window)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [(32, 32), (40, 40), (48, 36)])
-def test_sizes_of_large_images(window: tuple[int, int], dtype: torch.dtype) -> None:
+def test_attention_of_large_images_matches_oracle(window: tuple[int, int], dtype: torch.dtype) -> None:
     check(draw(window, dtype), window)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("head_dim", [1, 3, 20, 33, 100, 130, 200])
-def test_head_dimensions_that_no_vector_divides(head_dim: int, dtype: torch.dtype) -> None:
+def test_attention_of_odd_head_dimensions_matches_oracle(head_dim: int, dtype: torch.dtype) -> None:
     check(draw((5, 6), dtype, batch=2, head_dim=head_dim), (5, 6))
 
 
 @pytest.mark.parametrize("head_dim", [24, 72, 128])
-def test_many_tokens_of_other_head_dimensions(head_dim: int) -> None:
+def test_attention_of_many_tokens_matches_oracle(head_dim: int) -> None:
     """From 257 tokens on the backward of fp32 runs on tiles where there are any."""
     check(draw((12, 23), torch.float32, head_dim=head_dim, masked=True), (12, 23))
 
 
 @pytest.mark.parametrize("window", [(14, 14), (24, 24), (32, 18)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_thread_and_two_give_the_same_bits(window: tuple[int, int], dtype: torch.dtype) -> None:
+def test_attention_on_two_threads_returns_same_bits(window: tuple[int, int], dtype: torch.dtype) -> None:
     inputs = draw(window, dtype, heads=3, masked=window == (32, 18))
     threads = torch.get_num_threads()
     try:
@@ -113,8 +113,8 @@ def test_one_thread_and_two_give_the_same_bits(window: tuple[int, int], dtype: t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("growth", [0.0, 300.0, -300.0])
-def test_logits_that_outgrow_the_reference(dtype: torch.dtype, growth: float) -> None:
-    """Sums are kept relative to the first keys' logits, and scaled anew where later ones are higher by 2^60."""
+def test_attention_of_growing_logits_matches_oracle(dtype: torch.dtype, growth: float) -> None:
+    """Sums are kept relative to the first keys' logits, and rescaled if later ones are higher by 2^60."""
     window = (9, 12)
     inputs = draw(window, dtype)
     ramp = torch.linspace(0, growth, table_rows(window) - 3)[:, None]
@@ -129,7 +129,7 @@ def test_logits_that_outgrow_the_reference(dtype: torch.dtype, growth: float) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_reference_is_found_behind_masked_keys(dtype: torch.dtype) -> None:
+def test_attention_with_first_keys_masked_matches_oracle(dtype: torch.dtype) -> None:
     """The first 80 keys are masked, and the others' logits are far below 0."""
     window = (11, 11)
     inputs = draw(window, dtype)
@@ -140,12 +140,12 @@ def test_a_reference_is_found_behind_masked_keys(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [-0.25, 0.0, 0.7])
-def test_any_scale(scale: float) -> None:
+def test_attention_of_any_scale_matches_oracle(scale: float) -> None:
     check(draw((6, 7), torch.float32, batch=2), (6, 7), scale)
 
 
 @pytest.mark.skipif(memory.memory_unsupported_reason() is not None, reason=str(memory.memory_unsupported_reason()))
-def test_no_matrix_of_tokens_by_tokens_is_written() -> None:
+def test_attention_memory_is_below_one_matrix() -> None:
     window, heads = (40, 40), 12
     inputs = draw(window, torch.float32, heads=heads)
     one_matrix = token_count(window) ** 2 * 4

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [False, True])
-def test_it_is_the_two_operations(dtype: torch.dtype, biased: bool) -> None:
+def test_linear_gelu_matches_two_operations(dtype: torch.dtype, biased: bool) -> None:
     x, weight, bias = make_layer((2, 5), 16, 24, dtype, biased=biased)
     for given in (x, x[:, 1:], x.transpose(0, 1)):
         out = linear_gelu(given, weight, bias)
@@ -36,7 +36,7 @@ def test_opcheck(rows: tuple[int, ...]) -> None:
     opcheck(op, make_layer(rows, 16, 24, biased=False))
 
 
-def test_a_gradient_is_refused() -> None:
+def test_linear_gelu_backward_raises() -> None:
     x, weight, bias = make_layer((3,), 16, 24)
     with pytest.raises(RuntimeError, match=r"for inference and has no gradient; train with nn\.Linear"):
         linear_gelu(x, weight.requires_grad_(), bias).sum().backward()
@@ -67,14 +67,14 @@ def test_bad_inputs_are_refused(what: str) -> None:
     assert reason in str(error.value)
 
 
-def test_every_reason_is_given_at_once() -> None:
+def test_linear_gelu_bad_arguments_raise_with_every_reason() -> None:
     with pytest.raises(ValueError, match="linear_gelu cannot serve") as error:
         linear_gelu(torch.zeros(2, 15), torch.zeros(24, 16).half(), torch.zeros(16))
     assert str(error.value).count(";") == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_everything(dtype: torch.dtype) -> None:
+def test_linear_gelu_autocast_casts_all_arguments(dtype: torch.dtype) -> None:
     layer = make_layer((3,), 16, 24)
     with torch.autocast("cpu", dtype=dtype):
         out = linear_gelu(*layer)
@@ -93,7 +93,7 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-def test_compiled_whole_with_any_number_of_rows() -> None:
+def test_linear_gelu_compiles_with_any_rows() -> None:
     torch.compiler.reset()
     compiled = torch.compile(linear_gelu, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (3, 5):
@@ -101,14 +101,14 @@ def test_compiled_whole_with_any_number_of_rows() -> None:
         assert torch.equal(compiled(*layer), plain(*layer))
 
 
-def test_flops_are_those_of_the_product() -> None:
+def test_linear_gelu_flops_are_those_of_matmul() -> None:
     layer = make_layer((2, 5), 16, 24)
     with FlopCounterMode(display=False) as counter:
         linear_gelu(*layer)
     assert counter.get_total_flops() == 2 * 2 * 5 * 16 * 24
 
 
-def test_reasons_of_the_kernel() -> None:
+def test_linear_gelu_unsupported_reasons() -> None:
     refusals = availability.linear_gelu_unsupported_reasons(torch.device("cpu"), torch.float64, 2**24)
     assert len(refusals) == 3
     assert "serves cuda tensors, not cpu" in refusals

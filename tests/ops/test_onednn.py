@@ -1,4 +1,4 @@
-"""oneDNN's packed linears behind `beit_fast.private_operators`: parity, refusals, and what the check catches."""
+"""oneDNN's packed linears behind `ops.cpu_linear.onednn`: parity, errors, and what the check finds."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def require(dtype: torch.dtype = torch.float32) -> None:
 
 @pytest.fixture
 def fresh_check():
-    """The check runs anew inside a test that breaks an operator, and again after it."""
+    """Run the check again inside a test that breaks an operator, and after it."""
     onednn._check.cache_clear()
     onednn._operators.cache_clear()
     yield
@@ -32,7 +32,7 @@ def fresh_check():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["none", "gelu", "add"])
 @pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
-def test_a_packed_linear_is_as_exact_as_the_plain_one(rows, inner, columns, form, dtype):
+def test_packed_linear_is_as_exact_as_plain_linear(rows, inner, columns, form, dtype):
     require(dtype)
     x, weight, bias = torch.randn(rows, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
     x, weight, bias, residual = (t.to(dtype) for t in (x, weight, bias, torch.randn(rows, columns)))
@@ -50,7 +50,7 @@ def test_a_packed_linear_is_as_exact_as_the_plain_one(rows, inner, columns, form
     assert_within_budget(form, actual, plain(torch.float64), plain(dtype), 2)
 
 
-def test_any_number_of_rows_and_any_strides_are_served_by_one_packed_weight():
+def test_packed_linear_accepts_any_rows_and_strides():
     require()
     weight = torch.randn(24, 40).t()  # [40, 24], not contiguous
     packed = onednn.pack(weight, 197)
@@ -67,7 +67,7 @@ def test_any_number_of_rows_and_any_strides_are_served_by_one_packed_weight():
     assert torch.equal(residual, before)
 
 
-def test_the_packed_copy_does_not_follow_its_weight():
+def test_pack_copies_the_weight():
     require()
     for size in (1, 16, 64):
         weight, x = torch.ones(size, size), torch.ones(4, size)
@@ -76,7 +76,7 @@ def test_the_packed_copy_does_not_follow_its_weight():
         assert torch.equal(onednn.packed_linear(x, packed, None), torch.full((4, size), float(size)))
 
 
-def test_misfits_are_one_error_that_names_all_of_them():
+def test_packed_linear_with_bad_arguments_raises_one_error():
     require()
     packed = onednn.pack(torch.randn(8, 4), 3)
     with pytest.raises(ValueError, match=r"\[8, 4\] cannot serve: x is \[3, 5\], not \[3, 4\]; bias is torch.float64"):
@@ -92,7 +92,7 @@ def test_misfits_are_one_error_that_names_all_of_them():
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # what `flags` says of Intel's GPUs
-def test_refusals_name_device_dtype_and_switch():
+def test_unsupported_reason_names_device_dtype_and_switch():
     require()
     assert onednn.unsupported_reason("cuda", torch.float32) == "oneDNN serves cpu tensors, not cuda"
     assert "torch.float64 is not supported (expected float32" in onednn.unsupported_reason("cpu", torch.float64)
@@ -103,7 +103,7 @@ def test_refusals_name_device_dtype_and_switch():
     assert onednn.unsupported_reason(torch.device("cpu"), torch.float32) is None
 
 
-def test_the_check_holds_whatever_surrounds_it(fresh_check):
+def test_check_is_independent_of_context(fresh_check):
     require()
     for surrounding in (torch.autocast("cpu"), torch.device("meta"), torch.inference_mode()):
         onednn._check.cache_clear()
@@ -114,7 +114,7 @@ def test_the_check_holds_whatever_surrounds_it(fresh_check):
 
 
 @pytest.mark.parametrize("broken", ["absent", "raises", "wrong", "NaN", "tanh"])
-def test_a_failed_check_is_a_reason_and_info_says_it(fresh_check, monkeypatch, broken):
+def test_failed_check_is_reported_by_info(fresh_check, monkeypatch, broken):
     require()
     onednn._check.cache_clear()
     pack, linear, add = onednn._operators()
@@ -143,6 +143,6 @@ def test_a_failed_check_is_a_reason_and_info_says_it(fresh_check, monkeypatch, b
     monkeypatch.undo()
 
 
-def test_info_says_that_linears_are_packed():
+def test_info_reports_packed_linears():
     require()
     assert "packed linear layers: oneDNN" in info.format_facts(info.gather_facts()).splitlines()

@@ -78,7 +78,7 @@ def through_the_operator(given):
 
 @pytest.mark.parametrize("call", [through_the_function, through_the_operator])
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_input_is_refused_with_its_reason(name, call):
+def test_bad_arguments_raise_with_reason(name, call):
     changes, reason = BAD_INPUTS[name]
     call(arguments({}))
     with pytest.raises(ValueError, match="rel_pos_attention cannot serve") as error:
@@ -91,7 +91,7 @@ def test_bad_input_is_refused_with_its_reason(name, call):
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_INPUTS if not name.startswith("device")])
-def test_meta_tensors_are_refused_for_the_same_reasons(name):
+def test_bad_meta_tensors_raise_with_same_reason(name):
     changes, reason = BAD_INPUTS[name]
     through_the_function(arguments({}, device="meta"))
     with pytest.raises(ValueError, match="cannot serve") as error:
@@ -100,7 +100,7 @@ def test_meta_tensors_are_refused_for_the_same_reasons(name):
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_fake_tensors_are_refused_for_the_same_reasons(name):
+def test_bad_fake_tensors_raise_with_same_reason(name):
     changes, reason = BAD_INPUTS[name]
     with FakeTensorMode():
         through_the_function(arguments({}))
@@ -109,7 +109,7 @@ def test_fake_tensors_are_refused_for_the_same_reasons(name):
     assert reason in str(error.value)
 
 
-def test_a_table_without_a_window_is_one_reason_among_others():
+def test_table_without_window_is_one_of_several_reasons():
     given = arguments({"key_mask": {"dtype": torch.float32}}) | {"window": None}
     with pytest.raises(ValueError, match=r"key_mask must be bool.*a table needs window"):
         beit_fast.rel_pos_attention(**given)
@@ -125,7 +125,7 @@ BAD_BACKWARDS = {
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", BAD_BACKWARDS)
-def test_the_backward_operator_refuses_too(name, device):
+def test_backward_with_bad_arguments_raises(name, device):
     """A kernel would read beyond what it is given."""
     changes, reason = BAD_BACKWARDS[name]
     shapes = {"grad_out": (2, 7, 3, 16), "q": (2, 7, 3, 16), "k": (2, 7, 3, 16), "v": (2, 7, 3, 16), "table": (18, 3)}
@@ -145,7 +145,7 @@ def test_the_backward_operator_refuses_too(name, device):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_no_samples(biased, masked, dropout_p):
+def test_attention_of_empty_batch_has_empty_gradients(biased, masked, dropout_p):
     """Dao-AILab/flash-attention#1159, pytorch/pytorch#133780."""
     q, k, v = (torch.randn(0, 7, 3, 16, requires_grad=True) for _ in range(3))
     table = torch.randn(18, 3, requires_grad=True) if biased else None
@@ -160,7 +160,7 @@ def test_no_samples(biased, masked, dropout_p):
 
 @pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_nan_in_one_sample_stays_there(poisoned, masked):
+def test_attention_with_nan_keeps_it_in_its_sample(poisoned, masked):
     """The gradient of the table sums over samples and may be NaN; nothing else may."""
     tensors = {name: torch.randn(3, 7, 2, 16) for name in ("q", "k", "v", "grad_out")}
     table = torch.randn(table_rows((2, 3)), 2)
@@ -180,7 +180,7 @@ def test_nan_in_one_sample_stays_there(poisoned, masked):
         assert torch.equal(result[[0, 2]], expected[[0, 2]])
 
 
-def test_flop_formulas_are_there_in_either_order_of_imports():
+def test_flop_formulas_are_registered_in_any_import_order():
     for imports in ("torch.utils.flop_counter, beit_fast", "beit_fast, torch.utils.flop_counter"):
         code = f"""
 import torch, {imports}

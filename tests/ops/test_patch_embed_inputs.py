@@ -229,7 +229,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_products_of_torch_in_between_stay_right():
-    """Tile registers are configured anew by whoever uses them: neither side may find the other's configuration."""
+    """Every function configures the tile registers that it uses: neither side may find the other's configuration."""
     arguments = make_inputs((64, 64), (16, 16), embed=96, dtype=torch.bfloat16, pixel_dtype=torch.bfloat16)
     left, right = torch.randn(70, 200).bfloat16(), torch.randn(200, 90).bfloat16()
     tokens, product = beit_fast.patch_embed(**arguments), left @ right

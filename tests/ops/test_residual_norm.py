@@ -72,7 +72,7 @@ def test_opcheck(without: tuple[str, ...]) -> None:
         opcheck(residual_norm_backward_op, (*incoming, total, *others, mean, rstd, torch.bfloat16, wanted))
 
 
-def test_gradients_that_nobody_asked_for_are_not_computed() -> None:
+def test_backward_skips_unneeded_gradients() -> None:
     case = residual_case()
     residual, branch, scale, drop_path_scale, weight, bias = inputs_of(case)
     total, normalized = residual_norm.residual_norm(

@@ -32,11 +32,11 @@ def check_attention() -> None:
         parity.test_a_single_token_attends_to_itself(dtype)
         parity.test_a_mask_that_leaves_one_key(dtype, 40)
         attention.check(attention.draw((24, 24), dtype), (24, 24))
-        attention.test_logits_that_outgrow_the_reference(dtype, 300.0)
-        attention.test_logits_that_outgrow_the_reference(dtype, -300.0)
-        attention.test_a_reference_is_found_behind_masked_keys(dtype)
-        attention.test_one_thread_and_two_give_the_same_bits((14, 14), dtype)
-    attention.test_many_tokens_of_other_head_dimensions(72)
+        attention.test_attention_of_growing_logits_matches_oracle(dtype, 300.0)
+        attention.test_attention_of_growing_logits_matches_oracle(dtype, -300.0)
+        attention.test_attention_with_first_keys_masked_matches_oracle(dtype)
+        attention.test_attention_on_two_threads_returns_same_bits((14, 14), dtype)
+    attention.test_attention_of_many_tokens_matches_oracle(72)
 
 
 def check_patch_embed() -> None:
