@@ -60,6 +60,6 @@ def test_a_model_on_the_kernels(position: str, size: tuple[int, int], dtype: tor
 def test_what_the_kernels_do_not_take_is_refused_with_reasons() -> None:
     q = torch.randn(1, 5, 2, 12, dtype=torch.float64, device=device())
     with pytest.raises(
-        ValueError, match=r"none of float16, bfloat16, float32; head dimension 12 is not a multiple of 8"
+        ValueError, match=r"expected float16, bfloat16 or float32\); head dimension 12 is not a multiple of 8"
     ):
         beit_fast.rel_pos_attention(q, q, q)

@@ -29,7 +29,7 @@ def test_a_head_dimension_that_no_kernel_takes_is_one_reason_among_others(head_d
 @of_triton
 def test_a_dtype_that_no_kernel_takes_is_refused() -> None:
     q = torch.zeros(2, 7, 3, 16, dtype=torch.float64)
-    with pytest.raises(ValueError, match="none of float16, bfloat16, float32"):
+    with pytest.raises(ValueError, match="expected float16, bfloat16 or float32"):
         beit_fast.rel_pos_attention(q, q, q)
 
 
