@@ -18,7 +18,7 @@ from typing import Any
 LIBRARIES = {"_C": "operators on the CPU", "_C_cuda": "patch embedding on CUDA"}
 """The libraries, and what each contains."""
 
-INTERFACE = 1
+INTERFACE = 2
 """Version in a library's file name; increment it when a schema or the meaning of an argument changes. A library with
 another version is never loaded."""
 

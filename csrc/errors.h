@@ -1,9 +1,9 @@
+// Checks of invariants: they keep a direct call of an operator from reading or writing outside of its tensors.
+// beit_fast/ops/validation.py lists every error of a bad call.
 #pragma once
 
 #include <initializer_list>
 #include <optional>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,27 +13,17 @@ namespace beit_fast {
 using Tensor = torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An argument by its name in the schema; nullptr where an optional one was not given.
-using Argument = std::pair<const char*, const Tensor*>;
-
 inline const Tensor* pointer_to(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
-// Whether the native kernels take numbers of this dtype as floating point.
+// Throws std::invalid_argument, ValueError in Python: "beit_fast::<operator_name>: expected <expected>".
+void require(bool condition, const char* operator_name, const char* expected);
+
+// float16, bfloat16, float32 or float64.
 bool is_float(torch::headeronly::ScalarType dtype);
 
-// What Python prints for a dtype, a shape and a device: "float32", "[2, 3]", "cuda:0".
-std::string dtype_name(torch::headeronly::ScalarType dtype);
-std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes);
-std::string device_name(const torch::stable::Device& device);
+bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape);
 
-// Throws std::invalid_argument, ValueError in Python, with the words of `raise_problems` in beit_fast/validation.py:
-//
-//     std::vector<std::string> problems;
-//     if (q.dim() != 4) problems.push_back("q must be [B, N, H, D]");
-//     if (!problems.empty()) {
-//         raise_problems("rel_pos_attention", problems, {{"q", &q}, {"table", pointer_to(table)}});
-//     }
-[[noreturn]] void raise_problems(const char* operator_name, const std::vector<std::string>& problems,
-                                 std::initializer_list<Argument> arguments);
+// Null pointers stand for optional tensors that were not passed.
+bool on_one_device(std::initializer_list<const Tensor*> tensors);
 
 }  // namespace beit_fast

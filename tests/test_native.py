@@ -128,7 +128,7 @@ def test_interface_changes_with_schemas():
         arguments.PATCH_EMBED_CUDA,
     )
     digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:16]
-    assert (native.INTERFACE, digest) == (1, "c96186bb50227aa8")
+    assert (native.INTERFACE, digest) == (2, "c96186bb50227aa8")
 
 
 def test_patch_embed_kernel_per_device_has_reasons_for_others():

@@ -23,7 +23,7 @@ from .arguments import (
 from .dispatch import availability
 from .fallback import attention as fallback
 from .functorch import autograd_function, refuse_forward_mode, transforms_are_active
-from .library import Autograd, Kernel, register_op
+from .library import Autograd, Kernel, call_op, register_op
 from .transforms import cast_first, fold, map_entries, unfold
 from .validation import attention_backward_errors, attention_errors, attention_tensor_errors, raise_errors
 
@@ -66,10 +66,9 @@ def rel_pos_attention(
     window = (1, 1) if window is None else window
     if torch.jit.is_tracing():  # sizes are tensors there, and an operator's integers must be constants
         window = (int(window[0]), int(window[1]))
-    arguments = (q, k, v, table, key_mask, window, scale, dropout_p, seed)
-    if transforms_are_active():
-        return _RelPosAttention.apply(*arguments)[0]
-    return attention_op(*arguments)[0]
+    arguments = AttentionArguments(q, k, v, table, key_mask, window, scale, dropout_p, seed)
+    op = _RelPosAttention.apply if transforms_are_active() else attention_op
+    return call_op(op, "rel_pos_attention", arguments, attention_errors)[0]
 
 
 def _unsupported_reasons(arguments: AttentionArguments | AttentionBackwardArguments) -> Sequence[str]:

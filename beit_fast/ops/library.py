@@ -34,6 +34,18 @@ class Autograd(NamedTuple):
     setup_context: Callable[..., None] | None = None
 
 
+def call_op(op: Callable[..., Any], name: str, arguments: Arguments, errors: Callable[[Arguments], list[str]]) -> Any:
+    """Call an operator, and list every error of its arguments if it raises ValueError: C++ names only the first."""
+    try:
+        return op(*arguments)
+    except ValueError as error:
+        first_error = error
+    found = errors(arguments)
+    if found:
+        raise_errors(name, found, arguments)
+    raise first_error
+
+
 def register_op(
     schema: str,
     arguments: type[Arguments],

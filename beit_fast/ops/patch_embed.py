@@ -17,7 +17,7 @@ from .arguments import PATCH_EMBED, PATCH_EMBED_CUDA, PatchEmbedArguments
 from .dispatch import availability
 from .fallback import patch_embed as fallback
 from .functorch import autograd_function, refuse_forward_mode, transforms_are_active
-from .library import Autograd, Kernel, library, register_op
+from .library import Autograd, Kernel, call_op, library, register_op
 from .transforms import cast_first, fold, map_entries, unfold
 from .validation import patch_embed_errors
 
@@ -51,10 +51,9 @@ def patch_embed(
         ValueError: If shapes, dtypes or devices do not fit; the error lists every reason.
     """
     refuse_forward_mode(pixels, weight, bias, cls, mask_token, pos)
-    arguments = (pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
-    if transforms_are_active():
-        return _PatchEmbed.apply(*arguments)
-    return patch_embed_op(*arguments)
+    arguments = PatchEmbedArguments(pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
+    op = _PatchEmbed.apply if transforms_are_active() else patch_embed_op
+    return call_op(op, "patch_embed", arguments, patch_embed_errors)
 
 
 def _run_cuda(arguments: PatchEmbedArguments) -> Tensor:

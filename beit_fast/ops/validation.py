@@ -90,10 +90,7 @@ def _known(*sizes: int) -> list[int]:
 
 
 def patch_embed_errors(arguments: PatchEmbedArguments) -> list[str]:
-    """What is wrong with the arguments of `patch_embed`. Symbolic sizes are checked at run time.
-
-    `csrc/cpu/patch_embed/arguments.cpp` has the same checks with the same messages.
-    """
+    """What is wrong with the arguments of `patch_embed`. Symbolic sizes are checked at run time."""
     pixels, weight, *_, mean, std = arguments
     tensors: dict[str, Tensor | None] = dict(zip(arguments._fields[:-2], arguments[:-2], strict=True))
     if pixels.ndim != 4 or weight.ndim != 4:

@@ -14,7 +14,7 @@ namespace emulation {
 
 Index thread_index;
 Index block_index;
-int multiprocessors;
+int num_sms;
 
 namespace {
 
@@ -216,9 +216,9 @@ void run_blocks(int64_t blocks, void (*body)()) {
 }  // namespace emulation
 
 // Before each call of the operator: `seed` chooses the order of the threads, and the kernel may read these pixels.
-BEIT_FAST_EXPORT void prepare(int multiprocessors, bool copies_end_early, unsigned seed, const void* pixels,
+BEIT_FAST_EXPORT void prepare(int num_sms, bool copies_end_early, unsigned seed, const void* pixels,
                               int64_t bytes) {
-    emulation::multiprocessors = multiprocessors;
+    emulation::num_sms = num_sms;
     emulation::copies_end_early = copies_end_early;
     emulation::complaint.clear();
     std::iota(emulation::block.order.begin(), emulation::block.order.end(), 0);

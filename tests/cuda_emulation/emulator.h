@@ -14,7 +14,7 @@ struct Index {
 };
 extern Index thread_index;
 extern Index block_index;
-extern int multiprocessors;
+extern int num_sms;
 
 inline int lane() { return static_cast<int>(thread_index.x % 32); }
 

@@ -339,7 +339,7 @@ def test_a_state_dict_of_another_model_is_not_saved(tmp_path: Path, problem: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("product", "operator"), [("onednn", "mkldnn::_linear_pointwise"), ("split_bf16", "beit_fast::_matmul_parts")]
+    ("product", "operator"), [("onednn", "mkldnn::_linear_pointwise"), ("split_bf16", "beit_fast::_matmul_split_bf16")]
 )
 def test_the_linears_of_cpu_training_run_in_sharded_models(tmp_path: Path, product: str, operator: str) -> None:
     """What multiplies keeps weights for the backward pass, which FSDP2 frees and gathers again in between."""

@@ -20,19 +20,19 @@ BAD_CALLS = {
     "fp64": ({"x": torch.zeros(4, 40, dtype=torch.float64)}, ["x must be float32"]),
     "bf16": ({"x": torch.zeros(4, 40, dtype=torch.bfloat16)}, ["x must be float32"]),
     "a number": ({"x": torch.zeros(())}, ["x must be [..., K]"]),
-    "depth": ({"x": torch.zeros(4, 65)}, ["packed must be what _pack_parts makes of [6, 65] in 3 parts"]),
-    "columns": ({"out_features": 33}, ["[33, 40] in 3 parts, uint8 [2, 12288]", "bias must be [N] = [33]"]),
+    "depth": ({"x": torch.zeros(4, 65)}, ["packed must be what _pack_split_bf16 returns for [6, 65] and 3 terms"]),
+    "columns": ({"out_features": 33}, ["[33, 40] and 3 terms, uint8 [2, 12288]", "bias must be [N] = [33]"]),
     "negative columns": ({"out_features": -1}, ["out_features must not be negative"]),
-    "other terms": ({"terms": 2}, ["packed must be what _pack_parts makes of [6, 40] in 2 parts"]),
-    "number of terms": ({"terms": 4}, ["parts is 4, not 2 or 3"]),
-    "floats for bytes": ({"packed": torch.zeros(1, 12288)}, ["packed must be what _pack_parts makes of"]),
+    "other terms": ({"terms": 2}, ["packed must be what _pack_split_bf16 returns for [6, 40] and 2 terms"]),
+    "number of terms": ({"terms": 4}, ["terms is 4, not 2 or 3"]),
+    "floats for bytes": ({"packed": torch.zeros(1, 12288)}, ["packed must be what _pack_split_bf16 returns for"]),
     "bias": ({"bias": torch.zeros(1, 6)}, ["bias must be [N] = [6]"]),
     "bias of halves": ({"bias": torch.zeros(6).half()}, ["bias must be float32"]),
     "residual": ({"residual": torch.zeros(6)}, ["residual must be [..., N] = [4, 6]"]),
     "device": ({"bias": torch.zeros(6, device="meta")}, ["all tensors must be on one device"]),
     "all at once": (
         {"x": torch.zeros(4, 40).half(), "bias": torch.zeros(5), "terms": 1},
-        ["x must be float32", "bias must be [N] = [6]", "parts is 1, not 2 or 3"],
+        ["x must be float32", "bias must be [N] = [6]", "terms is 1, not 2 or 3"],
     ),
 }
 
@@ -49,7 +49,7 @@ def test_linear_with_bad_arguments_raises_one_error(name):
         "bias": torch.zeros(6),
         "residual": torch.zeros(4, 6),
     }
-    with pytest.raises(ValueError, match=r"beit_fast::_linear_parts cannot serve x ") as raised:
+    with pytest.raises(ValueError, match=r"beit_fast::_linear_split_bf16 cannot serve x ") as raised:
         split_bf16.linear(**good | changes)
     for reason in reasons:
         assert reason in str(raised.value)
@@ -61,11 +61,11 @@ def test_linear_with_bad_arguments_raises_one_error(name):
     [
         (torch.zeros(4, 40, dtype=torch.float64), 3, "matrix must be float32"),
         (torch.zeros(4, 40, 2), 3, "matrix must be [N, K], or [K, N] where it is transposed"),
-        (torch.zeros(4, 40), 1, "parts is 1, not 2 or 3"),
+        (torch.zeros(4, 40), 1, "terms is 1, not 2 or 3"),
     ],
 )
 def test_pack_with_bad_matrix_raises(matrix, terms, reason):
-    with pytest.raises(ValueError, match="beit_fast::_pack_parts cannot serve matrix ") as raised:
+    with pytest.raises(ValueError, match="beit_fast::_pack_split_bf16 cannot serve matrix ") as raised:
         split_bf16.pack(matrix, terms)
     assert reason in str(raised.value)
 
@@ -101,8 +101,8 @@ def test_operators_without_library_raise_one_error():
     reason, errors = refused(BEIT_FAST_NATIVE="0")
     assert reason == "BEIT_FAST_NATIVE=0 was set when beit_fast was imported"
     assert errors == [
-        f"beit_fast::_pack_parts cannot serve matrix float32[3, 4] on cpu: {reason}",
-        f"beit_fast::_linear_parts cannot serve x float32[2, 4] on cpu, packed uint8[1, 6144] on cpu: {reason}",
+        f"beit_fast::_pack_split_bf16 cannot serve matrix float32[3, 4] on cpu: {reason}",
+        f"beit_fast::_linear_split_bf16 cannot serve x float32[2, 4] on cpu, packed uint8[1, 6144] on cpu: {reason}",
     ]
 
 
@@ -123,7 +123,7 @@ def test_unsupported_reason_names_older_library(monkeypatch):
 @pytest.mark.skipif(not native.is_loaded("_C"), reason="the native library is not loaded")
 def test_native_ask_returns_known_facts():
     assert native.ask("beit_fast_cpu_isa") == native.instruction_sets()[0]
-    assert native.ask("beit_fast_parts_refusal") is not None
+    assert native.ask("beit_fast_split_bf16_unsupported") is not None
     assert native.ask("beit_fast_no_such_function") is None
 
 
@@ -143,14 +143,14 @@ def test_meta_tensors_return_shapes():
         ({"matrix": torch.randn(8)}, "matrix must be [N, K], or [K, N]"),
         ({"matrix": torch.randn(4, 8).half()}, "matrix must be float32"),
         ({"bias": torch.randn(5)}, "bias must be [N] = [4]"),
-        ({"terms": 1}, "parts is 1, not 2 or 3"),
+        ({"terms": 1}, "terms is 1, not 2 or 3"),
     ],
 )
 def test_matmul_with_bad_arguments_raises(change, reason):
     call = {"x": torch.randn(2, 8), "matrix": torch.randn(4, 8), "terms": 3, "bias": torch.randn(4)} | change
     messages = []
     for move in (lambda x: x, lambda x: x.to("meta") if torch.is_tensor(x) else x):
-        with pytest.raises(ValueError, match="_matmul_parts cannot serve") as raised:
+        with pytest.raises(ValueError, match="_matmul_split_bf16 cannot serve") as raised:
             split_bf16.matmul(**{name: move(value) for name, value in call.items()})
         messages.append(str(raised.value))
     assert all(reason in message for message in messages)

@@ -99,7 +99,7 @@ def load() -> ctypes.CDLL:
 
 def embed(
     arguments: dict[str, Any],
-    multiprocessors: int = LARGE,
+    num_sms: int = LARGE,
     *,
     allow_tf32: bool = False,
     copies_end_early: bool = False,
@@ -112,7 +112,7 @@ def embed(
     """
     library = load()
     storage = arguments["pixels"].untyped_storage()
-    library.prepare(multiprocessors, copies_end_early, seed, storage.data_ptr(), storage.nbytes())
+    library.prepare(num_sms, copies_end_early, seed, storage.data_ptr(), storage.nbytes())
     tokens = torch.ops.beit_fast._patch_embed_cuda(*arguments.values(), allow_tf32)
     complaint = library.complaint().decode()
     assert not complaint, complaint

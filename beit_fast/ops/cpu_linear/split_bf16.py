@@ -13,14 +13,14 @@ numbers lose their last bits from 2**-110 downwards. An infinity among the opera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import native
-from ..library import Kernel, register_op
+from ..library import Kernel, call_op, register_op
 from ..validation import shapes_differ
 
 _SIDE, _DEPTH = 32, 32  # columns of a panel, numbers that one step sums over
@@ -32,7 +32,7 @@ def unsupported_reason() -> str | None:
     reason = native.unsupported_reason("_C")
     if reason is not None or not native.is_loaded("_C"):
         return reason or f"{native.file_name('_C')} is not loaded"
-    answer = native.ask("beit_fast_parts_refusal")
+    answer = native.ask("beit_fast_split_bf16_unsupported")
     if answer is None:
         return f"{native.file_name('_C')} was built before it had split-bf16 linear layers; build it again"
     return answer or None
@@ -54,7 +54,8 @@ def pack(matrix: Tensor, terms: int, *, transposed: bool = False) -> Tensor:
     Returns:
         Opaque bytes `[ceil(N / 32), bytes]`: 1.5 times the matrix's size for three terms, its size for two.
     """
-    return pack_op(matrix, transposed, terms)
+    arguments = _PackArguments(matrix, transposed, terms)
+    return call_op(pack_op, "_pack_split_bf16", arguments, _with_unsupported(_pack_errors))
 
 
 def linear(
@@ -82,7 +83,8 @@ def linear(
     Returns:
         `[..., N]`. The bits of a number depend only on its row of `x` and its column of the matrix.
     """
-    return linear_op(x, packed, out_features, terms, bias, residual, gelu)
+    arguments = _LinearArguments(x, packed, out_features, terms, bias, residual, gelu)
+    return call_op(linear_op, "_linear_split_bf16", arguments, _with_unsupported(_linear_errors))
 
 
 def matmul(x: Tensor, matrix: Tensor, terms: int, bias: Tensor | None = None) -> Tensor:
@@ -90,7 +92,8 @@ def matmul(x: Tensor, matrix: Tensor, terms: int, bias: Tensor | None = None) ->
 
     The thread keeps the memory of the packed matrix for its next product: 1.5 times the matrix's for three terms.
     """
-    return matmul_op(x, matrix, terms, bias)
+    arguments = _MatmulArguments(x, matrix, terms, bias)
+    return call_op(matmul_op, "_matmul_split_bf16", arguments, _with_unsupported(_matmul_errors))
 
 
 class _PackArguments(NamedTuple):
@@ -121,11 +124,11 @@ def _pack_errors(arguments: _PackArguments) -> list[str]:
 
 
 def _matrix_errors(matrix: Tensor, terms: int) -> list[str]:
-    """What is wrong with a right operand; csrc/cpu/linear has the same checks with the same messages."""
+    """What is wrong with a right operand."""
     errors = [] if matrix.ndim == 2 else ["matrix must be [N, K], or [K, N] where it is transposed"]
     if matrix.dtype != torch.float32:
         errors.append("matrix must be float32")
-    return errors if terms in (2, 3) else [*errors, f"parts is {terms}, not 2 or 3"]
+    return errors if terms in (2, 3) else [*errors, f"terms is {terms}, not 2 or 3"]
 
 
 def _linear_errors(arguments: _LinearArguments) -> list[str]:
@@ -138,12 +141,12 @@ def _linear_errors(arguments: _LinearArguments) -> list[str]:
     if isinstance(out_features, int) and out_features < 0:
         errors.append("out_features must not be negative")
     if terms not in (2, 3):
-        errors.append(f"parts is {terms}, not 2 or 3")
+        errors.append(f"terms is {terms}, not 2 or 3")
     if x.ndim:
         panels, step_bytes = _packed_shape(max(0, out_features), x.shape[-1], terms)
         if packed.dtype != torch.uint8 or shapes_differ(packed, [panels, step_bytes]):
             errors.append(
-                f"packed must be what _pack_parts makes of [{out_features}, {x.shape[-1]}] in {terms} parts, "
+                f"packed must be what _pack_split_bf16 returns for [{out_features}, {x.shape[-1]}] and {terms} terms, "
                 f"uint8 [{panels}, {step_bytes}]"
             )
         if residual is not None and shapes_differ(residual, [*x.shape[:-1], out_features]):
@@ -196,6 +199,16 @@ def _unsupported_reasons(arguments: Any) -> Sequence[str]:
     return [*reasons, reason or "the native library has no such kernel"]
 
 
+def _with_unsupported(errors: Callable[[Any], list[str]]) -> Callable[[Any], list[str]]:
+    """The errors of the arguments, and why no kernel is supported in this process."""
+
+    def all_errors(arguments: Any) -> list[str]:
+        reason = unsupported_reason()
+        return errors(arguments) if reason is None else [*errors(arguments), reason]
+
+    return all_errors
+
+
 def _fail(arguments: Any) -> None:
     raise AssertionError("there is always a reason")
 
@@ -203,14 +216,14 @@ def _fail(arguments: Any) -> None:
 _WITHOUT_LIBRARY = Kernel(_fail, _unsupported_reasons)
 
 pack_op = register_op(
-    "_pack_parts(Tensor matrix, bool transposed, int terms) -> Tensor",
+    "_pack_split_bf16(Tensor matrix, bool transposed, int terms) -> Tensor",
     _PackArguments,
     errors=_pack_errors,
     fallback=_WITHOUT_LIBRARY,
     fake=_fake_pack,
 )
 linear_op = register_op(
-    "_linear_parts(Tensor x, Tensor packed, SymInt out_features, int terms, Tensor? bias=None, "
+    "_linear_split_bf16(Tensor x, Tensor packed, SymInt out_features, int terms, Tensor? bias=None, "
     "Tensor? residual=None, bool gelu=False) -> Tensor",
     _LinearArguments,
     errors=_linear_errors,
@@ -218,7 +231,7 @@ linear_op = register_op(
     fake=_fake_linear,
 )
 matmul_op = register_op(
-    "_matmul_parts(Tensor x, Tensor matrix, int terms, Tensor? bias=None) -> Tensor",
+    "_matmul_split_bf16(Tensor x, Tensor matrix, int terms, Tensor? bias=None) -> Tensor",
     _MatmulArguments,
     errors=_matmul_errors,
     fallback=_WITHOUT_LIBRARY,

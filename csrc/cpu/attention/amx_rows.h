@@ -9,24 +9,24 @@
 namespace beit_fast {
 namespace {
 
-// bf16, one part, stays as it is; other types come as fp32.
-template <int kParts>
+// bf16, one term, stays as it is; other types come as fp32.
+template <int kTerms>
 class AmxRows {
 public:
-    AmxRows(const AttentionProblem& problem, int64_t length, Scratch& scratch)
-        : problem_(problem), length_(length), rows_(scratch.take<Number>(kStepDepth * length)) {}
+    AmxRows(const AttentionParams& params, int64_t length, Scratch& scratch)
+        : params_(params), length_(length), rows_(scratch.take<Number>(kStepDepth * length)) {}
 
     // Reads up to 32 inner tokens from `first` on; zeros behind D and behind the last token.
     void read(const TokensView& view, int64_t batch, int64_t head, TokenOrder order, int64_t first, int64_t count) {
-        read_tokens(rows_, length_, problem_, view, batch, head, order, first, count);
+        read_tokens(rows_, length_, params_, view, batch, head, order, first, count);
     }
 
     // 32 rows as two rows of tiles of A, summed over dims: [key tile][depth step].
     BEIT_FAST_FLAT void pack_keys(uint32_t* to, int64_t depth_steps) const {
-        const int64_t size = depth_steps * kTileSize<kParts>;
-        if constexpr (kParts > 1) {
-            pack_left<kParts>(to, rows_, length_, depth_steps * kStepDepth);
-            pack_left<kParts>(to + size, rows_ + kTileRows * length_, length_, depth_steps * kStepDepth);
+        const int64_t size = depth_steps * kTileSize<kTerms>;
+        if constexpr (kTerms > 1) {
+            pack_left<kTerms>(to, rows_, length_, depth_steps * kStepDepth);
+            pack_left<kTerms>(to + size, rows_ + kTileRows * length_, length_, depth_steps * kStepDepth);
         } else {
             for (int row = 0; row < kStepDepth; ++row) {
                 uint32_t* tile = to + row / kTileRows * size + row % kTileRows * 16;
@@ -39,8 +39,8 @@ public:
 
     // 16 rows as columns of B, summed over dims: [depth step].
     BEIT_FAST_FLAT void pack_queries(uint32_t* to, int64_t depth_steps) const {
-        if constexpr (kParts > 1) {
-            pack_right_transposed<kParts>(to, rows_, length_, depth_steps * kStepDepth);
+        if constexpr (kTerms > 1) {
+            pack_right_transposed<kTerms>(to, rows_, length_, depth_steps * kStepDepth);
         } else {
             for (int64_t depth = 0; depth < depth_steps; ++depth) {
                 Words square[kTileRows];
@@ -53,11 +53,11 @@ public:
     // 32 rows, of which neighbours share a word, as columns of A, summed over the rows: [dim tile].
     BEIT_FAST_FLAT void pack_values(uint32_t* to, int64_t tiles) const {
         for (int64_t dim = 0; dim < tiles * kTileRows; dim += 2 * kTileRows) {
-            uint32_t* tile = to + dim / kTileRows * kTileSize<kParts>;
-            if constexpr (kParts > 1) {
+            uint32_t* tile = to + dim / kTileRows * kTileSize<kTerms>;
+            if constexpr (kTerms > 1) {
                 const float* rows = rows_ + dim;
-                put_transposed<kParts>(tile, rows, rows + length_, 2 * length_);
-                put_transposed<kParts>(tile + kTileSize<kParts>, rows + kTileRows, rows + kTileRows + length_,
+                put_transposed<kTerms>(tile, rows, rows + length_, 2 * length_);
+                put_transposed<kTerms>(tile + kTileSize<kTerms>, rows + kTileRows, rows + kTileRows + length_,
                                        2 * length_);
             } else {
                 Words even[kTileRows], odd[kTileRows];  // dims
@@ -73,7 +73,7 @@ public:
     }
 
 private:
-    using Number = std::conditional_t<kParts == 1, uint16_t, float>;
+    using Number = std::conditional_t<kTerms == 1, uint16_t, float>;
 
     // 32 numbers of a row from `dim` on, neighbours in a word.
     Words load_words(int64_t row, int64_t dim) const {
@@ -85,7 +85,7 @@ private:
         for (int row = 0; row < kTileRows; ++row) store(to + row * stride, square[row]);
     }
 
-    const AttentionProblem& problem_;
+    const AttentionParams& params_;
     const int64_t length_;
     Number* rows_;
 };

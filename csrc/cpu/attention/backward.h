@@ -1,7 +1,7 @@
-// Backward of attention. An item is one head of one sample and one part of its keys; all of its queries pass
-// by in blocks, 64 keys at a time. With P the weights and dP = dO V^T:
+// Backward of attention. An item is one head of one sample and one split of its keys. It visits all queries
+// in blocks, 64 keys at a time. With P the weights and dP = dO V^T:
 //     dS = P (dP - delta),  delta = sum(dO O),  dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K,
-// and the gradient of the bias is dS, added up in the band's own layout and then along the diagonals of the table.
+// and the gradient of the bias is dS, added up in the layout of the packed bias and then along the diagonals of the table.
 #pragma once
 
 #include <algorithm>
@@ -14,38 +14,38 @@ namespace {
 
 constexpr int64_t kKeyBlock = 64;
 
-// Inner keys that item part `part` owns.
+// Inner keys of one split.
 struct KeyRange {
     int64_t first, count;
 
-    KeyRange(const BackwardProblem& problem, int64_t part) {
-        const int64_t blocks = padded(problem.tokens, kKeyBlock) / kKeyBlock;
-        first = blocks * part / problem.key_parts * kKeyBlock;
-        count = std::min(blocks * (part + 1) / problem.key_parts * kKeyBlock, problem.tokens) - first;
+    KeyRange(const BackwardParams& params, int64_t split) {
+        const int64_t blocks = padded(params.tokens, kKeyBlock) / kKeyBlock;
+        first = blocks * split / params.num_splits * kKeyBlock;
+        count = std::min(blocks * (split + 1) / params.num_splits * kKeyBlock, params.tokens) - first;
     }
 };
 
-inline int64_t table_rows(const AttentionProblem& problem) {
-    return (2 * problem.window_height - 1) * (2 * problem.window_width - 1) + 3;
+inline int64_t table_rows(const AttentionParams& params) {
+    return (2 * params.window_height - 1) * (2 * params.window_width - 1) + 3;
 }
 
-// Sums a band of gradients along the diagonals into `rows`, table rows of one head.
+// Sums gradients in the layout of the packed bias along the diagonals into `rows`, table rows of one head.
 template <class T>
-inline void reduce_band(T* rows, const T* band, T cls_to_patch, const BandGeometry& geometry) {
-    const int64_t wide = 2 * geometry.width - 1, tall = 2 * geometry.height - 1;
+inline void reduce_packed_bias(T* rows, const T* packed, T cls_to_patch, const PackedBiasLayout& layout) {
+    const int64_t wide = 2 * layout.width - 1, tall = 2 * layout.height - 1;
     std::fill(rows, rows + wide * tall, T(0));
-    for (int64_t cj = 0; cj < geometry.width; ++cj) {
+    for (int64_t cj = 0; cj < layout.width; ++cj) {
         for (int64_t u = 0; u < tall; ++u) {
-            const T* from = band + cj * geometry.column + u * geometry.width;
-            T* to = rows + u * wide + geometry.width - 1 - cj;
-            for (int64_t ci = 0; ci < geometry.width; ++ci) to[ci] += from[ci];
+            const T* from = packed + cj * layout.column + u * layout.width;
+            T* to = rows + u * wide + layout.width - 1 - cj;
+            for (int64_t ci = 0; ci < layout.width; ++ci) to[ci] += from[ci];
         }
     }
     T patch_to_cls = T(0);
-    for (int64_t i = 0; i < geometry.patches; ++i) patch_to_cls += band[geometry.cls_row + i];
+    for (int64_t i = 0; i < layout.patches; ++i) patch_to_cls += packed[layout.cls_row + i];
     rows[wide * tall] = cls_to_patch;
     rows[wide * tall + 1] = patch_to_cls;
-    rows[wide * tall + 2] = band[geometry.cls_row + geometry.patches];
+    rows[wide * tall + 2] = packed[layout.cls_row + layout.patches];
 }
 
 // The five products of a block of queries and a block of keys, on vectors. Rows of keys and of queries have `length`
@@ -120,10 +120,10 @@ private:
     T *queries_transposed_, *grads_transposed_;
 };
 
-// The keys of the largest part, in whole blocks.
-inline int64_t most_keys(const BackwardProblem& problem) {
-    const int64_t blocks = padded(problem.tokens, kKeyBlock) / kKeyBlock;
-    return padded(blocks, problem.key_parts) / problem.key_parts * kKeyBlock;
+// The keys of the largest split, in whole blocks.
+inline int64_t most_keys(const BackwardParams& params) {
+    const int64_t blocks = padded(params.tokens, kKeyBlock) / kKeyBlock;
+    return padded(blocks, params.num_splits) / params.num_splits * kKeyBlock;
 }
 
 template <class Products>
@@ -133,11 +133,11 @@ class Backward {
 public:
     static constexpr int64_t kQueries = Products::kMostVectors * kLanes<T>;
 
-    Backward(const BackwardProblem& problem, Scratch& scratch)
-        : problem_(problem),
-          geometry_(problem),
-          length_(padded(problem.head_dim, Products::kMultiple)),
-          most_keys_(most_keys(problem)),
+    Backward(const BackwardParams& params, Scratch& scratch)
+        : params_(params),
+          layout_(params),
+          length_(padded(params.head_dim, Products::kMultiple)),
+          most_keys_(most_keys(params)),
           products_(length_, most_keys_, scratch),
           keys_(scratch.take<T>(most_keys_ * length_)),
           values_(scratch.take<T>(most_keys_ * length_)),
@@ -149,42 +149,42 @@ public:
           grad_queries_(scratch.take<T>(kQueries * length_)),
           weights_(scratch.take<T>(kKeyBlock * kQueries)),
           grad_scores_(scratch.take<T>(kKeyBlock * kQueries)),
-          grad_band_(problem.grad_table == nullptr ? nullptr : scratch.take<T>(geometry_.size)) {}
+          grad_bias_(params.grad_table == nullptr ? nullptr : scratch.take<T>(layout_.size)) {}
 
-    void run(int64_t batch, int64_t head, int64_t part, const HeadBias<T>& bias) {
-        const KeyRange keys(problem_, part);
+    void run(int64_t batch, int64_t head, int64_t split, const HeadBias<T>& bias) {
+        const KeyRange keys(params_, split);
         const int64_t rows = padded(keys.count, kKeyBlock);
-        const TokenOrder order{problem_.tokens};
-        read_tokens(keys_, length_, problem_, problem_.k, batch, head, order, keys.first, rows);
-        read_tokens(values_, length_, problem_, problem_.v, batch, head, order, keys.first, rows);
+        const TokenOrder order{params_.tokens};
+        read_tokens(keys_, length_, params_, params_.k, batch, head, order, keys.first, rows);
+        read_tokens(values_, length_, params_, params_.v, batch, head, order, keys.first, rows);
         products_.load_keys(keys_, values_, rows);
         std::fill(grad_keys_, grad_keys_ + rows * length_, T(0));
         std::fill(grad_values_, grad_values_ + rows * length_, T(0));
-        if (grad_band_ != nullptr) std::fill(grad_band_, grad_band_ + geometry_.size, T(0));
+        if (grad_bias_ != nullptr) std::fill(grad_bias_, grad_bias_ + layout_.size, T(0));
         cls_to_patch_ = T(0);
-        for (int64_t query = 0; query < problem_.tokens; query += kQueries) {
-            const int64_t vectors = padded(std::min(kQueries, problem_.tokens - query), kLanes<T>) / kLanes<T>;
-            run_queries<Products::kMostVectors>(vectors, batch, head, part, query, keys, bias);
+        for (int64_t query = 0; query < params_.tokens; query += kQueries) {
+            const int64_t vectors = padded(std::min(kQueries, params_.tokens - query), kLanes<T>) / kLanes<T>;
+            run_queries<Products::kMostVectors>(vectors, batch, head, split, query, keys, bias);
         }
-        write_rows(problem_.grad_k, grad_keys_, static_cast<T>(problem_.scale), batch, head, keys.first, keys.count);
-        write_rows(problem_.grad_v, grad_values_, T(1), batch, head, keys.first, keys.count);
-        if (grad_band_ != nullptr) {
-            const int64_t at = (head * problem_.batch + batch) * problem_.key_parts + part;
-            T* to = static_cast<T*>(problem_.partial_grad_table) + at * table_rows(problem_);
-            reduce_band(to, grad_band_, cls_to_patch_, geometry_);
+        write_rows(params_.grad_k, grad_keys_, static_cast<T>(params_.scale), batch, head, keys.first, keys.count);
+        write_rows(params_.grad_v, grad_values_, T(1), batch, head, keys.first, keys.count);
+        if (grad_bias_ != nullptr) {
+            const int64_t at = (head * params_.batch + batch) * params_.num_splits + split;
+            T* to = static_cast<T*>(params_.partial_grad_table) + at * table_rows(params_);
+            reduce_packed_bias(to, grad_bias_, cls_to_patch_, layout_);
         }
     }
 
 private:
     template <int kVectors>
-    void run_queries(int64_t vectors, int64_t batch, int64_t head, int64_t part, int64_t first_query, KeyRange keys,
+    void run_queries(int64_t vectors, int64_t batch, int64_t head, int64_t split, int64_t first_query, KeyRange keys,
                      const HeadBias<T>& bias) {
         if constexpr (kVectors > Products::kLeastVectors) {
             if (vectors <= kVectors / 2) {
-                return run_queries<kVectors / 2>(vectors, batch, head, part, first_query, keys, bias);
+                return run_queries<kVectors / 2>(vectors, batch, head, split, first_query, keys, bias);
             }
         }
-        Logits<T, kVectors> logits(problem_, bias);
+        Logits<T, kVectors> logits(params_, bias);
         logits.begin(batch, head, first_query);
         Vector<T> lse[kVectors], delta[kVectors];
         load_queries<kVectors>(logits, batch, head, lse, delta);
@@ -195,7 +195,7 @@ private:
             products_.template mix<kVectors>(key, count, weights_, grad_scores_, grad_values_, grad_keys_,
                                              grad_queries_);
         }
-        write_grad_queries<kVectors>(logits, batch, head, part);
+        write_grad_queries<kVectors>(logits, batch, head, split);
     }
 
     template <int kVectors>
@@ -203,19 +203,19 @@ private:
                       Vector<T>* delta) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
         const int64_t first = logits.first_query();
-        const TokenOrder order{problem_.tokens};
-        read_tokens(queries_, length_, problem_, problem_.q, batch, head, order, first, kColumns);
-        read_tokens(grads_, length_, problem_, problem_.grad_out, batch, head, order, first, kColumns);
-        read_tokens(outs_, length_, problem_, problem_.out, batch, head, order, first, kColumns);
+        const TokenOrder order{params_.tokens};
+        read_tokens(queries_, length_, params_, params_.q, batch, head, order, first, kColumns);
+        read_tokens(grads_, length_, params_, params_.grad_out, batch, head, order, first, kColumns);
+        read_tokens(outs_, length_, params_, params_.out, batch, head, order, first, kColumns);
         products_.template load_queries<kVectors>(queries_, grads_);
         for (int v = 0; v < kVectors; ++v) {
             const int64_t row = v * kLanes<T>;
             for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-                const int64_t at = batch * problem_.lse_batch_stride + head * problem_.lse_head_stride +
-                                   logits.token(row + lane) * problem_.lse_token_stride;
-                const T value = static_cast<const T*>(problem_.lse)[at] * static_cast<T>(1.4426950408889634);
+                const int64_t at = batch * params_.lse_batch_stride + head * params_.lse_head_stride +
+                                   logits.token(row + lane) * params_.lse_token_stride;
+                const T value = static_cast<const T*>(params_.lse)[at] * static_cast<T>(1.4426950408889634);
                 // Padding, and queries that had no key: their weights have to be 0.
-                const bool real = first + row + lane < problem_.tokens && value != -Logits<T, kVectors>::kInfinity;
+                const bool real = first + row + lane < params_.tokens && value != -Logits<T, kVectors>::kInfinity;
                 lse[v][lane] = real ? value : Logits<T, kVectors>::kInfinity;
                 Vector<T> products{};
                 for (int64_t dim = (row + lane) * length_; dim < (row + lane + 1) * length_; dim += kLanes<T>) {
@@ -228,7 +228,7 @@ private:
         }
     }
 
-    // Turns scores and dP into the weights and dS of a block of keys, in place, and adds dS to the band.
+    // Turns scores and dP into the weights and dS of a block of keys, in place, and adds dS to the gradient of the bias.
     template <int kVectors>
     void differentiate(const Logits<T, kVectors>& logits, int64_t first_key, int64_t pairs, const HeadBias<T>& bias,
                        const Vector<T>* lse, const Vector<T>* delta) {
@@ -248,27 +248,27 @@ private:
                 grad = weight * (grad - delta[v]);
                 store(weights_ + at, kept);
                 store(grad_scores_ + at, grad);
-                if (grad_band_ != nullptr && key + i < problem_.tokens) add_to_band(logits, bias, key + i, v, grad);
+                if (grad_bias_ != nullptr && key + i < params_.tokens) add_to_grad_bias(logits, bias, key + i, v, grad);
             }
         };
         logits.visit(weights_, first_key, pairs, take);
     }
 
     template <int kVectors>
-    void add_to_band(const Logits<T, kVectors>& logits, const HeadBias<T>& bias, int64_t key, int v, Vector<T> grad) {
-        if (logits.has_cls() && key + 1 != problem_.tokens) {
+    void add_to_grad_bias(const Logits<T, kVectors>& logits, const HeadBias<T>& bias, int64_t key, int v, Vector<T> grad) {
+        if (logits.has_cls() && key + 1 != params_.tokens) {
             const Vector<T> of_cls = logits.is_cls(v) ? grad : Vector<T>{};
             for (int lane = 0; lane < kLanes<T>; ++lane) cls_to_patch_ += of_cls[lane];
             grad = logits.is_cls(v) ? Vector<T>{} : grad;
         }
-        T* at = grad_band_ + bias.offsets[key] + logits.first_query() + v * kLanes<T>;
+        T* at = grad_bias_ + bias.offsets[key] + logits.first_query() + v * kLanes<T>;
         store(at, load(at) + grad);
     }
 
     template <int kVectors>
-    void write_grad_queries(const Logits<T, kVectors>& logits, int64_t batch, int64_t head, int64_t part) {
+    void write_grad_queries(const Logits<T, kVectors>& logits, int64_t batch, int64_t head, int64_t split) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
-        if (problem_.grad_q == nullptr) return;
+        if (params_.grad_q == nullptr) return;
         for (int v = 0; v < kVectors; ++v) {  // queries_ takes dQ as rows
             for (int64_t dim = 0; dim < length_; dim += kLanes<T>) {
                 Vector<T> square[kLanes<T>];
@@ -281,72 +281,72 @@ private:
                 }
             }
         }
-        const int64_t count = std::min(kColumns, problem_.tokens - logits.first_query());
-        if (problem_.key_parts == 1) {
-            const T scale = static_cast<T>(problem_.scale);
-            write_rows(problem_.grad_q, queries_, scale, batch, head, logits.first_query(), count);
+        const int64_t count = std::min(kColumns, params_.tokens - logits.first_query());
+        if (params_.num_splits == 1) {
+            const T scale = static_cast<T>(params_.scale);
+            write_rows(params_.grad_q, queries_, scale, batch, head, logits.first_query(), count);
             return;
         }
-        T* partial = static_cast<T*>(problem_.partial_grad_q);
+        T* partial = static_cast<T*>(params_.partial_grad_q);
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = (part * problem_.batch + batch) * problem_.tokens + logits.token(i);
-            std::memcpy(partial + (row * problem_.heads + head) * problem_.head_dim, queries_ + i * length_,
-                        sizeof(T) * problem_.head_dim);
+            const int64_t row = (split * params_.batch + batch) * params_.tokens + logits.token(i);
+            std::memcpy(partial + (row * params_.heads + head) * params_.head_dim, queries_ + i * length_,
+                        sizeof(T) * params_.head_dim);
         }
     }
 
-    // Writes rows of T times `factor` to tokens of a contiguous gradient, null where nobody asked for it.
+    // Writes rows of T times `factor` to tokens of a contiguous gradient, or nothing if `grad` is null.
     void write_rows(void* grad, const T* rows, T factor, int64_t batch, int64_t head, int64_t first, int64_t count) {
         if (grad == nullptr) return;
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = batch * problem_.tokens + token_of(first + i, problem_.tokens);
-            const int64_t at = (row * problem_.heads + head) * problem_.head_dim;
-            for (int64_t dim = 0; dim < problem_.head_dim; dim += kLanes<T>) {
-                write_lanes<T>(element(grad, problem_.type, at + dim), load(rows + i * length_ + dim) * factor,
-                               problem_.type, problem_.head_dim - dim);
+            const int64_t row = batch * params_.tokens + token_of(first + i, params_.tokens);
+            const int64_t at = (row * params_.heads + head) * params_.head_dim;
+            for (int64_t dim = 0; dim < params_.head_dim; dim += kLanes<T>) {
+                write_lanes<T>(element(grad, params_.type, at + dim), load(rows + i * length_ + dim) * factor,
+                               params_.type, params_.head_dim - dim);
             }
         }
     }
 
-    const BackwardProblem& problem_;
-    const BandGeometry geometry_;
+    const BackwardParams& params_;
+    const PackedBiasLayout layout_;
     const int64_t length_, most_keys_;
     Products products_;
     T *keys_, *values_, *grad_keys_, *grad_values_;
     T *queries_, *grads_, *outs_, *grad_queries_;
-    T *weights_, *grad_scores_, *grad_band_;
+    T *weights_, *grad_scores_, *grad_bias_;
     T cls_to_patch_ = T(0);
 };
 
-// Adds up the parts of dQ and the partial gradients of the table, in one order whatever the number of threads.
+// Sums the partial results of dQ and of the table, in an order that does not depend on the number of threads.
 template <class T>
-inline void reduce_head(const BackwardProblem& problem, int64_t head) {
-    if (problem.partial_grad_q != nullptr) {
-        const T* partial = static_cast<const T*>(problem.partial_grad_q);
-        const int64_t plane = problem.batch * problem.tokens * problem.heads * problem.head_dim;
-        for (int64_t row = 0; row < problem.batch * problem.tokens; ++row) {
-            const int64_t at = (row * problem.heads + head) * problem.head_dim, end = at + problem.head_dim;
+inline void reduce_head(const BackwardParams& params, int64_t head) {
+    if (params.partial_grad_q != nullptr) {
+        const T* partial = static_cast<const T*>(params.partial_grad_q);
+        const int64_t plane = params.batch * params.tokens * params.heads * params.head_dim;
+        for (int64_t row = 0; row < params.batch * params.tokens; ++row) {
+            const int64_t at = (row * params.heads + head) * params.head_dim, end = at + params.head_dim;
             int64_t dim = at;
             for (; dim + kLanes<T> <= end; dim += kLanes<T>) {
                 Vector<T> sum{};
-                for (int64_t part = 0; part < problem.key_parts; ++part) sum += load(partial + part * plane + dim);
-                write_lanes<T>(element(problem.grad_q, problem.type, dim), sum * static_cast<T>(problem.scale),
-                               problem.type, kLanes<T>);
+                for (int64_t split = 0; split < params.num_splits; ++split) sum += load(partial + split * plane + dim);
+                write_lanes<T>(element(params.grad_q, params.type, dim), sum * static_cast<T>(params.scale),
+                               params.type, kLanes<T>);
             }
             for (; dim < end; ++dim) {
                 T sum = T(0);
-                for (int64_t part = 0; part < problem.key_parts; ++part) sum += partial[part * plane + dim];
-                write_number<T>(problem.grad_q, problem.type, dim, sum * static_cast<T>(problem.scale));
+                for (int64_t split = 0; split < params.num_splits; ++split) sum += partial[split * plane + dim];
+                write_number<T>(params.grad_q, params.type, dim, sum * static_cast<T>(params.scale));
             }
         }
     }
-    if (problem.grad_table != nullptr) {
-        const int64_t rows = table_rows(problem), parts = problem.batch * problem.key_parts;
-        const T* partial = static_cast<const T*>(problem.partial_grad_table) + head * parts * rows;
+    if (params.grad_table != nullptr) {
+        const int64_t rows = table_rows(params), partials = params.batch * params.num_splits;
+        const T* partial = static_cast<const T*>(params.partial_grad_table) + head * partials * rows;
         for (int64_t row = 0; row < rows; ++row) {
             double sum = 0;
-            for (int64_t part = 0; part < parts; ++part) sum += partial[part * rows + row];
-            write_number<double>(problem.grad_table, problem.table.type, row * problem.heads + head, sum);
+            for (int64_t i = 0; i < partials; ++i) sum += partial[i * rows + row];
+            write_number<double>(params.grad_table, params.table.type, row * params.heads + head, sum);
         }
     }
 }

@@ -7,11 +7,11 @@
 namespace beit_fast {
 namespace {
 
-template <int kParts>
+template <int kTerms>
 class AmxProducts {
 public:
     using Number = float;
-    static constexpr int kDegree = kParts == 3 ? 6 : 5;
+    static constexpr int kDegree = kTerms == 3 ? 6 : 5;
     static constexpr int kMostVectors = 2, kLeastVectors = 2;
     static constexpr int64_t kMultiple = kStepDepth;
 
@@ -30,11 +30,11 @@ public:
 
     void load_keys(const float* keys, const float* values, int64_t count) {
         for (int64_t key = 0; key < count; key += kTileRows) {
-            pack_left<kParts>(key_tiles_ + tiles_of(key), keys + key * length_, length_, length_);
-            pack_left<kParts>(value_tiles_ + tiles_of(key), values + key * length_, length_, length_);
+            pack_left<kTerms>(key_tiles_ + tiles_of(key), keys + key * length_, length_, length_);
+            pack_left<kTerms>(value_tiles_ + tiles_of(key), values + key * length_, length_, length_);
         }
         for (int64_t key = 0; key < count; key += kStepDepth) {
-            pack_left_transposed<kParts>(transposed_keys_ + tiles_of(key), keys + key * length_, length_, length_);
+            pack_left_transposed<kTerms>(transposed_keys_ + tiles_of(key), keys + key * length_, length_, length_);
         }
     }
 
@@ -42,11 +42,11 @@ public:
     void load_queries(const float* queries, const float* grads) {
         for (int64_t query = 0; query < kColumns; query += kTileRows) {
             const int64_t row = query * length_;
-            pack_right_transposed<kParts>(query_columns_ + tiles_of(query), queries + row, length_, length_);
-            pack_right_transposed<kParts>(grad_columns_ + tiles_of(query), grads + row, length_, length_);
+            pack_right_transposed<kTerms>(query_columns_ + tiles_of(query), queries + row, length_, length_);
+            pack_right_transposed<kTerms>(grad_columns_ + tiles_of(query), grads + row, length_, length_);
         }
-        pack_right<kParts>(query_rows_, queries, length_, length_);
-        pack_right<kParts>(grad_rows_, grads, length_, length_);
+        pack_right<kTerms>(query_rows_, queries, length_, length_);
+        pack_right<kTerms>(grad_rows_, grads, length_, length_);
     }
 
     template <int>
@@ -65,12 +65,12 @@ public:
         std::fill(weights + count * kColumns, weights + rows * kColumns, 0.0f);
         std::fill(grad_scores + count * kColumns, grad_scores + rows * kColumns, 0.0f);
         for (int64_t row = 0; row < rows; row += kTileRows) {
-            pack_left<kParts>(weights_ + row / kTileRows * kSize, weights + row * kColumns, kColumns, kColumns);
-            pack_left<kParts>(grad_scores_ + row / kTileRows * kSize, grad_scores + row * kColumns, kColumns, kColumns);
+            pack_left<kTerms>(weights_ + row / kTileRows * kSize, weights + row * kColumns, kColumns, kColumns);
+            pack_left<kTerms>(grad_scores_ + row / kTileRows * kSize, grad_scores + row * kColumns, kColumns, kColumns);
         }
         for (int64_t row = 0; row < rows; row += kStepDepth) {
             const int64_t tile = row / kTileRows * kSize;
-            pack_right<kParts>(grad_score_columns_ + tile, grad_scores + row * kColumns, kColumns, kColumns);
+            pack_right<kTerms>(grad_score_columns_ + tile, grad_scores + row * kColumns, kColumns, kColumns);
             add_rows(weights_ + tile, grad_rows_, grad_values + (key + row) * length_);
             add_rows(grad_scores_ + tile, query_rows_, grad_keys + (key + row) * length_);
         }
@@ -80,7 +80,7 @@ public:
             else FourSums::load(sums, kColumns);
             for (int64_t row = 0; row < rows; row += kStepDepth) {
                 const uint32_t* left = transposed_keys_ + tiles_of(key + row) + dim / kTileRows * kSize;
-                FourSums::add<kParts>(left, kSize, grad_score_columns_ + row / kTileRows * kSize, kSize);
+                FourSums::add<kTerms>(left, kSize, grad_score_columns_ + row / kTileRows * kSize, kSize);
             }
             FourSums::store(sums, kColumns);
         }
@@ -89,7 +89,7 @@ public:
 private:
     static constexpr int64_t kColumns = 32;
     static constexpr int64_t kBlockTiles = kKeyBlock / kTileRows;
-    static constexpr int64_t kSize = kTileSize<kParts>;
+    static constexpr int64_t kSize = kTileSize<kTerms>;
 
     // Words of `rows` rows of `length_` numbers.
     int64_t tiles_of(int64_t rows) const { return rows / kTileRows * (length_ / kStepDepth) * kSize; }
@@ -99,7 +99,7 @@ private:
         const int64_t stride = tiles_of(kTileRows);
         FourSums::zero();
         for (int64_t depth = 0; depth < stride; depth += kSize) {
-            FourSums::add<kParts>(a + depth, stride, b + depth, stride);
+            FourSums::add<kTerms>(a + depth, stride, b + depth, stride);
         }
         FourSums::store(sums, kColumns);
     }
@@ -108,7 +108,7 @@ private:
     void add_rows(const uint32_t* a, const uint32_t* b, float* sums) {
         for (int64_t dim = 0; dim < length_; dim += kStepDepth) {
             FourSums::load(sums + dim, length_);
-            FourSums::add<kParts>(a, kSize, b + dim / kTileRows * kSize, kSize);
+            FourSums::add<kTerms>(a, kSize, b + dim / kTileRows * kSize, kSize);
             FourSums::store(sums + dim, length_);
         }
     }

@@ -12,35 +12,35 @@
 namespace beit_fast {
 namespace {
 
-template <int kParts>
+template <int kTerms>
 class AmxForward {
 public:
     static constexpr int64_t kQueries = kTileRows;
 
-    AmxForward(const ForwardProblem& problem, Scratch& scratch)
-        : problem_(problem),
-          steps_(padded(problem.tokens, kStepDepth) / kStepDepth),
-          blocks_(padded(problem.tokens, kBlockKeys) / kBlockKeys),
-          depth_steps_(padded(problem.head_dim, kStepDepth) / kStepDepth),
-          groups_(padded(problem.head_dim, kGroup * kTileRows) / (kGroup * kTileRows)),
+    AmxForward(const ForwardParams& params, Scratch& scratch)
+        : params_(params),
+          steps_(padded(params.tokens, kStepDepth) / kStepDepth),
+          blocks_(padded(params.tokens, kBlockKeys) / kBlockKeys),
+          depth_steps_(padded(params.head_dim, kStepDepth) / kStepDepth),
+          groups_(padded(params.head_dim, kGroup * kTileRows) / (kGroup * kTileRows)),
           key_tiles_(scratch.take<uint32_t>(steps_ * 2 * depth_steps_ * kTileSize)),
           value_tiles_(scratch.take<uint32_t>(steps_ * groups_ * kGroup * kTileSize)),
           query_tiles_(scratch.take<uint32_t>(steps_ * 2 * depth_steps_ * kTileSize)),
           weight_tiles_(scratch.take<uint32_t>(2 * kBlockSteps * kTileSize)),
           scores_(scratch.take<float>(2 * kBlockTiles * kTileWords)),
           mixed_(scratch.take<float>(groups_ * kGroup * kTileWords)),
-          rows_(problem, groups_ * kGroup * kTileRows, scratch) {}
+          rows_(params, groups_ * kGroup * kTileRows, scratch) {}
 
     // Packs one head: all keys and values, keys in `order`, and the queries from `first_query` to `last_query`.
     void load_head(int64_t batch, int64_t head, TokenOrder order, int64_t first_query, int64_t last_query) {
         for (int64_t step = 0; step < steps_; ++step) {
-            rows_.read(problem_.k, batch, head, order, step * kStepDepth, kStepDepth);
+            rows_.read(params_.k, batch, head, order, step * kStepDepth, kStepDepth);
             rows_.pack_keys(key_tiles_ + step * 2 * depth_steps_ * kTileSize, depth_steps_);
-            rows_.read(problem_.v, batch, head, order, step * kStepDepth, kStepDepth);
+            rows_.read(params_.v, batch, head, order, step * kStepDepth, kStepDepth);
             rows_.pack_values(value_tiles_ + step * groups_ * kGroup * kTileSize, groups_ * kGroup);
         }
         for (int64_t query = first_query; query < last_query; query += kQueries) {
-            rows_.read(problem_.q, batch, head, {problem_.tokens}, query, kQueries);
+            rows_.read(params_.q, batch, head, {params_.tokens}, query, kQueries);
             rows_.pack_queries(query_tiles_ + query / kTileRows * depth_steps_ * kTileSize, depth_steps_);
         }
     }
@@ -75,24 +75,24 @@ public:
 
 private:
     static constexpr int kGroup = 4;  // tiles of O^T that are added up at once
-    static constexpr int64_t kTileSize = beit_fast::kTileSize<kParts>;
-    // One part leaves vectors more to do than tiles: few keys at a time stay in the nearest cache, and four tiles hold
-    // the output throughout. More parts leave tiles more to do, which need four sums and all parts of the queries.
-    static constexpr bool kOnePart = kParts == 1;
-    static constexpr int kBlockTiles = kOnePart ? 2 : 4;
+    static constexpr int64_t kTileSize = beit_fast::kTileSize<kTerms>;
+    // With one term vectors have more work than tiles: few keys at a time stay in the L1 cache, and four tiles hold the
+    // output throughout. With more terms tiles have more work; they need four sums and all terms of the queries.
+    static constexpr bool kOneTerm = kTerms == 1;
+    static constexpr int kBlockTiles = kOneTerm ? 2 : 4;
     static constexpr int64_t kBlockKeys = kBlockTiles * kTileRows;
     static constexpr int64_t kBlockSteps = kBlockKeys / kStepDepth;
-    static constexpr int kScores = kOnePart ? 4 : 0;  // the first tile of scores
-    static constexpr int kLeft = kOnePart ? 6 : 7, kRight = kOnePart ? 7 : 4;
+    static constexpr int kScores = kOneTerm ? 4 : 0;  // the first tile of scores
+    static constexpr int kLeft = kOneTerm ? 6 : 7, kRight = kOneTerm ? 7 : 4;
 
-    bool holds_output() const { return kOnePart && groups_ == 1; }
-    int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, problem_.tokens - block * kBlockKeys); }
+    bool holds_output() const { return kOneTerm && groups_ == 1; }
+    int64_t keys_of(int64_t block) const { return std::min(kBlockKeys, params_.tokens - block * kBlockKeys); }
     int64_t pairs_of(int64_t block) const { return padded(keys_of(block), 2) / 2; }
     int64_t steps_of(int64_t block) const { return padded(keys_of(block), kStepDepth) / kStepDepth; }
     float* scores_of(int64_t block) const { return scores_ + block % 2 * kBlockTiles * kTileWords; }
     uint32_t* weights_of(int64_t block) const { return weight_tiles_ + block % 2 * kBlockSteps * kTileSize; }
 
-    // Turns the scores of a block into weights: rows of one pair of keys of 16 queries, part by part. Between them
+    // Turns the scores of a block into weights: rows of one pair of keys of 16 queries, term by term. Between them
     // `take_turn(turn)` is called for each of `turns`.
     template <class Softmax, class TakeTurn>
     bool weigh(Softmax& softmax, int64_t block, int64_t turns, TakeTurn take_turn) {
@@ -100,7 +100,7 @@ private:
         uint32_t* to = weights_of(block);
         for (int64_t pair = pairs_of(block); pair < steps_of(block) * kTileRows; ++pair) {  // their values are zeros
             uint32_t* row = to + pair / kTileRows * kTileSize + pair % kTileRows * 16;
-            for (int part = 0; part < kParts; ++part) store(row + part * kTileWords, Words{});
+            for (int term = 0; term < kTerms; ++term) store(row + term * kTileWords, Words{});
         }
         return weigh_pairs<0>(softmax, block, pairs_of(block), turns, take_turn);
     }
@@ -113,16 +113,16 @@ private:
         const int64_t pairs = kKnown ? kPairs : some;
         int64_t turn = 0, due = 0;
         const auto take = [=](int64_t pair, int, Vector<float> low, Vector<float> high) mutable {
-            split_bf16<kParts>(to + pair / kTileRows * kTileSize + pair % kTileRows * 16, kTileWords, low, high);
+            split_bf16<kTerms>(to + pair / kTileRows * kTileSize + pair % kTileRows * 16, kTileWords, low, high);
             for (due += turns; due >= (kKnown ? kPairs : pairs); due -= kKnown ? kPairs : pairs) take_turn(turn++);
         };
         return softmax.add_keys(scores_of(block), block * kBlockKeys, pairs, take);
     }
 
-    // What multiplying `kTiles` tiles of A takes: a turn for each part of each tile, small parts first, which loses
-    // least; a single turn for the output where there is one part.
+    // What multiplying `kTiles` tiles of A takes: a turn for each term of each tile, small terms first, which loses
+    // least; a single turn for the output if there is one term.
     template <int kTiles>
-    static constexpr int64_t kTurns = kOnePart && kTiles == kGroup ? 1 : kParts * kTiles;
+    static constexpr int64_t kTurns = kOneTerm && kTiles == kGroup ? 1 : kTerms * kTiles;
 
     // The scores of a block, 32 dims after 32 dims.
     struct Scoring {
@@ -142,7 +142,7 @@ private:
         constexpr int64_t kCount = kTurns<kBlockTiles>;
         const int64_t depth = turn / kCount, rest = turn % kCount;
         if (turn == 0) zero_scores();
-        if (rest == 0) load_parts(scoring.queries + depth * kTileSize);
+        if (rest == 0) load_terms(scoring.queries + depth * kTileSize);
         multiply_turn<kScores, kBlockTiles>(rest, scoring.keys + depth * kTileSize, scoring.stride, scoring.tiles);
         if (turn + 1 == scoring.turns) store_scores(scoring.scores);
     }
@@ -172,7 +172,7 @@ private:
             if (mixing.first) zero_output();
             else load_tiles(mixed);
         }
-        if (rest == 0) load_parts(mixing.weights + step * kTileSize);
+        if (rest == 0) load_terms(mixing.weights + step * kTileSize);
         const uint32_t* values = mixing.values + (step * mixing.groups + group) * kGroup * kTileSize;
         multiply_turn<0, kGroup>(rest, values, kTileSize, kGroup);
         if (rest + 1 == kCount && step + 1 == mixing.steps && mixing.mixed != nullptr) save_tiles(mixed);
@@ -181,29 +181,29 @@ private:
     // Leaves out tiles behind `count`.
     template <int kFirst, int kTiles, int kTurn = 0>
     static void multiply_turn(int64_t turn, const uint32_t* tiles, int64_t stride, int64_t count) {
-        constexpr int kTile = kTurn % kTiles, kPart = kParts - 1 - kTurn / kTiles;
+        constexpr int kTile = kTurn % kTiles, kTerm = kTerms - 1 - kTurn / kTiles;
         constexpr bool kAll = kTurns<kTiles> == 1;
-        if constexpr (kTurn < kParts * kTiles) {
+        if constexpr (kTurn < kTerms * kTiles) {
             const bool due = kAll || turn == kTurn;
-            if (due && kTile < count) multiply_part<kFirst + kTile, kPart>(tiles + kTile * stride);
+            if (due && kTile < count) multiply_term<kFirst + kTile, kTerm>(tiles + kTile * stride);
             if (kAll || !due) multiply_turn<kFirst, kTiles, kTurn + 1>(turn, tiles, stride, count);
         }
     }
 
-    // Adds one part of A times all parts of B that count.
-    template <int kSum, int kPart>
-    static void multiply_part(const uint32_t* tile) {
-        constexpr int kLast = last_partner<kParts>(kPart);
-        tile_load<kLeft>(tile + kPart * kTileWords);
+    // Adds one term of A times all terms of B that matter.
+    template <int kSum, int kTerm>
+    static void multiply_term(const uint32_t* tile) {
+        constexpr int kLast = last_partner<kTerms>(kTerm);
+        tile_load<kLeft>(tile + kTerm * kTileWords);
         if constexpr (kLast > 1) tile_multiply<kSum, kLeft, kRight + 2>();
         if constexpr (kLast > 0) tile_multiply<kSum, kLeft, kRight + 1>();
         tile_multiply<kSum, kLeft, kRight>();
     }
 
-    static void load_parts(const uint32_t* tile) {
+    static void load_terms(const uint32_t* tile) {
         tile_load<kRight>(tile);
-        if constexpr (kParts > 1) tile_load<kRight + 1>(tile + kTileWords);
-        if constexpr (kParts > 2) tile_load<kRight + 2>(tile + 2 * kTileWords);
+        if constexpr (kTerms > 1) tile_load<kRight + 1>(tile + kTileWords);
+        if constexpr (kTerms > 2) tile_load<kRight + 2>(tile + 2 * kTileWords);
     }
 
     static void zero_scores() {
@@ -254,11 +254,11 @@ private:
         if (holds_output()) load_tiles(mixed_);
     }
 
-    const ForwardProblem& problem_;
+    const ForwardParams& params_;
     const int64_t steps_, blocks_, depth_steps_, groups_;
     uint32_t *key_tiles_, *value_tiles_, *query_tiles_, *weight_tiles_;
     float *scores_, *mixed_;
-    AmxRows<kParts> rows_;
+    AmxRows<kTerms> rows_;
 };
 
 }  // namespace

@@ -69,10 +69,10 @@ class VectorForward {
 public:
     static constexpr int64_t kQueries = kBlockVectors * kLanes<T>;
 
-    VectorForward(const ForwardProblem& problem, Scratch& scratch)
-        : problem_(problem),
-          keys_padded_(padded(problem.tokens, kKeys)),
-          length_(padded(problem.head_dim, 2 * kLanes<T>)),
+    VectorForward(const ForwardParams& params, Scratch& scratch)
+        : params_(params),
+          keys_padded_(padded(params.tokens, kKeys)),
+          length_(padded(params.head_dim, 2 * kLanes<T>)),
           keys_(scratch.take<Element>(keys_padded_ * length_ / kNumbers)),
           values_(scratch.take<Element>(keys_padded_ * length_ / kNumbers)),
           queries_(scratch.take<Element>(length_ / kNumbers * kQueries)),
@@ -85,9 +85,9 @@ public:
     // Converts the keys and values of one head.
     void load_head(int64_t batch, int64_t head, TokenOrder order, int64_t, int64_t) {
         for (int64_t first = 0; first < keys_padded_; first += kKeys) {
-            read_tokens(rows_, length_, problem_, problem_.k, batch, head, order, first, kKeys);
+            read_tokens(rows_, length_, params_, params_.k, batch, head, order, first, kKeys);
             Operands::pack_rows(keys_ + first * length_ / kNumbers, rows_, kKeys * length_);
-            read_tokens(rows_, length_, problem_, problem_.v, batch, head, order, first, kKeys);
+            read_tokens(rows_, length_, params_, params_.v, batch, head, order, first, kKeys);
             for (int64_t key = 0; key < kKeys; key += 2) {
                 Operands::pack_pair(values_ + (first + key) * length_ / kNumbers, rows_ + key * length_,
                                     rows_ + (key + 1) * length_, length_);
@@ -99,12 +99,12 @@ public:
     template <int kVectors>
     void run(int64_t batch, int64_t head, int64_t first_query, const HeadBias<T>& bias) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
-        Softmax<T, kVectors, kDegree> softmax(problem_, bias);
+        Softmax<T, kVectors, kDegree> softmax(params_, bias);
         softmax.begin(batch, head, first_query);
         pack_queries<kVectors>(batch, head, first_query);
         Vector<T> factors[kVectors];
-        for (int64_t key = 0; key < problem_.tokens; key += kKeys) {
-            const int64_t count = std::min(kKeys, padded(problem_.tokens - key, 2));
+        for (int64_t key = 0; key < params_.tokens; key += kKeys) {
+            const int64_t count = std::min(kKeys, padded(params_.tokens - key, 2));
             const LeftOperand<Element> keys{keys_ + key * length_ / kNumbers, length_ / kNumbers, 1};
             multiply<Product, kVectors>(count, keys, queries_, kColumns, length_ / kNumbers, scores_, kColumns, false);
             if (key == 0) softmax.move_reference(scores_, 0, std::min<int64_t>(8, count / 2), factors);
@@ -114,7 +114,7 @@ public:
                 weigh<kVectors>(softmax, key, count / 2);
             }
             const LeftOperand<Element> values{values_ + key * length_ / kNumbers, 1, length_};
-            multiply<Product, kVectors>(problem_.head_dim, values, weights_, kColumns, count / kNumbers, mixed_,
+            multiply<Product, kVectors>(params_.head_dim, values, weights_, kColumns, count / kNumbers, mixed_,
                                         kColumns, key > 0);
         }
         softmax.finish(mixed_, batch, head);
@@ -125,7 +125,7 @@ private:
     void pack_queries(int64_t batch, int64_t head, int64_t first_query) {
         for (int v = 0; v < kVectors; ++v) {
             const int64_t first = first_query + v * kLanes<T>;
-            read_tokens(rows_, length_, problem_, problem_.q, batch, head, {problem_.tokens}, first, kLanes<T>);
+            read_tokens(rows_, length_, params_, params_.q, batch, head, {params_.tokens}, first, kLanes<T>);
             Operands::pack_rows(packed_, rows_, kLanes<T> * length_);
             transpose_rows(queries_ + v * kLanes<T>, kVectors * kLanes<T>, packed_, length_ / kNumbers);
         }
@@ -142,7 +142,7 @@ private:
 
     template <int kVectors>
     void rescale(const Vector<T>* factors) {
-        for (int64_t row = 0; row < problem_.head_dim; ++row) {
+        for (int64_t row = 0; row < params_.head_dim; ++row) {
             for (int v = 0; v < kVectors; ++v) {
                 T* at = mixed_ + (row * kVectors + v) * kLanes<T>;
                 store(at, load(at) * factors[v]);
@@ -150,7 +150,7 @@ private:
         }
     }
 
-    const ForwardProblem& problem_;
+    const ForwardParams& params_;
     const int64_t keys_padded_, length_;
     Element *keys_, *values_, *queries_;
     T* scores_;

@@ -8,12 +8,12 @@ namespace beit_fast {
 
 // Work is divided into items that are the same for any number of threads; a range of items runs on one thread.
 struct AttentionKernels {
-    int64_t (*forward_items)(const ForwardProblem&);
-    void (*forward)(const ForwardProblem&, int64_t begin, int64_t end);
-    int64_t (*backward_items)(const BackwardProblem&);
-    void (*backward)(const BackwardProblem&, int64_t begin, int64_t end);
+    int64_t (*forward_items)(const ForwardParams&);
+    void (*forward)(const ForwardParams&, int64_t begin, int64_t end);
+    int64_t (*backward_items)(const BackwardParams&);
+    void (*backward)(const BackwardParams&, int64_t begin, int64_t end);
     // Sums what the items of the backward left in its partial results, for heads `begin` to `end`.
-    void (*reduce)(const BackwardProblem&, int64_t begin, int64_t end);
+    void (*reduce)(const BackwardParams&, int64_t begin, int64_t end);
 };
 
 #define BEIT_FAST_DECLARE(isa)                         \

@@ -26,50 +26,50 @@ auto choose_forward([[maybe_unused]] Scalar type, Use use) {
 }
 
 #if defined(__AMX_BF16__)
-template <int kParts>
-void run_forward(AmxForward<kParts>*, const ForwardProblem& problem, int64_t begin, int64_t end) {
-    using Kernel = AmxForward<kParts>;
-    constexpr int kDegree = kParts == 1 ? 4 : 5;
+template <int kTerms>
+void run_forward(AmxForward<kTerms>*, const ForwardParams& params, int64_t begin, int64_t end) {
+    using Kernel = AmxForward<kTerms>;
+    constexpr int kDegree = kTerms == 1 ? 4 : 5;
     const TileSession session;
     const auto run = [&](Kernel& kernel, const HeadBias<float>& bias, int64_t batch, int64_t head, int64_t query) {
-        Softmax<float, 1, kDegree> softmax(problem, bias);
+        Softmax<float, 1, kDegree> softmax(params, bias);
         softmax.begin(batch, head, query);
         kernel.run(softmax, batch, head, query);
     };
-    forward_range<Kernel, float>(problem, begin, end, run);
+    forward_range<Kernel, float>(params, begin, end, run);
 }
 #endif
 
 template <class Operands, int kDegree>
-void run_forward(VectorForward<Operands, kDegree>*, const ForwardProblem& problem, int64_t begin, int64_t end) {
-    forward_on_vectors<VectorForward<Operands, kDegree>, typename Operands::Sum>(problem, begin, end);
+void run_forward(VectorForward<Operands, kDegree>*, const ForwardParams& params, int64_t begin, int64_t end) {
+    forward_on_vectors<VectorForward<Operands, kDegree>, typename Operands::Sum>(params, begin, end);
 }
 
-void forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
-    choose_forward(problem.type, [&](auto* kernel) { run_forward(kernel, problem, begin, end); });
+void forward(const ForwardParams& params, int64_t begin, int64_t end) {
+    choose_forward(params.type, [&](auto* kernel) { run_forward(kernel, params, begin, end); });
 }
 
-int64_t forward_items(const ForwardProblem& problem) {
-    return choose_forward(problem.type, [&](auto* kernel) {
-        return problem.heads * problem.batch * query_blocks<std::remove_pointer_t<decltype(kernel)>>(problem);
+int64_t forward_items(const ForwardParams& params) {
+    return choose_forward(params.type, [&](auto* kernel) {
+        return params.heads * params.batch * query_blocks<std::remove_pointer_t<decltype(kernel)>>(params);
     });
 }
 
-void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
+void backward(const BackwardParams& params, int64_t begin, int64_t end) {
 #if defined(__AMX_BF16__)
     // The six products that fp32 takes pay for the packing of their operands where there are many tokens.
     constexpr int64_t kMany = 256;
     const TileSession session;
-    const bool many = problem.tokens > kMany;
-    if (problem.type == Scalar::f32 && many) return backward_range<AmxProducts<3>>(problem, begin, end);
-    if (problem.type == Scalar::f16) return backward_range<AmxProducts<2>>(problem, begin, end);
-    if (problem.type == Scalar::bf16) return backward_range<AmxProducts<1>>(problem, begin, end);
+    const bool many = params.tokens > kMany;
+    if (params.type == Scalar::f32 && many) return backward_range<AmxProducts<3>>(params, begin, end);
+    if (params.type == Scalar::f16) return backward_range<AmxProducts<2>>(params, begin, end);
+    if (params.type == Scalar::bf16) return backward_range<AmxProducts<1>>(params, begin, end);
 #endif
-    backward_range<VectorProducts<float>>(problem, begin, end);
+    backward_range<VectorProducts<float>>(params, begin, end);
 }
 
-void reduce(const BackwardProblem& problem, int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) reduce_head<float>(problem, head);
+void reduce(const BackwardParams& params, int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) reduce_head<float>(params, head);
 }
 
 }  // namespace

@@ -7,20 +7,20 @@ namespace {
 
 using Forward = VectorForward<PlainOperands<double>, 6>;
 
-void forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
-    forward_on_vectors<Forward, double>(problem, begin, end);
+void forward(const ForwardParams& params, int64_t begin, int64_t end) {
+    forward_on_vectors<Forward, double>(params, begin, end);
 }
 
-int64_t forward_items(const ForwardProblem& problem) {
-    return problem.heads * problem.batch * query_blocks<Forward>(problem);
+int64_t forward_items(const ForwardParams& params) {
+    return params.heads * params.batch * query_blocks<Forward>(params);
 }
 
-void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
-    backward_range<VectorProducts<double>>(problem, begin, end);
+void backward(const BackwardParams& params, int64_t begin, int64_t end) {
+    backward_range<VectorProducts<double>>(params, begin, end);
 }
 
-void reduce(const BackwardProblem& problem, int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) reduce_head<double>(problem, head);
+void reduce(const BackwardParams& params, int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) reduce_head<double>(params, head);
 }
 
 }  // namespace

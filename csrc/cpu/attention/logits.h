@@ -1,4 +1,4 @@
-// The logits of a block of queries: scores scaled, with the bias read from its band; one key a row, one query a lane.
+// The logits of a block of queries: scaled scores plus the packed bias; one key a row, one query a lane.
 #pragma once
 
 #include "cpu/attention/dropout.h"
@@ -10,7 +10,7 @@ namespace {
 // What the queries of one head share.
 template <class T>
 struct HeadBias {
-    const T* band = nullptr;           // null without a bias
+    const T* packed = nullptr;         // null without a bias
     const int64_t* offsets = nullptr;  // [N], where the slice of each inner key starts
     T cls_to_patch = T(0);
     const uint8_t* allowed = nullptr;  // [N], inner keys; null where all are
@@ -23,21 +23,21 @@ public:
     static constexpr int64_t kQueries = static_cast<int64_t>(kVectors) * kLanes<T>;
     static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-    Logits(const AttentionProblem& problem, const HeadBias<T>& head)
-        : problem_(problem),
+    Logits(const AttentionParams& params, const HeadBias<T>& head)
+        : params_(params),
           head_(head),
-          dropout_(problem.dropout_p, problem.seed),
-          scale_(static_cast<T>(problem.scale * 1.4426950408889634)) {}
+          dropout_(params.dropout_p, params.seed),
+          scale_(static_cast<T>(params.scale * 1.4426950408889634)) {}
 
     // Turns to the queries from `first_query` on, inner tokens.
     void begin(int64_t batch, int64_t head, int64_t first_query) {
         first_query_ = first_query;
-        plane_ = batch * problem_.heads + head;
-        const int64_t cls_lane = problem_.tokens - 1 - first_query;
-        has_cls_ = head_.band != nullptr && cls_lane < kQueries;
+        plane_ = batch * params_.heads + head;
+        const int64_t cls_lane = params_.tokens - 1 - first_query;
+        has_cls_ = head_.packed != nullptr && cls_lane < kQueries;
         for (int64_t lane = 0; lane < kQueries; ++lane) {
             is_cls_[lane / kLanes<T>][lane % kLanes<T>] = lane == cls_lane ? -1 : 0;
-            tokens_[lane] = static_cast<uint32_t>(token_of(first_query + lane, problem_.tokens));
+            tokens_[lane] = static_cast<uint32_t>(token_of(first_query + lane, params_.tokens));
         }
     }
 
@@ -54,11 +54,11 @@ public:
     // up can stay in registers.
     template <class Take>
     Take visit(const T* scores, int64_t first_key, int64_t pairs, Take take) const {
-        if (head_.allowed != nullptr || first_key + 2 * pairs > problem_.tokens || drops()) {
-            if (head_.band == nullptr) return visit_as<Bias::none, true>(scores, first_key, pairs, take);
+        if (head_.allowed != nullptr || first_key + 2 * pairs > params_.tokens || drops()) {
+            if (head_.packed == nullptr) return visit_as<Bias::none, true>(scores, first_key, pairs, take);
             return visit_as<Bias::with_cls, true>(scores, first_key, pairs, take);
         }
-        if (head_.band == nullptr) return visit_as<Bias::none, false>(scores, first_key, pairs, take);
+        if (head_.packed == nullptr) return visit_as<Bias::none, false>(scores, first_key, pairs, take);
         if (has_cls_) return visit_as<Bias::with_cls, false>(scores, first_key, pairs, take);
         return visit_as<Bias::patches, false>(scores, first_key, pairs, take);
     }
@@ -77,14 +77,14 @@ private:
     template <Bias kBias, bool kChecked, class Take>
     BEIT_FAST_FLAT Take visit_as(const T* scores, int64_t first_key, int64_t pairs, Take take) const {
         const T scale = scale_;
-        const T* band = head_.band + first_query_;
+        const T* packed = head_.packed + first_query_;
         const int64_t* offsets = head_.offsets + first_key;
         const auto logit = [&](const T* row, int64_t key, int v) {
             if (kChecked && !usable(key)) return splat(-kInfinity);
             Vector<T> value = load(row + v * kLanes<T>) * scale;
             if constexpr (kBias != Bias::none) {
-                Vector<T> bias = load(band + offsets[key - first_key] + v * kLanes<T>);
-                if (kBias == Bias::with_cls && key + 1 != problem_.tokens) {
+                Vector<T> bias = load(packed + offsets[key - first_key] + v * kLanes<T>);
+                if (kBias == Bias::with_cls && key + 1 != params_.tokens) {
                     bias = is_cls_[v] ? splat(head_.cls_to_patch) : bias;
                 }
                 value += bias;
@@ -104,10 +104,10 @@ private:
     }
 
     bool usable(int64_t key) const {
-        return key < problem_.tokens && (head_.allowed == nullptr || head_.allowed[key] != 0);
+        return key < params_.tokens && (head_.allowed == nullptr || head_.allowed[key] != 0);
     }
 
-    const AttentionProblem& problem_;
+    const AttentionParams& params_;
     const HeadBias<T>& head_;
     const Dropout dropout_;
     const T scale_;

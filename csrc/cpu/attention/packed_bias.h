@@ -2,8 +2,8 @@
 //
 // Inside the kernels tokens are counted patches first, CLS last: inner token i is token (i + 1) % N. The bias of key
 // patch (rj, cj) and query patch (ri, ci) is T[(ri - rj + Wh - 1) * (2 Ww - 1) + ci - cj + Ww - 1], so with
-//     band[cj][u][ci] = T[u * (2 Ww - 1) + ci - cj + Ww - 1],  u = ri - rj + Wh - 1,
-// the queries of a key are a slice of band[cj] that starts at u = Wh - 1 - rj. All values are in units of log2(e).
+//     packed[cj][u][ci] = T[u * (2 Ww - 1) + ci - cj + Ww - 1],  u = ri - rj + Wh - 1,
+// the queries of a key are a slice of packed[cj] that starts at u = Wh - 1 - rj. All values are in units of log2(e).
 #pragma once
 
 #include "cpu/attention/rows.h"
@@ -11,7 +11,7 @@
 namespace beit_fast {
 namespace {
 
-constexpr int kBandMargin = 64;  // numbers past a slice that a vector of padding queries may read
+constexpr int kBiasMargin = 64;  // numbers past a slice that a vector of padding queries may read
 
 inline int64_t padded(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
@@ -20,17 +20,17 @@ inline int64_t token_of(int64_t inner, int64_t tokens) {
     return inner + 1 < tokens ? inner + 1 : (inner + 1) % tokens;
 }
 
-struct BandGeometry {
+struct PackedBiasLayout {
     int64_t height = 0, width = 0, patches = 0, column = 0, size = 0, cls_row = 0;
 
-    explicit BandGeometry(const AttentionProblem& problem) {
-        if (!problem.has_bias()) return;
-        height = problem.window_height;
-        width = problem.window_width;
+    explicit PackedBiasLayout(const AttentionParams& params) {
+        if (!params.has_bias()) return;
+        height = params.window_height;
+        width = params.window_width;
         patches = height * width;
         column = (2 * height - 1) * width;
-        cls_row = padded(width * column + kBandMargin, kBandMargin);  // what queries get from the CLS key
-        size = cls_row + padded(patches + 1, kBandMargin) + kBandMargin;
+        cls_row = padded(width * column + kBiasMargin, kBiasMargin);  // what queries get from the CLS key
+        size = cls_row + padded(patches + 1, kBiasMargin) + kBiasMargin;
     }
 
     // The patch that comes at `place` where patches go by columns, each from the bottom up: slices then follow one
@@ -44,35 +44,35 @@ struct BandGeometry {
     }
 };
 
-// Numbers of scratch that fill_band() needs for one head's column of the table.
-inline int64_t column_scratch(const BandGeometry& geometry) {
-    return (2 * geometry.height + 1) * 2 * geometry.width + kBandMargin;
+// Numbers of scratch that pack_bias() needs for one head's column of the table.
+inline int64_t column_scratch(const PackedBiasLayout& layout) {
+    return (2 * layout.height + 1) * 2 * layout.width + kBiasMargin;
 }
 
-// Copies `count` numbers in whole vectors: up to kBandMargin - 1 numbers behind them are overwritten.
+// Copies `count` numbers in whole vectors: up to kBiasMargin - 1 numbers behind them are overwritten.
 template <class T>
 inline void copy_vectors(T* to, const T* from, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, load(from + i));
 }
 
-// Fills `band` (geometry.size numbers) for one head. `column` is scratch.
-// Returns the bias of the CLS query to patch keys, which has no place in the band.
+// Fills `packed` (layout.size numbers) for one head. `column` is scratch.
+// Returns the bias of the CLS query to patch keys, which has no place in the packed bias.
 template <class T>
-inline T fill_band(T* band, T* column, const AttentionProblem& problem, const BandGeometry& geometry, int64_t head) {
-    const TableView& table = problem.table;
-    const int64_t wide = 2 * geometry.width - 1, tall = 2 * geometry.height - 1, rows = wide * tall + 3;
+inline T pack_bias(T* packed, T* column, const AttentionParams& params, const PackedBiasLayout& layout, int64_t head) {
+    const TableView& table = params.table;
+    const int64_t wide = 2 * layout.width - 1, tall = 2 * layout.height - 1, rows = wide * tall + 3;
     read_row(column, element(table.data, table.type, head * table.head_stride), table.type, rows, table.row_stride);
     for (int64_t i = 0; i < rows; ++i) column[i] *= static_cast<T>(1.4426950408889634);
     const T* cls = column + wide * tall;  // CLS to patch, patch to CLS, CLS to CLS
-    for (int64_t cj = 0; cj < geometry.width; ++cj) {  // in this order each slice repairs what the one before ran over
+    for (int64_t cj = 0; cj < layout.width; ++cj) {  // in this order each slice repairs what the one before ran over
         for (int64_t u = 0; u < tall; ++u) {
-            T* to = band + cj * geometry.column + u * geometry.width;
-            copy_vectors(to, column + u * wide + geometry.width - 1 - cj, geometry.width);
+            T* to = packed + cj * layout.column + u * layout.width;
+            copy_vectors(to, column + u * wide + layout.width - 1 - cj, layout.width);
         }
     }
-    for (int64_t i = geometry.width * geometry.column; i < geometry.cls_row; ++i) band[i] = T(0);
-    for (int64_t i = geometry.cls_row; i < geometry.size; ++i) band[i] = cls[1];
-    band[geometry.cls_row + geometry.patches] = cls[2];
+    for (int64_t i = layout.width * layout.column; i < layout.cls_row; ++i) packed[i] = T(0);
+    for (int64_t i = layout.cls_row; i < layout.size; ++i) packed[i] = cls[1];
+    packed[layout.cls_row + layout.patches] = cls[2];
     return cls[0];
 }
 

@@ -26,7 +26,7 @@ struct MaskView {
     int64_t batch_stride = 0, token_stride = 0;
 };
 
-struct AttentionProblem {
+struct AttentionParams {
     int64_t batch = 0, tokens = 0, heads = 0, head_dim = 0;
     int64_t window_height = 0, window_width = 0;  // in patches; without meaning where there is no table
     Scalar type = Scalar::f32;                    // of q, k and v
@@ -40,21 +40,21 @@ struct AttentionProblem {
     bool has_bias() const { return table.data != nullptr; }
 };
 
-struct ForwardProblem : AttentionProblem {
+struct ForwardParams : AttentionParams {
     void* out = nullptr;  // [B, N, H, D], contiguous, of `type`
     void* lse = nullptr;  // [B, H, N], fp32, or fp64 where `type` is f64
 };
 
-// The keys of a head are divided into parts where there are few heads, so that more threads have work.
-struct BackwardProblem : AttentionProblem {
+// If there are few heads, several items share the keys of a head, so that more threads have work.
+struct BackwardParams : AttentionParams {
     TokensView grad_out, out;
     const void* lse = nullptr;  // [B, H, N] with any strides, fp32, or fp64 where `type` is f64
     int64_t lse_batch_stride = 0, lse_head_stride = 0, lse_token_stride = 0;
     void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;  // [B, N, H, D], contiguous; null: not asked for
     void* grad_table = nullptr;                                    // [rows, H], contiguous, of the table's type
-    int64_t key_parts = 1;
-    void* partial_grad_q = nullptr;      // [key_parts, B, N, H, D] in fp32 (fp64), null where there is one part
-    void* partial_grad_table = nullptr;  // [H, B, key_parts, rows] in fp32 (fp64), null without a table gradient
+    int64_t num_splits = 1;
+    void* partial_grad_q = nullptr;      // [num_splits, B, N, H, D] in fp32 (fp64), null if num_splits is 1
+    void* partial_grad_table = nullptr;  // [H, B, num_splits, rows] in fp32 (fp64), null without a table gradient
 };
 
 }  // namespace beit_fast

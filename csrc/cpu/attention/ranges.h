@@ -54,37 +54,37 @@ void with_scratch(Work work) {
 template <class T>
 class HeadContext {
 public:
-    // With `by_columns` the order of the keys follows the band where there is one.
-    HeadContext(const AttentionProblem& problem, bool by_columns, Scratch& scratch)
-        : problem_(problem),
-          by_columns_(by_columns && problem.has_bias()),
-          geometry_(problem),
-          band_(scratch.take<T>(geometry_.size)),
-          column_(scratch.take<T>(problem.has_bias() ? column_scratch(geometry_) : 0)),
-          offsets_(scratch.take<int64_t>(problem.has_bias() ? problem.tokens : 0)),
-          key_tokens_(scratch.take<int64_t>(by_columns_ ? problem.tokens : 0)),
-          allowed_(scratch.take<uint8_t>(problem.key_mask.data != nullptr ? problem.tokens : 0)) {}
+    // With `by_columns` the order of the keys follows the packed bias, if there is one.
+    HeadContext(const AttentionParams& params, bool by_columns, Scratch& scratch)
+        : params_(params),
+          by_columns_(by_columns && params.has_bias()),
+          layout_(params),
+          packed_(scratch.take<T>(layout_.size)),
+          column_(scratch.take<T>(params.has_bias() ? column_scratch(layout_) : 0)),
+          offsets_(scratch.take<int64_t>(params.has_bias() ? params.tokens : 0)),
+          key_tokens_(scratch.take<int64_t>(by_columns_ ? params.tokens : 0)),
+          allowed_(scratch.take<uint8_t>(params.key_mask.data != nullptr ? params.tokens : 0)) {}
 
     void prepare() {
-        bias_.keys = {problem_.tokens, by_columns_ ? key_tokens_ : nullptr};
-        if (!problem_.has_bias()) return;
-        for (int64_t key = 0; key < problem_.tokens; ++key) {
-            const bool moves = by_columns_ && key < geometry_.patches;
-            const int64_t inner = moves ? geometry_.patch_by_column(key) : key;
-            offsets_[key] = geometry_.offset(inner);
-            if (by_columns_) key_tokens_[key] = token_of(inner, problem_.tokens);
+        bias_.keys = {params_.tokens, by_columns_ ? key_tokens_ : nullptr};
+        if (!params_.has_bias()) return;
+        for (int64_t key = 0; key < params_.tokens; ++key) {
+            const bool moves = by_columns_ && key < layout_.patches;
+            const int64_t inner = moves ? layout_.patch_by_column(key) : key;
+            offsets_[key] = layout_.offset(inner);
+            if (by_columns_) key_tokens_[key] = token_of(inner, params_.tokens);
         }
-        bias_.band = band_;
+        bias_.packed = packed_;
         bias_.offsets = offsets_;
     }
 
     void load(int64_t batch, int64_t head) {
-        if (problem_.has_bias() && head != head_) {
-            bias_.cls_to_patch = fill_band(band_, column_, problem_, geometry_, head);
+        if (params_.has_bias() && head != head_) {
+            bias_.cls_to_patch = pack_bias(packed_, column_, params_, layout_, head);
         }
-        const MaskView& mask = problem_.key_mask;
+        const MaskView& mask = params_.key_mask;
         if (mask.data != nullptr && batch != batch_) {
-            for (int64_t key = 0; key < problem_.tokens; ++key) {
+            for (int64_t key = 0; key < params_.tokens; ++key) {
                 allowed_[key] = mask.data[batch * mask.batch_stride + bias_.keys(key) * mask.token_stride];
             }
             bias_.allowed = allowed_;
@@ -96,10 +96,10 @@ public:
     const HeadBias<T>& bias() const { return bias_; }
 
 private:
-    const AttentionProblem& problem_;
+    const AttentionParams& params_;
     const bool by_columns_;
-    const BandGeometry geometry_;
-    T *band_, *column_;
+    const PackedBiasLayout layout_;
+    T *packed_, *column_;
     int64_t *offsets_, *key_tokens_;
     uint8_t* allowed_;
     HeadBias<T> bias_;
@@ -107,32 +107,32 @@ private:
 };
 
 template <class Kernel>
-int64_t query_blocks(const ForwardProblem& problem) {
-    return padded(problem.tokens, Kernel::kQueries) / Kernel::kQueries;
+int64_t query_blocks(const ForwardParams& params) {
+    return padded(params.tokens, Kernel::kQueries) / Kernel::kQueries;
 }
 
 // Items of the forward are (head, sample, block of queries), the last fastest.
 template <class Kernel, class T, class Run>
-void forward_range(const ForwardProblem& problem, int64_t begin, int64_t end, Run run) {
+void forward_range(const ForwardParams& params, int64_t begin, int64_t end, Run run) {
     with_scratch([&](Scratch& scratch, bool counting) {
-        HeadContext<T> context(problem, true, scratch);
-        Kernel kernel(problem, scratch);
+        HeadContext<T> context(params, true, scratch);
+        Kernel kernel(params, scratch);
         if (counting) return;
         context.prepare();
-        const int64_t blocks = query_blocks<Kernel>(problem);
+        const int64_t blocks = query_blocks<Kernel>(params);
         for (int64_t item = begin; item < end;) {
-            const int64_t plane = item / blocks, head = plane / problem.batch, batch = plane % problem.batch;
+            const int64_t plane = item / blocks, head = plane / params.batch, batch = plane % params.batch;
             const int64_t last = std::min(end, (plane + 1) * blocks);
             const int64_t first_query = item % blocks * Kernel::kQueries;
-            const int64_t last_query = std::min(problem.tokens, first_query + (last - item) * Kernel::kQueries);
+            const int64_t last_query = std::min(params.tokens, first_query + (last - item) * Kernel::kQueries);
             context.load(batch, head);
             kernel.load_head(batch, head, context.bias().keys, first_query, last_query);
             for (int64_t query = first_query; query < last_query; query += Kernel::kQueries) {
                 run(kernel, context.bias(), batch, head, query);
                 if (last < end) {  // the head that follows, a share of it in each turn
                     const int64_t next = plane + 1, share = query + Kernel::kQueries;
-                    prefetch_tokens(problem, next % problem.batch, next / problem.batch, query,
-                                    std::min(problem.tokens, share));
+                    prefetch_tokens(params, next % params.batch, next / params.batch, query,
+                                    std::min(params.tokens, share));
                 }
             }
             item = last;
@@ -150,30 +150,30 @@ void run_vectors(Kernel& kernel, const HeadBias<T>& bias, int64_t batch, int64_t
 }
 
 template <class Kernel, class T>
-void forward_on_vectors(const ForwardProblem& problem, int64_t begin, int64_t end) {
+void forward_on_vectors(const ForwardParams& params, int64_t begin, int64_t end) {
     const auto run = [&](Kernel& kernel, const HeadBias<T>& bias, int64_t batch, int64_t head, int64_t query) {
-        const int64_t count = std::min(Kernel::kQueries, problem.tokens - query);
+        const int64_t count = std::min(Kernel::kQueries, params.tokens - query);
         run_vectors<kBlockVectors>(kernel, bias, batch, head, query, padded(count, kLanes<T>) / kLanes<T>);
     };
-    forward_range<Kernel, T>(problem, begin, end, run);
+    forward_range<Kernel, T>(params, begin, end, run);
 }
 
-inline int64_t backward_items(const BackwardProblem& problem) {
-    return problem.heads * problem.batch * problem.key_parts;
+inline int64_t backward_items(const BackwardParams& params) {
+    return params.heads * params.batch * params.num_splits;
 }
 
-// Items of the backward are (head, sample, part of the keys), the last fastest.
+// Items of the backward are (head, sample, split of the keys), the last fastest.
 template <class Products>
-void backward_range(const BackwardProblem& problem, int64_t begin, int64_t end) {
+void backward_range(const BackwardParams& params, int64_t begin, int64_t end) {
     with_scratch([&](Scratch& scratch, bool counting) {
-        HeadContext<typename Products::Number> context(problem, false, scratch);
-        Backward<Products> kernel(problem, scratch);
+        HeadContext<typename Products::Number> context(params, false, scratch);
+        Backward<Products> kernel(params, scratch);
         if (counting) return;
         context.prepare();
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t plane = item / problem.key_parts, head = plane / problem.batch, batch = plane % problem.batch;
+            const int64_t plane = item / params.num_splits, head = plane / params.batch, batch = plane % params.batch;
             context.load(batch, head);
-            kernel.run(batch, head, item % problem.key_parts, context.bias());
+            kernel.run(batch, head, item % params.num_splits, context.bias());
         }
     });
 }

@@ -13,7 +13,7 @@ class Softmax {
 public:
     static constexpr int64_t kQueries = Logits<T, kVectors>::kQueries;
 
-    Softmax(const ForwardProblem& problem, const HeadBias<T>& head) : problem_(problem), logits_(problem, head) {}
+    Softmax(const ForwardParams& params, const HeadBias<T>& head) : params_(params), logits_(params, head) {}
 
     // Starts over with the queries from `first_query` on, inner tokens.
     void begin(int64_t batch, int64_t head, int64_t first_query) {
@@ -52,27 +52,27 @@ public:
 
     // Divides sums `[D, kQueries]`, padded to whole squares, by the total weights and writes out and lse.
     BEIT_FAST_FLAT void finish(const T* mixed, int64_t batch, int64_t head) const {
-        const int64_t real = std::min(kQueries, problem_.tokens - logits_.first_query());
+        const int64_t real = std::min(kQueries, params_.tokens - logits_.first_query());
         for (int v = 0; v < kVectors && v * kLanes<T> < real; ++v) {
             const int64_t first = v * kLanes<T>, count = std::min<int64_t>(kLanes<T>, real - first);
             const Vector<T> divisor = total_[v] == T(0) ? splat(T(1)) : total_[v];
             const Vector<T> inverse = T(1) / divisor;
             const Vector<T> lse = (log2(total_[v]) + reference_[v]) * static_cast<T>(0.6931471805599453);
             for (int64_t lane = 0; lane < count; ++lane) {
-                const int64_t row = logits_.plane() * problem_.tokens + logits_.token(first + lane);
-                static_cast<T*>(problem_.lse)[row] = lse[lane];
+                const int64_t row = logits_.plane() * params_.tokens + logits_.token(first + lane);
+                static_cast<T*>(params_.lse)[row] = lse[lane];
             }
-            for (int64_t dim = 0; dim < problem_.head_dim; dim += kLanes<T>) {
+            for (int64_t dim = 0; dim < params_.head_dim; dim += kLanes<T>) {
                 Vector<T> square[kLanes<T>];
                 for (int row = 0; row < kLanes<T>; ++row) {
                     square[row] = load(mixed + (dim + row) * kQueries + first) * inverse;
                 }
                 transpose<T>(square);
                 for (int64_t lane = 0; lane < count; ++lane) {
-                    const int64_t row = batch * problem_.tokens + logits_.token(first + lane);
-                    const int64_t at = (row * problem_.heads + head) * problem_.head_dim + dim;
-                    write_lanes<T>(element(problem_.out, problem_.type, at), square[lane], problem_.type,
-                                   problem_.head_dim - dim);
+                    const int64_t row = batch * params_.tokens + logits_.token(first + lane);
+                    const int64_t at = (row * params_.heads + head) * params_.head_dim + dim;
+                    write_lanes<T>(element(params_.out, params_.type, at), square[lane], params_.type,
+                                   params_.head_dim - dim);
                 }
             }
         }
@@ -124,7 +124,7 @@ private:
         }
     };
 
-    const ForwardProblem& problem_;
+    const ForwardParams& params_;
     Logits<T, kVectors> logits_;
     Vector<T> reference_[kVectors], total_[kVectors];  // weights are relative to the reference
 };

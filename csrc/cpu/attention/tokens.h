@@ -22,32 +22,32 @@ struct TokenOrder {
 // Reads inner tokens `first` to `first + count` as rows of T, `length` numbers each: zeros behind D and behind the last
 // token.
 template <class T>
-BEIT_FAST_FLAT inline void read_tokens(T* rows, int64_t length, const AttentionProblem& problem,
+BEIT_FAST_FLAT inline void read_tokens(T* rows, int64_t length, const AttentionParams& params,
                                        const TokensView& view, int64_t batch, int64_t head, TokenOrder order,
                                        int64_t first, int64_t count) {
     // A head's numbers are a few cache lines out of a token's many, which no hardware fetches ahead.
     constexpr int64_t kAhead = 12;
-    const int64_t real = std::max<int64_t>(0, std::min(count, problem.tokens - first));
-    const int64_t bytes = problem.head_dim * bytes_of(problem.type);
+    const int64_t real = std::max<int64_t>(0, std::min(count, params.tokens - first));
+    const int64_t bytes = params.head_dim * bytes_of(params.type);
     const auto row_of = [&](int64_t i) {
-        return static_cast<const char*>(token_row(view, problem.type, batch, order(first + i), head));
+        return static_cast<const char*>(token_row(view, params.type, batch, order(first + i), head));
     };
     for (int64_t i = 0; i < real; ++i) {
         const char* ahead = row_of(i + kAhead);
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte);
         T* row = rows + i * length;
-        read_row(row, row_of(i), problem.type, problem.head_dim, view.dim_stride);
-        std::fill(row + problem.head_dim, row + length, T(0));
+        read_row(row, row_of(i), params.type, params.head_dim, view.dim_stride);
+        std::fill(row + params.head_dim, row + length, T(0));
     }
     std::fill(rows + real * length, rows + count * length, T(0));
 }
 
 // Asks for q, k and v of tokens `first` to `last` of one head, which will be read later.
-inline void prefetch_tokens(const AttentionProblem& problem, int64_t batch, int64_t head, int64_t first, int64_t last) {
-    const int64_t bytes = problem.head_dim * bytes_of(problem.type);
-    for (const TokensView* view : {&problem.k, &problem.v, &problem.q}) {
+inline void prefetch_tokens(const AttentionParams& params, int64_t batch, int64_t head, int64_t first, int64_t last) {
+    const int64_t bytes = params.head_dim * bytes_of(params.type);
+    for (const TokensView* view : {&params.k, &params.v, &params.q}) {
         for (int64_t token = first; token < last; ++token) {
-            const auto* row = static_cast<const char*>(token_row(*view, problem.type, batch, token, head));
+            const auto* row = static_cast<const char*>(token_row(*view, params.type, batch, token, head));
             for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
         }
     }

@@ -29,16 +29,16 @@ inline Vector<float> gelu(Vector<float> x) {
 // Sums that wait for it, written row by row beside the products of the next ones.
 class Results {
 public:
-    explicit Results(const Problem& problem) : problem_(problem) {}
+    explicit Results(const Params& params) : params_(params) {}
 
     // `sums` [rows, 32] are those of `rows` rows from `row` on and of up to 32 columns from `column` on.
     void begin(const float* sums, int64_t row, int64_t rows, int64_t column) {
         sums_ = sums;
         rows_ = rows;
-        place_ = row * problem_.columns + column;
-        residual_place_ = row * problem_.residual_stride + column;
-        bias_ = problem_.bias == nullptr ? nullptr : problem_.bias + column;
-        const int64_t present = std::min(pair_side, problem_.columns - column);
+        place_ = row * params_.columns + column;
+        residual_place_ = row * params_.residual_stride + column;
+        bias_ = params_.bias == nullptr ? nullptr : params_.bias + column;
+        const int64_t present = std::min(pair_side, params_.columns - column);
         masks_[0] = static_cast<__mmask16>(present >= side ? 0xffff : (1 << present) - 1);
         masks_[1] = static_cast<__mmask16>((1ll << std::max<int64_t>(0, present - side)) - 1);
     }
@@ -56,19 +56,19 @@ private:
             const __mmask16 mask = masks_[half];
             Vector<float> value = load(sums_ + column);
             if (bias_ != nullptr) value += (Vector<float>)_mm512_maskz_loadu_ps(mask, bias_ + column);
-            if (problem_.gelu) value = gelu(value);
-            if (problem_.residual != nullptr) {
-                value += (Vector<float>)_mm512_maskz_loadu_ps(mask, problem_.residual + residual_place_ + column);
+            if (params_.gelu) value = gelu(value);
+            if (params_.residual != nullptr) {
+                value += (Vector<float>)_mm512_maskz_loadu_ps(mask, params_.residual + residual_place_ + column);
             }
-            _mm512_mask_storeu_ps(problem_.output + place_ + column, mask, (__m512)value);
+            _mm512_mask_storeu_ps(params_.output + place_ + column, mask, (__m512)value);
         }
         sums_ += pair_side;
-        place_ += problem_.columns;
-        residual_place_ += problem_.residual_stride;
+        place_ += params_.columns;
+        residual_place_ += params_.residual_stride;
         --rows_;
     }
 
-    const Problem& problem_;
+    const Params& params_;
     const float* sums_ = nullptr;
     const float* bias_ = nullptr;
     int64_t rows_ = 0, place_ = 0, residual_place_ = 0;

@@ -8,13 +8,13 @@ namespace beit_fast::linear {
 // The kernels of an instruction set. Each works on the thread that calls it.
 struct Kernels {
     // Panels `begin` to `end` of the right operand, whose columns are the rows of `matrix`.
-    void (*pack)(const Matrix& matrix, int64_t parts, uint32_t* packed, int64_t begin, int64_t end);
-    // Pairs `begin` to `end` of a block's rows into parts, over the whole depth.
-    void (*split)(const Problem& problem, const Block& block, int64_t begin, int64_t end);
+    void (*pack)(const Matrix& matrix, int64_t terms, uint32_t* packed, int64_t begin, int64_t end);
+    // Splits pairs `begin` to `end` of the rows of a block, over the whole depth.
+    void (*split)(const Params& params, const Block& block, int64_t begin, int64_t end);
     // Items `begin` to `end` of a block that was split, (panel, pair) of sums each, pairs fastest.
-    void (*multiply)(const Problem& problem, const Block& block, int64_t begin, int64_t end);
-    // All that a block takes; its parts have room for the largest chunk of the depth.
-    void (*run)(const Problem& problem, const Block& block);
+    void (*multiply)(const Params& params, const Block& block, int64_t begin, int64_t end);
+    // Splits and multiplies a block, chunk after chunk; its words have room for the largest chunk.
+    void (*run)(const Params& params, const Block& block);
 };
 
 // Null for an instruction set without tiles.

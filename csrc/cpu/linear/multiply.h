@@ -1,4 +1,4 @@
-// 32 x 32 sums of products of parts, in tiles 0 to 3; 4 and 5 hold rows of the left operand, 6 and 7 columns of the
+// 32 x 32 sums of products of terms, in tiles 0 to 3; 4 and 5 hold rows of the left operand, 6 and 7 columns of the
 // right one.
 #pragma once
 
@@ -8,8 +8,8 @@
 namespace beit_fast::linear {
 namespace {
 
-// The products of parts that matter, smaller ones first, in an order that loads few tiles.
-template <int kParts>
+// The products of terms that matter, smaller ones first, in an order that loads few tiles.
+template <int kTerms>
 struct ProductOrder;
 
 template <>
@@ -47,14 +47,14 @@ struct Sums {
         if constexpr (kBoth) tile_store<3>(sums + side * pair_side + side, 2);
     }
 
-    static void load_left(const uint32_t* part) {
-        tile_load<4>(part);
-        if constexpr (kBoth) tile_load<5>(part + kTileWords);
+    static void load_left(const uint32_t* tiles) {
+        tile_load<4>(tiles);
+        if constexpr (kBoth) tile_load<5>(tiles + kTileWords);
     }
 
-    static void load_right(const uint32_t* part) {
-        tile_load<6>(part);
-        tile_load<7>(part + kTileWords);
+    static void load_right(const uint32_t* tiles) {
+        tile_load<6>(tiles);
+        tile_load<7>(tiles + kTileWords);
     }
 
     static void add() {
@@ -65,23 +65,23 @@ struct Sums {
     }
 
     // Tiles of the next step, which come from the second cache, into the first.
-    static void fetch(const uint32_t* part) {
+    static void fetch(const uint32_t* tiles) {
 #pragma GCC unroll 32
-        for (int line = 0; line < pair_side; ++line) __builtin_prefetch(part + line * side, 0, 3);
+        for (int line = 0; line < pair_side; ++line) __builtin_prefetch(tiles + line * side, 0, 3);
     }
 
-    // One step: the products of parts that matter.
-    template <int kParts>
+    // One step: the products of terms that matter.
+    template <int kTerms>
     static void add_step(const uint32_t* left, const uint32_t* right) {
-        using Order = ProductOrder<kParts>;
+        using Order = ProductOrder<kTerms>;
 #pragma GCC unroll 6
         for (int product = 0; product < Order::count; ++product) {
             const int own = Order::left[product], other = Order::right[product];
             if (product == 0 || own != Order::left[product - 1]) load_left(left + own * pair_words);
             if (product == 0 || other != Order::right[product - 1]) load_right(right + other * pair_words);
             add();
-            for (int ahead = product; ahead < 2 * kParts; ahead += Order::count) {
-                fetch(ahead < kParts ? left + (kParts + ahead) * pair_words : right + ahead * pair_words);
+            for (int ahead = product; ahead < 2 * kTerms; ahead += Order::count) {
+                fetch(ahead < kTerms ? left + (kTerms + ahead) * pair_words : right + ahead * pair_words);
             }
         }
     }

@@ -43,11 +43,11 @@ struct Chunks {
     Steps operator[](int64_t chunk) const { return {chunk * steps / count, (chunk + 1) * steps / count}; }
 };
 
-struct Problem {
+struct Params {
     Matrix left;            // [M, K]
-    const uint32_t* right;  // packed: [ceil(N / 32), ceil(K / 32), parts, 2 tiles]
+    const uint32_t* right;  // packed: [ceil(N / 32), ceil(K / 32), terms, 2 tiles]
     int64_t columns;        // N
-    int64_t parts;          // 2 or 3
+    int64_t terms;          // 2 or 3
     const float* bias;      // [N], or null
     const float* residual;  // [M, N], or null
     int64_t residual_stride;
@@ -57,15 +57,15 @@ struct Problem {
     int64_t panels() const { return ceil_divide(columns, pair_side); }
 };
 
-// Rows of the left matrix that are multiplied together, `first` a multiple of 16, and their parts.
+// Rows of the left matrix that are multiplied together, `first` a multiple of 16, and their terms.
 struct Block {
     int64_t first, last;
-    uint32_t* parts;  // one chunk after another, in each [pairs, steps, parts, 2 tiles]
+    uint32_t* words;  // one chunk after another, in each [pairs, steps, terms, 2 tiles]
 
     int64_t pairs() const { return ceil_divide(last - first, pair_side); }
     // Those from step `first_step` on, where a chunk begins, if the whole depth is held.
-    uint32_t* parts_of(const Problem& problem, int64_t first_step) const {
-        return parts + pairs() * first_step * problem.parts * pair_words;
+    uint32_t* words_from(const Params& params, int64_t first_step) const {
+        return words + pairs() * first_step * params.terms * pair_words;
     }
 };
 

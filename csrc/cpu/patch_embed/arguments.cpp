@@ -1,7 +1,6 @@
 #include "cpu/patch_embed/arguments.h"
 
 #include <algorithm>
-#include <string>
 
 namespace beit_fast::patch_embed {
 
@@ -9,85 +8,48 @@ using torch::headeronly::ScalarType;
 
 namespace {
 
-using Problems = std::vector<std::string>;
 using Numbers = std::optional<std::vector<double>>;
 
-constexpr const char* float_types = "float16, bfloat16, float32 or float64";
+void expect(bool condition, const char* expected) { require(condition, "patch_embed", expected); }
 
 ScalarType wider(ScalarType first, ScalarType second) {
     if (first == second) return first;
     return first == ScalarType::Double || second == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-void check_types(const Arguments& given, Problems& problems) {
+void check_types(const Arguments& given) {
     const ScalarType pixels = given.pixels.scalar_type();
-    if (!is_float(pixels) && pixels != ScalarType::Byte) {
-        problems.push_back(std::string("pixels must be uint8, ") + float_types);
-    }
-    for (const auto& [name, tensor] : {Argument{"weight", &given.weight}, {"bias", pointer_to(given.bias)},
-                                       {"cls", pointer_to(given.cls)}, {"mask_token", pointer_to(given.mask_token)},
-                                       {"pos", pointer_to(given.pos)}}) {
-        if (tensor != nullptr && !is_float(tensor->scalar_type())) {
-            problems.push_back(std::string(name) + " must be " + float_types);
-        }
+    expect(is_float(pixels) || pixels == ScalarType::Byte, "pixels in uint8 or floating point");
+    for (const Tensor* tensor : {&given.weight, pointer_to(given.bias), pointer_to(given.cls),
+                                 pointer_to(given.mask_token), pointer_to(given.pos)}) {
+        expect(tensor == nullptr || is_float(tensor->scalar_type()), "weight, tokens and positions in floating point");
     }
 }
 
-void check_pixels(const Arguments& given, Problems& problems) {
+void check_pixels(const Arguments& given) {
     const int64_t channels = given.pixels.size(1);
     const Tensor& weight = given.weight;
-    if (channels != weight.size(1)) {
-        problems.push_back("pixels have " + std::to_string(channels) + " channels, weight takes " +
-                           std::to_string(weight.size(1)));
+    expect(channels == weight.size(1), "pixels and weight with as many channels");
+    expect(given.pixels.size(2) >= weight.size(2) && given.pixels.size(3) >= weight.size(3),
+           "an image of at least one patch");
+    for (const Numbers* numbers : {&given.mean, &given.std}) {
+        expect(!*numbers || static_cast<int64_t>((*numbers)->size()) == channels, "a mean and a std for each channel");
     }
-    if (given.pixels.size(2) < weight.size(2) || given.pixels.size(3) < weight.size(3)) {
-        problems.push_back("the image is smaller than one patch");
-    }
-    using NamedNumbers = std::pair<const char*, const Numbers&>;
-    for (const auto& [name, numbers] : {NamedNumbers{"mean", given.mean}, {"std", given.std}}) {
-        if (numbers && static_cast<int64_t>(numbers->size()) != channels) {
-            problems.push_back(std::string(name) + " must have one number for each of the " +
-                               std::to_string(channels) + " channels");
-        }
-    }
-    if (given.std && std::count(given.std->begin(), given.std->end(), 0.0) > 0) {
-        problems.push_back("std must not contain 0");
-    }
-    if (given.pixels.scalar_type() == ScalarType::Byte && !(given.mean && given.std)) {
-        problems.push_back("uint8 pixels need mean and std");
-    }
+    expect(!given.std || std::count(given.std->begin(), given.std->end(), 0.0) == 0, "std without 0");
+    expect(given.pixels.scalar_type() != ScalarType::Byte || (given.mean && given.std),
+           "mean and std for uint8 pixels");
 }
 
-void check_tokens(const Arguments& given, Problems& problems) {
+void check_tokens(const Arguments& given) {
     const int64_t embed = given.weight.size(0);
-    for (const auto& [name, tensor] : {Argument{"bias", pointer_to(given.bias)}, {"cls", pointer_to(given.cls)},
-                                       {"mask_token", pointer_to(given.mask_token)}}) {
-        if (tensor != nullptr && tensor->numel() != embed) {
-            problems.push_back(std::string(name) + " must hold " + std::to_string(embed) + " numbers, as weight has " +
-                               std::to_string(embed) + " output channels");
-        }
+    for (const Tensor* tensor : {pointer_to(given.bias), pointer_to(given.cls), pointer_to(given.mask_token)}) {
+        expect(tensor == nullptr || tensor->numel() == embed, "bias, cls and mask_token of E numbers");
     }
-    if (given.mask.has_value() != given.mask_token.has_value()) {
-        problems.push_back("mask and mask_token go together: give both or neither");
-    }
-    if (given.patches() == 0) return;  // said before; what must have a token each is not judged
-    const std::vector<int64_t> mask_shape = {given.pixels.size(0), given.patches()};
-    if (given.mask && (given.mask->scalar_type() != ScalarType::Bool || !given.mask->sizes().equals(mask_shape))) {
-        problems.push_back("mask must be bool [B, patches] = " + shape_text(mask_shape));
-    }
-    const std::vector<int64_t> pos_shape = {1, given.tokens(), embed};
-    if (given.pos && !given.pos->sizes().equals(pos_shape)) {
-        problems.push_back("pos must be [1, tokens, E] = " + shape_text(pos_shape));
-    }
-}
-
-void check_devices(const Arguments& given, Problems& problems) {
-    for (const Tensor* tensor : {&given.weight, pointer_to(given.bias), pointer_to(given.cls), pointer_to(given.mask),
-                                 pointer_to(given.mask_token), pointer_to(given.pos)}) {
-        if (tensor != nullptr && !(tensor->device() == given.pixels.device())) {
-            return problems.push_back("all tensors must be on one device");
-        }
-    }
+    expect(given.mask.has_value() == given.mask_token.has_value(), "both or neither of mask and mask_token");
+    expect(!given.mask || (given.mask->scalar_type() == ScalarType::Bool &&
+                           has_shape(*given.mask, {given.pixels.size(0), given.patches()})),
+           "mask in bool, [B, patches]");
+    expect(!given.pos || has_shape(*given.pos, {1, given.tokens(), embed}), "pos [1, tokens, E]");
 }
 
 }  // namespace
@@ -107,22 +69,16 @@ ScalarType Arguments::output_type() const {
 }
 
 void check(const Arguments& given) {
-    Problems problems;
-    if (given.pixels.dim() != 4 || given.weight.dim() != 4) {
-        problems.push_back("pixels must be [B, C, H, W] and weight [E, C, patch height, patch width]");
-    } else if (given.weight.size(1) == 0 || given.weight.size(2) == 0 || given.weight.size(3) == 0) {
-        problems.push_back("weight must have at least one channel, row and column");
-    } else {
-        check_types(given, problems);
-        check_pixels(given, problems);
-        check_devices(given, problems);
-        check_tokens(given, problems);
-    }
-    if (problems.empty()) return;
-    raise_problems("patch_embed", problems,
-                   {{"pixels", &given.pixels}, {"weight", &given.weight}, {"bias", pointer_to(given.bias)},
-                    {"cls", pointer_to(given.cls)}, {"mask", pointer_to(given.mask)},
-                    {"mask_token", pointer_to(given.mask_token)}, {"pos", pointer_to(given.pos)}});
+    expect(given.pixels.dim() == 4 && given.weight.dim() == 4,
+           "pixels [B, C, H, W] and weight [E, C, patch height, patch width]");
+    expect(given.weight.size(1) > 0 && given.weight.size(2) > 0 && given.weight.size(3) > 0,
+           "weight with at least one channel, row and column");
+    check_types(given);
+    check_pixels(given);
+    check_tokens(given);
+    expect(on_one_device({&given.pixels, &given.weight, pointer_to(given.bias), pointer_to(given.cls),
+                          pointer_to(given.mask), pointer_to(given.mask_token), pointer_to(given.pos)}),
+           "tensors on one device");
 }
 
 }  // namespace beit_fast::patch_embed

@@ -7,7 +7,7 @@
 
 namespace beit_fast::patch_embed {
 
-// The arguments of `beit_fast::patch_embed`: see `patch_embed` in beit_fast/functional.py for their meaning.
+// The arguments of `beit_fast::patch_embed`, documented in beit_fast/ops/functorch.py.
 struct Arguments {
     const Tensor& pixels;  // [B, C, H, W]
     const Tensor& weight;  // [E, C, patch height, patch width]
@@ -25,7 +25,7 @@ struct Arguments {
     torch::headeronly::ScalarType output_type() const;
 };
 
-// Throws std::invalid_argument with every reason, in the words of `check_patch_embed` in beit_fast/validation.py.
+// Throws std::invalid_argument if the arguments do not fit together.
 void check(const Arguments& arguments);
 
 }  // namespace beit_fast::patch_embed

@@ -64,29 +64,29 @@ inline void gather_run(const Pixel* source, int64_t step, Element* target, int64
 }
 
 template <bool normalized, typename Pixel, typename Element, typename Sum>
-void gather_rows(const Problem& problem, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
+void gather_rows(const Params& params, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
                  int64_t last) {
-    const auto* pixels = static_cast<const Pixel*>(problem.pixels);
-    const auto* shift = static_cast<const Sum*>(problem.shift);
-    const auto* factor = static_cast<const Sum*>(problem.factor);
-    const int64_t* strides = problem.pixel_strides;
+    const auto* pixels = static_cast<const Pixel*>(params.pixels);
+    const auto* shift = static_cast<const Sum*>(params.shift);
+    const auto* factor = static_cast<const Sum*>(params.factor);
+    const int64_t* strides = params.pixel_strides;
     for (int64_t begin = first; begin < last;) {
         // Patches beside each other in one image: their pixels are read line by line.
-        const int64_t image = begin / problem.patches, patch = begin % problem.patches;
-        const int64_t row = patch / problem.patch_columns, column = patch % problem.patch_columns;
-        const int64_t end = std::min(last, begin + problem.patch_columns - column);
-        for (int64_t channel = 0; channel < problem.channels; ++channel) {
+        const int64_t image = begin / params.patches, patch = begin % params.patches;
+        const int64_t row = patch / params.patch_columns, column = patch % params.patch_columns;
+        const int64_t end = std::min(last, begin + params.patch_columns - column);
+        for (int64_t channel = 0; channel < params.channels; ++channel) {
             Normalization<Sum> constants{0, 1};
             if constexpr (normalized) constants = {shift[channel], factor[channel]};
-            for (int64_t line = 0; line < problem.patch_height; ++line) {
+            for (int64_t line = 0; line < params.patch_height; ++line) {
                 const Pixel* source = pixels + image * strides[0] + channel * strides[1] +
-                                      (row * problem.patch_height + line) * strides[2] +
-                                      column * problem.patch_width * strides[3];
+                                      (row * params.patch_height + line) * strides[2] +
+                                      column * params.patch_width * strides[3];
                 Element* target = rows + (begin - first) * row_stride +
-                                  (channel * problem.patch_height + line) * problem.patch_width;
+                                  (channel * params.patch_height + line) * params.patch_width;
                 for (int64_t count = begin; count < end; ++count) {
-                    gather_run<normalized>(source, strides[3], target, problem.patch_width, constants);
-                    source += problem.patch_width * strides[3];
+                    gather_run<normalized>(source, strides[3], target, params.patch_width, constants);
+                    source += params.patch_width * strides[3];
                     target += row_stride;
                 }
             }
@@ -94,29 +94,29 @@ void gather_rows(const Problem& problem, Element* rows, int64_t row_stride, int6
         begin = end;
     }
     for (int64_t row = 0; row < last - first; ++row) {
-        Element* rest = rows + row * row_stride + problem.depth;
-        std::memset(rest, 0, (row_elements - problem.depth) * sizeof(Element));
+        Element* rest = rows + row * row_stride + params.depth;
+        std::memset(rest, 0, (row_elements - params.depth) * sizeof(Element));
     }
 }
 
 template <typename Pixel, typename Element, typename Sum>
-void gather_pixels(const Problem& problem, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
+void gather_pixels(const Params& params, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
                    int64_t last) {
-    if (problem.shift != nullptr) {
-        gather_rows<true, Pixel, Element, Sum>(problem, rows, row_stride, row_elements, first, last);
+    if (params.shift != nullptr) {
+        gather_rows<true, Pixel, Element, Sum>(params, rows, row_stride, row_elements, first, last);
     } else {
-        gather_rows<false, Pixel, Element, Sum>(problem, rows, row_stride, row_elements, first, last);
+        gather_rows<false, Pixel, Element, Sum>(params, rows, row_stride, row_elements, first, last);
     }
 }
 
 // Into rows of `row_elements`, zeros behind K, which begin every `row_stride` elements.
 template <typename Element, typename Sum>
-void gather_any(const Problem& problem, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
+void gather_any(const Params& params, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
                 int64_t last) {
     const auto gather = [&](auto pixel) {
-        gather_pixels<decltype(pixel), Element, Sum>(problem, rows, row_stride, row_elements, first, last);
+        gather_pixels<decltype(pixel), Element, Sum>(params, rows, row_stride, row_elements, first, last);
     };
-    switch (problem.pixel_type) {
+    switch (params.pixel_type) {
         case Number::uint8: return gather(uint8_t{});
         case Number::float16: return gather(Half{});
         case Number::bfloat16: return gather(BFloat16{});

@@ -51,7 +51,7 @@ struct Multiply {
     using Element = Number;  // of a gathered row
     using Unit = Number;     // of a packed panel, and of a row as it is multiplied
     using Tile = patch_embed::Tile<Unit, Sum>;
-    static constexpr int parts = 1;
+    static constexpr int terms = 1;
     static constexpr int rows_at_once = tile_rows;
     static constexpr int columns = panel_columns_of<Number>;
     static constexpr int64_t units_multiple = 1;
@@ -88,7 +88,7 @@ struct MultiplyPairs {
     using Element = BFloat16;
     using Unit = uint32_t;
     using Tile = patch_embed::Tile<Unit, Sum>;
-    static constexpr int parts = 1;
+    static constexpr int terms = 1;
     static constexpr int rows_at_once = tile_rows;
     static constexpr int columns = panel_columns_of<float>;
     static constexpr int64_t units_multiple = 1;

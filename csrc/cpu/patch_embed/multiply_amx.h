@@ -15,7 +15,7 @@ struct MultiplyTiles {
     using Element = BFloat16;
     using Unit = uint32_t;
     using Tile = patch_embed::Tile<Unit, Sum>;
-    static constexpr int parts = 1;
+    static constexpr int terms = 1;
     static constexpr int rows_at_once = 32;
     static constexpr int columns = panel_columns_of<float>;
     static constexpr int64_t units_multiple = 16;

@@ -83,33 +83,33 @@ std::vector<double> factors(const Arguments& given) {
     return factors;
 }
 
-Kernel kernel_for(const Problem& problem) {
+Kernel kernel_for(const Params& params) {
 #define BEIT_FAST_FUNCTION(isa) isa::kernel_for,
     static constexpr decltype(&portable::kernel_for) functions[] = {BEIT_FAST_FOR_EACH_ISA(BEIT_FAST_FUNCTION)};
 #undef BEIT_FAST_FUNCTION
-    return functions[static_cast<size_t>(current_isa())](problem);
+    return functions[static_cast<size_t>(current_isa())](params);
 }
 
 int64_t ceil_divide(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 // Few patches, gathered by all threads: each panel of columns is a task, which packs it where it has it in its cache.
-void run_panels(const Problem& problem, const Kernel& kernel, int64_t rows, int64_t panels) {
+void run_panels(const Params& params, const Kernel& kernel, int64_t rows, int64_t panels) {
     const AlignedArray<std::byte> gathered(ceil_divide(rows, kernel.row_tile) * kernel.row_tile * kernel.row_bytes);
-    parallel_for(0, rows, ceil_divide(least_work, problem.depth), [&](int64_t begin, int64_t end) {
-        kernel.gather(problem, gathered.data() + begin * kernel.row_bytes, begin, end);
+    parallel_for(0, rows, ceil_divide(least_work, params.depth), [&](int64_t begin, int64_t end) {
+        kernel.gather(params, gathered.data() + begin * kernel.row_bytes, begin, end);
     });
-    const int64_t work = rows * kernel.panel_columns * problem.depth;
+    const int64_t work = rows * kernel.panel_columns * params.depth;
     parallel_for(0, panels, ceil_divide(least_work, work), [&](int64_t begin, int64_t end) {
         const AlignedArray<std::byte> packed(kernel.panel_bytes);
         for (int64_t panel = begin; panel < end; ++panel) {
-            kernel.pack(problem, packed.data(), panel);
-            kernel.multiply(problem, gathered.data(), packed.data(), nullptr, panel, 0, rows);
+            kernel.pack(params, packed.data(), panel);
+            kernel.multiply(params, gathered.data(), packed.data(), nullptr, panel, 0, rows);
         }
     });
 }
 
 // Many patches: all panels are packed, then each block of patches is a task, as many for every thread.
-void run_blocks(const Problem& problem, const Kernel& kernel, int64_t rows, int64_t panels, int64_t least_blocks) {
+void run_blocks(const Params& params, const Kernel& kernel, int64_t rows, int64_t panels, int64_t least_blocks) {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t tiles = ceil_divide(rows, kernel.row_tile);
     const int64_t wanted_blocks = ceil_divide(least_blocks, threads) * threads;
@@ -117,33 +117,33 @@ void run_blocks(const Problem& problem, const Kernel& kernel, int64_t rows, int6
     const AlignedArray<std::byte> packed(panels * kernel.panel_bytes);
     parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
-            kernel.pack(problem, packed.data() + panel * kernel.panel_bytes, panel);
+            kernel.pack(params, packed.data() + panel * kernel.panel_bytes, panel);
         }
     });
     parallel_for(0, ceil_divide(rows, block_rows), 1, [&](int64_t begin, int64_t end) {
         const AlignedArray<std::byte> gathered(block_rows * kernel.row_bytes);
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * block_rows, last = std::min(first + block_rows, rows);
-            kernel.gather(problem, gathered.data(), first, last);
+            kernel.gather(params, gathered.data(), first, last);
             for (int64_t panel = 0; panel < panels; ++panel) {
                 const std::byte* own = packed.data() + panel * kernel.panel_bytes;
                 const std::byte* next = panel + 1 < panels ? own + kernel.panel_bytes : nullptr;
-                kernel.multiply(problem, gathered.data(), own, next, panel, first, last);
+                kernel.multiply(params, gathered.data(), own, next, panel, first, last);
             }
         }
     });
 }
 
-void run(const Problem& problem, const Kernel& kernel) {
-    const int64_t rows = problem.batch * problem.patches;
-    const int64_t panels = ceil_divide(problem.embed, kernel.panel_columns);
+void run(const Params& params, const Kernel& kernel) {
+    const int64_t rows = params.batch * params.patches;
+    const int64_t panels = ceil_divide(params.embed, kernel.panel_columns);
     const int64_t blocks = ceil_divide(rows * kernel.row_bytes, block_bytes);
     if (blocks == 1) {
-        run_panels(problem, kernel, rows, panels);
+        run_panels(params, kernel, rows, panels);
     } else {
-        run_blocks(problem, kernel, rows, panels, blocks);
+        run_blocks(params, kernel, rows, panels, blocks);
     }
-    if (problem.first != 0) kernel.write_cls(problem);
+    if (params.first != 0) kernel.write_cls(params);
 }
 
 Tensor patch_embed(Tensor pixels, Tensor weight, OptionalTensor bias, OptionalTensor cls, OptionalTensor mask,
@@ -162,35 +162,35 @@ Tensor patch_embed(Tensor pixels, Tensor weight, OptionalTensor bias, OptionalTe
     if (pos && pos->scalar_type() != type) pos = torch::stable::to(*pos, type);
     if (pos && !pos->is_contiguous()) pos = torch::stable::contiguous(*pos);
 
-    Problem problem{};
-    problem.pixels = pixels.const_data_ptr();
-    problem.pixel_type = number_of(pixels.scalar_type());
-    std::copy_n(pixels.strides().begin(), 4, problem.pixel_strides);
-    problem.batch = pixels.size(0);
-    problem.channels = weight.size(1);
-    problem.patch_height = weight.size(2);
-    problem.patch_width = weight.size(3);
-    problem.patch_columns = pixels.size(3) / weight.size(3);
-    problem.patches = given.patches();
-    problem.shift = shift.data();
-    problem.factor = factor.data();
-    problem.weight = weight.const_data_ptr();
-    problem.weight_type = number_of(weight.scalar_type());
-    problem.embed = weight.size(0);
-    problem.depth = weight.size(1) * weight.size(2) * weight.size(3);
-    problem.bias = bias_row.data();
-    problem.cls = cls_row.data();
-    problem.mask_token = mask_token_row.data();
+    Params params{};
+    params.pixels = pixels.const_data_ptr();
+    params.pixel_type = number_of(pixels.scalar_type());
+    std::copy_n(pixels.strides().begin(), 4, params.pixel_strides);
+    params.batch = pixels.size(0);
+    params.channels = weight.size(1);
+    params.patch_height = weight.size(2);
+    params.patch_width = weight.size(3);
+    params.patch_columns = pixels.size(3) / weight.size(3);
+    params.patches = given.patches();
+    params.shift = shift.data();
+    params.factor = factor.data();
+    params.weight = weight.const_data_ptr();
+    params.weight_type = number_of(weight.scalar_type());
+    params.embed = weight.size(0);
+    params.depth = weight.size(1) * weight.size(2) * weight.size(3);
+    params.bias = bias_row.data();
+    params.cls = cls_row.data();
+    params.mask_token = mask_token_row.data();
     if (mask) {
-        problem.mask = static_cast<const bool*>(mask->const_data_ptr());
-        std::copy_n(mask->strides().begin(), 2, problem.mask_strides);
+        params.mask = static_cast<const bool*>(mask->const_data_ptr());
+        std::copy_n(mask->strides().begin(), 2, params.mask_strides);
     }
-    problem.position = pos ? pos->const_data_ptr() : nullptr;
-    problem.output = output.mutable_data_ptr();
-    problem.output_type = number_of(type);
-    problem.tokens = given.tokens();
-    problem.first = cls ? 1 : 0;
-    run(problem, kernel_for(problem));
+    params.position = pos ? pos->const_data_ptr() : nullptr;
+    params.output = output.mutable_data_ptr();
+    params.output_type = number_of(type);
+    params.tokens = given.tokens();
+    params.first = cls ? 1 : 0;
+    run(params, kernel_for(params));
     return output;
 }
 

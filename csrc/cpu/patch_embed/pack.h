@@ -29,27 +29,27 @@ template <typename Value, typename Unit>
 
 // One panel of `Unit`s: the sums' own type, or uint32_t for two bfloat16 that one instruction multiplies and adds.
 template <typename Value, typename Unit>
-void pack_panel(const Problem& problem, int64_t panel, int64_t units, Unit* packed) {
+void pack_panel(const Params& params, int64_t panel, int64_t units, Unit* packed) {
     constexpr int lanes = kLanes<Unit>;
     constexpr int columns = panel_columns_of<Unit>;
     constexpr int values_in_unit = std::is_same_v<Unit, uint32_t> ? 2 : 1;
-    const auto* weight = static_cast<const Value*>(problem.weight);
-    for (int64_t part = panel * panel_vectors; part < (panel + 1) * panel_vectors; ++part) {
-        Unit* target = packed + part % panel_vectors * lanes;
-        const int64_t present = std::clamp<int64_t>(problem.embed - part * lanes, 0, lanes);
+    const auto* weight = static_cast<const Value*>(params.weight);
+    for (int64_t vector = panel * panel_vectors; vector < (panel + 1) * panel_vectors; ++vector) {
+        Unit* target = packed + vector % panel_vectors * lanes;
+        const int64_t present = std::clamp<int64_t>(params.embed - vector * lanes, 0, lanes);
         for (int64_t begin = 0; begin < units; begin += lanes) {
-            const int64_t rest = problem.depth - begin * values_in_unit;
+            const int64_t rest = params.depth - begin * values_in_unit;
             const int64_t values = std::clamp<int64_t>(rest, 0, lanes * values_in_unit);
             Unit block[lanes][lanes];
             if (present < lanes || values < lanes * values_in_unit) std::memset(block, 0, sizeof block);
-            const Value* source = weight + part * lanes * problem.depth + begin * values_in_unit;
+            const Value* source = weight + vector * lanes * params.depth + begin * values_in_unit;
             if (values == lanes * values_in_unit) {  // the usual count, known to the compiler
                 for (int64_t row = 0; row < present; ++row) {
-                    convert_row(source + row * problem.depth, block[row], lanes * values_in_unit);
+                    convert_row(source + row * params.depth, block[row], lanes * values_in_unit);
                 }
             } else {
                 for (int64_t row = 0; row < present; ++row) {
-                    convert_row(source + row * problem.depth, block[row], values);
+                    convert_row(source + row * params.depth, block[row], values);
                 }
             }
             Vector<Unit> rows[lanes];

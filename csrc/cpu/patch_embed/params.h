@@ -11,7 +11,7 @@ enum class Number : int8_t { uint8, float16, bfloat16, float32, float64 };
 
 // tokens[b, first + p, e] = sum over k of patch[b, p, k] * weight[e, k] + bias[e], with mask tokens and positions.
 // "Sums" are float, or double where the output is float64. Optional parts are nullptr.
-struct Problem {
+struct Params {
     const void* pixels;
     Number pixel_type;
     int64_t pixel_strides[4];  // of [B, C, H, W], in elements
@@ -39,7 +39,7 @@ struct Problem {
     int64_t first;   // 1 with a CLS token, else 0
 };
 
-// How one instruction set computes a problem: the weight is packed into panels of columns, patches are gathered into
+// How one instruction set computes a params: the weight is packed into panels of columns, patches are gathered into
 // rows, and each pair of a block of rows and a panel is one product that writes its part of the output.
 struct Kernel {
     int64_t panel_columns;  // E in a panel
@@ -47,14 +47,14 @@ struct Kernel {
     int64_t row_bytes;      // one gathered patch
     int64_t panel_bytes;    // one packed panel
 
-    void (*pack)(const Problem& problem, void* packed_panel, int64_t panel);
+    void (*pack)(const Params& params, void* packed_panel, int64_t panel);
     // Patches [first, last) of all B * P into consecutive rows of `rows`.
-    void (*gather)(const Problem& problem, void* rows, int64_t first, int64_t last);
+    void (*gather)(const Params& params, void* rows, int64_t first, int64_t last);
     // The same patches, gathered in `rows`, times the panel packed at `packed_panel`. Full tiles of `rows` are read.
     // Meanwhile the panel at `next_panel`, unless that is nullptr, is brought near.
-    void (*multiply)(const Problem& problem, const void* rows, const void* packed_panel, const void* next_panel,
+    void (*multiply)(const Params& params, const void* rows, const void* packed_panel, const void* next_panel,
                      int64_t panel, int64_t first, int64_t last);
-    void (*write_cls)(const Problem& problem);  // the first token of every image
+    void (*write_cls)(const Params& params);  // the first token of every image
 };
 
 }  // namespace beit_fast::patch_embed

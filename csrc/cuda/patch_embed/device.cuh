@@ -16,7 +16,7 @@ class OnDevice {
     torch::stable::accelerator::DeviceGuard guard_;
 };
 
-inline int count_multiprocessors(int32_t device) {
+inline int count_sms(int32_t device) {
     int count = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
     return count;

@@ -54,7 +54,7 @@ Rows rows_of(const OptionalTensor& tensor, std::vector<Tensor>& kept) {
 
 void launch_call(const Call& call, Arithmetic arithmetic, int32_t device) {
     Arguments arguments = plan(call, arithmetic);
-    const bool large = wants_large_tiles(arguments, count_multiprocessors(device));
+    const bool large = wants_large_tiles(arguments, count_sms(device));
     switch (arithmetic) {
         case Arithmetic::kFloat16:
             return launch<Arithmetic::kFloat16>(arguments, large, device);

@@ -131,8 +131,8 @@ int64_t plan_tiles(Arguments& arguments) {
 }
 
 // Large tiles read less, small ones keep a GPU of so many multiprocessors busier when there is little to do.
-inline bool wants_large_tiles(const Arguments& arguments, int multiprocessors) {
-    return blocks_of<LargeTile>(arguments) >= multiprocessors;
+inline bool wants_large_tiles(const Arguments& arguments, int num_sms) {
+    return blocks_of<LargeTile>(arguments) >= num_sms;
 }
 
 }  // namespace beit_fast::cuda

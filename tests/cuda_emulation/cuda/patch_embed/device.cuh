@@ -11,6 +11,6 @@ struct OnDevice {
     explicit OnDevice(int32_t) {}
 };
 
-inline int count_multiprocessors(int32_t) { return emulation::multiprocessors; }
+inline int count_sms(int32_t) { return emulation::num_sms; }
 
 }  // namespace beit_fast::cuda
