@@ -1,11 +1,11 @@
-"""Compiles csrc/ into the package's libraries, for setup.py: plain commands, in parallel, and only what has changed.
+"""Compile csrc/ into the package's libraries, for setup.py: plain commands, in parallel, incremental.
 
 `*.cpp` is compiled once for every machine, `*.isa.cpp` once for each instruction set in `ISAS`, and `*.cu` by nvcc.
 
-Every object that uses an inline function or a template holds a copy of it, compiled for that object's instruction set,
-and a linker keeps for all of them the copy that it meets first. So objects are linked from the oldest instruction set
-to the newest. Each set contains those before it, and whoever needs a copy brings one: none gets a copy newer than its
-own. Link-time optimisation would mix them after all, and is switched off.
+Every object that uses an inline function or a template has a copy of it, compiled for that object's instruction set.
+The linker keeps the first copy for all objects. So objects are linked from the oldest instruction set to the newest:
+each set contains the sets before it, and an object that needs a copy has one, so no object gets a copy for a newer set
+than its own. Link-time optimisation would mix the sets, so it is disabled.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = {"_C": "*.cpp", "_C_cuda": "*.cu"}
-"""What each library is made of, anywhere in csrc/."""
+"""The sources of each library, anywhere in csrc/."""
 
 SHARED = ("errors.cpp",)
-"""What `_C_cuda` holds a copy of: neither library sees into the other."""
+"""Sources of `_C` that `_C_cuda` has a copy of: neither library uses symbols of the other."""
 
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 ISAS = {
@@ -39,10 +39,13 @@ ISAS = {
     "avx512_bf16": (f"{_AVX512} -mavx512bf16", "vdpbf16ps %zmm0, %zmm0, %zmm0"),
     "amx": (f"{_AVX512} -mavx512bf16 -mavx512vbmi -mamx-tile -mamx-bf16", "tdpbf16ps %tmm0, %tmm1, %tmm2"),
 }
-"""Instruction sets, oldest first: flags of the compiler, and an instruction that its assembler must know too."""
+"""The list of instruction sets, oldest first: compiler flags, and an instruction that the assembler must support.
+
+csrc/cpu/isa.cpp has a function `supports_<name>` for each; C++ gets the names as `BEIT_FAST_FOR_EACH_ISA`.
+"""
 
 _CPU_FLAGS = "-O2 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra -fPIC -fvisibility=hidden"
-# nvcc warns of `#pragma unroll` before a loop of one round.
+# nvcc warns about `#pragma unroll` before a loop of one iteration.
 _CUDA_FLAGS = "-O3 -diag-suppress 128 -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA"
 _CUDA_TARGETS = ("8.0", "9.0", "10.0")
 _OLDEST_TORCH = (2, 11)
@@ -50,12 +53,12 @@ _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*_OLDES
 
 
 class BuildError(Exception):
-    """Why a library is not built, in a few words; what a compiler said has been printed."""
+    """A library cannot be built: a short reason. The output of the compiler has been printed."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The command that compiles each object, the command that links them, and what the library is built for."""
+    """The commands that compile each object and link them, and a note: the targets."""
 
     objects: dict[Path, list[str]]
     link: list[str]
@@ -64,21 +67,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """A library's file, or None, and a note: what it was built for, or why it was not built."""
+    """The file of a library, or None, and a note: its targets, or why it was not built."""
 
     file: Path | None
     note: str
 
 
 def build(names: Sequence[str], folder: Path) -> dict[str, Result]:
-    """Build the named libraries side by side, all files in `folder`; the working folder is the project's root."""
+    """Build the named libraries in parallel, all files in `folder`; the working folder is the project's root."""
     with ThreadPoolExecutor(_jobs()) as compilers:
         begun = {name: _begin(name, folder, compilers) for name in sorted(names, reverse=True)}  # nvcc takes longest
         return {name: _finish(name, folder, *begun[name]) for name in names}
 
 
 def _begin(name: str, folder: Path, compilers: ThreadPoolExecutor) -> tuple[Plan | Exception, list[Future]]:
-    """What a library takes, and its objects in the making; or why it cannot be built."""
+    """The plan of a library, or why it cannot be built; and its objects, which are being compiled."""
     try:
         if sys.platform != "linux":
             raise BuildError("native libraries are built on Linux only")
@@ -105,14 +108,14 @@ def _finish(name: str, folder: Path, plan: Plan | Exception, objects: list[Futur
 def _plan_cpu(folder: Path) -> Plan:
     torch = _torch_folder()
     compiler, standard = _compiler()
-    wanted = list(ISAS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
-    isas = [name for name in wanted if _knows(compiler, name)]
+    names = list(ISAS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+    isas = [name for name in names if _supports(compiler, name)]
     given = shlex.split(os.environ.get("CXXFLAGS", ""))
 
-    known = f"-DBEIT_FAST_FOR_EACH_ISA(X)={' '.join(f'X({name})' for name in isas)}"
+    isa_list = f"-DBEIT_FAST_FOR_EACH_ISA(X)={' '.join(f'X({name})' for name in isas)}"
 
     def command(*flags: str) -> list[str]:
-        return [*compiler, standard, *_CPU_FLAGS.split(), known, *flags, *_includes(torch), *given, "-fno-lto", "-c"]
+        return [*compiler, standard, *_CPU_FLAGS.split(), isa_list, *flags, *_includes(torch), *given, "-fno-lto", "-c"]
 
     sources = [source for source in _sources("_C") if not source.name.endswith(".isa.cpp")]
     objects = _objects(folder, command(), sources)
@@ -122,8 +125,8 @@ def _plan_cpu(folder: Path) -> Plan:
         objects |= _objects(folder, compile_one, sources, f".{name}")
     link = [*compiler, "-shared", *given, *shlex.split(os.environ.get("LDFLAGS", "")), "-fno-lto"]
     link += ["-Wl,-z,defs", "-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu"]
-    unknown = [name for name in wanted if name not in isas]
-    note = ", ".join(isas) + (f" (the compiler knows no {', '.join(unknown)})" if unknown else "")
+    unsupported = [name for name in names if name not in isas]
+    note = ", ".join(isas) + (f" (the compiler does not support {', '.join(unsupported)})" if unsupported else "")
     return Plan(objects, link, note)
 
 
@@ -135,7 +138,7 @@ def _plan_cuda(folder: Path) -> Plan:
     compiler, standard = _compiler()
     targets, note = _cuda_targets(nvcc)
     sources = _sources("_C_cuda")
-    # nvcc takes nothing but its host compiler's name: no `ccache` before it, no flags after it
+    # nvcc accepts only the name of its host compiler, without `ccache` or flags
     host = [word for word in compiler if not word.startswith("-")][-1]
     command = [nvcc, "-ccbin", host]
     threads = str(max(1, _jobs() // len(sources)))
@@ -143,7 +146,7 @@ def _plan_cuda(folder: Path) -> Plan:
     objects = _objects(folder, compile_all, sources)
     shared = [source for source in _sources("_C") if source.name in SHARED]
     objects |= _objects(folder, [*compiler, standard, *_CPU_FLAGS.split(), *_includes(torch), "-c"], shared)
-    # libtorch brings torch's other libraries along, libtorch_cuda too, which a CPU build of torch does not have
+    # libtorch loads libtorch_cuda too, which a CPU build of torch does not have
     link = [*command, "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed"]
     return Plan(objects, [*link, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"], note)
 
@@ -151,25 +154,25 @@ def _plan_cuda(folder: Path) -> Plan:
 def _jobs() -> int:
     text = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     if not text.isdigit() or int(text) < 1:
-        raise SystemExit(f"MAX_JOBS is {text!r}, which is not a positive number")
+        raise SystemExit(f"MAX_JOBS is {text!r} (expected a positive number)")
     return int(text)
 
 
 def _sources(library: str) -> list[Path]:
     found = sorted(Path("csrc").rglob(SOURCES[library]))
     if not found:
-        raise BuildError(f"csrc holds no {SOURCES[library]}")
+        raise BuildError(f"csrc has no {SOURCES[library]}")
     return found
 
 
 def _objects(folder: Path, command: list[str], sources: list[Path], variant: str = "") -> dict[Path, list[str]]:
-    """The command for each source, by the object that it writes."""
+    """The command for each object."""
     commands = [[*command, str(source)] for source in sources]
     return {_named(folder, f"{Path(line[-1]).name}{variant}", ".o", line): line for line in commands}
 
 
 def _named(folder: Path, name: str, suffix: str, command: Sequence[str]) -> Path:
-    """A file for what `command` makes: another command, another file."""
+    """The file that `command` writes: its name depends on the command."""
     return folder / f"{name}-{hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]}{suffix}"
 
 
@@ -179,10 +182,10 @@ def _includes(torch: Path) -> list[str]:
 
 
 def _torch_folder() -> Path:
-    """Where torch is, found without importing it."""
+    """The folder of torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise BuildError("torch is not at hand while building (pip needs --no-build-isolation)")
+        raise BuildError("torch is not installed in the build environment (use pip --no-build-isolation)")
     folder = Path(spec.origin).parent
     header = folder / "include" / "torch" / "headeronly" / "version.h"
     numbers = re.findall(r"define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", header.read_text()) if header.exists() else []
@@ -194,7 +197,7 @@ def _torch_folder() -> Path:
 
 
 def _compiler() -> tuple[list[str], str]:
-    """The C++ compiler, `CXX` or the system's, and the newest standard that both it and we know."""
+    """The C++ compiler, `CXX` or the system's, and the newest standard that it supports."""
     usual = next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     compiler = shlex.split(os.environ.get("CXX", "")) or [usual]
     if shutil.which(compiler[0]) is None:
@@ -202,10 +205,10 @@ def _compiler() -> tuple[list[str], str]:
     for standard in ("-std=c++20", "-std=c++17"):
         if _compiles(compiler, standard, "#include <optional>"):
             return compiler, standard
-    raise BuildError(f"the C++ compiler {shlex.join(compiler)} compiles no C++17")
+    raise BuildError(f"the C++ compiler {shlex.join(compiler)} does not support C++17")
 
 
-def _knows(compiler: list[str], isa: str) -> bool:
+def _supports(compiler: list[str], isa: str) -> bool:
     flags, instruction = ISAS[isa]
     return _compiles(compiler, flags, f'void probe() {{ asm("{instruction}"); }}')
 
@@ -217,36 +220,36 @@ def _compiles(compiler: list[str], flags: str, code: str) -> bool:
 
 
 def find_nvcc() -> str | None:
-    """nvcc in `CUDA_HOME` or `CUDA_PATH`, on the path, or where CUDA is installed by default."""
+    """nvcc in `CUDA_HOME` or `CUDA_PATH`, on the path, or in the default folder of CUDA."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = (*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc")
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
 def _cuda_targets(nvcc: str) -> tuple[list[str], str]:
-    """nvcc's options for `TORCH_CUDA_ARCH_LIST`, else for what it knows of `_CUDA_TARGETS`, and the targets' names."""
-    asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,\t"))
-    if asked == [""]:
+    """nvcc's options for `TORCH_CUDA_ARCH_LIST`, or for the supported `_CUDA_TARGETS`; and the names of the targets."""
+    requested = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,\t"))
+    if requested == [""]:
         listing = subprocess.run([nvcc, "--list-gpu-arch"], text=True, capture_output=True, check=False).stdout
-        asked = [number for number in _CUDA_TARGETS if f"compute_{number.replace('.', '')}" in listing.split()]
-        asked[-1:] = [f"{number}+PTX" for number in asked[-1:]]
+        requested = [number for number in _CUDA_TARGETS if f"compute_{number.replace('.', '')}" in listing.split()]
+        requested[-1:] = [f"{number}+PTX" for number in requested[-1:]]
     targets: dict[str, str] = {}
-    for entry in asked:
+    for entry in requested:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None or int(match[1]) < 8:
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST has {entry!r}, which is no number from 8.0 on such as 9.0 or 9.0+PTX"
+                f"TORCH_CUDA_ARCH_LIST: {entry!r} is not supported (expected 8.0 or later, such as 9.0 or 9.0+PTX)"
             )
         number = match[1] + match[2] + match[3]
         targets |= {f"sm_{number}": number} | ({f"compute_{number}": number} if match[4] else {})
     if not targets:
-        raise BuildError(f"{nvcc} knows none of {', '.join(_CUDA_TARGETS)}")
+        raise BuildError(f"{nvcc} does not support any of {', '.join(_CUDA_TARGETS)}")
     options = [f"-gencode=arch=compute_{number},code={name}" for name, number in targets.items()]
     return options, ", ".join(targets)
 
 
 def _make(target: Path, command: list[str], sources: Sequence[Path] = ()) -> None:
-    """Run `command` for `target`, unless that is newer than `sources` and than what it was compiled from."""
+    """Run `command` for `target` unless that is newer than `sources` and its own dependencies."""
     listing = target.with_name(f"{target.name}.d")
     if _is_current(target, [*sources, *_read_dependencies(listing)]):
         return

@@ -1,4 +1,4 @@
-// Memory to work in, and memory that is needed soon.
+// Aligned memory, and prefetching.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace beit_fast {
 namespace {
 
-// Numbers at the start of a cache line, with no value.
+// Uninitialized numbers, aligned to a cache line.
 template <typename Number>
 class AlignedArray {
 public:
@@ -26,7 +26,7 @@ private:
     Number* numbers_;
 };
 
-// Brings memory into the second cache, a part of it at each of so many steps.
+// Prefetches memory into L2, a share of it at each of `steps` steps.
 class Prefetch {
 public:
     Prefetch(const void* memory, int64_t bytes, int64_t steps)

@@ -1,6 +1,5 @@
-// Vectors of the instruction set that this file is compiled for, and the few operations that attention needs on them.
-// Included by *.isa.cpp only: everything has internal linkage, so that code for one instruction set cannot be linked
-// into code for another.
+// Vectors of the instruction set that a file is compiled for, and operations on them. Everything has internal linkage,
+// so that code for one instruction set cannot be linked into code for another.
 #pragma once
 
 #include <cmath>
@@ -33,9 +32,9 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// For inner loops: everything that they call is inlined, whatever the compiler makes of its size.
+// For inner loops: every call in them is inlined, regardless of its size.
 #define BEIT_FAST_FLAT __attribute__((flatten))
-// And kept apart from what calls them, which would take registers from them.
+// The same, and never inlined into a caller, which would compete for registers.
 #define BEIT_FAST_APART __attribute__((flatten, noinline))
 
 template <class T>

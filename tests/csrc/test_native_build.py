@@ -103,7 +103,7 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(native_b
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     result = build(native_build)
-    assert result.note == "portable, avx2, avx512, avx512_bf16 (the compiler knows no amx)"
+    assert result.note == "portable, avx2, avx512, avx512_bf16 (the compiler does not support amx)"
     library = ctypes.CDLL(str(result.file.resolve()))
     assert library.sets() == 4
     assert not hasattr(library, "copy_in_amx")
@@ -156,7 +156,7 @@ def test_a_function_that_nobody_defines_is_an_error_of_the_build_and_not_of_the_
 
 def test_torch_has_to_be_there_with_its_headers(native_build, monkeypatch, tmp_path):
     monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: None)
-    assert build(native_build).note == "torch is not at hand while building (pip needs --no-build-isolation)"
+    assert build(native_build).note == "torch is not installed in the build environment (use pip --no-build-isolation)"
     spec = importlib.util.spec_from_file_location("torch", tmp_path / "torch" / "__init__.py")
     monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: spec)
     assert build(native_build).note == f"the headers of torch 2.11 or later were not found in {tmp_path / 'torch'}"
@@ -198,7 +198,7 @@ def test_cuda_architectures_can_be_chosen_as_torch_writes_them(native_build, mon
 @pytest.mark.parametrize("entry", ["Hopper", "7.5", "90", "9.0+SASS"])
 def test_cuda_architectures_that_cannot_be(native_build, monkeypatch, nvcc, entry):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{entry}")
-    with pytest.raises(native_build.BuildError, match=r"TORCH_CUDA_ARCH_LIST has '.*', which is no number from 8\.0"):
+    with pytest.raises(native_build.BuildError, match=r"TORCH_CUDA_ARCH_LIST: '.*' is not supported \(expected 8\.0"):
         native_build._cuda_targets(nvcc)
 
 

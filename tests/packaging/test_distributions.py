@@ -132,7 +132,7 @@ def test_without_a_compiler_the_package_works_and_info_says_what_is_missing(pure
     path = {"PYTHONPATH": str(tmp_path)}
     assert run(sys.executable, "-c", FORWARD, **path).stdout.strip() == "torch"
     facts = json.loads(run(sys.executable, "-m", "beit_fast", "info", "--json", **path).stdout)
-    reason = f"{native.file_name('_C')} was not built: the C++ compiler /bin/false compiles no C++17"
+    reason = f"{native.file_name('_C')} was not built: the C++ compiler /bin/false does not support C++17"
     assert facts["native_libraries"]["_C"]["reason"] == reason
     assert reason in {row["kernel"]: row["reasons"] for row in facts["kernels"]}["cpp"]
     assert reason in run(sys.executable, "-m", "beit_fast", "info", **path).stdout
@@ -257,7 +257,7 @@ def test_building_in_place_replaces_what_is_there_and_removes_what_is_stale(tree
         ({"BEIT_FAST_NATIVE": "1", "CXX": "/bin/false"}, "BEIT_FAST_NATIVE=1 needs _C"),
         ({"BEIT_FAST_NATIVE": "1", "CXX": "no-such-compiler"}, "the C++ compiler no-such-compiler was not found"),
         ({"BEIT_FAST_NATIVE": "yes"}, "BEIT_FAST_NATIVE is 'yes'; accepted are 0, 1, or nothing"),
-        ({"MAX_JOBS": "many"}, "MAX_JOBS is 'many', which is not a positive number"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS is 'many' (expected a positive number)"),
     ],
 )
 def test_what_stops_a_build(tree, variables, said):

@@ -1,6 +1,6 @@
 // Numbers as operands of tile products, split into bf16 terms. A tile has all its terms, one after another; A has
-// 16 rows of 32 numbers that are summed over, B has 32 of them for 16 columns. A word holds two that are summed over:
-// word i of a row of fp32 has numbers i and i + 16 of 32.
+// 16 rows and B 16 columns of 32 numbers, which a product sums over. A word holds two of them: word i of a row of fp32
+// has numbers i and i + 16 of 32.
 #pragma once
 
 #include <algorithm>
@@ -123,7 +123,7 @@ struct FourSums {
     template <int kTerms>
     static void add(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride) {
 #pragma GCC unroll 3
-        for (int term = kTerms - 1; term >= 0; --term) {  // small ones first, which loses least
+        for (int term = kTerms - 1; term >= 0; --term) {  // small terms first, for accuracy
             tile_load<4>(a + term * kTileWords);
             tile_load<5>(a + a_stride + term * kTileWords);
 #pragma GCC unroll 3

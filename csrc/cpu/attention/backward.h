@@ -1,7 +1,7 @@
 // Backward of attention. An item is one head of one sample and one split of its keys. It visits all queries
 // in blocks, 64 keys at a time. With P the weights and dP = dO V^T:
 //     dS = P (dP - delta),  delta = sum(dO O),  dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K,
-// and the gradient of the bias is dS, added up in the layout of the packed bias and then along the diagonals of the table.
+// and the gradient of the bias is dS, summed in the layout of the packed bias, then along the diagonals of the table.
 #pragma once
 
 #include <algorithm>
@@ -91,7 +91,7 @@ public:
                                     grad_weights, kColumns, false);
     }
 
-    // Adds P dO to dV, dS Q to dK, and K^T dS to dQ^T, which starts with the first keys.
+    // Adds P dO to dV, dS Q to dK, and K^T dS to dQ^T; the first keys overwrite dQ^T.
     template <int kVectors>
     void mix(int64_t key, int64_t count, const T* weights, const T* grad_scores, T* grad_values, T* grad_keys,
              T* grad_queries) {
@@ -214,7 +214,7 @@ private:
                 const int64_t at = batch * params_.lse_batch_stride + head * params_.lse_head_stride +
                                    logits.token(row + lane) * params_.lse_token_stride;
                 const T value = static_cast<const T*>(params_.lse)[at] * static_cast<T>(1.4426950408889634);
-                // Padding, and queries that had no key: their weights have to be 0.
+                // Padding and queries without any key: their weights must be 0.
                 const bool real = first + row + lane < params_.tokens && value != -Logits<T, kVectors>::kInfinity;
                 lse[v][lane] = real ? value : Logits<T, kVectors>::kInfinity;
                 Vector<T> products{};
@@ -228,7 +228,7 @@ private:
         }
     }
 
-    // Turns scores and dP into the weights and dS of a block of keys, in place, and adds dS to the gradient of the bias.
+    // Turns scores and dP into the weights and dS of a block of keys, in place; adds dS to the bias's gradient.
     template <int kVectors>
     void differentiate(const Logits<T, kVectors>& logits, int64_t first_key, int64_t pairs, const HeadBias<T>& bias,
                        const Vector<T>* lse, const Vector<T>* delta) {
@@ -255,7 +255,8 @@ private:
     }
 
     template <int kVectors>
-    void add_to_grad_bias(const Logits<T, kVectors>& logits, const HeadBias<T>& bias, int64_t key, int v, Vector<T> grad) {
+    void add_to_grad_bias(const Logits<T, kVectors>& logits, const HeadBias<T>& bias, int64_t key, int v,
+                          Vector<T> grad) {
         if (logits.has_cls() && key + 1 != params_.tokens) {
             const Vector<T> of_cls = logits.is_cls(v) ? grad : Vector<T>{};
             for (int lane = 0; lane < kLanes<T>; ++lane) cls_to_patch_ += of_cls[lane];
@@ -269,7 +270,7 @@ private:
     void write_grad_queries(const Logits<T, kVectors>& logits, int64_t batch, int64_t head, int64_t split) {
         constexpr int64_t kColumns = kVectors * kLanes<T>;
         if (params_.grad_q == nullptr) return;
-        for (int v = 0; v < kVectors; ++v) {  // queries_ takes dQ as rows
+        for (int v = 0; v < kVectors; ++v) {  // write dQ as rows into queries_
             for (int64_t dim = 0; dim < length_; dim += kLanes<T>) {
                 Vector<T> square[kLanes<T>];
                 for (int row = 0; row < kLanes<T>; ++row) {

@@ -57,7 +57,7 @@ public:
         }
     }
 
-    // Rows of keys behind `count` are padding: their weights may be anything finite, and are made 0.
+    // Rows of keys past `count` are padding. Their weights may be any finite number, so they are set to 0.
     template <int>
     void mix(int64_t key, int64_t count, float* weights, float* grad_scores, float* grad_values, float* grad_keys,
              float* grad_queries) {

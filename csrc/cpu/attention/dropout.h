@@ -1,5 +1,5 @@
-// Which attention weights dropout keeps: Philox4x32-10 (Salmon et al., SC 2011), counter (query, key, b * H + h, 0),
-// key the seed. The same masks as the other kernels of the operator.
+// Dropout of attention weights: Philox4x32-10 (Salmon et al., SC 2011) with counter (query, key, b * H + h, 0) and the
+// seed as key. All kernels of the operator have the same masks.
 #pragma once
 
 #include "cpu/simd.h"
@@ -17,7 +17,7 @@ public:
 
     bool active() const { return active_; }
 
-    // What to multiply the weights of `count` queries by: 1 / (1 - p) or 0.
+    // Factors for the weights of `count` queries: 1 / (1 - p) or 0.
     template <class T>
     void factors(T* to, const uint32_t* queries, int count, uint32_t key, uint32_t plane) const {
         for (int i = 0; i < count; ++i) {

@@ -13,7 +13,7 @@
 namespace beit_fast {
 namespace {
 
-// How operands of plain numbers lie.
+// The layout of operands of single numbers.
 template <class T>
 struct PlainOperands {
     using Product = PlainProduct<T>;
@@ -33,7 +33,7 @@ struct PlainOperands {
 };
 
 #if defined(__AVX512BF16__)
-// How operands of bf16 pairs lie: neighbours along what is summed over share a word.
+// The layout of operands of bf16 pairs: two neighbours in the dimension of the sum share a word.
 struct PairOperands {
     using Product = PairProduct;
     using Element = uint32_t;

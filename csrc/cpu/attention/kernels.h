@@ -1,4 +1,4 @@
-// The kernels of one instruction set, and how calls of them are divided.
+// The attention kernels of one instruction set.
 #pragma once
 
 #include "cpu/attention/params.h"
@@ -12,7 +12,7 @@ struct AttentionKernels {
     void (*forward)(const ForwardParams&, int64_t begin, int64_t end);
     int64_t (*backward_items)(const BackwardParams&);
     void (*backward)(const BackwardParams&, int64_t begin, int64_t end);
-    // Sums what the items of the backward left in its partial results, for heads `begin` to `end`.
+    // Sums the partial results of the backward for heads `begin` to `end`.
     void (*reduce)(const BackwardParams&, int64_t begin, int64_t end);
 };
 

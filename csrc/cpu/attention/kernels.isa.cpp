@@ -10,7 +10,7 @@
 namespace beit_fast {
 namespace {
 
-// Calls `use` with the kernel that serves a type, as a null pointer.
+// Calls `use` with a null pointer to the type of the kernel for `type`.
 template <class Use>
 auto choose_forward([[maybe_unused]] Scalar type, Use use) {
 #if defined(__AMX_BF16__)
@@ -57,7 +57,7 @@ int64_t forward_items(const ForwardParams& params) {
 
 void backward(const BackwardParams& params, int64_t begin, int64_t end) {
 #if defined(__AMX_BF16__)
-    // The six products that fp32 takes pay for the packing of their operands where there are many tokens.
+    // fp32 needs six products and packed operands, which pays off from this number of tokens.
     constexpr int64_t kMany = 256;
     const TileSession session;
     const bool many = params.tokens > kMany;

@@ -1,4 +1,4 @@
-// The attention kernels of fp64, which serves to check others: for every machine alike.
+// The attention kernels of fp64, compiled once: fp64 is for checks.
 #include "cpu/attention/kernels.h"
 #include "cpu/attention/ranges.h"
 

@@ -7,13 +7,13 @@
 namespace beit_fast {
 namespace {
 
-// What the queries of one head share.
+// The bias and the mask of one head, shared by its queries.
 template <class T>
 struct HeadBias {
     const T* packed = nullptr;         // null without a bias
     const int64_t* offsets = nullptr;  // [N], where the slice of each inner key starts
     T cls_to_patch = T(0);
-    const uint8_t* allowed = nullptr;  // [N], inner keys; null where all are
+    const uint8_t* allowed = nullptr;  // [N], inner keys; null if all are allowed
     TokenOrder keys{0};
 };
 
@@ -29,7 +29,7 @@ public:
           dropout_(params.dropout_p, params.seed),
           scale_(static_cast<T>(params.scale * 1.4426950408889634)) {}
 
-    // Turns to the queries from `first_query` on, inner tokens.
+    // Selects the block of queries that starts at inner token `first_query`.
     void begin(int64_t batch, int64_t head, int64_t first_query) {
         first_query_ = first_query;
         plane_ = batch * params_.heads + head;
@@ -49,9 +49,9 @@ public:
     bool drops() const { return dropout_.active(); }
 
     // Calls `take(pair, key, vector, first, second, checked)` with the logits of pairs of keys in units of log2(e),
-    // from rows of scores `[keys, kQueries]`; minus infinity where a key is masked or padding. `checked` is a constant,
-    // false where neither occurs and nothing is dropped. Returns `take`, which is passed by value so that what it adds
-    // up can stay in registers.
+    // from rows of scores `[keys, kQueries]`; minus infinity if a key is masked or padding. `checked` is a constant,
+    // false if neither occurs and there is no dropout. `take` is passed and returned by value: its sums stay in
+    // registers.
     template <class Take>
     Take visit(const T* scores, int64_t first_key, int64_t pairs, Take take) const {
         if (head_.allowed != nullptr || first_key + 2 * pairs > params_.tokens || drops()) {
@@ -63,7 +63,7 @@ public:
         return visit_as<Bias::patches, false>(scores, first_key, pairs, take);
     }
 
-    // What dropout multiplies the weights of one key by.
+    // Dropout's factors for the weights of one key.
     Vector<T> dropout_factor(int v, int64_t key) const {
         T factors[kLanes<T>];
         const auto key_token = static_cast<uint32_t>(head_.keys(key));

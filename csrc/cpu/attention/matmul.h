@@ -31,7 +31,7 @@ struct PairProduct {
 };
 #endif
 
-// Where the elements of A lie: element (m, k) at `data[m * row_stride + k * step_stride]`.
+// The layout of A: element (m, k) is `data[m * row_stride + k * step_stride]`.
 template <class Element>
 struct LeftOperand {
     const Element* data;
@@ -77,7 +77,7 @@ inline void multiply_rest(int64_t rows, LeftOperand<typename Product::Element> a
     }
 }
 
-// `kVectors` vectors of columns, any number of rows; with `add` onto what C holds.
+// `kVectors` vectors of columns, any number of rows; `add` accumulates into C.
 template <class Product, int kVectors>
 inline void multiply(int64_t rows, LeftOperand<typename Product::Element> a, const typename Product::Element* b,
                      int64_t b_stride, int64_t depth, typename Product::Sum* c, int64_t c_stride, bool add) {

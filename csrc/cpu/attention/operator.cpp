@@ -64,8 +64,8 @@ void check(const char* name, const Inputs& x) {
     expect(is_float(type) && x.k.scalar_type() == type && x.v.scalar_type() == type,
            "q, k and v of one floating-point dtype");
     expect(on_one_device({&x.q, &x.k, &x.v, pointer_to(x.table), pointer_to(x.key_mask)}), "tensors on one device");
-    expect(!x.key_mask || (x.key_mask->scalar_type() == ScalarType::Bool && has_shape(*x.key_mask, {shape[0], shape[1]})),
-           "key_mask in bool, [B, N]");
+    expect(!x.key_mask || x.key_mask->scalar_type() == ScalarType::Bool, "key_mask in bool");
+    expect(!x.key_mask || has_shape(*x.key_mask, {shape[0], shape[1]}), "key_mask [B, N]");
     expect(x.dropout_p >= 0.0 && x.dropout_p < 1.0, "dropout_p in [0, 1)");
     expect(x.seed >= 0, "seed in [0, 2**63)");
     if (x.table) check_bias(name, x);

@@ -1,4 +1,4 @@
-// What a call of attention is, for the code that computes it: plain pointers, sizes and strides.
+// The parameters of the attention kernels: plain pointers, sizes and strides.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace beit_fast {
 
 enum class Scalar : uint8_t { f64, f32, bf16, f16 };
 
-// [B, N, H, D] with any strides, counted in elements.
+// [B, N, H, D] with any strides, in elements.
 struct TokensView {
     const void* data = nullptr;
     int64_t batch_stride = 0, token_stride = 0, head_stride = 0, dim_stride = 1;
@@ -20,7 +20,7 @@ struct TableView {
     int64_t row_stride = 0, head_stride = 0;
 };
 
-// bool [B, N], true where a key may be attended to; data is null where all may.
+// bool [B, N], true where a key may be attended to; data is null if all may be.
 struct MaskView {
     const uint8_t* data = nullptr;
     int64_t batch_stride = 0, token_stride = 0;
@@ -28,7 +28,7 @@ struct MaskView {
 
 struct AttentionParams {
     int64_t batch = 0, tokens = 0, heads = 0, head_dim = 0;
-    int64_t window_height = 0, window_width = 0;  // in patches; without meaning where there is no table
+    int64_t window_height = 0, window_width = 0;  // in patches; ignored without a table
     Scalar type = Scalar::f32;                    // of q, k and v
     TokensView q, k, v;
     TableView table;
@@ -42,15 +42,15 @@ struct AttentionParams {
 
 struct ForwardParams : AttentionParams {
     void* out = nullptr;  // [B, N, H, D], contiguous, of `type`
-    void* lse = nullptr;  // [B, H, N], fp32, or fp64 where `type` is f64
+    void* lse = nullptr;  // [B, H, N], fp32, or fp64 if `type` is f64
 };
 
 // If there are few heads, several items share the keys of a head, so that more threads have work.
 struct BackwardParams : AttentionParams {
     TokensView grad_out, out;
-    const void* lse = nullptr;  // [B, H, N] with any strides, fp32, or fp64 where `type` is f64
+    const void* lse = nullptr;  // [B, H, N] with any strides, fp32, or fp64 if `type` is f64
     int64_t lse_batch_stride = 0, lse_head_stride = 0, lse_token_stride = 0;
-    void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;  // [B, N, H, D], contiguous; null: not asked for
+    void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;  // [B, N, H, D], contiguous; null if not needed
     void* grad_table = nullptr;                                    // [rows, H], contiguous, of the table's type
     int64_t num_splits = 1;
     void* partial_grad_q = nullptr;      // [num_splits, B, N, H, D] in fp32 (fp64), null if num_splits is 1

@@ -1,4 +1,4 @@
-// Ranges of items: what a thread holds while it works on them, and the loops over them.
+// Loops over ranges of items, and the memory of a thread that runs them.
 #pragma once
 
 #include <cstdlib>
@@ -10,7 +10,7 @@
 namespace beit_fast {
 namespace {
 
-// Memory of this thread, kept for its next call unless it is large.
+// Memory of this thread, cached for its next call unless it is large.
 class ThreadMemory {
 public:
     ~ThreadMemory() { std::free(memory_); }
@@ -39,7 +39,7 @@ private:
     int64_t size_ = 0;
 };
 
-// Runs `work(scratch)` with the memory that it takes while `scratch` only counts.
+// Runs `work(scratch, counting)` twice: to count the bytes that it needs, and with that memory.
 template <class Work>
 void with_scratch(Work work) {
     static thread_local ThreadMemory memory;
@@ -50,7 +50,7 @@ void with_scratch(Work work) {
     memory.trim();
 }
 
-// The bias and the mask of the head that is being worked on.
+// The bias and the mask of the current head.
 template <class T>
 class HeadContext {
 public:
@@ -129,7 +129,7 @@ void forward_range(const ForwardParams& params, int64_t begin, int64_t end, Run 
             kernel.load_head(batch, head, context.bias().keys, first_query, last_query);
             for (int64_t query = first_query; query < last_query; query += Kernel::kQueries) {
                 run(kernel, context.bias(), batch, head, query);
-                if (last < end) {  // the head that follows, a share of it in each turn
+                if (last < end) {  // prefetch a share of the next head
                     const int64_t next = plane + 1, share = query + Kernel::kQueries;
                     prefetch_tokens(params, next % params.batch, next / params.batch, query,
                                     std::min(params.tokens, share));
@@ -140,7 +140,7 @@ void forward_range(const ForwardParams& params, int64_t begin, int64_t end, Run 
     });
 }
 
-// With the fewest vectors that hold `vectors`, halving from kVectors on.
+// Runs with the fewest vectors, halved from kVectors, that hold `vectors`.
 template <int kVectors, class Kernel, class T>
 void run_vectors(Kernel& kernel, const HeadBias<T>& bias, int64_t batch, int64_t head, int64_t query, int64_t vectors) {
     if constexpr (kVectors > 1) {

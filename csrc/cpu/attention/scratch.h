@@ -1,4 +1,4 @@
-// Memory that a thread works in, handed out from one block in aligned pieces; counted first, then carved.
+// Working memory of a thread: aligned pieces of one block. A first pass counts the bytes, a second one returns pieces.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@ class Scratch {
 public:
     explicit Scratch(char* memory) : memory_(memory) {}
 
-    // `count` numbers of T on a boundary of 64 bytes; null while only counting.
+    // `count` numbers of T, aligned to 64 bytes; null while counting.
     template <class T>
     T* take(int64_t count) {
         char* piece = memory_ == nullptr ? nullptr : memory_ + used_;

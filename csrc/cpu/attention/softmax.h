@@ -1,4 +1,4 @@
-// The softmax of a block of queries while keys pass by in groups.
+// The online softmax of a block of queries over groups of keys.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ public:
 
     Softmax(const ForwardParams& params, const HeadBias<T>& head) : params_(params), logits_(params, head) {}
 
-    // Starts over with the queries from `first_query` on, inner tokens.
+    // Starts the block of queries at inner token `first_query`.
     void begin(int64_t batch, int64_t head, int64_t first_query) {
         logits_.begin(batch, head, first_query);
         for (int v = 0; v < kVectors; ++v) {
@@ -24,8 +24,8 @@ public:
         }
     }
 
-    // Moves the reference up to the highest logits of `pairs` pairs of keys, rows of scores `[keys, kQueries]`.
-    // `factors[kVectors]` is what to multiply by what was summed up before.
+    // Raises the reference to the highest logits of `pairs` pairs of keys, rows of scores `[keys, kQueries]`.
+    // The caller multiplies the sums of earlier keys by `factors[kVectors]`.
     void move_reference(const T* scores, int64_t first_key, int64_t pairs, Vector<T>* factors) {
         const Highest found = logits_.visit(scores, first_key, pairs, Highest());
         for (int v = 0; v < kVectors; ++v) {
@@ -37,9 +37,9 @@ public:
         }
     }
 
-    // Hands the weights exp2(logit - reference) of pairs of keys to `take(pair, vector, first, second)` and adds them
-    // to the sums. Where these outgrow what fp32 holds with ease it returns false, and nothing counts: move the
-    // reference, scale what was summed up before, and do these keys again.
+    // Passes the weights exp2(logit - reference) of pairs of keys to `take(pair, vector, first, second)` and adds them
+    // to the sums. If a sum exceeds kCrowded it returns false and discards the sums of these keys. The caller then
+    // moves the reference, scales the sums of earlier keys, and repeats these keys.
     template <class Take>
     bool add_keys(const T* scores, int64_t first_key, int64_t pairs, Take take) {
         const Weigh<Take> done = logits_.visit(scores, first_key, pairs, Weigh<Take>(*this, take));
@@ -80,7 +80,7 @@ public:
 
 private:
     static constexpr T kLowest = std::numeric_limits<T>::lowest();
-    // The reference need not be the maximum: sums may grow to this before they are scaled anew, which is rarely needed.
+    // The reference need not be the maximum: sums may grow to this before they are rescaled, which is rare.
     static constexpr T kCrowded = T(1ull << 60);
 
     // Finds the highest logit of each query.
@@ -96,7 +96,7 @@ private:
         }
     };
 
-    // Adds up weights and hands them on.
+    // Sums weights and passes them to `take`.
     template <class Take>
     struct Weigh {
         const Logits<T, kVectors>& logits;

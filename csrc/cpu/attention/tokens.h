@@ -9,7 +9,7 @@
 namespace beit_fast {
 namespace {
 
-// Which tokens inner ones are: patches first and CLS last, or as listed.
+// Maps inner tokens to tokens: patches first and CLS last, or in the listed order.
 struct TokenOrder {
     int64_t tokens;
     const int64_t* listed = nullptr;  // [N]
@@ -19,13 +19,13 @@ struct TokenOrder {
     }
 };
 
-// Reads inner tokens `first` to `first + count` as rows of T, `length` numbers each: zeros behind D and behind the last
-// token.
+// Reads inner tokens `first` to `first + count` as rows of T with `length` numbers each. Numbers past D and tokens past
+// the last one are zero.
 template <class T>
 BEIT_FAST_FLAT inline void read_tokens(T* rows, int64_t length, const AttentionParams& params,
                                        const TokensView& view, int64_t batch, int64_t head, TokenOrder order,
                                        int64_t first, int64_t count) {
-    // A head's numbers are a few cache lines out of a token's many, which no hardware fetches ahead.
+    // A head has a few cache lines of each token, and the hardware does not prefetch such a pattern.
     constexpr int64_t kAhead = 12;
     const int64_t real = std::max<int64_t>(0, std::min(count, params.tokens - first));
     const int64_t bytes = params.head_dim * bytes_of(params.type);
@@ -42,7 +42,7 @@ BEIT_FAST_FLAT inline void read_tokens(T* rows, int64_t length, const AttentionP
     std::fill(rows + real * length, rows + count * length, T(0));
 }
 
-// Asks for q, k and v of tokens `first` to `last` of one head, which will be read later.
+// Prefetches q, k and v of tokens `first` to `last` of one head into L2.
 inline void prefetch_tokens(const AttentionParams& params, int64_t batch, int64_t head, int64_t first, int64_t last) {
     const int64_t bytes = params.head_dim * bytes_of(params.type);
     for (const TokensView* view : {&params.k, &params.v, &params.q}) {

@@ -11,7 +11,7 @@ namespace {
 // Phi(-z) = exp(-z^2 / 2) t S(t), t = 1 / (1 + kScale z), and S is a minimax polynomial, relative error 3.1e-8.
 inline Vector<float> gelu(Vector<float> x) {
     constexpr float kScale = 0.35f, kHalfLog2E = 0.72134752f;
-    constexpr float kFarthest = 12.5f;  // from there on nothing is left of it, and subnormal numbers are slow
+    constexpr float kFarthest = 12.5f;  // beyond this the result is 0; subnormal numbers are slow
     constexpr float kTail[] = {0.13962221f, 0.13984834f, 0.11992737f, 0.10514695f, -0.02228191f,
                                0.15800341f, -0.25471397f, 0.14349814f, -0.02905055f};
     const auto magnitude = reinterpret<Vector<float>>(reinterpret<Words>(x) & 0x7fffffffu);
@@ -26,7 +26,7 @@ inline Vector<float> gelu(Vector<float> x) {
     return larger<float>(Vector<float>{}, x) - z * below;  // NaN where x is
 }
 
-// Sums that wait for it, written row by row beside the products of the next ones.
+// Finished sums, written row by row between the products of the next ones.
 class Results {
 public:
     explicit Results(const Params& params) : params_(params) {}

@@ -45,7 +45,7 @@ void split(const Params& params, const Block& block, int64_t begin, int64_t end)
     }
 }
 
-// What is multiplied for one item: its operands over a chunk of the depth, and what is done beside it.
+// One item: its operands over a chunk of the depth, and the work that is interleaved with the products.
 struct Product {
     const uint32_t* left;
     const uint32_t* right;
@@ -82,7 +82,7 @@ void add_products(const Product& product, int64_t terms, bool both) {
     });
 }
 
-// Sums of items over all chunks of the depth; of two items in turn where there is but one chunk.
+// Sums of all items over the chunks of the depth; with one chunk, of two items alternately.
 class SumsOfItems {
 public:
     SumsOfItems(int64_t items, int64_t chunks) : kept_(chunks > 1), sums_((kept_ ? items : 2) * sums_count) {}

@@ -145,7 +145,7 @@ void run_blocks(const Params& params, int64_t tiles, int64_t blocks) {
     });
 }
 
-// Few rows for so many threads, which split a block of them together and then share its products.
+// Few rows for many threads: all threads split a block of rows together and then share its products.
 void run_items(const Params& params, int64_t block_rows) {
     const int64_t most_rows = std::min(block_rows, params.left.rows);
     const AlignedArray<uint32_t> words(words_of(params, most_rows, params.left.steps()));

@@ -8,7 +8,7 @@ namespace beit_fast::linear {
 constexpr int64_t side = 16;                      // rows of a tile
 constexpr int64_t pair_side = 2 * side;           // rows, or columns, that one block of sums has
 constexpr int64_t step_depth = 32;                // numbers that one product of tiles sums over
-constexpr int64_t pair_words = pair_side * side;  // of two tiles, one beside the other
+constexpr int64_t pair_words = pair_side * side;  // of two tiles side by side
 constexpr int64_t tile_bytes = 1024;
 constexpr int64_t sums_count = pair_side * pair_side;
 
@@ -30,8 +30,8 @@ struct Steps {
     int64_t count() const { return last - first; }
 };
 
-// The depth, cut so that the rows of a block over one piece of it stay in a core's second cache. Sums go on from one
-// piece to the next as they are.
+// The depth in chunks, so that the rows of a block over one chunk fit in a core's L2 cache. Sums continue from chunk to
+// chunk without rounding.
 struct Chunks {
     static constexpr int64_t most_steps = 28;
     int64_t steps, count;

@@ -7,7 +7,7 @@
 
 namespace beit_fast::patch_embed {
 
-// The arguments of `beit_fast::patch_embed`, documented in beit_fast/ops/functorch.py.
+// The arguments of `beit_fast::patch_embed`, documented in beit_fast/ops/patch_embed.py.
 struct Arguments {
     const Tensor& pixels;  // [B, C, H, W]
     const Tensor& weight;  // [E, C, patch height, patch width]

@@ -9,7 +9,7 @@
 namespace beit_fast::patch_embed {
 namespace {
 
-// Sums of `count` columns of one patch plus bias, or the mask token, plus positions: written as a part of its token.
+// Sums of `count` columns of one patch plus bias, or the mask token, plus positions: written into its token.
 template <typename Sum, typename Output>
 [[gnu::always_inline]] inline void finish_row(const Params& params, Sum* sums, int64_t image, int64_t patch,
                                               int64_t column, int64_t count) {

@@ -33,7 +33,7 @@ template <bool normalized, typename Pixel, typename Sum>
     }
 }
 
-// The same with what is usual made known to the compiler: 16 pixels, side by side or of three channels.
+// The same with constants for the compiler in the usual cases: 16 pixels, adjacent or interleaved with three channels.
 template <bool normalized, typename Pixel, typename Sum>
 [[gnu::always_inline]] inline void gather_sums(const Pixel* source, int64_t step, Sum* target, int64_t count,
                                                Normalization<Sum> constants) {
@@ -71,7 +71,7 @@ void gather_rows(const Params& params, Element* rows, int64_t row_stride, int64_
     const auto* factor = static_cast<const Sum*>(params.factor);
     const int64_t* strides = params.pixel_strides;
     for (int64_t begin = first; begin < last;) {
-        // Patches beside each other in one image: their pixels are read line by line.
+        // Adjacent patches of one image: their pixels are read line by line.
         const int64_t image = begin / params.patches, patch = begin % params.patches;
         const int64_t row = patch / params.patch_columns, column = patch % params.patch_columns;
         const int64_t end = std::min(last, begin + params.patch_columns - column);
@@ -109,7 +109,7 @@ void gather_pixels(const Params& params, Element* rows, int64_t row_stride, int6
     }
 }
 
-// Into rows of `row_elements`, zeros behind K, which begin every `row_stride` elements.
+// Gathers into rows of `row_elements`, padded with zeros past K, `row_stride` elements apart.
 template <typename Element, typename Sum>
 void gather_any(const Params& params, Element* rows, int64_t row_stride, int64_t row_elements, int64_t first,
                 int64_t last) {

@@ -30,7 +30,7 @@ struct Functions {
         }
     }
 
-    // Of 32 numbers, where numbers are split.
+    // Steps of 32 numbers, for split rows.
     static int64_t steps_of(const Params& params) {
         return (params.depth + 31) / 32;
     }
@@ -117,7 +117,7 @@ struct Functions {
                 }
             }
             for (int64_t row = 0; row < count; ++row) {
-                if (present == columns) {  // the usual count, known to the compiler
+                if (present == columns) {  // a constant for the compiler in the usual case
                     finish_row<Sum, Output>(params, sums + row * columns, image, patch, column, columns);
                 } else {
                     finish_row<Sum, Output>(params, sums + row * columns, image, patch, column, present);
@@ -142,7 +142,7 @@ Kernel kernel_for(const Params& params) {
     if (params.output_type == Number::float64) return Functions<Multiply<double>>::kernel(params);
 #if defined(__AMX_BF16__)
     if (params.weight_type == Number::bfloat16) return Functions<MultiplyTiles>::kernel(params);
-    // Splitting the weight pays where there are many patches.
+    // Splitting the weight pays off if there are many patches.
     if (params.batch * params.patches > 256) return Functions<MultiplySplitBf16>::kernel(params);
 #elif defined(__AVX512BF16__)
     if (params.weight_type == Number::bfloat16) return Functions<MultiplyPairs>::kernel(params);

@@ -43,8 +43,8 @@ inline void add_vector(Vector<Sum> part, bool is_first, Sum* target) {
     store(target, is_first ? part : load(target) + part);
 }
 
-// In the type of the sums. What is summed up in one go is short, so that the part of the panel that is reused stays in
-// the first cache, and short sums that are added up round less than a long one.
+// Products in the type of the sums. Each run over K is short: the reused section of the panel stays in L1, and a sum of
+// short sums has less rounding error than a long sum.
 template <typename Number>
 struct Multiply {
     using Sum = Number;

@@ -19,7 +19,7 @@ struct MultiplyTiles {
     static constexpr int rows_at_once = 32;
     static constexpr int columns = panel_columns_of<float>;
     static constexpr int64_t units_multiple = 16;
-    static constexpr int64_t units_at_once = 128;  // rows, panel and sums of a tile stay in the first cache
+    static constexpr int64_t units_at_once = 128;  // rows, panel and sums of a tile fit in L1
     static constexpr int64_t panel_stride = columns * sizeof(Unit);
 
     const TileSession session;

@@ -16,8 +16,8 @@ namespace {
 constexpr int step_words = 16;  // of one term of 32 numbers
 constexpr int float_terms = 3;
 
-// Turns `steps` steps of 32 numbers that end where the row of words ends into the words of their terms, in place: what
-// is written never passes what is still to be read.
+// Replaces `steps` steps of 32 numbers at the end of a row of words by the words of their terms, in place: writes never
+// pass the reads.
 inline void split_row(uint32_t* row, int64_t steps) {
     const auto* numbers = reinterpret_cast<const char*>(row + steps * (float_terms * step_words - 32));
     for (int64_t step = 0; step < steps; ++step) {
@@ -41,7 +41,7 @@ void pack_split_bf16(const Params& params, int64_t panel, int64_t units, uint32_
             if (present < lanes || values < 32) std::memset(block, 0, sizeof block);
             for (int64_t row = 0; row < present; ++row) {
                 const Value* source = weight + (begin + row) * params.depth + step * 32;
-                if (values == 32) widen_row(source, block[row], 32);  // the usual count, known to the compiler
+                if (values == 32) widen_row(source, block[row], 32);  // a constant for the compiler in the usual case
                 else widen_row(source, block[row], values);
             }
             Vector<float> low[lanes], high[lanes];
@@ -68,7 +68,7 @@ struct MultiplySplitBf16 {
     static constexpr int terms = float_terms;
     static constexpr int rows_at_once = 32;
     static constexpr int columns = panel_columns_of<float>;
-    static constexpr int64_t units_at_once = 144;  // rows, panel and sums of a tile stay in the first cache
+    static constexpr int64_t units_at_once = 144;  // rows, panel and sums of a tile fit in L1
     static constexpr int64_t panel_stride = columns * sizeof(Unit);
 
     const TileSession session;
@@ -97,7 +97,7 @@ struct MultiplySplitBf16 {
             if constexpr (both) _tile_loadd(3, lower + 16, panel_stride);
         }
         for (int64_t k = tile.begin; k < tile.end; k += terms * step_words) {
-            for (int term = terms - 1; term >= 0; --term) {  // small terms first, which loses least
+            for (int term = terms - 1; term >= 0; --term) {  // small terms first, for accuracy
                 const uint32_t* rows = tile.rows + k + term * step_words;
                 _tile_loadd(4, rows, row_stride);
                 if constexpr (both) _tile_loadd(5, rows + 16 * tile.row_units, row_stride);

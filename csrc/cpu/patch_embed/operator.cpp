@@ -17,8 +17,8 @@ using torch::stable::parallel_for;
 
 namespace {
 
-constexpr int64_t block_bytes = 5 << 17;  // gathered patches that stay in a core's second cache beside a panel
-constexpr int64_t least_work = 1 << 15;   // multiplications that are worth a thread
+constexpr int64_t block_bytes = 5 << 17;  // gathered patches that fit in a core's L2 cache beside a panel
+constexpr int64_t least_work = 1 << 15;   // multiplications for which a thread pays
 
 Number number_of(ScalarType type) {
     switch (type) {
@@ -92,7 +92,7 @@ Kernel kernel_for(const Params& params) {
 
 int64_t ceil_divide(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// Few patches, gathered by all threads: each panel of columns is a task, which packs it where it has it in its cache.
+// Few patches, gathered by all threads: each panel of columns is a task, which packs it into its own cache.
 void run_panels(const Params& params, const Kernel& kernel, int64_t rows, int64_t panels) {
     const AlignedArray<std::byte> gathered(ceil_divide(rows, kernel.row_tile) * kernel.row_tile * kernel.row_bytes);
     parallel_for(0, rows, ceil_divide(least_work, params.depth), [&](int64_t begin, int64_t end) {
@@ -108,7 +108,7 @@ void run_panels(const Params& params, const Kernel& kernel, int64_t rows, int64_
     });
 }
 
-// Many patches: all panels are packed, then each block of patches is a task, as many for every thread.
+// Many patches: all panels are packed, then each block of patches is a task; every thread has equally many.
 void run_blocks(const Params& params, const Kernel& kernel, int64_t rows, int64_t panels, int64_t least_blocks) {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t tiles = ceil_divide(rows, kernel.row_tile);

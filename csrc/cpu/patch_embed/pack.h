@@ -8,7 +8,7 @@
 #include "cpu/half.h"
 #include "cpu/patch_embed/params.h"
 
-// A panel of the weight [E, K] as [K, columns], zeros behind its end, so that a product reads it line by line.
+// A panel of the weight [E, K] as [K, columns], padded with zeros, so that a product reads it line by line.
 
 namespace beit_fast::patch_embed {
 namespace {
@@ -43,7 +43,7 @@ void pack_panel(const Params& params, int64_t panel, int64_t units, Unit* packed
             Unit block[lanes][lanes];
             if (present < lanes || values < lanes * values_in_unit) std::memset(block, 0, sizeof block);
             const Value* source = weight + vector * lanes * params.depth + begin * values_in_unit;
-            if (values == lanes * values_in_unit) {  // the usual count, known to the compiler
+            if (values == lanes * values_in_unit) {  // a constant for the compiler in the usual case
                 for (int64_t row = 0; row < present; ++row) {
                     convert_row(source + row * params.depth, block[row], lanes * values_in_unit);
                 }

@@ -2,15 +2,15 @@
 
 #include <cstdint>
 
-// What the kernels of an instruction set are given, and what they give back: plain data, so that code compiled for
-// different instruction sets shares no inline function.
+// The parameters and the kernels of an instruction set: plain data, so that code compiled for different instruction
+// sets shares no inline function.
 
 namespace beit_fast::patch_embed {
 
 enum class Number : int8_t { uint8, float16, bfloat16, float32, float64 };
 
 // tokens[b, first + p, e] = sum over k of patch[b, p, k] * weight[e, k] + bias[e], with mask tokens and positions.
-// "Sums" are float, or double where the output is float64. Optional parts are nullptr.
+// "Sums" are float, or double if the output is float64. Optional tensors are nullptr.
 struct Params {
     const void* pixels;
     Number pixel_type;
@@ -39,8 +39,8 @@ struct Params {
     int64_t first;   // 1 with a CLS token, else 0
 };
 
-// How one instruction set computes a params: the weight is packed into panels of columns, patches are gathered into
-// rows, and each pair of a block of rows and a panel is one product that writes its part of the output.
+// The functions of an instruction set. The weight is packed into panels of columns and patches are gathered into rows.
+// A product of a block of rows and a panel writes one block of the output.
 struct Kernel {
     int64_t panel_columns;  // E in a panel
     int64_t row_tile;       // rows that are multiplied at once: blocks of rows are best multiples of it
@@ -51,7 +51,7 @@ struct Kernel {
     // Patches [first, last) of all B * P into consecutive rows of `rows`.
     void (*gather)(const Params& params, void* rows, int64_t first, int64_t last);
     // The same patches, gathered in `rows`, times the panel packed at `packed_panel`. Full tiles of `rows` are read.
-    // Meanwhile the panel at `next_panel`, unless that is nullptr, is brought near.
+    // Prefetches the panel at `next_panel` unless it is nullptr.
     void (*multiply)(const Params& params, const void* rows, const void* packed_panel, const void* next_panel,
                      int64_t panel, int64_t first, int64_t last);
     void (*write_cls)(const Params& params);  // the first token of every image

@@ -8,7 +8,7 @@
 #define BEIT_FAST_HOST_DEVICE inline
 #endif
 
-// What the launcher tells the kernel, and the index arithmetic of both; any C++ compiler takes it.
+// The arguments of the kernel, and index arithmetic; plain C++.
 namespace beit_fast::cuda {
 
 enum class Scalar : int32_t { kUint8, kFloat16, kBFloat16, kFloat32 };
@@ -17,7 +17,7 @@ BEIT_FAST_HOST_DEVICE constexpr int bytes_of(Scalar type) {
     return type == Scalar::kUint8 ? 1 : type == Scalar::kFloat32 ? 4 : 2;
 }
 
-// How products are formed: sums are always fp32.
+// The precision of products; sums are always fp32.
 enum class Arithmetic { kFloat16, kBFloat16, kTensorFloat32, kFloat32 };
 
 BEIT_FAST_HOST_DEVICE constexpr bool is_half(Arithmetic arithmetic) {
@@ -85,7 +85,7 @@ struct Pixels {
     BEIT_FAST_HOST_DEVICE bool channels_adjacent() const { return channel_span.value == 1; }
 };
 
-// Rows of `columns` numbers each; data is null where the argument was not given.
+// Rows of `columns` numbers each; data is null if the argument was not passed.
 struct Rows {
     const char* data;
     Scalar type;
@@ -112,7 +112,7 @@ struct Arguments {
 template <int rows, int columns, int slabs>
 struct Tile {
     static constexpr int kRows = rows, kColumns = columns, kSlabs = slabs;
-    static constexpr int kResidentBlocks = rows * columns > 64 * 64 ? 2 : 4;  // that registers allow a multiprocessor
+    static constexpr int kResidentBlocks = rows * columns > 64 * 64 ? 2 : 4;  // that fit on an SM by their registers
     static constexpr int kWarpRows = rows / 2, kWarpColumns = columns / 2;
     static constexpr int kRowFragments = kWarpRows / 16;        // of 16 rows
     static constexpr int kColumnFragments = kWarpColumns / 32;  // of 32 columns

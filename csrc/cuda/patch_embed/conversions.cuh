@@ -2,7 +2,7 @@
 
 #include "cuda/patch_embed/instructions.cuh"
 
-// Between the dtypes of memory, fp32, and what a product takes.
+// Conversions between the dtypes of memory, fp32, and the operands of a product.
 namespace beit_fast::cuda {
 
 // Call function(constant<type>) for the type that is known at run time only; the branch is the same in every thread.
@@ -31,7 +31,7 @@ __device__ __forceinline__ void with_type(Scalar type, const Function& function)
     }
 }
 
-// Number `index` of some that lie side by side in words.
+// Number `index` of numbers that are packed into words.
 template <Scalar type>
 __device__ __forceinline__ float number_in(const uint32_t* words, int index) {
     if constexpr (type == Scalar::kUint8) return byte_to_float(words[index / 4], index % 4);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_bytes(uint32_t* words, const char* p) {
     }
 }
 
-// Numbers i and i + 1 as a product takes halves; one number as it takes fp32.
+// An operand of a product: numbers i and i + 1 for half precision, number i for fp32.
 template <Arithmetic arithmetic>
 __device__ __forceinline__ uint32_t pack_operands(float low, float high) {
     return arithmetic == Arithmetic::kFloat16 ? pack_halves(low, high) : pack_bfloats(low, high);
@@ -76,7 +76,7 @@ __device__ __forceinline__ uint32_t round_operand(float value) {
     return arithmetic == Arithmetic::kTensorFloat32 ? round_to_tensor_float(value) : float_to_bits(value);
 }
 
-// Whether numbers of this type are what the product takes, bit for bit.
+// Whether numbers of this type are operands of the product without a conversion.
 template <Arithmetic arithmetic>
 __device__ __forceinline__ bool is_operand(Scalar type) {
     if (arithmetic == Arithmetic::kFloat16) return type == Scalar::kFloat16;

@@ -7,7 +7,7 @@
 
 namespace beit_fast::cuda {
 
-// Makes a device the current one while it lives: torch's runtime and, for launches, this library's own know it.
+// Sets the current device for its lifetime, in torch's runtime and in this library's own, which launches.
 class OnDevice {
   public:
     explicit OnDevice(int32_t device) : guard_(device) { STD_CUDA_CHECK(cudaSetDevice(device)); }

@@ -4,7 +4,7 @@
 
 namespace beit_fast::cuda {
 
-// What the block knows of a row of its tile, that is of a patch.
+// A row of the tile, which is one patch.
 struct PatchRow {
     int64_t pixels;  // byte offset of its first pixel
     int64_t token;   // row of `out`
@@ -29,14 +29,14 @@ struct Normalization {
     float mean;
     float inverse_std;
 
-    // Bytes are never so much nearer to the mean than to 0 that the difference had to be taken first.
+    // Bytes and their mean have few bits, so one fused multiply-add is accurate; other pixels subtract first.
     __device__ __forceinline__ float apply(float pixel, Scalar type) const {
         if (type == Scalar::kUint8) return fmaf(pixel, inverse_std, -mean * inverse_std);
         return (pixel - mean) * inverse_std;
     }
 };
 
-// One thread's part of a tile of pixels on its way from the image, through registers, to shared memory. Of every slab
+// One thread's share of a tile of pixels, copied from the image through registers to shared memory. Of every slab
 // the thread has one vector of depth (or, where pixels are not adjacent, one number) in some of the rows.
 template <Arithmetic arithmetic, class Tile>
 class PixelGather {
@@ -122,7 +122,7 @@ class PixelGather {
         for (int i = 0; i < kNumberRows; ++i) words[i] = float_to_bits(number_in<type>(words + i, 0));
     }
 
-    // Of depths k, k + 1, ... Past the end any will do: pixels are finite there, and weights are 0.
+    // Of depths k, k + 1, ... Past the end any depth is valid: pixels are finite there, and weights are 0.
     template <int count>
     __device__ __forceinline__ void find_normalization(Normalization (&found)[count], uint32_t k) const {
         uint32_t channel = pixels_.normalized ? pixels_.channel(k < depth_ ? k : 0) : 0;

@@ -4,7 +4,7 @@
 
 #include "cuda/patch_embed/arguments.cuh"
 
-// The instructions of sm_80 that C++ has no words for.
+// Instructions of sm_80 without a C++ equivalent.
 namespace beit_fast::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -20,7 +20,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `pending` of this thread's groups are under way.
+// Waits until at most `pending` of this thread's groups are in flight.
 template <int pending>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");

@@ -17,9 +17,8 @@ struct alignas(128) SharedMemory {
     Normalization normalization[kMaxChannels];
 };
 
-// Tokens of one tile of patches x embedding columns: block i has the patches of tile i / column_tiles. Pixels of the
-// next depths are on their way through registers, and weights of the next two through cp.async, while these are
-// multiplied.
+// Tokens of one tile of patches x embedding columns: block i has the patches of tile i / column_tiles. While one
+// step is multiplied, pixels of the next step pass through registers, and weights of the next two through cp.async.
 template <Arithmetic arithmetic, class Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kResidentBlocks)
     patch_embed_kernel(const __grid_constant__ Arguments arguments) {

@@ -4,8 +4,8 @@
 
 namespace beit_fast::cuda {
 
-// Starts the kernel on the current stream of `device`, which is the current one. half.cu and single.cu have it for
-// their arithmetics, so that kernels compile side by side.
+// Starts the kernel on the current stream of `device`, which is the current one. half.cu and single.cu
+// instantiate it, so that kernels compile in parallel.
 template <Arithmetic arithmetic>
 void launch(Arguments& arguments, bool large, int32_t device);
 

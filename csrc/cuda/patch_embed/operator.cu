@@ -31,7 +31,7 @@ Arithmetic arithmetic_of(ScalarType weight, bool allow_tf32) {
 const char* address_of(const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); }
 
 // The weight as [E, depth] in the order in which the pixels are read, in rows that begin at multiples of 16 bytes:
-// a view where it is stored so already.
+// a view if it is already stored so.
 Tensor weight_rows(const Inputs& inputs, bool last) {
     Tensor weight = inputs.weight;
     if (last) weight = torch::stable::transpose(torch::stable::transpose(weight, 1, 3), 1, 2);  // [E, ph, pw, C]
@@ -45,7 +45,7 @@ Tensor weight_rows(const Inputs& inputs, bool last) {
     return padded;
 }
 
-// Contiguous where it was given; `kept` holds it until the launch.
+// Contiguous, if passed; `kept` holds a reference until the launch.
 Rows rows_of(const OptionalTensor& tensor, std::vector<Tensor>& kept) {
     if (!tensor) return {nullptr, Scalar::kFloat32};
     kept.push_back(torch::stable::contiguous(*tensor));

@@ -6,7 +6,7 @@
 
 #include "cuda/patch_embed/arguments.cuh"
 
-// From the sizes, strides and addresses of one call to the kernel's arguments: no CUDA and no torch in here.
+// From the sizes, strides and addresses of one call to the kernel's arguments: free of CUDA and torch.
 namespace beit_fast::cuda {
 
 // One call. The weight is [E, depth] in the order of `channels_last`, in rows that begin at multiples of 16 bytes.
@@ -22,7 +22,7 @@ struct Call {
     const uint8_t* mask;
     char* out;
     Scalar out_type;
-    const double* mean;  // null, or one number a channel; likewise the standard deviation
+    const double* mean;  // null, or one number per channel; likewise the standard deviation
     const double* deviation;
 };
 
@@ -130,7 +130,7 @@ int64_t plan_tiles(Arguments& arguments) {
     return blocks_of<Tile>(arguments);
 }
 
-// Large tiles read less, small ones keep a GPU of so many multiprocessors busier when there is little to do.
+// Large tiles read less memory. Small tiles occupy more SMs if there is little work.
 inline bool wants_large_tiles(const Arguments& arguments, int num_sms) {
     return blocks_of<LargeTile>(arguments) >= num_sms;
 }
