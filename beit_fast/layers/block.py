@@ -13,7 +13,7 @@ from ..ops.residual_norm import residual_add, residual_norm
 from ..position_bias import Window
 from .attention import BeitAttention, BeitRelativePositionBias, BeitSelfAttention
 from .attention_backends import dense_bias
-from .context import BlockContext, choose_kernels, query_dtype
+from .context import BlockContext, Kernels, choose_kernels, query_dtype
 from .drop_path import BeitDropPath
 from .mlp import BeitIntermediate, BeitOutput
 from .module_hooks import hook_reasons
@@ -111,14 +111,19 @@ class BeitEncoder(nn.Module):
         key_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        kernels: Kernels | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """Run the blocks.
+        """Run the blocks, with the kernels of this forward pass if the model has chosen them.
 
         Returns:
             The last block's output `[B, N, E]` and, if requested, all states (the input first) and all attention
             weights.
         """
-        context = self._context(hidden_states, window, key_mask, output_attentions)
+        if kernels is None:
+            kernels = choose_kernels(
+                self.attn_implementation, hidden_states.device, query_dtype(hidden_states), self.head_dim
+            )
+        context = self._context(kernels.eager() if output_attentions else kernels, window, key_mask, output_attentions)
         states, attentions = [hidden_states], []
         for layer in self.layer:
             if self.gradient_checkpointing and self.training:
@@ -136,11 +141,9 @@ class BeitEncoder(nn.Module):
         )
 
     def _context(
-        self, hidden_states: Tensor, window: Window, key_mask: Tensor | None, output_attentions: bool
+        self, kernels: Kernels, window: Window, key_mask: Tensor | None, output_attentions: bool
     ) -> BlockContext:
-        """Choose the kernels, and make the shared bias once if every block would gather the same one."""
-        requested = "eager" if output_attentions else self.attn_implementation
-        kernels = choose_kernels(requested, hidden_states.device, query_dtype(hidden_states), self.head_dim)
+        """Make the context, with the shared dense bias if every block would gather the same one."""
         table = None if self.relative_position_bias is None else self.relative_position_bias(window)
         bias = None
         if table is not None and kernels.attention != "triton" and not self._layers_have_own_bias():

@@ -36,6 +36,10 @@ class Kernels(NamedTuple):
     gemm: GemmChoice | None
     fuse_residual_norm: bool
 
+    def eager(self) -> Kernels:
+        """The kernels of a forward pass that returns attention weights, which requires `"eager"`."""
+        return self._replace(requested="eager", attention="eager", name="eager", gemm=None, fuse_residual_norm=False)
+
     def serving(self, device: torch.device, dtype: torch.dtype) -> Kernels:
         """The kernels for queries of this device and dtype: `self` unless they differ."""
         if device == self.device and dtype == self.dtype:

@@ -72,7 +72,13 @@ class BeitEmbeddings(nn.Module):
         self.patch_embed_implementation: str | None = None
         self.last_kernel: str | None = None
 
-    def forward(self, pixel_values: Tensor, window: Window, bool_masked_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        window: Window,
+        bool_masked_pos: Tensor | None = None,
+        attention_backend: str | None = None,
+    ) -> Tensor:
         channels = self.config.num_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(f"pixel_values must be [batch, {channels}, height, width], not {list(pixel_values.shape)}")
@@ -87,6 +93,7 @@ class BeitEmbeddings(nn.Module):
             self.cls_token,
             self.config.attention_head_dim,
             self.unsupported_reasons(),
+            attention_backend,
         )
         embed = self._fuse if resolved == "fused" else self._convolve
         tokens = embed(pixel_values, normalization, mask, positions)

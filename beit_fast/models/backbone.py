@@ -93,13 +93,15 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
         """Maps of the chosen stages, a tuple of `[B, E, h, w]` or `[B, N, E]`; arguments as in `BeitModel.forward`."""
         keep_states = self._flag(output_hidden_states, "output_hidden_states")
         window = window_of(pixel_values, self.config.patch_size)
-        tokens = self.embeddings(pixel_values, window)
+        kernels = self._kernels_for(pixel_values)
+        tokens = self.embeddings(pixel_values, window, None, kernels.attention)
         _, states, attentions = self.encoder(
             tokens,
             window,
             key_mask_of(attention_mask, tokens),
             self._flag(output_attentions, "output_attentions"),
             output_hidden_states=True,
+            kernels=kernels,
         )
         features = tuple(states[index] for index in self.out_indices)
         if self.config.reshape_hidden_states:

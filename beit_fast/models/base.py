@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..configuration.beit_config import BeitConfig
 from ..layers.attention import BeitRelativePositionBias, BeitSelfAttention
 from ..layers.block import BeitEncoder, BeitLayer
+from ..layers.context import Kernels, choose_kernels, query_dtype
 from ..layers.embeddings import BeitEmbeddings
 from ..ops.dispatch import attention, patch_embed
 
@@ -347,6 +348,13 @@ class BeitPreTrainedModel(nn.Module):
 
     def _attention_layers(self) -> list[BeitSelfAttention]:
         return [module for module in self.modules() if isinstance(module, BeitSelfAttention)]
+
+    def _kernels_for(self, pixel_values: Tensor) -> Kernels:
+        """Choose the kernels of a forward pass, once for the embeddings and all blocks of this trunk."""
+        trunk: Any = self
+        dtype = query_dtype(trunk.embeddings.cls_token)
+        encoder = trunk.encoder
+        return choose_kernels(encoder.attn_implementation, pixel_values.device, dtype, encoder.head_dim)
 
     def _flag(self, value: bool | None, name: str) -> bool:
         """The argument of a forward, or the value of the config if it is None."""

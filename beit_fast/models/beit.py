@@ -83,13 +83,15 @@ class BeitModel(BeitPreTrainedModel):
             final LayerNorm), attentions (layers of `[B, H, N, N]`).
         """
         window = window_of(pixel_values, self.config.patch_size)
-        tokens = self.embeddings(pixel_values, window, bool_masked_pos)
+        kernels = self._kernels_for(pixel_values)
+        tokens = self.embeddings(pixel_values, window, bool_masked_pos, kernels.attention)
         hidden_states, states, attentions = self.encoder(
             tokens,
             window,
             key_mask_of(attention_mask, tokens),
             self._flag(output_attentions, "output_attentions"),
             self._flag(output_hidden_states, "output_hidden_states"),
+            kernels,
         )
         hidden_states = self.layernorm(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)

@@ -34,6 +34,7 @@ def resolve(
     weight: Tensor,
     head_dim: int,
     unsupported_reasons: list[str],
+    attention_backend: str | None = None,
 ) -> str:
     """Resolve an implementation; None follows attention for the device and dtype of `weight`.
 
@@ -43,14 +44,16 @@ def resolve(
         weight: a parameter of the embedding.
         head_dim: head dimension of attention.
         unsupported_reasons: why the operator cannot replace the modules of this model.
+        attention_backend: the resolved attention implementation, if the caller has chosen it.
 
     Raises:
         ValueError: If `"fused"` was requested but cannot serve, or attention cannot be resolved.
     """
     unsupported_reasons = [*unsupported_reasons, *availability.onnx_unsupported_reasons()]
     if implementation is None:
-        attends = attention.resolve(attn_implementation, weight.device, weight.dtype, head_dim)
-        return "fused" if attends == "triton" and not unsupported_reasons else "conv"
+        if attention_backend is None:
+            attention_backend = attention.resolve(attn_implementation, weight.device, weight.dtype, head_dim)
+        return "fused" if attention_backend == "triton" and not unsupported_reasons else "conv"
     if implementation == "fused" and unsupported_reasons:
         raise ValueError(
             f"patch_embed_implementation='fused' cannot serve this model: {'; '.join(unsupported_reasons)}. "
