@@ -73,12 +73,12 @@ test-slow-beyond:
 test-slow-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m slow tests/kernels
 
-# Another Triton: everything that it compiles, and the files that take every route through its interpreter.
+# Another Triton: the compiled kernels, and the files that cover every code path in its interpreter.
 test-triton-%: .venvs/triton-%/.done
 	PYTHONPATH=$(CURDIR)/.venvs/triton-$* $(BIN)/pytest -m "not slow" \
 	  tests/aot
 	PYTHONPATH=$(CURDIR)/.venvs/triton-$* TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" \
-	  $(addprefix tests/kernels/test_,bias.py contract.py layouts.py linear_gelu.py parity.py residual_norm.py routes.py)
+	  $(addprefix tests/kernels/test_,bias.py bias_layouts.py contract.py layouts.py linear_gelu.py parity.py residual_norm.py)
 
 test-transformers-%: .venvs/transformers-%/.done
 	PYTHONPATH=$(CURDIR)/.venvs/transformers-$* $(BIN)/pytest tests/versions

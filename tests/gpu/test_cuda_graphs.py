@@ -14,7 +14,7 @@ from torch import Tensor
 from beit_fast.inference.cuda_graphs import GraphCache
 
 from ..kernels.cases import assert_same_bits, device
-from ..kernels.test_model import build, under
+from ..kernels.test_model import build, with_attention
 from ..support.models import MEAN, STD, byte_images
 from .calls import LONG
 
@@ -239,7 +239,7 @@ def test_a_call_does_not_wait_for_the_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["triton", "sdpa"])
 def test_a_model_of_bytes_and_floats(implementation: str, dtype: torch.dtype) -> None:
-    model = under(implementation, build().to(dtype))
+    model = with_attention(implementation, build().to(dtype))
     model.set_pixel_normalization(MEAN, STD)
     cache = GraphCache(model)
     for size in ((2, 3, 32, 32), (2, 3, 32, 48), (3, 3, 32, 32), (2, 3, 32, 32)):

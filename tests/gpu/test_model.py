@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ..kernels.cases import BACKWARD_FACTOR, FORWARD_FACTOR, device
-from ..kernels.test_model import build, train_step, under
+from ..kernels.test_model import build, train_step, with_attention
 from ..support.models import MEAN, STD, byte_images, normalized
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS
@@ -18,9 +18,9 @@ def test_autocast(position: str) -> None:
     dtype = torch.bfloat16
     model, pixels = build(**POSITIONS[position]), torch.randn(2, 3, 24, 40).to(device())
     with torch.autocast("cuda", dtype=dtype):
-        eager, eager_gradients = train_step(under("eager", model), pixels)
-        fused, fused_gradients = train_step(under("triton", model), pixels)
-    exact, exact_gradients = train_step(under("eager", model).double(), pixels.double())
+        eager, eager_gradients = train_step(with_attention("eager", model), pixels)
+        fused, fused_gradients = train_step(with_attention("triton", model), pixels)
+    exact, exact_gradients = train_step(with_attention("eager", model).double(), pixels.double())
     assert_within_budget("logits", fused, exact, eager, FORWARD_FACTOR, dtype)
     for name, gradient in fused_gradients.items():
         assert_within_budget(name, gradient, exact_gradients[name], eager_gradients[name], BACKWARD_FACTOR, dtype)
@@ -30,10 +30,10 @@ def test_autocast(position: str) -> None:
 def test_compiled_whole(position: str) -> None:
     torch.compiler.reset()
     model, pixels = build(**POSITIONS[position]), torch.randn(2, 3, 32, 32).to(device())
-    eager, eager_gradients = train_step(under("eager", model), pixels)
-    compiled = torch.compile(under("triton", model), fullgraph=True)
+    eager, eager_gradients = train_step(with_attention("eager", model), pixels)
+    compiled = torch.compile(with_attention("triton", model), fullgraph=True)
     fused, fused_gradients = train_step(compiled, pixels)
-    exact, exact_gradients = train_step(under("eager", model).double(), pixels.double())
+    exact, exact_gradients = train_step(with_attention("eager", model).double(), pixels.double())
     assert_within_budget("logits", fused, exact, eager, FORWARD_FACTOR)
     for name, gradient in fused_gradients.items():
         plain = name.removeprefix("_orig_mod.")
@@ -48,9 +48,9 @@ def test_bytes(position: str, dtype: torch.dtype) -> None:
     model.set_pixel_normalization(MEAN, STD)
     pixels = byte_images(2, 3, 35, 40).to(device())
     with torch.no_grad():
-        fused = under("triton", model)(pixels).logits
+        fused = with_attention("triton", model)(pixels).logits
         assert model.patch_embed_report().kernel == "cuda"
         floats = normalized(pixels)
-        eager = under("eager", model)(floats.to(dtype)).logits
-        exact = under("eager", model).double()(floats).logits
+        eager = with_attention("eager", model)(floats.to(dtype)).logits
+        exact = with_attention("eager", model).double()(floats).logits
     assert_within_budget("logits", fused, exact, eager, FORWARD_FACTOR, dtype)

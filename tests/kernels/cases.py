@@ -1,4 +1,4 @@
-"""Inputs for the attention kernels, and the kernels' and the oracle's results on them."""
+"""Inputs of the attention kernels, with the results of kernels and oracle."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ if kernels_are_native():
 else:
     from beit_fast.kernels.attention.launch import attention_backward, attention_forward
 
-of_triton = pytest.mark.skipif(kernels_are_native(), reason="what only Triton's kernels or their launcher do")
+triton_only = pytest.mark.skipif(kernels_are_native(), reason="tests the Triton kernels or their launcher")
 
 OutputMask = tuple[bool, bool, bool, bool]
 EVERYTHING: OutputMask = (True, True, True, True)
 
 
 def device() -> torch.device:
-    """Where the kernels run in this process. conftest.py collects nothing where that is nowhere; a file is skipped."""
+    """Return the device of the kernels in this process.
+
+    Without one, conftest.py collects nothing and a file that is named on the command line is skipped.
+    """
     found = kernel_device()
     if found is None:
         pytest.skip("the kernels need CUDA, TRITON_INTERPRET=1 or the native library", allow_module_level=True)
@@ -43,7 +46,7 @@ def device() -> torch.device:
 
 @dataclass
 class Case:
-    """Everything one attention call needs, and the gradient that comes back into it."""
+    """Inputs of one attention call, with the incoming gradient."""
 
     query: Tensor  # [B, N, H, D]
     key: Tensor
@@ -60,12 +63,12 @@ class Case:
         return self.query.shape[-1] ** -0.5
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors among the fields, by name."""
+        """Return the fields that are tensors, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> Case:
-        """A copy in which `function` has been applied to query, key, value and grad_out."""
+        """Copy the case with `function` applied to query, key, value and grad_out."""
         return replace(self, **{name: function(getattr(self, name)) for name in ("query", "key", "value", "grad_out")})
 
 
@@ -82,7 +85,10 @@ def make_case(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> Case:
-    """N(0, 1) inputs, table included, the same on every device. Without a window: no table, and `tokens` counts."""
+    """Draw N(0, 1) inputs and a table, the same on every device.
+
+    If `window` is None, the case has no table and `tokens` tokens.
+    """
     generator = torch.Generator().manual_seed(1234)
 
     def normal(*shape: int) -> Tensor:
@@ -99,7 +105,7 @@ def make_case(
 
 
 def run_forward(case: Case) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the kernels."""
+    """Return (out, lse) of the kernels."""
     return attention_forward(
         case.query,
         case.key,
@@ -116,7 +122,7 @@ def run_forward(case: Case) -> tuple[Tensor, Tensor]:
 def run_backward(
     case: Case, out: Tensor, lse: Tensor, output_mask: OutputMask = EVERYTHING
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dtable) of the kernels."""
+    """Return (dq, dk, dv, dtable) of the kernels."""
     return attention_backward(
         case.grad_out,
         case.query,
@@ -135,13 +141,16 @@ def run_backward(
 
 
 def run_kernels(case: Case) -> list[Tensor]:
-    """out, lse, dq, dk, dv and dtable of the kernels."""
+    """Return out, lse, dq, dk, dv and dtable of the kernels."""
     out, lse = run_forward(case)
     return [out, lse, *run_backward(case, out, lse)]
 
 
 def run_oracle(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """out, dq, dk, dv (and dtable) of the dense oracle in `dtype`; fp64 makes it the reference."""
+    """Return out, dq, dk, dv (and dtable) of the dense oracle in `dtype`.
+
+    The result in fp64 is the reference.
+    """
     leaves = [tensor.to(dtype).requires_grad_() for tensor in (case.query, case.key, case.value)]
     table = None
     if case.table is not None:
@@ -153,14 +162,14 @@ def run_oracle(case: Case, dtype: torch.dtype) -> list[Tensor]:
         case.window,
         key_mask=case.key_mask,
         scale=case.scale,
-        keep=kept_weights(case),
+        keep=dropout_mask(case),
         dropout_p=case.dropout_p,
     )
     return [out.detach(), *torch.autograd.grad(out, leaves, case.grad_out.to(dtype))]
 
 
-def kept_weights(case: Case) -> Tensor | None:
-    """Which weights the case's dropout keeps, bool [B, H, N, N], or None where it drops nothing."""
+def dropout_mask(case: Case) -> Tensor | None:
+    """Return the weights that dropout keeps, bool [B, H, N, N]; None without dropout."""
     if case.dropout_p == 0.0:
         return None
     batch, tokens, heads, _ = case.query.shape
@@ -168,7 +177,10 @@ def kept_weights(case: Case) -> Tensor | None:
 
 
 def check_parity(case: Case) -> None:
-    """Kernels against the fp64 oracle, within the budgets that same-dtype eager sets; inputs stay as they were."""
+    """Compare the kernels with the fp64 oracle.
+
+    The budget is the error of eager attention in the same dtype. The inputs must not change.
+    """
     with inputs_unchanged(case):
         out, lse = run_forward(case)
         gradients = run_backward(case, out, lse)
@@ -176,7 +188,7 @@ def check_parity(case: Case) -> None:
 
 
 def check_results(case: Case, out: Tensor, gradients: tuple[Tensor, ...]) -> None:
-    """`out` and (dq, dk, dv, dtable) against the fp64 oracle, and their dtypes and layouts."""
+    """Compare `out` and the gradients with the fp64 oracle; check dtypes and layouts."""
     reference = run_oracle(case, torch.float64)
     eager = run_oracle(case, case.query.dtype)
     assert_within_budget("out", out, reference[0], eager[0], FORWARD_FACTOR)
@@ -193,20 +205,23 @@ def check_results(case: Case, out: Tensor, gradients: tuple[Tensor, ...]) -> Non
 
 @contextmanager
 def inputs_unchanged(case: Case) -> Iterator[None]:
-    """Not a byte of the storages under the case's tensors may change, those between strided rows included."""
+    """Check that the storages of the case do not change.
+
+    The bytes between strided rows are included.
+    """
     before = {name: storage_bytes(tensor).clone() for name, tensor in case.tensors().items()}
     yield
     for name, tensor in case.tensors().items():
-        assert torch.equal(storage_bytes(tensor), before[name]), f"{name}, or memory around it, was written to"
+        assert torch.equal(storage_bytes(tensor), before[name]), f"{name} or the memory around it was modified"
 
 
 def storage_bytes(tensor: Tensor) -> Tensor:
-    """The whole storage under `tensor`, as uint8."""
+    """Return the whole storage of `tensor`, as uint8."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def bitwise_equal(left: Tensor, right: Tensor) -> bool:
-    """Same shape, dtype and bits; -inf equals -inf, and NaN equals nothing."""
+    """Compare shape, dtype and bits; -inf equals -inf, NaN equals nothing."""
     return left.dtype == right.dtype and torch.equal(left, right)
 
 
@@ -215,7 +230,7 @@ def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
 
 
 def assert_same_results(left: Case, right: Case) -> None:
-    """The kernels give the same bits for both cases, in contiguous tensors for the second."""
+    """Check for equal bits; the results of the second case are contiguous."""
     results = run_kernels(right)
     assert_same_bits(run_kernels(left), results)
     assert all(tensor.is_contiguous() for tensor in results)

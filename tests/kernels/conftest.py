@@ -1,6 +1,6 @@
-"""Tests of the kernels, the same for all: Triton's in its interpreter or on CUDA, else those of the native library.
+"""Tests of the kernels: Triton on CUDA or in its interpreter, else the native library.
 
-Triton interprets its kernels under `TRITON_INTERPRET=1`. A process without any of these collects nothing here.
+Triton interprets its kernels if `TRITON_INTERPRET=1` is set. A process without any of these collects nothing here.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from ..support.devices import kernel_device, kernels_are_native
 
 collect_ignore_glob = ["test_*.py"] if kernel_device() is None else []
 if kernels_are_native():
-    # Inside Triton's kernels, or what the native library has no kernels for.
-    collect_ignore_glob += ["test_arguments.py", "test_bias.py", "test_launcher.py", "test_routes.py"]
+    # Tests of Triton internals, or of kernels that the native library does not have.
+    collect_ignore_glob += ["test_arguments.py", "test_bias.py", "test_bias_layouts.py", "test_launcher.py"]
     collect_ignore_glob += ["test_linear_gelu.py", "test_residual_norm.py", "test_training_blocks.py"]
 
-# Deterministic mode complains about cuBLAS without it.
+# Deterministic mode warns about cuBLAS if this variable is not set.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
-def fresh_memory_is_nan() -> Iterator[None]:
-    """Deterministic mode fills fresh memory with NaN: what a kernel forgets to write cannot look right.
+def new_memory_is_nan() -> Iterator[None]:
+    """Fill new memory with NaN, so that an element not written is noticed.
 
-    It only warns of what else it does not like, such as the gradient of a bilinear resize on CUDA.
+    Deterministic mode does this. It only warns of nondeterministic operators, such as the gradient of a bilinear
+    resize on CUDA.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

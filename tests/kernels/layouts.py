@@ -1,4 +1,4 @@
-"""One tensor `[B, N, H, D]` in many layouts, with NaN in whatever memory lies between its rows."""
+"""Layouts of a tensor `[B, N, H, D]`, with NaN between its rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def slice_of_packed(tensor: Tensor, position: int = 1) -> Tensor:
-    """One of the three slices of a packed projection `[B, N, 3, H, D]`."""
+    """Return a slice of a packed projection `[B, N, 3, H, D]`."""
     batch, tokens, heads, head_dim = tensor.shape
     packed = tensor.new_full((batch, tokens, 3, heads, head_dim), float("nan"))
     packed[:, :, position] = tensor
@@ -24,12 +24,15 @@ def heads_before_tokens(tensor: Tensor) -> Tensor:
 
 
 def tokens_last(tensor: Tensor) -> Tensor:
-    """Memory `[B, H, D, N]`: the last dimension has no unit stride."""
+    """Store as `[B, H, D, N]`: the last dimension does not have unit stride."""
     return tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def padded_rows(tensor: Tensor, before: int, after: int) -> Tensor:
-    """Rows of `before + D + after` numbers: odd ones start every second row at an odd address."""
+    """Pad rows to `before + D + after` elements.
+
+    If the sum is odd, every second row starts at an odd address.
+    """
     columns = slice(before, before + tensor.shape[-1])
     return F.pad(tensor, (before, after), value=float("nan"))[..., columns]
 
@@ -43,7 +46,10 @@ def every_second_sample(tensor: Tensor) -> Tensor:
 
 
 def at_offset(tensor: Tensor, elements: int) -> Tensor:
-    """Contiguous, but `elements` numbers into its storage, so that its address is aligned to less than 16 bytes."""
+    """Return a contiguous copy that starts `elements` elements into its storage.
+
+    Its address is aligned to less than 16 bytes.
+    """
     storage = tensor.new_full((elements + tensor.numel(),), float("nan"))
     storage[elements:] = tensor.flatten()
     return storage[elements:].view(tensor.shape)
@@ -62,7 +68,7 @@ SAME_VALUES: dict[str, Layout] = {
     "address that 2 elements divide": lambda tensor: at_offset(tensor, 2),
     "address that 1 element divides": lambda tensor: at_offset(tensor, 1),
 }
-"""Layouts that change no number."""
+"""Layouts that keep every value."""
 
 
 def shared_by_batch(tensor: Tensor) -> Tensor:
@@ -74,11 +80,11 @@ def shared_by_heads(tensor: Tensor) -> Tensor:
 
 
 SHARED: dict[str, Layout] = {"shared by the batch": shared_by_batch, "shared by the heads": shared_by_heads}
-"""Expanded, stride 0: part of the numbers repeats."""
+"""Expanded layouts of stride 0: some values repeat."""
 
 
 def one_number(tensor: Tensor) -> Tensor:
-    """All strides 0, as in the gradient of `out.sum()`."""
+    """Return a tensor whose strides are all 0, as the gradient of `out.sum()`."""
     return tensor.flatten()[0].expand(tensor.shape)
 
 
@@ -87,4 +93,7 @@ def shared_by_tokens(tensor: Tensor) -> Tensor:
 
 
 SHARED_GRADIENT: dict[str, Layout] = {**SHARED, "shared by the tokens": shared_by_tokens, "one number": one_number}
-"""What an incoming gradient may also be; keys or values that all tokens share have no gradient worth comparing."""
+"""Expanded layouts of an incoming gradient.
+
+Keys and values shared by all tokens are left out: their gradients are too small to compare.
+"""

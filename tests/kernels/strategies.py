@@ -1,4 +1,7 @@
-"""Hypothesis strategies for attention cases: every option of the operator at once, at sizes an interpreter can run."""
+"""Hypothesis strategies for attention cases.
+
+They combine all options of the operator, at sizes that are fast in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ MASKS = ("none", "some keys", "without CLS", "one sample without keys")
 
 
 def windows() -> st.SearchStrategy[tuple[int, int]]:
-    """Squares, rectangles of odd and even width, single rows and single columns."""
+    """Return squares, rectangles of odd and even width, rows and columns."""
     side = st.integers(1, 6)
     length = st.integers(1, MOST_TOKENS - 1)
     return st.one_of(
@@ -30,7 +33,7 @@ def windows() -> st.SearchStrategy[tuple[int, int]]:
 
 
 def layouts(named: dict) -> st.SearchStrategy:
-    """One of the named layouts, or rows and addresses that are aligned to nothing."""
+    """Return the named layouts, and layouts with unaligned rows and addresses."""
     return st.one_of(
         st.sampled_from(sorted(named)).map(named.__getitem__),
         st.tuples(st.integers(0, 7), st.integers(0, 7)).map(lambda pads: lambda tensor: padded_rows(tensor, *pads)),
@@ -39,7 +42,10 @@ def layouts(named: dict) -> st.SearchStrategy:
 
 
 def key_mask(kind: str, batch: int, tokens: int, seed: int) -> Tensor | None:
-    """bool [B, N]; at least two keys stay, since one alone leaves scores without a gradient (see test_parity.py)."""
+    """Return a key mask, bool [B, N], that keeps at least two keys.
+
+    With one key, the scores have zero gradients (see test_parity.py).
+    """
     if kind == "none":
         return None
     mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) > 0.4
@@ -53,9 +59,10 @@ def key_mask(kind: str, batch: int, tokens: int, seed: int) -> Tensor | None:
 
 @st.composite
 def attention_cases(draw: st.DrawFn) -> Case:
-    """Cases with and without a table, in any dtype, head dimension, layout, with mask and dropout.
+    """Draw cases with any table, dtype, head dimension, layout, mask and dropout.
 
-    Few tokens come in several planes: in one, two or three roundings decide, and eager's can be lucky.
+    Cases with few tokens have several planes. In a single plane the error of eager attention, which is the budget, can
+    be small by chance.
     """
     window = draw(st.one_of(st.none(), windows(), windows(), windows()))
     tokens = draw(st.integers(2, MOST_TOKENS)) if window is None else window[0] * window[1] + 1
@@ -78,7 +85,7 @@ def attention_cases(draw: st.DrawFn) -> Case:
 
 
 def lay_out(draw: st.DrawFn, case: Case) -> Case:
-    """The case with every tensor in a layout of its own."""
+    """Copy the case with each tensor in a layout of its own."""
     rows = {name: draw(layouts({**SAME_VALUES, **SHARED}))(getattr(case, name)) for name in ("query", "key", "value")}
     table = case.table
     if table is not None:

@@ -1,4 +1,4 @@
-"""Arguments of a launch: fields of a NamedTuple are the parameters of its kernel, and no other name is accepted."""
+"""Arguments of a launch: the fields of a NamedTuple equal the kernel parameters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ each_kernel = pytest.mark.parametrize(("fields_of", "kernel"), KERNELS, ids=[pai
 
 
 def parameters(fields_of: type) -> Iterator[str]:
-    """Names of the parameters that a NamedTuple holds, those of nested ones included."""
+    """Yield the field names of a NamedTuple, with those of nested ones."""
     for name, kind in get_type_hints(fields_of, localns={"Tensor": Tensor}).items():
         if hasattr(kind, "_fields"):
             yield from parameters(kind)
@@ -57,12 +57,12 @@ def parameters(fields_of: type) -> Iterator[str]:
 
 
 @each_kernel
-def test_fields_equal_the_parameters_of_the_kernel(fields_of: type, kernel: Any) -> None:
+def test_arguments_fields_equal_kernel_parameters(fields_of: type, kernel: Any) -> None:
     assert Counter(parameters(fields_of)) == Counter(kernel.arg_names)
 
 
 @each_kernel
-def test_construction_with_a_misspelt_field_raises(fields_of: Any, kernel: Any) -> None:
+def test_arguments_misspelt_field_raises(fields_of: Any, kernel: Any) -> None:
     *names, last = fields_of._fields
     values = dict.fromkeys(names)
     assert fields_of(**values, **{last: 1})[-1] == 1
@@ -70,7 +70,7 @@ def test_construction_with_a_misspelt_field_raises(fields_of: Any, kernel: Any) 
         fields_of(**values, **{f"{last}_": 1})
 
 
-def test_every_kernel_has_arguments() -> None:
+def test_arguments_cover_every_kernel() -> None:
     modules = (pack_bias, forward, backward_preprocess, backward_dkv, backward_dq, backward_dbias)
     modules += (linear_gelu, norm_forward, norm_backward)
     found = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
@@ -91,8 +91,11 @@ def test_by_name_flattens_nested_arguments() -> None:
     }
 
 
-def test_mypy_relaxes_files_of_kernels_alone() -> None:
-    """Launches and their arguments are checked, so that a misspelt field is an error without a GPU."""
+def test_mypy_relaxes_only_kernel_files() -> None:
+    """Type-check launches and their arguments.
+
+    A misspelt field is then an error without a GPU.
+    """
     overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
     (relaxed,) = [entry["module"] for entry in overrides if entry.get("check_untyped_defs") is False]
     compiled = {

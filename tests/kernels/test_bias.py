@@ -1,4 +1,4 @@
-"""The bias alone: the packed bias against the paper's gather in every layout."""
+"""The packed bias against a gather from the table, in every layout."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ def layouts_of(window: tuple[int, int]) -> list[str]:
 
 @pytest.mark.parametrize("flipped", [False, True], ids=["queries-by-keys", "keys-by-queries"])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_the_packed_bias_is_the_gather(window: tuple[int, int], flipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are queries and columns keys, or the other way round; values are divided by the scale."""
+def test_packed_bias_equals_gather(window: tuple[int, int], flipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are queries and columns keys, or vice versa (`flipped`).
+
+    Values are divided by the scale.
+    """
     tokens = window[0] * window[1] + 1
     case = make_case(window, heads=1, batch=1, head_dim=16)
     call = inputs.prepare(case.query, case.key, case.value, case.table, None, window, 0.5, 0.0, 0)
@@ -73,8 +76,8 @@ def test_the_packed_bias_is_the_gather(window: tuple[int, int], flipped: bool, m
 
 
 @pytest.mark.parametrize("layout", ["plain", "paired"])
-def test_vector_loads_are_aligned_and_stay_inside_the_packed_bias(layout: str) -> None:
-    """Every tile of 64 or 128 columns of every row, the ragged one included."""
+def test_packed_bias_vector_loads_aligned_and_in_bounds(layout: str) -> None:
+    """Every tile of 64 or 128 columns of every row, with the partial tile."""
     for window in [(height, width) for height in range(1, 9) for width in range(2, 9, 2)] + [
         (14, 14),
         (3, 40),

@@ -1,4 +1,4 @@
-"""What the kernels promise besides numbers: gradients asked for, empty batches, equal runs, samples kept apart."""
+"""Requested gradients, empty batches, deterministic results, independent samples."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .cases import Case, assert_same_bits, bitwise_equal, make_case, run_backwar
 
 
 @pytest.mark.parametrize("output_mask", list(itertools.product([False, True], repeat=4)))
-def test_only_the_gradients_asked_for_come_back(output_mask: tuple[bool, bool, bool, bool]) -> None:
-    """Only the table may want a gradient: that was an illegal access in pytorch/pytorch#148476."""
+def test_backward_output_mask_returns_only_requested_gradients(output_mask: tuple[bool, bool, bool, bool]) -> None:
+    """Include the table alone, an illegal access in pytorch/pytorch#148476."""
     case = make_case((3, 4), torch.bfloat16, heads=2, head_dim=16)
     out, lse = run_forward(case)
     everything = run_backward(case, out, lse)
@@ -28,8 +28,8 @@ def test_only_the_gradients_asked_for_come_back(output_mask: tuple[bool, bool, b
 
 
 @pytest.mark.parametrize("window", [(3, 4), None])
-def test_empty_batch(window: tuple[int, int] | None) -> None:
-    """Dao-AILab/flash-attention#1159, pytorch/pytorch#133780."""
+def test_attention_empty_batch_returns_empty_results(window: tuple[int, int] | None) -> None:
+    """Bugs elsewhere: Dao-AILab/flash-attention#1159, pytorch/pytorch#133780."""
     case = make_case(window, torch.float16, batch=0, heads=2, head_dim=16, tokens=13)
     out, lse = run_forward(case)
     assert out.shape == (0, 13, 2, 16)
@@ -42,14 +42,14 @@ def test_empty_batch(window: tuple[int, int] | None) -> None:
         assert torch.equal(dtable, torch.zeros_like(case.table))
 
 
-def test_empty_batch_without_the_table_gradient() -> None:
+def test_backward_empty_batch_without_table_gradient() -> None:
     case = make_case((3, 4), batch=0)
     out, lse = run_forward(case)
     assert run_backward(case, out, lse, (True, True, True, False))[3].shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_agree_bit_for_bit(dtype: torch.dtype) -> None:
+def test_attention_two_runs_same_bits(dtype: torch.dtype) -> None:
     case = make_case((5, 7), dtype, dropout_p=0.25, seed=3)
     assert_same_bits(run_kernels(case), run_kernels(case))
 
@@ -58,7 +58,7 @@ def samples(case: Case, chosen: slice) -> Case:
     return case.map_rows(lambda tensor: tensor[chosen])
 
 
-def test_a_sample_does_not_depend_on_its_neighbours() -> None:
+def test_attention_sample_independent_of_batch() -> None:
     case = make_case((4, 4), torch.float32, batch=3)
     *together, _ = run_kernels(case)
     *alone, _ = run_kernels(samples(case, slice(1, 2)))
@@ -67,8 +67,8 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_in_one_image_never_reaches_another(dtype: torch.dtype, masked: bool) -> None:
-    """Of the results only the table's gradient is a sum over images."""
+def test_attention_nan_in_one_image_stays_in_it(dtype: torch.dtype, masked: bool) -> None:
+    """Exclude the gradient of the table, which sums over images."""
     mask = torch.rand(3, 24, generator=torch.Generator().manual_seed(4)) > 0.3 if masked else None
     case = make_case(None if masked else (4, 5), dtype, batch=3, tokens=24, key_mask=mask)
     poisoned = case.map_rows(Tensor.clone)
@@ -80,7 +80,7 @@ def test_nan_in_one_image_never_reaches_another(dtype: torch.dtype, masked: bool
     assert results[0][1].isnan().all()
 
 
-def test_nan_in_one_head_never_reaches_another() -> None:
+def test_attention_nan_in_one_head_stays_in_it() -> None:
     case = make_case((4, 5), heads=3)
     assert case.table is not None
     poisoned = replace(case, table=case.table.clone())

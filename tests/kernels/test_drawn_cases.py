@@ -1,4 +1,4 @@
-"""Options of the operator in combinations that nobody thought of, drawn by Hypothesis."""
+"""Combinations of all options of the operator, drawn by Hypothesis."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .cases import (
 )
 from .strategies import attention_cases, output_masks
 
-# On a GPU nearly every example compiles its kernels; the interpreter has nothing to compile.
+# On a GPU nearly every example compiles its kernels; the interpreter does not compile.
 FEW, MANY = (12, 100) if device().type == "cuda" else (40, 120)
 
 
 def check(case: Case, wanted: OutputMask) -> None:
-    """Right within the budgets, bit for bit the same for any part of the gradients, and no input is touched."""
+    """Check the budgets; requested gradients have equal bits, inputs do not change."""
     with inputs_unchanged(case):
         out, lse = run_forward(case)
         gradients = run_backward(case, out, lse)

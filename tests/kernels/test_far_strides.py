@@ -1,4 +1,7 @@
-"""Offsets beyond 32 bits, which overflow silently: fla-org/flash-linear-attention#1080, linkedin/Liger-Kernel#1335."""
+"""Offsets above 32 bits, which can overflow silently.
+
+Bugs elsewhere: fla-org/flash-linear-attention#1080, linkedin/Liger-Kernel#1335.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from .cases import Case, assert_same_results, device, make_case
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2])
-def test_stride_of_a_dimension_of_size_one(dimension: int) -> None:
-    """It may be anything; here it does not fit 32 bits."""
+def test_attention_far_stride_of_size_one_dimension(dimension: int) -> None:
+    """Use a stride above 32 bits, which no element needs."""
     sizes = {0: {"batch": 1}, 1: {"tokens": 1}, 2: {"heads": 1}}[dimension]
     case = make_case(None if dimension == 1 else (3, 4), **sizes)
 
@@ -27,24 +30,27 @@ def test_stride_of_a_dimension_of_size_one(dimension: int) -> None:
 
 
 def address_space(elements: int, dtype: torch.dtype, folder: Path) -> Tensor:
-    """`elements` numbers: on the CPU a sparse file, where only what is touched takes room; on CUDA real memory."""
+    """Allocate `elements` elements.
+
+    On the CPU they are a sparse file, in which only pages that are touched take memory.
+    """
     size = elements * dtype.itemsize
     if device().type == "cpu":
         file = folder / "sparse"
         storage = torch.from_file(str(file), shared=True, size=elements, dtype=dtype)
-        file.unlink()  # the mapping stays
+        file.unlink()  # the mapping remains valid
         return storage
     free, _ = torch.cuda.mem_get_info()
     if free < size + 2**30:
-        pytest.skip(f"needs {size / 2**30:.1f} GiB and some on the device, of which {free / 2**30:.1f} are free")
+        pytest.skip(f"needs more than {size / 2**30:.1f} GiB of device memory ({free / 2**30:.1f} GiB are free)")
     return torch.empty(elements, dtype=dtype, device=device())
 
 
 def far_apart(case: Case, dimension: int, folder: Path) -> Case:
-    """The same numbers, the last index along `dimension` more than 2^31 elements away from the first.
+    """Copy the case with offsets above 2^31 elements along `dimension`.
 
-    Query, key, value and incoming gradient share one storage: they are the slices of rows `[4, D]`. As much lies before
-    them, so that an offset that wraps around stays inside.
+    Query, key, value and incoming gradient share one storage: they are the slices of rows `[4, D]`. 2^31 unused
+    elements precede them, so that an offset that wraps around stays in bounds.
     """
     sizes = case.query.shape
     head_dim = sizes[-1]
@@ -57,14 +63,14 @@ def far_apart(case: Case, dimension: int, folder: Path) -> Case:
 
 
 @pytest.fixture
-def memory_is_not_filled(fresh_memory_is_nan: None) -> Iterator[None]:
-    """Filling gigabytes with NaN would touch them all."""
+def new_memory_unfilled(new_memory_is_nan: None) -> Iterator[None]:
+    """Do not fill new memory with NaN: that would touch gigabytes."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-@pytest.mark.usefixtures("memory_is_not_filled")
+@pytest.mark.usefixtures("new_memory_unfilled")
 @pytest.mark.parametrize(
     ("dimension", "batch"),
     [
@@ -74,7 +80,7 @@ def memory_is_not_filled(fresh_memory_is_nan: None) -> Iterator[None]:
         pytest.param(2, 3, id="the stride of the heads times an index"),
     ],
 )
-def test_more_than_two_to_the_31_elements(dimension: int, batch: int, tmp_path: Path) -> None:
+def test_attention_offsets_above_2_31_elements_same_bits(dimension: int, batch: int, tmp_path: Path) -> None:
     case = make_case((2, 4), torch.float16, batch=batch, heads=3, head_dim=16)
     far = far_apart(case, dimension, tmp_path)
     assert (max(far.query.stride()) > 2**31) == (batch == 2)

@@ -1,4 +1,4 @@
-"""An optimised model on the kernels: the same outputs, and one layout of the bias for all calls of a window."""
+"""An optimized model on the kernels: its outputs, and the bias packed once per window."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from beit_fast import optimize_for_inference
 
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS
-from .cases import FORWARD_FACTOR, device, of_triton
+from .cases import FORWARD_FACTOR, device, triton_only
 from .test_model import KERNEL, build
 
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_optimised_model_on_the_kernels(position: str, dtype: torch.dtype) -> None:
+def test_optimize_for_inference_matches_fp64(position: str, dtype: torch.dtype) -> None:
     model = build(**POSITIONS[position]).to(dtype)
     model.set_attn_implementation("triton")
     optimized = optimize_for_inference(model, graphs=False)
@@ -36,8 +36,8 @@ def test_an_optimised_model_on_the_kernels(position: str, dtype: torch.dtype) ->
     assert optimized.inference_report().windows == 2
 
 
-@of_triton
-def test_the_bias_is_laid_out_once_for_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+@triton_only
+def test_optimize_for_inference_packs_bias_once_per_window(monkeypatch: pytest.MonkeyPatch) -> None:
     from beit_fast.kernels.attention import launch
 
     layouts = []
@@ -53,6 +53,6 @@ def test_the_bias_is_laid_out_once_for_a_window(monkeypatch: pytest.MonkeyPatch)
     optimized = optimize_for_inference(model, graphs=False)
     pixels = torch.randn(1, 3, 32, 32, device=device())
     first = optimized(pixels).logits
-    assert len(layouts) == 2, "one for each layer"
+    assert len(layouts) == 2, "packed once per layer"
     assert torch.equal(optimized(pixels).logits, first)
-    assert len(layouts) == 2, "kept for the second call"
+    assert len(layouts) == 2, "cached for the second call"

@@ -1,4 +1,4 @@
-"""Inside the launcher: which kernels run, on which grids and tiles, and with which precision."""
+"""The launcher: launched kernels, grids, tiles and precision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .cases import check_parity, device, make_case, run_backward, run_forward
 
 
 class Recorder:
-    """Stands in for every kernel and remembers what was launched, and on which grid."""
+    """Fake kernels that record their launches and grids."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launched: list[tuple[str, tuple[int, ...]]] = []
@@ -56,7 +56,7 @@ TABLE = ["dbias_cls_column", "backward_dbias", "dtable_patches", "dtable_cls"]
         ((False, False, False, False), []),
     ],
 )
-def test_kernels_that_nobody_needs_are_not_launched(
+def test_backward_output_mask_launches_only_needed_kernels(
     output_mask: tuple[bool, bool, bool, bool], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case((2, 2))
@@ -66,7 +66,7 @@ def test_kernels_that_nobody_needs_are_not_launched(
     assert [name for name, _ in recorder.launched] == expected
 
 
-def test_more_than_65535_planes_stay_in_the_first_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_above_65535_planes_uses_first_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA limits y and z to 65535: fla-org/flash-linear-attention#172, flashinfer-ai/flashinfer#3125."""
     recorder = Recorder(monkeypatch)
     planes = 70_000
@@ -86,7 +86,7 @@ def test_more_than_65535_planes_stay_in_the_first_grid_dimension(monkeypatch: py
         ("high", torch.bfloat16, "ieee"),
     ],
 )
-def test_fp32_products_follow_torch(setting: str, dtype: torch.dtype, precision: str) -> None:
+def test_dot_precision_follows_torch_setting(setting: str, dtype: torch.dtype, precision: str) -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting)
@@ -98,14 +98,14 @@ def test_fp32_products_follow_torch(setting: str, dtype: torch.dtype, precision:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
-def test_seed_words_are_signed_32_bit_integers(seed: int) -> None:
+def test_signed_word_returns_signed_32_bit_integer(seed: int) -> None:
     word = inputs.signed_word(seed)
     assert -(2**31) <= word < 2**31
     assert word % 2**32 == seed
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
-def test_there_is_a_tile_for_every_kernel_and_head_dimension(capability: tuple[int, int]) -> None:
+def test_select_every_kernel_and_head_dim_returns_tile(capability: tuple[int, int]) -> None:
     architecture = gpu.architecture_class(*capability)
     choices = itertools.product(configs.KERNELS, range(8, 129, 8), gpu.ARITHMETICS, (False, True))
     for kernel, head_dim, multiplies, dropout in choices:
@@ -113,13 +113,17 @@ def test_there_is_a_tile_for_every_kernel_and_head_dimension(capability: tuple[i
         assert block_d >= max(16, head_dim)
         config = configs.select(kernel, architecture, block_d, multiplies, dropout)
         assert min(config.block_m, config.block_n) >= 16
-        assert max(config.block_m, config.block_n) <= 128, "columns may pass the packed bias by no more"
+        assert max(config.block_m, config.block_n) <= 128, "the margin of the packed bias is 128 columns"
 
 
 @pytest.mark.parametrize("architecture", list(gpu.SHARED_MEMORY_LIMIT))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.skipif(device().type == "cuda", reason="every other test runs this GPU's tiles; others may not fit it")
-def test_the_tiles_that_gpus_use(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    device().type == "cuda", reason="other tests run the tiles of this GPU; tiles of other GPUs may not fit"
+)
+def test_attention_gpu_tiles_match_oracle(
+    architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def tiles_of_gpu(kernel: str, call: inputs.AttentionInputs) -> configs.TileConfig:
         arithmetic = gpu.arithmetic(call.query.element_size(), "ieee")
         return configs.select(kernel, architecture, call.block_d, arithmetic, call.dropout_p > 0)
@@ -145,8 +149,13 @@ def bases_kernel(tensor, result, batch_index, head_index, start, strides):
         (2, 1, 3, (2**40, 2**35, 2**33)),
     ],
 )
-def test_offsets_do_not_wrap_at_32_bits(batch: int, head: int, start: int, strides: tuple[int, int, int]) -> None:
-    """fla-org/flash-linear-attention#1080, linkedin/Liger-Kernel#1335: the arithmetic, without the memory."""
+def test_head_base_and_patch_base_do_not_wrap_at_32_bits(
+    batch: int, head: int, start: int, strides: tuple[int, int, int]
+) -> None:
+    """Check the arithmetic of offsets, without the memory.
+
+    Bugs elsewhere: fla-org/flash-linear-attention#1080, linkedin/Liger-Kernel#1335.
+    """
     result = torch.zeros(2, dtype=torch.int64, device=device())
     bases_kernel[(1,)](torch.zeros(1, dtype=torch.float16, device=device()), result, batch, head, start, strides)
     expected = [batch * strides[0] + head * strides[2], (start + 1) * strides[1]]

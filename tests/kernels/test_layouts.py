@@ -1,4 +1,4 @@
-"""Strides and layouts of the inputs change nothing: results equal those of contiguous inputs, bit for bit."""
+"""Strided inputs: results have the same bits as for contiguous inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def case() -> Case:
 
 
 @pytest.mark.parametrize("layout", [name for name in SAME_VALUES if name != "contiguous"])
-def test_layouts_of_the_same_numbers(case: Case, layout: str) -> None:
+def test_attention_strided_inputs_same_bits(case: Case, layout: str) -> None:
     strided = case.map_rows(SAME_VALUES[layout])
     assert torch.equal(strided.query, case.query)
     assert strided.query.stride() != case.query.stride() or strided.query.storage_offset() > 0
@@ -26,7 +26,7 @@ def test_layouts_of_the_same_numbers(case: Case, layout: str) -> None:
         assert_same_results(case, strided)
 
 
-def test_slices_of_one_packed_projection(case: Case) -> None:
+def test_attention_slices_of_packed_projection_same_bits(case: Case) -> None:
     packed = torch.stack([case.query, case.key, case.value], dim=2)  # [B, N, 3, H, D]
     query, key, value = packed.unbind(2)
     assert query.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
@@ -34,15 +34,18 @@ def test_slices_of_one_packed_projection(case: Case) -> None:
 
 
 @pytest.mark.parametrize("layout", SHARED)
-def test_inputs_of_stride_zero(case: Case, layout: str) -> None:
+def test_attention_stride_zero_inputs_same_bits(case: Case, layout: str) -> None:
     shared = case.map_rows(SHARED[layout])
     assert 0 in shared.query.stride()
     assert_same_results(case.map_rows(lambda tensor: SHARED[layout](tensor).contiguous()), shared)
 
 
 @pytest.mark.parametrize("layout", SHARED_GRADIENT)
-def test_gradients_of_stride_zero(case: Case, layout: str) -> None:
-    """`out.sum().backward()` hands over one number: Dao-AILab/flash-attention#355 and pytorch/pytorch#194719."""
+def test_backward_stride_zero_gradient_same_bits(case: Case, layout: str) -> None:
+    """Use expanded gradients, as `out.sum().backward()` passes.
+
+    Bugs elsewhere: Dao-AILab/flash-attention#355, pytorch/pytorch#194719.
+    """
     shared = SHARED_GRADIENT[layout](case.grad_out)
     assert 0 in shared.stride()
     assert_same_results(replace(case, grad_out=shared.contiguous()), replace(case, grad_out=shared))
@@ -61,7 +64,7 @@ def transposed_mask(mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [columns_of_a_wider_mask, one_mask_for_the_batch, transposed_mask])
-def test_key_mask_layouts(case: Case, layout) -> None:
+def test_attention_strided_key_mask_same_bits(case: Case, layout) -> None:
     mask = torch.rand(2, 21, generator=torch.Generator().manual_seed(2)) > 0.4
     strided = layout(mask.to(case.query.device))
     assert not strided.is_contiguous()
@@ -81,14 +84,14 @@ def one_column_for_all_heads(table: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [transposed_table, columns_of_a_wider_table, one_column_for_all_heads])
-def test_table_layouts(case: Case, layout) -> None:
+def test_attention_strided_table_same_bits(case: Case, layout) -> None:
     assert case.table is not None
     strided = layout(case.table)
     assert not strided.is_contiguous()
     assert_same_results(replace(case, table=strided.contiguous()), replace(case, table=strided))
 
 
-def test_log_sum_exp_and_out_may_be_strided(case: Case) -> None:
+def test_backward_strided_out_and_lse_same_bits(case: Case) -> None:
     out, lse = run_forward(case)
     expected = run_backward(case, out, lse)
     strided_out = out.transpose(1, 2).contiguous().transpose(1, 2)

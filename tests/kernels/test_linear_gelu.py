@@ -1,4 +1,4 @@
-"""The kernel of a linear layer with the exact GELU, against fp64."""
+"""The linear layer with exact GELU by the Triton kernel, against fp64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHAPES = [
 
 
 def run(*layer: Tensor | None) -> Tensor:
-    """Of the operator, whose inputs must stay as they were."""
+    """Run the operator, and check that its inputs do not change."""
     before = [None if tensor is None else tensor.clone() for tensor in layer]
     result = linear_gelu(*layer)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(layer, before, strict=True))
@@ -42,20 +42,22 @@ def run(*layer: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES, ids=str)
-def test_parity(rows: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype, biased: bool) -> None:
+def test_linear_gelu_matches_fp64(
+    rows: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype, biased: bool
+) -> None:
     layer = make_layer(rows, inputs, outputs, dtype, device(), biased=biased)
     check_layer(run(*layer), *layer)
 
 
 @pytest.mark.parametrize("rows", range(28, 36))
-def test_rows_around_a_tile(rows: int) -> None:
+def test_linear_gelu_rows_around_tile_match_fp64(rows: int) -> None:
     layer = make_layer((rows,), 40, 70, torch.float32, device())
     check_layer(run(*layer), *layer)
 
 
 STRIDED = {
     "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
-    "every second number": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "every second element": lambda x: x.repeat_interleave(2, 1)[:, ::2],
     "transposed": lambda x: x.t().contiguous().t(),
     "rows with a tail": lambda x: padded_rows(x, 0, 16),
     "odd row stride": lambda x: padded_rows(x, 3, 2),
@@ -65,7 +67,7 @@ STRIDED = {
 
 @pytest.mark.parametrize("layout", STRIDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strides_change_no_number(dtype: torch.dtype, layout: str) -> None:
+def test_linear_gelu_strided_inputs_same_bits(dtype: torch.dtype, layout: str) -> None:
     x, weight, bias = make_layer((37,), 48, 70, dtype, device())
     expected = run(x, weight, bias)
     spread = torch.stack([bias, bias], 1)[:, 0]
@@ -73,32 +75,35 @@ def test_strides_change_no_number(dtype: torch.dtype, layout: str) -> None:
     assert bitwise_equal(run(x, STRIDED[layout](weight), spread), expected)
 
 
-def test_rows_of_a_slice_of_tokens() -> None:
-    """`[B, N, E]` without CLS is no matrix of evenly spaced rows."""
+def test_linear_gelu_slice_of_tokens_same_bits() -> None:
+    """`[B, N, E]` without CLS is not a matrix of evenly spaced rows."""
     x, weight, bias = make_layer((3, 9), 32, 48, torch.float32, device())
     assert bitwise_equal(run(x[:, 1:], weight, bias), run(x[:, 1:].contiguous(), weight, bias))
 
 
-def test_one_row_for_all() -> None:
-    """Stride 0."""
+def test_linear_gelu_stride_zero_rows_same_bits() -> None:
+    """Expand one row to all rows."""
     x, weight, bias = make_layer((1,), 32, 48, torch.float32, device())
     assert bitwise_equal(run(x.expand(40, -1), weight, bias), run(x, weight, bias).expand(40, -1).contiguous())
 
 
 @pytest.mark.parametrize("rows", [(0,), (2, 0)])
-def test_no_rows(rows: tuple[int, ...]) -> None:
+def test_linear_gelu_without_rows_returns_empty(rows: tuple[int, ...]) -> None:
     layer = make_layer(rows, 32, 48, torch.bfloat16, device())
     assert run(*layer).shape == (*rows, 48)
 
 
-def test_no_outputs_and_no_inputs() -> None:
+def test_linear_gelu_without_outputs_or_inputs() -> None:
     assert run(*make_layer((3,), 32, 0, torch.float32, device())).shape == (3, 0)
     layer = make_layer((3,), 0, 32, torch.float32, device())
     check_layer(run(*layer), *layer)
 
 
-def test_far_rows() -> None:
-    """A stride beyond 32 bits, of a dimension of size one: fla-org/flash-linear-attention#1080."""
+def test_linear_gelu_far_row_stride_same_bits() -> None:
+    """Use a stride above 32 bits in a dimension of size one.
+
+    Bug elsewhere: fla-org/flash-linear-attention#1080.
+    """
     x, weight, bias = make_layer((1,), 32, 48, torch.float32, device())
     far = x.as_strided(x.shape, (2**40, 1))
     assert bitwise_equal(run(far, weight, bias), run(x, weight, bias))
@@ -110,7 +115,7 @@ def corner_kernel(result, row_block, output_count, BLOCK_M: tl.constexpr):
     tl.store(result, base.to(tl.int64) - result.to(tl.int64))
 
 
-def test_offsets_of_tiles_do_not_wrap_at_32_bits() -> None:
+def test_tile_offset_does_not_wrap_at_32_bits() -> None:
     result = torch.zeros(1, dtype=torch.int64, device=device())
     corner_kernel[(1,)](result, 2**17, 2**16, BLOCK_M=128)
     assert result.item() == 8 * 2**17 * 128 * 2**16
@@ -118,9 +123,9 @@ def test_offsets_of_tiles_do_not_wrap_at_32_bits() -> None:
 
 @triton.jit
 def gelu_kernel(values, result, count, BLOCK: tl.constexpr):
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < count
-    tl.store(result + places, half_precision_gelu(tl.load(values + places, mask=inside)), mask=inside)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < count
+    tl.store(result + offsets, half_precision_gelu(tl.load(values + offsets, mask=inside)), mask=inside)
 
 
 def half_gelu(values: Tensor) -> Tensor:
@@ -129,8 +134,11 @@ def half_gelu(values: Tensor) -> Tensor:
     return result
 
 
-def test_the_gelu_of_half_precision_is_the_exact_one() -> None:
-    """Far below half a unit in the last place of fp16, 2.4e-4 of a value; beyond -6 the result is below 6e-9."""
+def test_half_precision_gelu_matches_exact_gelu() -> None:
+    """The error is far below half an fp16 ulp (2.4e-4, relative).
+
+    Below -6 the magnitude of the result is less than 6e-9.
+    """
     values = torch.linspace(-10, 60, 70_001, dtype=torch.float64)
     values = values[values != 0].float().to(device())
     exact = values.double() * torch.special.ndtr(values.double())
@@ -141,7 +149,7 @@ def test_the_gelu_of_half_precision_is_the_exact_one() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-def test_the_gelu_of_half_precision_at_the_edges() -> None:
+def test_half_precision_gelu_edge_values() -> None:
     edges = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 65504, -65504, 1e30, -1e30, torch.inf], device=device())
     expected = torch.tensor([0.0, 0.0, 5e-31, -5e-31, 65504, 0, 1e30, 0, torch.inf], device=device())
     torch.testing.assert_close(half_gelu(edges), expected, rtol=1e-5, atol=0)
@@ -149,7 +157,7 @@ def test_the_gelu_of_half_precision_at_the_edges() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_nan_in_one_row_stays_there(dtype: torch.dtype) -> None:
+def test_linear_gelu_nan_in_one_row_stays_in_it(dtype: torch.dtype) -> None:
     x, weight, bias = make_layer((40,), 32, 48, dtype, device())
     clean = run(x, weight, bias)
     x[7] = float("nan")
@@ -167,7 +175,7 @@ def blocks_kernel(result, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (8, 4), (17, 3), (25, 1), (1, 9)])
-def test_every_block_has_one_program(rows: int, columns: int) -> None:
+def test_grouped_blocks_visit_every_block_once(rows: int, columns: int) -> None:
     result = torch.full((rows * columns,), -1, device=device())
     blocks_kernel[(rows * columns,)](result, rows, columns, GROUP=8)
     assert result.sort().values.tolist() == list(range(rows * columns))
@@ -177,15 +185,19 @@ def test_every_block_has_one_program(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.skipif(device().type == "cuda", reason="every other test runs this GPU's tiles; others may not fit it")
-def test_the_tiles_that_gpus_use(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    device().type == "cuda", reason="other tests run the tiles of this GPU; tiles of other GPUs may not fit"
+)
+def test_linear_gelu_gpu_tiles_match_fp64(
+    architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "architecture_of", lambda tensor: architecture)
     for rows in (150, 700, 4200) if dtype == torch.float32 else (150,):
         layer = make_layer((rows,), 80, 144, dtype, device())
         check_layer(run(*layer), *layer)
 
 
-def test_there_is_a_tile_for_everything() -> None:
+def test_select_every_architecture_returns_tile() -> None:
     arithmetics = ("half", "tf32", "ieee")
     assert set(configs.TILES) == set(itertools.product(arithmetics, ARCHITECTURES))
     assert set(SHARED_MEMORY_LIMIT) == set(ARCHITECTURES)
@@ -199,7 +211,7 @@ def test_there_is_a_tile_for_everything() -> None:
         assert configs.select(architecture, multiplies, 10_000, 65) == tiles[1]
 
 
-def test_more_than_65535_tiles_of_rows_stay_in_the_first_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_gelu_above_65535_row_tiles_uses_first_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = []
 
     class Recorder:
@@ -215,7 +227,9 @@ def test_more_than_65535_tiles_of_rows_stay_in_the_first_grid_dimension(monkeypa
 
 
 @pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32")])
-def test_fp32_products_follow_torch(setting: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_gelu_fp32_precision_follows_torch_setting(
+    setting: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched = {}
 
     class Recorder:
@@ -232,13 +246,13 @@ def test_fp32_products_follow_torch(setting: str, precision: str, monkeypatch: p
     assert launched["PRECISION"] == precision
 
 
-def test_opcheck() -> None:
+def test_linear_gelu_opcheck_passes() -> None:
     op = torch.ops.beit_fast.linear_gelu.default
     opcheck(op, make_layer((2, 5), 16, 24, torch.float32, device()))
     opcheck(op, make_layer((0,), 16, 24, torch.float32, device(), biased=False))
 
 
-def test_what_the_kernel_does_not_take_is_refused_with_every_reason() -> None:
+def test_linear_gelu_unsupported_inputs_raise_every_reason() -> None:
     x, weight, bias = make_layer((3,), 16, 24, torch.float64, device())
     with pytest.raises(ValueError, match=r"x has 16 inputs, weight takes 15; .*expected float16, bfloat16 or float32"):
         linear_gelu(x, weight[:, :15], bias)

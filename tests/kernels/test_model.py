@@ -1,4 +1,4 @@
-"""The whole path: a model whose attention is the kernels, through the operator and its autograd."""
+"""Models whose attention runs on the kernels, through the operator and autograd."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import beit_fast
 from ..support.devices import kernels_are_native
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS, TINY, randomize
-from .cases import BACKWARD_FACTOR, FORWARD_FACTOR, device, of_triton
+from .cases import BACKWARD_FACTOR, FORWARD_FACTOR, device, triton_only
 
 KERNEL = {"cpu": "cpp" if kernels_are_native() else "triton-interpret", "cuda": "triton"}
 
@@ -25,14 +25,16 @@ def build(**options: Any) -> beit_fast.BeitForImageClassification:
     return model.to(device()).eval()
 
 
-def under(implementation: str, model: beit_fast.BeitForImageClassification) -> beit_fast.BeitForImageClassification:
-    """The model itself, switched to an attention implementation."""
+def with_attention(
+    implementation: str, model: beit_fast.BeitForImageClassification
+) -> beit_fast.BeitForImageClassification:
+    """Set the attention implementation of the model and return it."""
     model.set_attn_implementation(implementation)
     return model
 
 
 def train_step(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of two images, and the gradient of every parameter."""
+    """Return the logits of two images and the gradient of every parameter."""
     model.zero_grad()
     output = model(pixels, labels=torch.tensor([0, 1], device=pixels.device))
     output.loss.backward()
@@ -43,21 +45,21 @@ def train_step(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, dict[str
 @pytest.mark.parametrize("position", ["per layer", "shared", "none"])
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_on_the_kernels(position: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_model_triton_attention_matches_fp64(position: str, size: tuple[int, int], dtype: torch.dtype) -> None:
     model = build(**POSITIONS[position]).to(dtype)
     pixels = torch.randn(2, 3, *size).to(device(), dtype)
-    eager, eager_gradients = train_step(under("eager", model), pixels)
-    fused, fused_gradients = train_step(under("triton", model), pixels)
+    eager, eager_gradients = train_step(with_attention("eager", model), pixels)
+    fused, fused_gradients = train_step(with_attention("triton", model), pixels)
     assert model.attention_report().kernel == KERNEL[device().type]
-    exact, exact_gradients = train_step(under("eager", model).double(), pixels.double())
+    exact, exact_gradients = train_step(with_attention("eager", model).double(), pixels.double())
     assert_within_budget("logits", fused, exact, eager, FORWARD_FACTOR)
     assert fused_gradients.keys() == eager_gradients.keys() == exact_gradients.keys()
     for name, gradient in fused_gradients.items():
         assert_within_budget(name, gradient, exact_gradients[name], eager_gradients[name], BACKWARD_FACTOR)
 
 
-@of_triton
-def test_what_the_kernels_do_not_take_is_refused_with_reasons() -> None:
+@triton_only
+def test_attention_unsupported_inputs_raise_every_reason() -> None:
     q = torch.randn(1, 5, 2, 12, dtype=torch.float64, device=device())
     with pytest.raises(
         ValueError, match=r"expected float16, bfloat16 or float32\); head dimension 12 is not a multiple of 8"

@@ -1,4 +1,4 @@
-"""The operator as it is called, served by the kernels: refusals, no sample, NaN in one sample."""
+"""The public operator on the kernels: errors, empty batches, NaN in one sample."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import beit_fast
 from beit_fast.position_bias import table_rows
 
-from .cases import of_triton
+from .cases import triton_only
 
 
-@of_triton
+@triton_only
 @pytest.mark.parametrize("head_dim", [7, 12, 136])
-def test_a_head_dimension_that_no_kernel_takes_is_one_reason_among_others(head_dim: int) -> None:
+def test_attention_unsupported_head_dim_raises_every_reason(head_dim: int) -> None:
     q = torch.zeros(2, 7, 3, head_dim)
     with pytest.raises(ValueError, match="rel_pos_attention cannot serve") as error:
         beit_fast.rel_pos_attention(q, q, q, torch.zeros(17, 3), (2, 3), torch.ones(2, 6, dtype=torch.bool))
@@ -26,15 +26,15 @@ def test_a_head_dimension_that_no_kernel_takes_is_one_reason_among_others(head_d
         assert reason in str(error.value)
 
 
-@of_triton
-def test_a_dtype_that_no_kernel_takes_is_refused() -> None:
+@triton_only
+def test_attention_unsupported_dtype_raises() -> None:
     q = torch.zeros(2, 7, 3, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected float16, bfloat16 or float32"):
         beit_fast.rel_pos_attention(q, q, q)
 
 
-@of_triton
-def test_the_backward_operator_refuses_what_its_kernels_do_not_take() -> None:
+@triton_only
+def test_attention_backward_unsupported_inputs_raise() -> None:
     q, lse = torch.zeros(2, 7, 3, 12), torch.zeros(2, 3, 7)
     with pytest.raises(ValueError, match=r"lse must be float32 .*; head dimension 12 is not a multiple of 8"):
         torch.ops.beit_fast.rel_pos_attention_backward(
@@ -43,7 +43,7 @@ def test_the_backward_operator_refuses_what_its_kernels_do_not_take() -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_no_samples(biased: bool) -> None:
+def test_attention_empty_batch_differentiates(biased: bool) -> None:
     q, k, v = (torch.zeros(0, 7, 3, 16, requires_grad=True) for _ in range(3))
     table = torch.zeros(18, 3, requires_grad=True) if biased else None
     out = beit_fast.rel_pos_attention(q, k, v, table, (2, 3))
@@ -57,8 +57,8 @@ def test_no_samples(biased: bool) -> None:
 
 @pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_nan_in_one_sample_stays_there(poisoned: str, masked: bool) -> None:
-    """The gradient of the table sums over samples and may be NaN; nothing else may."""
+def test_attention_nan_in_one_sample_stays_in_it(poisoned: str, masked: bool) -> None:
+    """Exclude the gradient of the table, which sums over samples."""
     tensors = {name: torch.randn(3, 7, 2, 16) for name in ("q", "k", "v", "grad_out")}
     table = torch.randn(table_rows((2, 3)), 2)
     key_mask = torch.rand(3, 7) > 0.3 if masked else None

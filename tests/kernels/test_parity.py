@@ -1,4 +1,4 @@
-"""The kernels, forward and backward, against the fp64 oracle: dtypes, head dimensions, masks, dropout."""
+"""Attention kernels against the fp64 oracle: dtypes, head dimensions, masks, dropout."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from .cases import (
     FORWARD_FACTOR,
     Case,
     check_parity,
-    kept_weights,
+    dropout_mask,
     make_case,
-    of_triton,
     run_backward,
     run_forward,
+    triton_only,
 )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", range(8, 129, 8))
-def test_every_head_dimension_in_every_dtype(head_dim: int, dtype: torch.dtype) -> None:
+def test_attention_every_head_dim_and_dtype_matches_oracle(head_dim: int, dtype: torch.dtype) -> None:
     check_parity(make_case((4, 9), dtype, batch=3, heads=2, head_dim=head_dim))
 
 
 @pytest.mark.parametrize("window", [(1, 1), (1, 40), (40, 1), (3, 13), (13, 3), (7, 7)])
-def test_batch_and_heads_together(window: tuple[int, int]) -> None:
+def test_attention_batch_and_heads_match_oracle(window: tuple[int, int]) -> None:
     check_parity(make_case(window, torch.float32, batch=3, heads=2))
 
 
 def check_against_one_key(case: Case, position: int) -> None:
-    """Every query attends to one key alone, with weight 1.
+    """Check a case in which every query attends to one key, with weight 1.
 
-    The gradient of its score is a difference of equal numbers, so rounding is measured against those.
+    The gradient of its score is a difference of equal values, so its error is measured relative to these values.
     """
     out, lse = run_forward(case)
     dq, dk, dv, _ = run_backward(case, out, lse)
@@ -54,24 +54,24 @@ def check_against_one_key(case: Case, position: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_single_token_attends_to_itself(dtype: torch.dtype) -> None:
+def test_attention_single_token_attends_to_itself(dtype: torch.dtype) -> None:
     check_against_one_key(make_case(None, dtype, tokens=1, head_dim=24), 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("position", [0, 40])
-def test_a_mask_that_leaves_one_key(dtype: torch.dtype, position: int) -> None:
+def test_attention_key_mask_with_one_key_returns_its_value(dtype: torch.dtype, position: int) -> None:
     mask = (torch.arange(41) == position).expand(2, 41)
     check_against_one_key(make_case(None, dtype, tokens=41, head_dim=24, key_mask=mask), position)
 
 
 @pytest.mark.parametrize("table_dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_table_keeps_its_dtype(table_dtype: torch.dtype) -> None:
+def test_attention_table_dtypes_match_oracle(table_dtype: torch.dtype) -> None:
     check_parity(make_case((3, 4), torch.float32, table_dtype=table_dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_log_sum_exp(dtype: torch.dtype) -> None:
+def test_attention_lse_matches_oracle(dtype: torch.dtype) -> None:
     case = make_case((5, 7), dtype)
     lse = run_forward(case)[1]
 
@@ -86,7 +86,7 @@ def test_log_sum_exp(dtype: torch.dtype) -> None:
 
 
 def masked_case(dtype: torch.dtype, head_dim: int = 40) -> Case:
-    """Sample 0 attends everywhere, sample 1 to some keys, sample 2 to none."""
+    """Mask no key of sample 0, some of sample 1, all of sample 2."""
     case = make_case((5, 8), dtype, batch=3, head_dim=head_dim)
     mask = torch.rand(3, 41, generator=torch.Generator().manual_seed(5)) > 0.5
     mask[0] = True
@@ -95,11 +95,11 @@ def masked_case(dtype: torch.dtype, head_dim: int = 40) -> Case:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_key_mask(dtype: torch.dtype) -> None:
+def test_attention_key_mask_matches_oracle(dtype: torch.dtype) -> None:
     check_parity(masked_case(dtype))
 
 
-def test_a_sample_without_keys_gets_zeros_and_minus_infinity() -> None:
+def test_attention_sample_without_keys_returns_zeros() -> None:
     case = masked_case(torch.float32)
     out, lse = run_forward(case)
     dq, dk, dv, _ = run_backward(case, out, lse)
@@ -109,7 +109,7 @@ def test_a_sample_without_keys_gets_zeros_and_minus_infinity() -> None:
         assert torch.count_nonzero(tensor[2]) == 0
 
 
-def test_a_batch_without_any_key_has_zero_gradients() -> None:
+def test_attention_batch_without_keys_has_zero_gradients() -> None:
     case = make_case((3, 3), torch.bfloat16, key_mask=torch.zeros(2, 10, dtype=torch.bool))
     out, lse = run_forward(case)
     for tensor in (out, *run_backward(case, out, lse)):
@@ -118,32 +118,32 @@ def test_a_batch_without_any_key_has_zero_gradients() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("seed", [0, 1, 16, 2**31, 2**32 + 5, 2**63 - 1])
-def test_dropout_keeps_exactly_the_elements_philox_says(seed: int, dropout_p: float) -> None:
+def test_attention_dropout_mask_equals_philox(seed: int, dropout_p: float) -> None:
     tokens = 24
     case = make_case(None, tokens=tokens, head_dim=tokens, dropout_p=dropout_p, seed=seed)
     case.query = torch.zeros_like(case.query)
     case.value = torch.eye(tokens, device=case.value.device)[None, :, None, :].expand_as(case.value).contiguous()
     weights = run_forward(case)[0].permute(0, 2, 1, 3)  # [B, H, N, N]
-    keep = kept_weights(case)
+    keep = dropout_mask(case)
     assert keep is not None
     assert torch.equal(weights != 0, keep)
     torch.testing.assert_close(weights, keep / (tokens * (1 - dropout_p)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dropout_gradients(dtype: torch.dtype) -> None:
+def test_attention_dropout_matches_oracle(dtype: torch.dtype) -> None:
     case = make_case((5, 7), dtype, dropout_p=0.3, seed=7 * 2**32 + 2**31 + 9)
     check_parity(case)
 
 
-def test_dropout_with_a_key_mask() -> None:
+def test_attention_dropout_with_key_mask_matches_oracle() -> None:
     case = masked_case(torch.float32)
     case.dropout_p, case.seed = 0.2, 11
     check_parity(case)
 
 
-@of_triton
-def test_dropping_everything_gives_zeros() -> None:
+@triton_only
+def test_attention_dropout_of_everything_returns_zeros() -> None:
     case = make_case((3, 3), dropout_p=1.0)
     out, lse = run_forward(case)
     for tensor in (out, *run_backward(case, out, lse)):

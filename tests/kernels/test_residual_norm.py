@@ -1,4 +1,4 @@
-"""Triton's kernels of residual, layer scale, drop path and LayerNorm, forward and backward, against fp64."""
+"""Triton kernels of residual, layer scale, drop path and LayerNorm against fp64."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from ..support.residual_norm import (
     residual_case,
 )
 from .cases import DTYPES, HALF_DTYPES, assert_same_bits, device, storage_bytes
-from .test_far_strides import address_space, memory_is_not_filled  # noqa: F401
+from .test_far_strides import address_space, new_memory_unfilled  # noqa: F401
 
 DEVICE = device()
 OPTIONAL = ("branch", "scale", "drop_path_scale", "weight", "bias")
 
 
 def make_case(*shape: int, dtype: torch.dtype = torch.float32, without: tuple[str, ...] = ()) -> ResidualCase:
-    """(B, N, E), by default (3, 5, 40)."""
+    """Draw a case of shape (B, N, E), by default (3, 5, 40)."""
     return residual_case(*shape, dtype=dtype, device=DEVICE, without=without)
 
 
 def run(case: ResidualCase) -> list[Tensor]:
-    """Everything that both operators give."""
+    """Return all results of both operators."""
     results = [*fused(case).values()]
     return results if case.branch is None else [*results, *fused_sum(case).values()]
 
@@ -48,14 +48,14 @@ def run(case: ResidualCase) -> list[Tensor]:
 @pytest.mark.parametrize(
     "shape", [(2, 7, 192), (1, 5, 384), (2, 3, 768), (3, 1, 1024), (2, 3, 1000), (4, 9, 33), (1, 1, 8), (2, 2, 4096)]
 )
-def test_sizes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_residual_norm_sizes_match_fp64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     case = make_case(*shape, dtype=dtype)
     check_parity(case)
     check_parity(case, fused_sum, eager_sum)
 
 
-def test_one_number_a_token() -> None:
-    """Its deviation is 0, and what is left of it the bias."""
+def test_residual_norm_size_one_returns_bias() -> None:
+    """The deviation is 0, so that only the bias remains."""
     case = make_case(3, 5, 1)
     results = fused(case)
     assert case.bias is not None
@@ -64,7 +64,7 @@ def test_one_number_a_token() -> None:
 
 
 @pytest.mark.parametrize("without", [names for n in range(6) for names in itertools.combinations(OPTIONAL, n)])
-def test_what_may_be_left_out(without: tuple[str, ...]) -> None:
+def test_residual_norm_optional_inputs_match_fp64(without: tuple[str, ...]) -> None:
     case = make_case(without=without)
     check_parity(case)
     if case.branch is not None:
@@ -73,12 +73,12 @@ def test_what_may_be_left_out(without: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("without", [(), ("scale", "drop_path_scale"), ("weight",)])
 @pytest.mark.parametrize("absent", ["grad_sum", "grad_normalized"])
-def test_one_of_the_gradients_may_not_come(absent: str, without: tuple[str, ...]) -> None:
+def test_residual_norm_backward_missing_gradient_matches_fp64(absent: str, without: tuple[str, ...]) -> None:
     check_parity(make_case(without=(absent, *without)))
 
 
 @pytest.mark.parametrize("output_mask", list(itertools.product([False, True], repeat=5)))
-def test_only_the_gradients_asked_for_come_back(output_mask: tuple[bool, ...]) -> None:
+def test_residual_norm_backward_returns_only_requested_gradients(output_mask: tuple[bool, ...]) -> None:
     case = make_case(dtype=torch.bfloat16)
     everything, some = (_gradients(case, mask) for mask in ([True] * 5, output_mask))
     for wanted, partial, full in zip(output_mask, some, everything, strict=True):
@@ -95,7 +95,7 @@ def _gradients(case: ResidualCase, output_mask: list[bool] | tuple[bool, ...]) -
 
 
 @pytest.mark.parametrize(("trained", "count"), [(True, 2), (False, 0)])
-def test_the_branch_is_kept_for_the_gradient_of_scale_alone(trained: bool, count: int) -> None:
+def test_residual_norm_saves_branch_only_for_scale_gradient(trained: bool, count: int) -> None:
     case = make_case().map(Tensor.requires_grad_, "branch").map(lambda x: x.requires_grad_(trained), "scale")
     saved: list[int] = []
 
@@ -110,7 +110,7 @@ def test_the_branch_is_kept_for_the_gradient_of_scale_alone(trained: bool, count
     assert saved.count(case.branch.data_ptr()) == count
 
 
-def test_mean_and_deviation_are_those_of_the_rounded_sum() -> None:
+def test_residual_norm_mean_and_rstd_of_rounded_sum() -> None:
     case = make_case(dtype=torch.bfloat16)
     total, _, mean, rstd = residual_norm.residual_norm_op(
         case.residual, case.branch, case.scale, case.drop_path_scale, None, None, EPS
@@ -123,10 +123,10 @@ def test_mean_and_deviation_are_those_of_the_rounded_sum() -> None:
 STRIDED = {
     "slices of wider rows": lambda x: torch.cat([x, x, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]],
     "tokens first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "numbers apart": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "strided elements": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "one sample, repeated": lambda x: x[:1].expand_as(x),
     "one token, repeated": lambda x: x[:, :1].expand_as(x),
-    "one number, repeated": lambda x: x[..., :1].expand_as(x),
+    "one element, repeated": lambda x: x[..., :1].expand_as(x),
     "at an odd address": lambda x: torch.cat([x.flatten()[:3], x.flatten()])[3:].view_as(x),
     "backwards": lambda x: x.flip(1).transpose(0, 1).contiguous().transpose(0, 1),
 }
@@ -134,8 +134,11 @@ STRIDED = {
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("layout", STRIDED)
-def test_strides(layout: str, name: str) -> None:
-    """The same bits as for contiguous rows, and nothing around the rows is touched: pytorch/pytorch#194719."""
+def test_residual_norm_strided_rows_same_bits(layout: str, name: str) -> None:
+    """Results equal those of contiguous rows; memory around the rows does not change.
+
+    Bug elsewhere: pytorch/pytorch#194719.
+    """
     strided = make_case(3, 5, 48, dtype=torch.bfloat16).map(STRIDED[layout], name)
     before = {key: storage_bytes(x).clone() for key, x in strided.tensors().items()}
     results = run(strided)
@@ -143,7 +146,7 @@ def test_strides(layout: str, name: str) -> None:
     assert all(torch.equal(storage_bytes(x), before[key]) for key, x in strided.tensors().items())
 
 
-def test_strided_vectors() -> None:
+def test_residual_norm_strided_vectors_same_bits() -> None:
     case = make_case()
     apart = case.map(lambda x: torch.stack([x, -x], -1)[..., 0], "scale", "weight", "bias")
     assert apart.scale is not None
@@ -151,7 +154,7 @@ def test_strided_vectors() -> None:
     assert_same_bits(run(case), run(apart))
 
 
-def test_the_gradient_of_a_sum_has_stride_zero() -> None:
+def test_residual_norm_backward_stride_zero_gradient_same_bits() -> None:
     case = make_case(without=("grad_sum", "grad_normalized"))
     leaves = [x.requires_grad_() for x in (case.residual, case.branch, case.scale)]
     total, normalized = residual_norm.residual_norm(*leaves, case.drop_path_scale, case.weight, case.bias, EPS)
@@ -162,12 +165,12 @@ def test_the_gradient_of_a_sum_has_stride_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_runs_agree_bit_for_bit(dtype: torch.dtype) -> None:
+def test_residual_norm_two_runs_same_bits(dtype: torch.dtype) -> None:
     case = make_case(3, 11, 200, dtype=dtype)
     assert_same_bits(run(case), run(case))
 
 
-def test_a_sample_does_not_depend_on_its_neighbours() -> None:
+def test_residual_norm_sample_independent_of_batch() -> None:
     case = make_case(without=("scale", "weight", "bias"))
     together = fused(case)
     alone = fused(case.map(lambda x: x[1:2], *ROWS, "drop_path_scale"))
@@ -175,8 +178,8 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("poisoned", ROWS)
-def test_nan_in_one_sample_stays_there(poisoned: str) -> None:
-    """Of the results only those of scale, weight and bias are sums over samples."""
+def test_residual_norm_nan_in_one_sample_stays_in_it(poisoned: str) -> None:
+    """Exclude the gradients of scale, weight and bias, which sum over samples."""
     case = make_case()
     dirty = case.map(lambda x: x.index_fill(0, torch.tensor([0], device=DEVICE), float("nan")), poisoned)
     clean_results, dirty_results = fused(case), fused(dirty)
@@ -186,8 +189,8 @@ def test_nan_in_one_sample_stays_there(poisoned: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 40), (3, 0, 40)])
-def test_no_rows(shape: tuple[int, int, int]) -> None:
-    """Dao-AILab/flash-attention#1159, pytorch/pytorch#133780."""
+def test_residual_norm_without_rows_returns_empty_and_zeros(shape: tuple[int, int, int]) -> None:
+    """Bugs elsewhere: Dao-AILab/flash-attention#1159, pytorch/pytorch#133780."""
     results = fused(make_case(*shape))
     assert all(results[name].shape == shape for name in ("sum", "normalized", "dresidual", "dbranch"))
     for name in ("dscale", "dweight", "dbias"):
@@ -198,8 +201,11 @@ def test_no_rows(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e-3, 60000.1])
-def test_constant_rows_give_the_bias(value: float, dtype: torch.dtype) -> None:
-    """No NaN, where the deviation is 0 and eps below what fp16 holds (pytorch/pytorch#41527), and no rounding."""
+def test_residual_norm_constant_rows_return_bias(value: float, dtype: torch.dtype) -> None:
+    """The result is exact and not NaN, although the deviation is 0.
+
+    eps is below the smallest fp16 value: pytorch/pytorch#41527.
+    """
     case = make_case(2, 3, 1000, dtype=dtype, without=("branch",))
     case.residual = torch.full_like(case.residual, value)
     results = fused(case)
@@ -209,14 +215,14 @@ def test_constant_rows_give_the_bias(value: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_rows_whose_squares_overflow_fp16(dtype: torch.dtype) -> None:
+def test_residual_norm_squares_above_fp16_match_fp64(dtype: torch.dtype) -> None:
     check_parity(make_case(dtype=dtype, without=("branch",)).map(lambda x: 3000 * x, "residual"))
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("wide", [("residual", "grad_sum"), ("scale", "weight", "bias"), ("branch",)])
-def test_mixed_types_are_promoted(wide: tuple[str, ...], dtype: torch.dtype) -> None:
-    """As autocast mixes them: gradients come in the type of what they belong to."""
+def test_residual_norm_mixed_dtypes_are_promoted(wide: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Mix dtypes as autocast does; a gradient has the dtype of its input."""
     case = make_case(dtype=dtype).map(Tensor.float, *wide)
     results = check_parity(case, dtype=dtype)
     assert results["sum"].dtype == results["normalized"].dtype
@@ -226,7 +232,7 @@ def test_mixed_types_are_promoted(wide: tuple[str, ...], dtype: torch.dtype) -> 
         assert results[f"d{name}"].dtype == getattr(case, name).dtype
 
 
-def test_normalized_rows_of_another_type() -> None:
+def test_residual_norm_normalized_dtype_rounds_only_normalized() -> None:
     case = make_case()
     half, full = fused(case, torch.bfloat16), fused(case)
     assert half["sum"].dtype == torch.float32
@@ -236,7 +242,7 @@ def test_normalized_rows_of_another_type() -> None:
 
 
 def far_apart(case: ResidualCase, dimension: int, folder: Path) -> ResidualCase:
-    """The same numbers, the last index along `dimension` more than 2^31 elements away from the first."""
+    """Copy the case with offsets above 2^31 elements along `dimension`."""
     sizes = case.residual.shape
     strides = [sizes[1] * sizes[2], sizes[2], 1]
     strides[dimension] = 2**31 // (sizes[dimension] - 1) + 8
@@ -249,16 +255,16 @@ def far_apart(case: ResidualCase, dimension: int, folder: Path) -> ResidualCase:
     return case.map(far, "branch", "grad_normalized")
 
 
-@pytest.mark.usefixtures("memory_is_not_filled")
+@pytest.mark.usefixtures("new_memory_unfilled")
 @pytest.mark.parametrize("dimension", [0, 1])
-def test_more_than_two_to_the_31_elements(dimension: int, tmp_path: Path) -> None:
-    """fla-org/flash-linear-attention#1080, linkedin/Liger-Kernel#1335."""
+def test_residual_norm_offsets_above_2_31_elements_same_bits(dimension: int, tmp_path: Path) -> None:
+    """Bugs elsewhere: fla-org/flash-linear-attention#1080, linkedin/Liger-Kernel#1335."""
     case = make_case(3, 4, 24, dtype=torch.float16)
     assert_same_bits(run(case), run(far_apart(case, dimension, tmp_path)))
 
 
 class Grids:
-    """Stands in for every kernel and remembers the grids."""
+    """Fake kernels that record their grids."""
 
     arg_names = ()
 
@@ -273,7 +279,7 @@ class Grids:
         return lambda *positional, **named: None
 
 
-def test_many_rows_stay_in_the_first_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residual_norm_many_rows_use_first_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA limits y and z to 65535: fla-org/flash-linear-attention#172."""
     grids = Grids(monkeypatch)
     _gradients(make_case(700, 100, 1, dtype=torch.float16), [True] * 5)
@@ -282,7 +288,7 @@ def test_many_rows_stay_in_the_first_grid_dimension(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("num_sms", [0, 1, 132])
-def test_programs_share_all_rows(num_sms: int) -> None:
+def test_share_rows_covers_all_rows(num_sms: int) -> None:
     for row_count in (*range(1, 40), 197, 12608, 2**30):
         programs, rows = configs.share_rows(row_count, num_sms)
         assert rows % configs.BACKWARD_ROWS == 0
@@ -290,12 +296,12 @@ def test_programs_share_all_rows(num_sms: int) -> None:
         assert programs <= max(configs.PROGRAMS_PER_SM * num_sms, configs.INTERPRETED_PROGRAMS)
 
 
-def test_the_limits_are_those_of_the_refusals() -> None:
+def test_availability_limits_equal_kernel_limits() -> None:
     assert availability.LARGEST_ROW_SIZE == configs.LARGEST_SIZE
     assert availability.LARGEST_ROW_COUNT == configs.LARGEST_ROW_COUNT
 
 
-def test_what_the_kernels_do_not_take_is_refused_with_all_reasons() -> None:
+def test_residual_norm_unsupported_inputs_raise_every_reason() -> None:
     rows = torch.zeros(2, 3, 5000, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ValueError, match="residual_norm cannot serve residual float64") as error:
         residual_norm.residual_norm(rows, rows[:, :2], eps=-1.0)
@@ -314,7 +320,7 @@ def test_what_the_kernels_do_not_take_is_refused_with_all_reasons() -> None:
 
 
 @pytest.mark.parametrize("without", [(), ("branch", "bias"), ("scale", "drop_path_scale", "weight")])
-def test_opcheck(without: tuple[str, ...]) -> None:
+def test_residual_norm_opcheck_passes(without: tuple[str, ...]) -> None:
     case = make_case(2, 3, 16, without=without)
     tensors = (case.branch, case.scale, case.drop_path_scale, case.weight, case.bias)
     leaves = [

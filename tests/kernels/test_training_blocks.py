@@ -1,4 +1,4 @@
-"""Blocks on Triton's kernels: residual, layer scale, drop path and LayerNorm fused, or the modules called."""
+"""Blocks on the Triton kernels: fused operators, or calls of the modules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS = 5
 
 
 def build(**options: Any) -> beit_fast.BeitForImageClassification:
-    """Two blocks, the second of which drops half of its paths."""
+    """Build a model of two blocks; the second drops half of its paths."""
     values = SMALL | POSITIONS["per layer"] | options
     model = beit_fast.BeitForImageClassification(beit_fast.BeitConfig(**values))
     randomize(model)
@@ -39,21 +39,24 @@ def images() -> Tensor:
 
 
 @pytest.fixture
-def same_paths_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drop path draws fp32 numbers on the CPU, so that every dtype and device drops the same paths."""
+def same_dropped_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the fp32 numbers of drop path on the CPU.
+
+    Every dtype and device then drops the same paths.
+    """
     draw = BeitDropPath._draw
 
-    def on_the_cpu(self: BeitDropPath, branch: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    def draw_on_cpu(self: BeitDropPath, branch: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
         factors = draw(self, torch.empty(branch.shape[0]), dtype)
         return None if factors is None else factors.to(branch.device, dtype or branch.dtype)
 
-    monkeypatch.setattr(BeitDropPath, "_draw", on_the_cpu)
+    monkeypatch.setattr(BeitDropPath, "_draw", draw_on_cpu)
 
 
 def train_step(
     model: nn.Module, pixels: Tensor, implementation: str, seed: int = 3
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and the gradient of every parameter, of a model that is told which attention to run."""
+    """Return logits and gradients of a model with the attention `implementation`."""
     getattr(model, "_orig_mod", model).set_attn_implementation(implementation)
     model.zero_grad()
     torch.manual_seed(seed)
@@ -64,7 +67,7 @@ def train_step(
 
 
 def operators_in(function: Callable[[], Any]) -> list[str]:
-    """Which of the fused operators ran, forward."""
+    """Return the fused operators that `function` calls in forward passes."""
     seen = []
 
     class Spy(TorchDispatchMode):
@@ -78,23 +81,23 @@ def operators_in(function: Callable[[], Any]) -> list[str]:
 
 
 def block_context(hidden_states: Tensor) -> BlockContext:
-    """The context of a forward pass of `build()` with `"triton"`, for images of 2 x 2 patches."""
+    """Build the context of `build()` with `"triton"`, for 2 x 2 patches."""
     kernels = choose_kernels("triton", hidden_states.device, hidden_states.dtype, 16)
     return BlockContext((2, 2), None, None, None, kernels)
 
 
-def runs_fused(model: nn.Module, *arguments: Any, **options: Any) -> bool:
-    """Whether all blocks run fused; that some do and some do not is a failure."""
+def is_fused(model: nn.Module, *arguments: Any, **options: Any) -> bool:
+    """Return whether all blocks run fused; a mix fails the test."""
     model.set_attn_implementation("triton")
     seen = operators_in(lambda: model(images(), *arguments, **options))
     assert seen in ([], FUSED * LAYERS)
     return bool(seen)
 
 
-@pytest.mark.usefixtures("same_paths_everywhere")
+@pytest.mark.usefixtures("same_dropped_paths")
 @pytest.mark.parametrize("options", [{}, {"layer_scale_init_value": 0.0}, {"drop_path_rate": 0.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_step(options: dict[str, float], dtype: torch.dtype) -> None:
+def test_block_training_step_matches_fp64(options: dict[str, float], dtype: torch.dtype) -> None:
     model, pixels = build(**options).to(dtype), images().to(dtype)
     results = []
     assert operators_in(lambda: results.extend(train_step(model, pixels, "triton"))) == FUSED * LAYERS
@@ -107,8 +110,8 @@ def test_a_training_step(options: dict[str, float], dtype: torch.dtype) -> None:
         assert_within_budget(name, gradient, exact_gradients[name], eager_gradients[name], BACKWARD_FACTOR)
 
 
-@pytest.mark.usefixtures("same_paths_everywhere")
-def test_autocast() -> None:
+@pytest.mark.usefixtures("same_dropped_paths")
+def test_block_autocast_matches_fp64() -> None:
     dtype = torch.bfloat16
     model, pixels = build(), images()
     with torch.autocast(device().type, dtype=dtype):
@@ -121,8 +124,8 @@ def test_autocast() -> None:
         assert_within_budget(name, gradient, exact_gradients[name], eager_gradients[name], BACKWARD_FACTOR, dtype)
 
 
-def test_the_same_seed_drops_the_same_paths() -> None:
-    """Without `same_paths_everywhere`: the numbers are those that calling the module draws."""
+def test_drop_path_scale_same_seed_drops_same_paths() -> None:
+    """The scale and the module draw the same numbers, without `same_dropped_paths`."""
     drop_path = BeitDropPath(0.5).train()
     branch = torch.ones(64, 2, 3, device=device())
     torch.manual_seed(5)
@@ -135,18 +138,18 @@ def test_the_same_seed_drops_the_same_paths() -> None:
     assert drop_path.eval().drop_path_scale(branch) is None
 
 
-def test_dropping_every_path_leaves_the_residual() -> None:
+def test_block_dropping_every_path_returns_residual() -> None:
     model = build()
     for layer in model.beit.encoder.layer:
         layer.drop_path = BeitDropPath(1.0).train()
     hidden_states = model(images(), output_hidden_states=True).hidden_states
-    assert runs_fused(model)
+    assert is_fused(model)
     assert all(torch.equal(state, hidden_states[0]) for state in hidden_states)
 
 
-def test_evaluation_is_fused_too_and_drops_nothing() -> None:
+def test_block_evaluation_runs_fused_and_drops_nothing() -> None:
     model = build().eval()
-    assert runs_fused(model)
+    assert is_fused(model)
     pixels = images()
     with torch.no_grad():
         fused, eager = (model.set_attn_implementation(name) or model(pixels).logits for name in ("triton", "eager"))
@@ -155,14 +158,14 @@ def test_evaluation_is_fused_too_and_drops_nothing() -> None:
 
 
 def _hook(module: nn.Module, *arguments: Any) -> None:
-    """Watches and changes nothing."""
+    """Return nothing, so that the module is not changed."""
 
 
 class _OwnNorm(nn.LayerNorm):
-    """Of another type, so it may compute something else."""
+    """A subclass, which may compute a different result."""
 
 
-OBSTACLES = {
+UNSUPPORTED_MODULES = {
     "a hook before the norm": lambda layer: layer.layernorm_after.register_forward_pre_hook(_hook),
     "a hook after the norm": lambda layer: layer.layernorm_after.register_forward_hook(_hook),
     "a hook in the backward": lambda layer: layer.layernorm_after.register_full_backward_hook(_hook),
@@ -177,25 +180,25 @@ OBSTACLES = {
 
 
 class _OtherAttention(nn.Module):
-    """No attention at all."""
+    """Return the hidden states."""
 
     def forward(self, hidden_states: Tensor, *others: Any) -> tuple[Tensor, None]:
         return hidden_states, None
 
 
-@pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_modules_are_called_where_an_operator_cannot_take_their_place(obstacle: str) -> None:
+@pytest.mark.parametrize("change", UNSUPPORTED_MODULES)
+def test_block_unsupported_module_calls_modules(change: str) -> None:
     layer = build().beit.encoder.layer[1]
     hidden_states = torch.randn(2, TOKENS, 32, device=device())
     context = block_context(hidden_states)
     assert operators_in(lambda: layer(hidden_states, context)) == FUSED
-    OBSTACLES[obstacle](layer)
-    if obstacle == "a weight in fp64":
+    UNSUPPORTED_MODULES[change](layer)
+    if change == "a weight in fp64":
         layer.intermediate.double(), layer.output.double(), layer.layernorm_after.double()
     assert operators_in(lambda: layer(hidden_states, context)) == []
 
 
-def test_the_norm_is_watched_by_its_hook() -> None:
+def test_block_norm_with_hook_calls_hook() -> None:
     model, seen = build(), []
     model.beit.encoder.layer[0].layernorm_after.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
     model.set_attn_implementation("triton")
@@ -204,25 +207,25 @@ def test_the_norm_is_watched_by_its_hook() -> None:
     assert seen[0].shape == (3, TOKENS, 32)
 
 
-def test_long_rows_keep_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_long_rows_call_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "LARGEST_ROW_SIZE", 31)
-    assert not runs_fused(build())
+    assert not is_fused(build())
 
 
-def test_attention_weights_are_for_the_modules() -> None:
-    assert not runs_fused(build(), output_attentions=True)
+def test_block_output_attentions_calls_modules() -> None:
+    assert not is_fused(build(), output_attentions=True)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_the_references_call_the_modules(implementation: str) -> None:
+def test_block_reference_attention_calls_modules(implementation: str) -> None:
     model = build()
     model.set_attn_implementation(implementation)
     assert operators_in(lambda: model(images())) == []
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant: bool) -> None:
-    """What is computed again drops the same paths."""
+def test_block_gradient_checkpointing_drops_same_paths(use_reentrant: bool) -> None:
+    """The recomputed forward pass drops the same paths."""
     model, pixels = build(), images()
     expected = train_step(model, pixels, "triton")
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -232,16 +235,19 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
 
 
 @pytest.fixture
-def nothing_compiled_before() -> Iterator[None]:
+def reset_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
 
 
-@pytest.mark.usefixtures("nothing_compiled_before")
+@pytest.mark.usefixtures("reset_compiler")
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled_whole(training: bool) -> None:
-    """One graph with the operators in it; every path kept or none, since a compiled program draws its own numbers."""
+def test_block_compile_fullgraph_matches_eager(training: bool) -> None:
+    """Compile one graph that calls the operators.
+
+    Drop path is off, since a compiled program draws its own numbers.
+    """
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -259,8 +265,8 @@ def test_compiled_whole(training: bool) -> None:
         torch.testing.assert_close(gradient, expected[1][name.removeprefix("_orig_mod.")])
 
 
-@pytest.mark.usefixtures("nothing_compiled_before")
-def test_drop_path_is_compiled_whole() -> None:
+@pytest.mark.usefixtures("reset_compiler")
+def test_block_compile_fullgraph_with_drop_path() -> None:
     model, pixels = build(), images()
     model.set_attn_implementation("triton")
     torch.compile(model, fullgraph=True, backend="aot_eager")(
@@ -269,9 +275,9 @@ def test_drop_path_is_compiled_whole() -> None:
     assert all(p.grad is not None for name, p in model.named_parameters() if "lambda" in name)
 
 
-@pytest.mark.skipif(device().type == "cuda", reason="the CPU has it: it needs one process, and no NCCL")
-def test_distributed_tensors_call_the_modules() -> None:
-    """The operators have no rules for DTensor, which modules take."""
+@pytest.mark.skipif(device().type == "cuda", reason="runs on the CPU, in one process without NCCL")
+def test_block_dtensor_calls_modules() -> None:
+    """Modules accept DTensor; the operators have no sharding rules for it."""
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor, init_device_mesh
 
     layer, hidden_states = build(drop_path_rate=0.0).beit.encoder.layer[1], torch.randn(3, TOKENS, 32)
@@ -287,8 +293,8 @@ def test_distributed_tensors_call_the_modules() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_transforms_call_the_modules() -> None:
-    """`torch.func` refuses operators with a registered autograd, so a gradient by it goes through the modules."""
+def test_block_func_grad_calls_modules() -> None:
+    """`torch.func` does not support operators with registered autograd, so modules are called."""
     model, pixels = build(drop_path_rate=0.0), images()
     _, expected = train_step(model, pixels, "triton")
     parameters = {name: p.detach() for name, p in model.named_parameters()}

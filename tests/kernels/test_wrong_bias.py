@@ -1,4 +1,4 @@
-"""The parity check itself: biases and table gradients with the mistakes people make must fail it."""
+"""The parity check must fail for wrong biases and table gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def dropped(table: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def transposed(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """The table whose bias matrix is the transpose: differences negated, the two CLS directions swapped."""
+    """Return the table whose bias matrix is the transpose.
+
+    The differences are negated and the two CLS directions swapped.
+    """
     return torch.cat([table[:-3].flip(0), table[[-2, -3, -1]]])
 
 
@@ -35,7 +38,7 @@ MUTATIONS = [dropped, transposed, window_swapped, cls_rows_swapped]
 
 @pytest.mark.parametrize("mutate", MUTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_wrong_bias_fails_the_parity_check(mutate, dtype: torch.dtype) -> None:
+def test_check_results_wrong_bias_raises(mutate, dtype: torch.dtype) -> None:
     case = make_case((3, 5), dtype)
     check_parity(case)
     assert case.table is not None
@@ -47,7 +50,7 @@ def test_a_wrong_bias_fails_the_parity_check(mutate, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("mutate", MUTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_wrong_table_gradient_fails_the_parity_check(mutate, dtype: torch.dtype) -> None:
+def test_check_results_wrong_table_gradient_raises(mutate, dtype: torch.dtype) -> None:
     case = make_case((3, 5), dtype)
     out, lse = run_forward(case)
     *gradients, dtable = run_backward(case, out, lse)

@@ -29,8 +29,8 @@ def check_attention() -> None:
     for dtype, head_dim in itertools.product((*DTYPES, torch.float64), [1, 3, 24, 33, 72, 128, 130]):
         attention.check(attention.draw((5, 6), dtype, batch=2, head_dim=head_dim, masked=True), (5, 6))
     for dtype in DTYPES:
-        parity.test_a_single_token_attends_to_itself(dtype)
-        parity.test_a_mask_that_leaves_one_key(dtype, 40)
+        parity.test_attention_single_token_attends_to_itself(dtype)
+        parity.test_attention_key_mask_with_one_key_returns_its_value(dtype, 40)
         attention.check(attention.draw((24, 24), dtype), (24, 24))
         attention.test_attention_of_growing_logits_matches_oracle(dtype, 300.0)
         attention.test_attention_of_growing_logits_matches_oracle(dtype, -300.0)

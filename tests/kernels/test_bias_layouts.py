@@ -1,4 +1,4 @@
-"""Every way to the same result: bias layouts, keys in parts, the table's gradient in parts, scales of any sign."""
+"""Bias layouts, split keys, plans of the table gradient, scales of any sign."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .cases import (
 
 
 def force_layout(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    """Read the bias from `layout` wherever it can hold the window; as many entries at once as the default does."""
+    """Read the bias from `layout`, with vector loads as wide as by default."""
     default = configs.bias_layout
 
     def forced(architecture: str, element_size: int, window: tuple[int, int]) -> configs.BiasLayout:
@@ -45,7 +45,7 @@ def force_layout(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     ],
     ids=str,
 )
-def test_every_layout(
+def test_attention_every_bias_layout_matches_oracle(
     layout: str, window: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_layout(monkeypatch, layout)
@@ -53,14 +53,14 @@ def test_every_layout(
 
 
 @pytest.mark.parametrize("window", [(14, 14), (24, 24), (32, 32), (40, 40), (45, 46)], ids=str)
-def test_even_windows_of_up_to_a_megabyte_are_read_in_pairs(window: tuple[int, int]) -> None:
+def test_bias_layout_even_windows_are_paired(window: tuple[int, int]) -> None:
     for architecture in (gpu.SMALL, gpu.SM80, gpu.SM90):
         assert configs.bias_layout(architecture, 2, window) == ("paired", 4)
     assert configs.bias_layout(gpu.SM100, 2, window) == ("plain", 2)
     assert configs.bias_layout(gpu.SM90, 4, window).vector == 0
 
 
-def test_odd_and_large_windows_have_their_layouts() -> None:
+def test_bias_layout_odd_and_large_windows() -> None:
     assert configs.bias_layout(gpu.SM90, 2, (15, 15)) == ("plain", 1)
     assert configs.bias_layout(gpu.SM90, 2, (128, 128)) == ("extended", 1)
     assert 4 * configs.packed_size("extended", (128, 128)) < configs.LARGEST_PATCH_BYTES
@@ -75,14 +75,14 @@ def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 @pytest.mark.parametrize(
     ("split", "window"), [(2, None), (3, (7, 10)), (2, (9, 15)), (7, (9, 15))], indirect=["split"], ids=str
 )
-def test_keys_in_parts(split: int, window: tuple[int, int] | None) -> None:
-    """Some parts are short, and the last of seven has no keys at all."""
+def test_attention_split_keys_match_oracle(split: int, window: tuple[int, int] | None) -> None:
+    """Some splits are short; the last of seven has no keys."""
     check_parity(make_case(window, torch.bfloat16, heads=2, head_dim=16, tokens=None if window else 75))
 
 
 @pytest.mark.parametrize("split", [3], indirect=True)
-def test_keys_in_parts_with_a_mask(split: int) -> None:
-    """A part all of whose keys are masked, CLS masked, and a sample without any key."""
+def test_attention_split_keys_with_key_mask_match_oracle(split: int) -> None:
+    """Mask all keys of a split, CLS, and all keys of a sample."""
     mask = torch.ones(3, 136, dtype=torch.bool)
     mask[0, 1:70] = False
     mask[1, 0] = False
@@ -91,20 +91,20 @@ def test_keys_in_parts_with_a_mask(split: int) -> None:
 
 
 @pytest.mark.parametrize("split", [2], indirect=True)
-def test_keys_in_parts_drop_the_same_weights(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_split_keys_drop_same_weights(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((7, 10), heads=1, head_dim=16, dropout_p=0.4, seed=5)
-    in_parts, _ = run_forward(case)
+    with_splits, _ = run_forward(case)
     monkeypatch.setattr(configs, "num_splits", lambda *_: 1)
     whole, _ = run_forward(case)
-    torch.testing.assert_close(in_parts, whole)
+    torch.testing.assert_close(with_splits, whole)
 
 
 @pytest.mark.parametrize(
     ("programs", "patches", "expected"),
     [(108, 1024, 3), (156, 1600, 2), (12, 196, 1), (48, 576, 2), (4, 16384, 8), (264, 1600, 1), (1, 0, 1)],
 )
-def test_small_grids_are_split(programs: int, patches: int, expected: int) -> None:
-    """On 132 multiprocessors; each part keeps four steps of 64 keys."""
+def test_num_splits_small_grids_are_split(programs: int, patches: int, expected: int) -> None:
+    """On 132 SMs, each split has at least four steps of 64 keys."""
     assert configs.num_splits(programs, patches, 64, 132) == expected
     assert configs.num_splits(programs, patches, 64, 0) == 1
 
@@ -119,16 +119,14 @@ def test_small_grids_are_split(programs: int, patches: int, expected: int) -> No
     ],
     ids=lambda plan: "-".join(map(str, plan)),
 )
-def test_the_tables_gradient_in_parts(plan: configs.DbiasPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By heads, by rows and by samples; the last part of each is a short one."""
+def test_backward_dbias_plans_match_oracle(plan: configs.DbiasPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split by heads, rows and samples; the last split of each is short."""
     monkeypatch.setattr(configs, "plan_backward_dbias", lambda *_: plan)
     check_parity(make_case((7, 10), batch=3, heads=3, head_dim=16))
 
 
 @pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_parts_are_summed_in_fp32_whatever_the_table_is(
-    table_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backward_dbias_half_table_sums_in_fp32(table_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = configs.DbiasPlan(3, 1, 64)
     monkeypatch.setattr(configs, "plan_backward_dbias", lambda *_: plan)
     check_parity(make_case((5, 14), batch=3, heads=2, head_dim=16, table_dtype=table_dtype))
@@ -136,7 +134,7 @@ def test_parts_are_summed_in_fp32_whatever_the_table_is(
 
 @pytest.mark.parametrize("patches", [196, 576, 1024, 1600, 4096, 16384])
 @pytest.mark.parametrize("batch", [1, 8, 64])
-def test_the_scratch_of_the_tables_gradient_is_bounded(patches: int, batch: int) -> None:
+def test_plan_backward_dbias_scratch_is_bounded(patches: int, batch: int) -> None:
     config = configs.select("backward_dbias", gpu.SM90, 64, "half", False)
     plan = configs.plan_backward_dbias(batch, patches, 12, config, 132)
     size = 4 * plan.num_splits * plan.heads * plan.rows * configs.scratch_stride(patches)
@@ -146,8 +144,8 @@ def test_the_scratch_of_the_tables_gradient_is_bounded(patches: int, batch: int)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.5])
-def test_a_scale_of_any_sign(scale: float) -> None:
-    """The kernels take the maximum before they multiply by the scale, and divide the bias by it."""
+def test_attention_scale_of_any_sign_matches_oracle(scale: float) -> None:
+    """The kernels apply the scale after the maximum and divide the bias by it."""
     case = make_case((5, 6), heads=2, head_dim=16)
     results, reference, eager = (
         run_scaled(case, scale),
@@ -172,8 +170,8 @@ def oracle(case: Case, scale: float, dtype: torch.dtype | None) -> list[torch.Te
     return [out.detach(), *torch.autograd.grad(out, leaves, case.grad_out.to(out.dtype))]
 
 
-def test_tokens_far_apart_are_copied() -> None:
-    """Offsets inside a tile are int32: a token stride that could pass 2**31 within one costs a copy, not a wrap."""
+def test_addressable_far_token_stride_copies() -> None:
+    """Offsets in a tile are int32, so large token strides are copied."""
     case = make_case((1, 1), heads=1, head_dim=16, batch=1)
     far = torch.empty(0).new_empty(1, device=case.query.device).as_strided((1, 1, 1, 16), (0, 2**26, 0, 0))
     assert launch.addressable(far).stride(1) < 2**24
@@ -181,7 +179,7 @@ def test_tokens_far_apart_are_copied() -> None:
 
 
 @pytest.mark.parametrize("output_mask", [(True, False, False, True), (False, True, False, False)], ids=str)
-def test_layouts_agree_on_parts_of_the_gradients(
+def test_backward_output_mask_every_bias_layout_agrees(
     output_mask: tuple[bool, bool, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case((4, 6), heads=2, head_dim=16)
