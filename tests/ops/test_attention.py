@@ -21,7 +21,7 @@ patch_embed_op = torch.ops.beit_fast.patch_embed.default
 
 
 def scaled_error(single, reference):
-    """The fp64 `reference` with the error of the fp32 result, made as much smaller as fp64 is finer."""
+    """Add the fp32 error, scaled down to fp64 rounding, to the fp64 `reference`."""
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return reference + (single.double() - reference) * ratio
 
@@ -33,7 +33,7 @@ def check_against_oracle(case, dtype, dropout_p=0.0, seed=0):
         keep = philox_keep(seed, dropout_p, case.q.shape[0], case.q.shape[2], case.q.shape[1])
     reference, reference_grads = oracle_gradients(case.to(torch.float64), keep=keep, dropout_p=dropout_p)
     eager, eager_grads = oracle_gradients(case, keep=keep, dropout_p=dropout_p)
-    if dtype == torch.float64:  # eager is the reference itself: how far off it is follows from fp32
+    if dtype == torch.float64:  # eager equals the reference, so its error is scaled down from fp32
         rounded = oracle_gradients(case.to(torch.float32), keep=keep, dropout_p=dropout_p)
         eager = scaled_error(rounded[0], reference)
         eager_grads = [scaled_error(*pair) for pair in zip(rounded[1], reference_grads, strict=True)]
@@ -54,7 +54,7 @@ def check_against_oracle(case, dtype, dropout_p=0.0, seed=0):
 @pytest.mark.parametrize("window", [(1, 1), (2, 3), (5, 5), (7, 3), (14, 14)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_windows_matches_oracle(window, dtype, masked):
-    """Two tokens come in many planes: in a few, two or three roundings decide, and eager's can be lucky."""
+    """Two tokens use a larger batch, because a few roundings would decide the error of a small one."""
     check_against_oracle(attention_case(window, batch=12 if window == (1, 1) else 2, masked=masked), dtype)
 
 
@@ -97,7 +97,7 @@ def test_budget_with_wrong_bias_fails(mutation):
 
 
 def _transposed_table(table, window):
-    """Rows read as (width, height) instead of (height, width), as in transformers 5.23 on rectangles."""
+    """Return the table with rows in (width, height) order, as transformers 5.23 reads rectangles."""
     height, width = (2 * side - 1 for side in window)
     patches = table[:-3].reshape(width, height, -1).transpose(0, 1).reshape(height * width, -1)
     return torch.cat([patches, table[-3:]])
@@ -113,7 +113,7 @@ def test_attention_of_packed_projection_slices_matches_copies():
 
 
 def test_backward_of_sum_accepts_stride_zero():
-    """`out.sum().backward()` hands over an expanded scalar: Dao-AILab/flash-attention#355, pytorch/pytorch#194719."""
+    """`out.sum().backward()` passes an expanded scalar: Dao-AILab/flash-attention#355, pytorch/pytorch#194719."""
     case = attention_case((3, 4), dtype=torch.float64)
     grads = torch.autograd.grad(
         beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window).sum(), case.leaves()
@@ -124,7 +124,7 @@ def test_backward_of_sum_accepts_stride_zero():
 
 
 def test_backward_of_table_alone_matches_oracle():
-    """An illegal access in SDPA once (pytorch/pytorch#148476)."""
+    """Regression test of an illegal access in SDPA (pytorch/pytorch#148476)."""
     case = attention_case((3, 4), dtype=torch.float64)
     q, k, v = (x.detach() for x in (case.q, case.k, case.v))
     (grad,) = torch.autograd.grad(
@@ -145,7 +145,7 @@ def test_backward_of_unneeded_gradients_returns_empty_tensors(needed):
         assert torch.equal(grad, full) if flag else grad.numel() == 0
 
 
-def test_gradcheck():
+def test_attention_gradcheck_passes():
     case = attention_case((2, 2), batch=1, heads=2, head_dim=4, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda *leaves: beit_fast.rel_pos_attention(*leaves, case.window, dropout_p=0.2, seed=3),
@@ -154,7 +154,7 @@ def test_gradcheck():
 
 
 def test_fallback_with_head_groups_matches_oracle(monkeypatch):
-    """Many tokens split the heads into groups; the parts must fit together, dropout included."""
+    """Many tokens split the heads into groups; the result stays the same, dropout included."""
     monkeypatch.setattr(attention, "_GROUP_ELEMENTS", 2 * 13 * 13)
     case = attention_case((3, 4), heads=5, masked=True)
     assert len(attention._head_groups(5, 13)) == 3
@@ -163,7 +163,7 @@ def test_fallback_with_head_groups_matches_oracle(monkeypatch):
 
 
 def test_fallback_first_exp_and_log_have_one_element():
-    """oneMKL's first exp or log, made by several threads, may be wrong by 1e-4 (pytorch/pytorch#188792)."""
+    """The first exp or log of oneMKL on several threads may be wrong by 1e-4 (pytorch/pytorch#188792)."""
     code = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -199,7 +199,7 @@ def test_attention_lse_matches_logsumexp():
 
 
 def test_attention_of_empty_batch_returns_empty():
-    """Dao-AILab/flash-attention#1159, pytorch/pytorch#133780."""
+    """Regression test of Dao-AILab/flash-attention#1159 and pytorch/pytorch#133780."""
     case = attention_case((2, 3))
     q, k, v = (x[:0] for x in (case.q, case.k, case.v))
     out = beit_fast.rel_pos_attention(q, k, v, case.table, case.window)
@@ -209,7 +209,7 @@ def test_attention_of_empty_batch_returns_empty():
 
 
 def test_attention_never_reads_uninitialized_memory():
-    """Deterministic mode fills fresh memory with NaN, so an output left unwritten would show."""
+    """Deterministic mode fills new memory with NaN, so an unwritten output fails the check."""
     torch.use_deterministic_algorithms(True)
     try:
         check_against_oracle(attention_case((3, 4), masked=True), torch.float32)

@@ -1,4 +1,4 @@
-"""The dispatcher: what a name resolves to, and what is refused and why."""
+"""Dispatch of attention: names, kernels and the reasons of unsupported inputs."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_kernel_name_of_none_is_native_kernel_if_loaded(dtype):
     assert attention.resolve(None, CPU, dtype, 64) == ("triton" if DEFAULT_ATTENTION == "cpp" else "sdpa")
 
 
-def test_kernel_name_of_triton_on_cpu():
+def test_kernel_name_of_triton_on_cpu_is_cpu_kernel():
     assert attention.resolve("triton", CPU, torch.float32, 64) == "triton"
     assert attention.kernel_name("triton", "cpu", torch.float32, 64) == CPU_ATTENTION
 
@@ -53,7 +53,7 @@ def test_resolve_none_never_raises():
     assert attention.resolve(None, torch.device("xpu"), torch.float32, 65) == "sdpa"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks a machine without a GPU")
 def test_resolve_on_missing_cuda_device_raises():
     with pytest.raises(ValueError, match="torch finds no CUDA device"):
         attention.resolve("triton", torch.device("cuda", 0), torch.bfloat16, 64)

@@ -1,4 +1,4 @@
-"""The operators under `torch.compile`, activation checkpointing, export and AOTInductor: called whole, and once."""
+"""The operators under `torch.compile`, activation checkpointing, export and AOTInductor."""
 
 import functools
 import os
@@ -25,13 +25,13 @@ PACKAGE = Path(beit_fast.__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled_before():
+def _reset_dynamo():
     torch._dynamo.reset()
 
 
 @pytest.fixture
 def calls():
-    """Grows by one whenever attention is computed forward, by the fallback in place of any other kernel."""
+    """Shapes of all forward calls of attention, which run the fallback."""
     seen = []
 
     def counted(*args):
@@ -57,7 +57,7 @@ def assert_same_gradients(compiled, plain, leaves, *others):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_one_graph(biased, masked, dropout_p):
+def test_attention_compiles_to_one_graph(biased, masked, dropout_p):
     case = attention_case((2, 3), masked=masked, biased=biased)
 
     def attend(q, k, v, table=None):
@@ -69,7 +69,7 @@ def test_one_graph(biased, masked, dropout_p):
     assert [node.target for graph in counter.graphs for node in graph.graph.nodes].count(attention_op) == 1
 
 
-def test_one_graph_for_every_batch():
+def test_attention_compiles_once_for_every_batch():
     def attend(q, k, v, table):
         return beit_fast.rel_pos_attention(q, k, v, table, (2, 3))
 
@@ -83,8 +83,8 @@ def test_one_graph_for_every_batch():
     assert counter.frame_count == 1
 
 
-def test_one_graph_for_every_window():
-    """The window follows from the size of the image, as in a model."""
+def test_attention_compiles_once_for_every_window():
+    """The window is computed from the image size, as in a model."""
 
     def attend(grid, cls, table):  # [B, Wh, Ww, 3 * H * D], [3 * H * D], [rows, H]
         tokens = torch.cat([cls.expand(grid.shape[0], 1, -1), grid.flatten(1, 2)], dim=1)
@@ -102,7 +102,7 @@ def test_one_graph_for_every_window():
     assert counter.frame_count == 1
 
 
-def test_a_seed_that_changes_compiles_once_more():
+def test_attention_changed_seed_recompiles_once():
     case = attention_case((2, 3))
 
     def attend(q, k, v, table, seed):
@@ -112,10 +112,10 @@ def test_a_seed_that_changes_compiles_once_more():
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     for seed in (11, 12, 13, 14):
         assert_same_gradients(compiled, attend, case.leaves(), seed)
-    assert counter.frame_count == 2  # one for a number, one for every number
+    assert counter.frame_count == 2  # one graph for a constant seed, one for any seed
 
 
-def test_a_wrong_window_is_refused_while_tracing():
+def test_attention_wrong_window_raises_while_tracing():
     case = attention_case((2, 3))
     compiled = torch.compile(
         lambda q, table: beit_fast.rel_pos_attention(q, q, q, table, (3, 3)), fullgraph=True, backend="aot_eager"
@@ -149,7 +149,7 @@ def _block_leaves():
 
 
 @pytest.mark.parametrize(("saved_by", "times"), [("recomputed", 2), ("a list", 1), ("a policy", 1)])
-def test_selective_checkpointing_keeps_out_and_lse(calls, saved_by, times):
+def test_selective_checkpointing_saves_out_and_lse(calls, saved_by, times):
     leaves = _block_leaves()
     expected = torch.autograd.grad(_block(*leaves).square().sum(), leaves)
     calls.clear()
@@ -160,7 +160,7 @@ def test_selective_checkpointing_keeps_out_and_lse(calls, saved_by, times):
 
 
 @pytest.mark.parametrize(("saved_by", "times"), [("recomputed", 2), ("a policy", 1)])
-def test_selective_checkpointing_under_compile(calls, saved_by, times):
+def test_selective_checkpointing_compiled_saves_out_and_lse(calls, saved_by, times):
     leaves = _block_leaves()
     expected = torch.autograd.grad(_block(*leaves).square().sum(), leaves)
     calls.clear()
@@ -173,7 +173,7 @@ def test_selective_checkpointing_under_compile(calls, saved_by, times):
         torch.testing.assert_close(grad, wanted)
 
 
-def test_the_partitioner_recomputes_attention_only_to_save_memory(calls):
+def test_partitioner_recomputes_attention_only_to_save_memory(calls):
     leaves = _block_leaves()
     for budget, times in ((1.0, 1), (0.0, 2)):
         torch._dynamo.reset()
@@ -211,8 +211,8 @@ torch.library.register_autograd("beit_fast::rel_pos_attention", _doubled, setup_
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
-def test_the_disk_cache_does_not_outlive_a_change_of_the_backward(tmp_path):
-    """Its keys do not see the Python behind an operator, and what it then serves is the old gradient."""
+def test_disk_cache_changed_backward_is_compiled_again(tmp_path):
+    """Cache keys ignore the Python code of an operator, so the source tag must change them."""
     for name in ("before", "after"):
         shutil.copytree(PACKAGE, tmp_path / name / "beit_fast", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "after" / "beit_fast" / "ops" / "attention.py", "a") as changed:
@@ -230,7 +230,7 @@ def test_the_disk_cache_does_not_outlive_a_change_of_the_backward(tmp_path):
     assert norm_after == 2 * norm
 
 
-def test_the_tag_of_the_caches_is_added_to_that_of_the_user():
+def test_cache_tag_is_appended_to_user_tag():
     code = "import torch.compiler.config as config, beit_fast; print(config.cache_key_tag)"
     environment = os.environ | {"TORCH_COMPILE_CACHE_KEY_TAG": "mine"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
@@ -238,7 +238,7 @@ def test_the_tag_of_the_caches_is_added_to_that_of_the_user():
 
 
 class PackedAttention(torch.nn.Module):
-    """Attention with its projection, for a window of 2 x 3 patches."""
+    """Projection and attention for a window of 2 x 3 patches."""
 
     def __init__(self):
         super().__init__()
@@ -263,7 +263,7 @@ torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), expect
 
 @pytest.fixture(scope="module")
 def packaged_model(tmp_path_factory):
-    """A model compiled ahead of time for any batch, with an input of another batch and its output."""
+    """Package of a model for any batch size, with an input and its output."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("AOTInductor needs a C++ compiler")
     folder = tmp_path_factory.mktemp("aoti")
@@ -279,11 +279,11 @@ def packaged_model(tmp_path_factory):
     return package, str(folder / "data.pt")
 
 
-def test_a_package_of_aotinductor_runs_where_beit_fast_is_imported(packaged_model):
+def test_aotinductor_package_with_beit_fast_runs(packaged_model):
     subprocess.run([sys.executable, "-c", LOAD_AND_RUN, "import", *packaged_model], check=True)
 
 
-def test_a_package_of_aotinductor_says_what_is_missing_elsewhere(packaged_model):
+def test_aotinductor_package_without_beit_fast_raises(packaged_model):
     run = subprocess.run(
         [sys.executable, "-c", LOAD_AND_RUN, "without", *packaged_model], capture_output=True, text=True
     )

@@ -1,6 +1,6 @@
-"""The native CPU kernels: threads, sizes of real images, memory, and logits that outgrow a reference.
+"""Native CPU attention: image sizes, threads, memory and large logits.
 
-tests/kernels holds the checks that all kernels of the operator pass.
+tests/kernels has the checks that all attention kernels share.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def draw(
     head_dim: int = 64,
     masked: bool = False,
 ) -> dict[str, Tensor | None]:
-    """N(0, 1) inputs, the same for the same arguments."""
+    """Draw N(0, 1) inputs from a fixed seed."""
     generator = torch.Generator().manual_seed(17)
     tokens = token_count(window)
     shape = (batch, tokens, heads, head_dim)
@@ -45,14 +45,14 @@ def draw(
 
 
 def compute(inputs: dict, window: tuple[int, int], scale: float | None = None) -> list[Tensor]:
-    """out, dq, dk, dv and dtable."""
+    """Return out, dq, dk, dv and dtable of the operator."""
     leaves = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "table")]
     out = beit_fast.rel_pos_attention(*leaves, window, inputs["key_mask"], scale)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs["grad_out"])]
 
 
 def oracle(inputs: dict, window: tuple[int, int], dtype: torch.dtype, scale: float | None = None) -> list[Tensor]:
-    """The same by textbook attention in `dtype`."""
+    """Return the same tensors by dense attention in `dtype`."""
     leaves = [inputs[name].detach().to(dtype).requires_grad_() for name in ("q", "k", "v")]
     table = inputs["table"].detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     out = attention_oracle(*leaves, table, window, inputs["key_mask"], scale)
@@ -60,7 +60,7 @@ def oracle(inputs: dict, window: tuple[int, int], dtype: torch.dtype, scale: flo
 
 
 def check(inputs: dict, window: tuple[int, int], scale: float | None = None) -> None:
-    """Within the budgets that attention in the same dtype sets."""
+    """Check results against the error budget of dense attention in the same dtype."""
     dtype = inputs["q"].dtype
     actual = compute(inputs, window, scale)
     expected, eager = (oracle(inputs, window, precision, scale) for precision in (torch.float64, dtype))
@@ -92,7 +92,7 @@ def test_attention_of_odd_head_dimensions_matches_oracle(head_dim: int, dtype: t
 
 @pytest.mark.parametrize("head_dim", [24, 72, 128])
 def test_attention_of_many_tokens_matches_oracle(head_dim: int) -> None:
-    """From 257 tokens on the backward of fp32 runs on tiles where there are any."""
+    """From 257 tokens, the fp32 backward uses tiles if the CPU has them."""
     check(draw((12, 23), torch.float32, head_dim=head_dim, masked=True), (12, 23))
 
 
@@ -114,7 +114,7 @@ def test_attention_on_two_threads_returns_same_bits(window: tuple[int, int], dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("growth", [0.0, 300.0, -300.0])
 def test_attention_of_growing_logits_matches_oracle(dtype: torch.dtype, growth: float) -> None:
-    """Sums are kept relative to the first keys' logits, and rescaled if later ones are higher by 2^60."""
+    """Sums are relative to the first logits, and rescaled if later logits exceed them by 2^60."""
     window = (9, 12)
     inputs = draw(window, dtype)
     ramp = torch.linspace(0, growth, table_rows(window) - 3)[:, None]
@@ -130,7 +130,7 @@ def test_attention_of_growing_logits_matches_oracle(dtype: torch.dtype, growth: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_with_first_keys_masked_matches_oracle(dtype: torch.dtype) -> None:
-    """The first 80 keys are masked, and the others' logits are far below 0."""
+    """Keys 1 to 80 are masked, and all logits are far below 0."""
     window = (11, 11)
     inputs = draw(window, dtype)
     inputs["key_mask"] = (torch.arange(122) == 0) | (torch.arange(122) > 80)

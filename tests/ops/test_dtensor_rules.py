@@ -1,4 +1,4 @@
-"""DTensor: attention spread over processes equals attention in one, forward and backward."""
+"""Sharding rules for DTensor: forward and backward equal one process."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ REPLICATED = {"tokens": [None], "table": [None], "mask": [None]}
 
 @dataclass
 class Run:
-    """One attention call: how its tensors are placed, and what its results must look like."""
+    """One attention call: placements of its tensors, and expected placements of its results."""
 
     sharded: dict[str, list[Any]]
     out: str
@@ -73,7 +73,7 @@ RUNS = {
     "heads": Run(HEADS, "(Shard(dim=2),)", "(Shard(dim=1),)"),
     "replicated": Run(REPLICATED, "(Replicate(),)", "(Replicate(),)"),
     "samples and heads": Run(BOTH, "(Shard(dim=0), Shard(dim=2))", "(Partial(sum), Shard(dim=1))", mesh=(2, 2)),
-    # Six over four processes are 2, 2, 2 and none.
+    # Four processes have 2, 2, 2 and 0 of six samples.
     "samples, unevenly": Run(SAMPLES, "(Shard(dim=0),)", "(Partial(sum),)", batch=6),
     "heads, unevenly": Run(HEADS, "(Shard(dim=2),)", "(Shard(dim=1),)", heads=6),
     "fewer samples than processes": Run(SAMPLES, "(Replicate(),)", "(Replicate(),)", batch=2),
@@ -85,9 +85,9 @@ RUNS = {
     "heads, frozen table": Run(HEADS, "(Shard(dim=2),)", trained=(0, 1, 2)),
     "samples, only the table": Run(SAMPLES, "(Shard(dim=0),)", "(Partial(sum),)", trained=(3,)),
     "heads, only the table": Run(HEADS, "(Shard(dim=2),)", "(Shard(dim=1),)", trained=(3,)),
-    # Sharded by what no rule offers: DTensor moves them to samples.
+    # Rules do not support sharded tokens, so DTensor redistributes them to samples.
     "tokens": Run(SAMPLES | {"tokens": [1]}, "(Shard(dim=0),)", "(Partial(sum),)"),
-    # After calls of the same shapes without dropout, whose rules must not be served from DTensor's cache.
+    # These follow calls of the same shapes without dropout, whose cached rules must not be reused.
     "samples, dropout": Run(SAMPLES, "(Replicate(),)", "(Replicate(),)", dropout_p=0.3),
     "heads, dropout": Run(HEADS, "(Replicate(),)", "(Replicate(),)", dropout_p=0.3),
     "samples, compiled": Run(SAMPLES, "(Shard(dim=0),)", "(Partial(sum),)", compiled=True),
@@ -96,7 +96,7 @@ RUNS = {
 
 
 def patch_embed_order():
-    """`patch_embed` of a masked batch, its samples spread over the processes."""
+    """Describe a `patch_embed` call of a masked batch, sharded by samples."""
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape):
@@ -118,9 +118,9 @@ def patch_embed_order():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What every run gave, by name: all in the same four processes."""
+    """Results of all runs by name, from the same four processes."""
     if not torch.distributed.is_gloo_available():
-        pytest.skip("this torch is built without gloo")
+        pytest.skip("this PyTorch build has no gloo")
     folder = tmp_path_factory.mktemp("sharded")
     orders = {name: run.order() for name, run in RUNS.items()} | {"patch_embed": patch_embed_order()}
     torch.save(list(orders.values()), folder / "runs.pt")
@@ -151,12 +151,12 @@ def test_attention_equals_one_process(results, name):
     ):
         is_table = number == 3
         assert placements == (run.table_gradient if is_table else run.out)
-        exact = {} if is_table else {"rtol": 0, "atol": 0}  # a sum over samples, in another order
+        exact = {} if is_table else {"rtol": 0, "atol": 0}  # samples are summed in another order
         torch.testing.assert_close(grad, expected, **exact)
 
 
-def test_the_table_gradient_is_a_sum_over_the_processes(results):
-    """What one process holds is not the gradient: a rule that called it complete would be found out."""
+def test_attention_table_gradient_is_sum_over_processes(results):
+    """A local gradient is only a part of the sum, so a rule without Partial fails."""
     local, full = results["samples"]["local_grads"][3], results["samples"]["grads"][3]
     assert local.shape == full.shape
     assert (local - full).abs().max() > 0.1 * full.abs().max()
@@ -183,7 +183,7 @@ def test_patch_embed_equals_one_process(results):
         "beit_fast, importlib.util; importlib.util.find_spec('torch.distributed.tensor')",
     ],
 )
-def test_rules_are_there_in_whatever_order_one_imports(imports):
+def test_rules_in_any_import_order_are_registered(imports):
     code = f"""
 import {imports}
 from torch.distributed.tensor import DTensor

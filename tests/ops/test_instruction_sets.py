@@ -1,4 +1,7 @@
-"""The native CPU kernels on every instruction set of this machine; the other tests run the one in use."""
+"""Native CPU kernels on every instruction set of this machine.
+
+The other tests run the instruction set in use.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ def run_python(*arguments: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("isa", [pytest.param(x, marks=[] if x == "portable" else pytest.mark.slow) for x in OTHERS])
-def test_kernels_on_each_instruction_set_pass_the_checks(isa: str) -> None:
+def test_kernels_on_each_instruction_set_pass_checks(isa: str) -> None:
     done = run_python("-m", "tests.support.instruction_set_checks", isa=isa)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == f"checked {isa}"
 
 
 @pytest.mark.skipif(IN_USE is None, reason=f"no native library: {native.unsupported_reason('_C')}")
-def test_kernels_on_an_unknown_instruction_set_raise() -> None:
+def test_kernels_on_unknown_instruction_set_raise() -> None:
     code = "import torch, beit_fast; q = torch.ones(1, 2, 1, 8); beit_fast.rel_pos_attention(q, q, q)"
     done = run_python("-c", code, isa="sse9")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The operator of a linear layer with GELU as torch sees it, on CPU tensors."""
+"""Linear layer with GELU on CPU tensors: values, errors and registrations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_linear_gelu_matches_two_operations(dtype: torch.dtype, biased: bool) ->
 
 
 @pytest.mark.parametrize("rows", [(), (3,), (0, 4), (2, 3, 4)])
-def test_opcheck(rows: tuple[int, ...]) -> None:
+def test_linear_gelu_opcheck_passes(rows: tuple[int, ...]) -> None:
     opcheck(op, make_layer(rows, 16, 24))
     opcheck(op, make_layer(rows, 16, 24, biased=False))
 
@@ -59,7 +59,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_inputs_are_refused(what: str) -> None:
+def test_linear_gelu_bad_arguments_raise_with_reason(what: str) -> None:
     changes, reason = BAD[what]
     layer = [torch.zeros(**(given | changes.get(name, {}))) for name, given in GOOD.items()]
     with pytest.raises(ValueError, match="beit_fast::linear_gelu cannot serve x ") as error:
@@ -83,7 +83,7 @@ def test_linear_gelu_autocast_casts_all_arguments(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (None, 0, None), (0, 0, 0), (None, None, 0)])
-def test_vmap(in_dims: tuple[int | None, ...]) -> None:
+def test_linear_gelu_vmap_matches_two_operations(in_dims: tuple[int | None, ...]) -> None:
     x, weight, bias = make_layer((4,), 16, 24)
     layer = [
         tensor if dim is None else torch.stack([tensor, -tensor, 2 * tensor], dim)
@@ -109,6 +109,6 @@ def test_linear_gelu_flops_are_those_of_matmul() -> None:
 
 
 def test_linear_gelu_unsupported_reasons() -> None:
-    refusals = availability.linear_gelu_unsupported_reasons(torch.device("cpu"), torch.float64, 2**24)
-    assert len(refusals) == 3
-    assert "serves cuda tensors, not cpu" in refusals
+    reasons = availability.linear_gelu_unsupported_reasons(torch.device("cpu"), torch.float64, 2**24)
+    assert len(reasons) == 3
+    assert "serves cuda tensors, not cpu" in reasons

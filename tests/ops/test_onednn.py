@@ -1,4 +1,4 @@
-"""oneDNN's packed linears behind `ops.cpu_linear.onednn`: parity, errors, and what the check finds."""
+"""Packed linear layers of oneDNN: parity, errors and the startup check."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ SIZES = [(1, 768, 768), (197, 768, 2304), (788, 96, 33), (5, 7, 3), (300, 1, 1)]
 
 
 def require(dtype: torch.dtype = torch.float32) -> None:
-    refusal = onednn.unsupported_reason("cpu", dtype)
-    if refusal is not None:
-        pytest.skip(refusal)
+    reason = onednn.unsupported_reason("cpu", dtype)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture
 def fresh_check():
-    """Run the check again inside a test that breaks an operator, and after it."""
+    """Clear the cached check before and after a test that breaks an operator."""
     onednn._check.cache_clear()
     onednn._operators.cache_clear()
     yield
@@ -91,7 +91,7 @@ def test_packed_linear_with_bad_arguments_raises_one_error():
         onednn.packed_linear(torch.randn(3, 4, requires_grad=True), packed, None)
 
 
-@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # what `flags` says of Intel's GPUs
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # a warning of `flags` about Intel GPUs
 def test_unsupported_reason_names_device_dtype_and_switch():
     require()
     assert onednn.unsupported_reason("cuda", torch.float32) == "oneDNN serves cpu tensors, not cuda"

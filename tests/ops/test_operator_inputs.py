@@ -1,4 +1,4 @@
-"""What attention refuses, wherever it is called, and what it accepts at the edge: no sample, NaN in one sample."""
+"""Bad arguments of attention on every path, empty batches, and NaN in one sample."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from beit_fast.position_bias import table_rows
 attention_op = torch.ops.beit_fast.rel_pos_attention.default
 backward_op = torch.ops.beit_fast.rel_pos_attention_backward.default
 
-# What is changed in a good call, and the reason that must be given for it.
+# Changes of a good call, and the reason in the error.
 BAD_INPUTS = {
     "dtypes of q and k": ({"k": {"dtype": torch.float64}}, "q, k and v must have one floating-point dtype"),
     "dtypes of q and v": ({"v": {"dtype": torch.bfloat16}}, "q, k and v must have one floating-point dtype"),
@@ -63,26 +63,26 @@ TENSORS = {
 
 
 def arguments(changes, **everywhere):
-    """The arguments of a good call of attention, by name, with these changes."""
+    """Return the arguments of a good attention call with `changes`."""
     tensors = {name: torch.zeros(**(given | everywhere | changes.get(name, {}))) for name, given in TENSORS.items()}
     numbers = {"window": (2, 3), "dropout_p": 0.0, "seed": 0}
     return tensors | {name: changes.get(name, value) for name, value in numbers.items()}
 
 
-def through_the_function(given):
+def call_function(given):
     return beit_fast.rel_pos_attention(**given)
 
 
-def through_the_operator(given):
+def call_operator(given):
     return attention_op(*(given[name] for name in TENSORS), given["window"], 0.25, given["dropout_p"], given["seed"])
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_arguments_raise_with_reason(name):
+def test_attention_bad_arguments_raise_with_reason(name):
     changes, reason = BAD_INPUTS[name]
-    through_the_function(arguments({}))
+    call_function(arguments({}))
     with pytest.raises(ValueError, match="rel_pos_attention cannot serve") as error:
-        through_the_function(arguments(changes))
+        call_function(arguments(changes))
     assert reason in str(error.value)
     for tensor, given in changes.items():
         if isinstance(given, dict) and "size" in given:
@@ -92,32 +92,32 @@ def test_bad_arguments_raise_with_reason(name):
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_operator_with_bad_arguments_raises(name):
-    """C++ checks what keeps memory safe and names the first error; the function lists them all."""
-    through_the_operator(arguments({}))
+    """The C++ operator names the first error; the Python function lists all errors."""
+    call_operator(arguments({}))
     with pytest.raises(ValueError, match=r"^beit_fast::rel_pos_attention"):
-        through_the_operator(arguments(BAD_INPUTS[name][0]))
+        call_operator(arguments(BAD_INPUTS[name][0]))
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_INPUTS if not name.startswith("device")])
-def test_bad_meta_tensors_raise_with_same_reason(name):
+def test_attention_bad_meta_tensors_raise_same_reason(name):
     changes, reason = BAD_INPUTS[name]
-    through_the_function(arguments({}, device="meta"))
+    call_function(arguments({}, device="meta"))
     with pytest.raises(ValueError, match="cannot serve") as error:
-        through_the_function(arguments(changes, device="meta"))
+        call_function(arguments(changes, device="meta"))
     assert reason in str(error.value)
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_fake_tensors_raise_with_same_reason(name):
+def test_attention_bad_fake_tensors_raise_same_reason(name):
     changes, reason = BAD_INPUTS[name]
     with FakeTensorMode():
-        through_the_function(arguments({}))
+        call_function(arguments({}))
         with pytest.raises(ValueError, match="cannot serve") as error:
-            through_the_function(arguments(changes))
+            call_function(arguments(changes))
     assert reason in str(error.value)
 
 
-def test_table_without_window_is_one_of_several_reasons():
+def test_attention_table_without_window_adds_a_reason():
     given = arguments({"key_mask": {"dtype": torch.float32}}) | {"window": None}
     with pytest.raises(ValueError, match=r"key_mask must be bool.*a table needs window"):
         beit_fast.rel_pos_attention(**given)
@@ -134,7 +134,7 @@ BAD_BACKWARDS = {
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", BAD_BACKWARDS)
 def test_backward_with_bad_arguments_raises(name, device):
-    """A kernel would read beyond what it is given."""
+    """Without these checks, a kernel would read out of bounds."""
     changes, reason = BAD_BACKWARDS[name]
     shapes = {"grad_out": (2, 7, 3, 16), "q": (2, 7, 3, 16), "k": (2, 7, 3, 16), "v": (2, 7, 3, 16), "table": (18, 3)}
 
@@ -155,7 +155,7 @@ def test_backward_with_bad_arguments_raises(name, device):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_attention_of_empty_batch_has_empty_gradients(biased, masked, dropout_p):
-    """Dao-AILab/flash-attention#1159, pytorch/pytorch#133780."""
+    """Regression test of Dao-AILab/flash-attention#1159 and pytorch/pytorch#133780."""
     q, k, v = (torch.randn(0, 7, 3, 16, requires_grad=True) for _ in range(3))
     table = torch.randn(18, 3, requires_grad=True) if biased else None
     key_mask = torch.ones(0, 7, dtype=torch.bool) if masked else None
@@ -170,7 +170,7 @@ def test_attention_of_empty_batch_has_empty_gradients(biased, masked, dropout_p)
 @pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_with_nan_keeps_it_in_its_sample(poisoned, masked):
-    """The gradient of the table sums over samples and may be NaN; nothing else may."""
+    """Only the table gradient, a sum over samples, may be NaN for other samples."""
     tensors = {name: torch.randn(3, 7, 2, 16) for name in ("q", "k", "v", "grad_out")}
     table = torch.randn(table_rows((2, 3)), 2)
     key_mask = torch.rand(3, 7) > 0.3 if masked else None

@@ -1,4 +1,4 @@
-"""Registrations of the operators: opcheck, autocast, vmap, `torch.func`, FLOPs, fakes and errors, on CPU tensors."""
+"""Registrations of attention on CPU tensors: opcheck, autocast, vmap, FLOPs and errors."""
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ patch_embed_op = torch.ops.beit_fast.patch_embed.default
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_opcheck_attention(biased, masked):
+def test_attention_opcheck_passes(biased, masked):
     case = attention_case((2, 3), masked=masked, biased=biased)
     opcheck(attention_op, (case.q, case.k, case.v, case.table, case.key_mask, case.window, 0.25, 0.1, 4))
 
 
 @pytest.mark.parametrize("trained", [(), (0,), (1, 2), (3,), (0, 1, 2)])
-def test_opcheck_attention_with_frozen_inputs(trained):
+def test_attention_frozen_inputs_opcheck_passes(trained):
     case = attention_case((2, 3))
     leaves = [x.detach().requires_grad_(number in trained) for number, x in enumerate(case.leaves())]
     opcheck(attention_op, (*leaves, None, case.window, 0.25))
@@ -33,7 +33,7 @@ def test_opcheck_attention_with_frozen_inputs(trained):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_opcheck_attention_backward(biased, masked):
+def test_attention_backward_opcheck_passes(biased, masked):
     case = attention_case((2, 3), masked=masked, biased=biased)
     tensors = [None if x is None else x.detach() for x in (case.q, case.k, case.v, case.table)] + [case.key_mask]
     out, lse = attention_op(*tensors, case.window, 0.25, 0.1, 4)
@@ -41,15 +41,15 @@ def test_opcheck_attention_backward(biased, masked):
         opcheck(backward_op, (case.grad_out, *tensors, out, lse, case.window, 0.25, 0.1, 4, mask))
 
 
-def test_opcheck_attention_backward_of_a_transposed_table():
-    """The gradient is contiguous whatever the table's strides are, as the fake says: NVIDIA/cuEquivariance#223."""
+def test_attention_backward_transposed_table_opcheck_passes():
+    """The table gradient is contiguous for any strides, like the fake (NVIDIA/cuEquivariance#223)."""
     case = attention_case((2, 3))
     tensors = [x.detach() for x in (case.q, case.k, case.v)] + [case.table.detach().t().contiguous().t(), None]
     out, lse = attention_op(*tensors, case.window, 0.25)
     opcheck(backward_op, (case.grad_out, *tensors, out, lse, case.window, 0.25, 0.0, 0, [True] * 4))
 
 
-def test_double_backward_raises():
+def test_attention_double_backward_raises():
     case = attention_case((2, 3))
     out = beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window)
     (grad,) = torch.autograd.grad(out.pow(2).sum(), case.q, create_graph=True)
@@ -57,7 +57,7 @@ def test_double_backward_raises():
         grad.sum().backward()
 
 
-def test_forward_mode_raises():
+def test_attention_forward_mode_raises():
     case = attention_case((2, 3))
     q, k, v = (x.detach() for x in (case.q, case.k, case.v))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
@@ -66,7 +66,7 @@ def test_forward_mode_raises():
         torch.func.jvp(lambda x: beit_fast.rel_pos_attention(x, k, v), (q,), (torch.ones_like(q),))
 
 
-def test_autocast_casts_projections_but_not_table():
+def test_attention_autocast_casts_projections_but_not_table():
     case = attention_case((3, 4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window)
@@ -77,14 +77,14 @@ def test_autocast_casts_projections_but_not_table():
     assert [grad.dtype for grad in grads] == [torch.float32] * 4
 
 
-def test_mixed_dtypes_raise():
-    """An fp32 mask with half q was silently wrong in cuDNN's SDPA (pytorch/pytorch#191612)."""
+def test_attention_mixed_dtypes_raise():
+    """An fp32 mask with half q gave silent errors in the SDPA of cuDNN (pytorch/pytorch#191612)."""
     case = attention_case((2, 3))
     with pytest.raises(ValueError, match="one floating-point dtype"):
         beit_fast.rel_pos_attention(case.q.bfloat16(), case.k, case.v, case.table, case.window)
 
 
-def test_bad_arguments_raise_one_error_with_every_reason():
+def test_attention_bad_arguments_raise_every_reason():
     case = attention_case((2, 3))
     with pytest.raises(ValueError, match="cannot serve") as error:
         beit_fast.rel_pos_attention(
@@ -95,14 +95,14 @@ def test_bad_arguments_raise_one_error_with_every_reason():
         assert reason in str(error.value)
 
 
-def test_table_without_window_raises():
+def test_attention_table_without_window_raises():
     case = attention_case((2, 3))
     with pytest.raises(ValueError, match="needs window"):
         beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table)
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0, None), (0, None, 2, None), (0, 0, 0, 0), (None, None, None, 1)])
-def test_vmap_matches_loop(in_dims):
+def test_attention_vmap_matches_loop(in_dims):
     case = attention_case((2, 3), dtype=torch.float64)
     size = 3
     arguments = [
@@ -120,7 +120,7 @@ def test_vmap_matches_loop(in_dims):
 
 
 @pytest.mark.parametrize("argnum", [0, 2, 3])
-def test_vmap_of_grad_matches_per_sample_gradients(argnum):
+def test_attention_vmap_of_grad_matches_per_sample_gradients(argnum):
     case = attention_case((2, 3), dtype=torch.float64)
     leaves = [x.detach() for x in case.leaves()]
     batches = [x.unsqueeze(1) for x in leaves[:3]]  # [B, 1, N, H, D]
@@ -134,7 +134,7 @@ def test_vmap_of_grad_matches_per_sample_gradients(argnum):
         torch.testing.assert_close(mapped[sample], single)
 
 
-def test_jacrev_matches_autograd():
+def test_attention_jacrev_matches_oracle():
     case = attention_case((1, 2), batch=1, heads=1, head_dim=4, dtype=torch.float64)
     q, k, v, table = (x.detach() for x in case.leaves())
 
@@ -145,7 +145,7 @@ def test_jacrev_matches_autograd():
     torch.testing.assert_close(torch.func.jacrev(attend)(table), expected)
 
 
-def test_vmap_with_dropout_needs_same_randomness():
+def test_attention_vmap_with_dropout_needs_same_randomness():
     case = attention_case((2, 3))
     q = torch.stack([case.q.detach()] * 2)
 
@@ -159,7 +159,7 @@ def test_vmap_with_dropout_needs_same_randomness():
     torch.testing.assert_close(same[1], attend(q[1]))
 
 
-def test_flop_formula():
+def test_attention_flops_are_those_of_matmuls():
     from torch.utils.flop_counter import FlopCounterMode
 
     case = attention_case((3, 4))
@@ -173,7 +173,7 @@ def test_flop_formula():
     assert backward.get_total_flops() == 5 * product
 
 
-def test_compile_keeps_operator_opaque():
+def test_attention_compiled_gradients_match_eager():
     case = attention_case((3, 4))
 
     def train_step(q, k, v, table):
@@ -185,7 +185,7 @@ def test_compile_keeps_operator_opaque():
         torch.testing.assert_close(grad, plain)
 
 
-def test_meta_tensors_return_shapes():
+def test_attention_meta_tensors_return_shapes():
     q = torch.empty(2, 7, 3, 16, device="meta")
     table = torch.empty(table_rows((2, 3)), 3, device="meta")
     out = beit_fast.rel_pos_attention(q, q, q, table, (2, 3))

@@ -1,4 +1,4 @@
-"""`patch_embed` against the convolution that it replaces: tokens, gradients, and what torch asks of an operator."""
+"""`patch_embed` against the convolution: tokens, gradients and registrations."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ IMPLEMENTATIONS = {"operator": beit_fast.patch_embed, "fallback": fallback_patch
 
 
 def with_leaves(arguments):
-    """The arguments with gradients asked for, and those that have them."""
+    """Return the arguments and the tensors that require gradients."""
     arguments = {
         name: x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in arguments.items()
@@ -40,21 +40,21 @@ def assert_right(arguments, implementation=beit_fast.patch_embed):
     tokens = implementation(**arguments)
     assert tokens.dtype == eager.dtype
     assert tokens.is_contiguous()
-    # bf16 pixels of a bf16 weight are read in one rounding at the least
+    # bf16 pixels of a bf16 weight are rounded at least once
     assert_within_budget("tokens", tokens, exact, eager, 2, arguments["weight"].dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32, None], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_patches_of_a_beit(dtype, pixel_dtype, implementation):
+def test_patch_embed_beit_patches_match_convolution(dtype, pixel_dtype, implementation):
     arguments = make_inputs((64, 48), (16, 16), embed=96, dtype=dtype, pixel_dtype=pixel_dtype or dtype)
     assert_right(arguments, IMPLEMENTATIONS[implementation])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_pixels_of_any_layout(layout, pixel_dtype):
+def test_patch_embed_pixel_layouts_match_convolution(layout, pixel_dtype):
     assert_right(make_inputs((35, 50), (16, 16), embed=40, pixel_dtype=pixel_dtype, layout=layout))
     assert_right(make_inputs((35, 50), (7, 4), embed=40, pixel_dtype=pixel_dtype, layout=layout))
 
@@ -74,7 +74,7 @@ def drawn_inputs(draw):
         patch,
         batch=draw(st.integers(1, 3)),
         channels=draw(st.integers(1, 4)),
-        embed=draw(st.integers(8, 70)),  # one number alone may cancel to nothing, and has no relative error then
+        embed=draw(st.integers(8, 70)),  # a single number may cancel to 0, where the relative error is undefined
         pixel_dtype=pixel_dtype,
         dtype=draw(st.sampled_from(DTYPES)),
         token_dtype=draw(st.sampled_from([None, *DTYPES])),
@@ -86,18 +86,18 @@ def drawn_inputs(draw):
 
 @given(drawn_inputs())
 @settings(max_examples=150, deadline=None)
-def test_drawn_inputs(arguments):
+def test_patch_embed_drawn_inputs_match_convolution(arguments):
     assert_right(arguments)
 
 
 @given(drawn_inputs())
 @settings(max_examples=30, deadline=None)
-def test_drawn_inputs_of_the_fallback(arguments):
+def test_fallback_drawn_inputs_match_convolution(arguments):
     assert_right(arguments, fallback_patch_embed)
 
 
 @pytest.mark.parametrize("embed", [1, 15, 16, 17, 31, 32, 33, 64])
-def test_any_number_of_output_channels(embed):
+def test_patch_embed_output_channels_match_convolution(embed):
     for dtype in DTYPES:
         assert_right(make_inputs((12, 20), (4, 5), embed=embed, dtype=dtype, pixel_dtype=dtype))
 
@@ -105,20 +105,20 @@ def test_any_number_of_output_channels(embed):
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, None], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("patch", "embed"), [((5, 7), 33), ((16, 16), 64), ((3, 3), 16)])
-def test_many_patches(patch, embed, dtype, pixel_dtype):
-    """From 257 patches on fp32 and fp16 are split into parts where the CPU has tiles."""
+def test_patch_embed_many_patches_match_convolution(patch, embed, dtype, pixel_dtype):
+    """From 257 patches, fp32 and fp16 use split bf16 if the CPU has tiles."""
     image = (13 * patch[0] + 1, 11 * patch[1])
     assert_right(make_inputs(image, patch, batch=3, embed=embed, dtype=dtype, pixel_dtype=pixel_dtype or dtype))
 
 
 @pytest.mark.parametrize("depth", [255, 256, 257, 3072])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_long_sums(depth, dtype):
+def test_patch_embed_long_sums_match_convolution(depth, dtype):
     assert_right(make_inputs((2, depth), (1, depth), channels=1, embed=33, dtype=dtype, pixel_dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients(dtype):
+def test_patch_embed_gradients_match_convolution(dtype):
     arguments, leaves = with_leaves(make_inputs((9, 13), (4, 4), embed=6, dtype=dtype, pixel_dtype=dtype))
     precise, precise_leaves = with_leaves(in_precision(arguments, torch.float64))
     exact, eager, tokens = convolution(**precise), convolution(**arguments), beit_fast.patch_embed(**arguments)
@@ -137,7 +137,7 @@ def test_gradients(dtype):
 
 
 @pytest.mark.parametrize("alone", ["pixels", "weight", "bias", "cls", "mask_token", "pos"])
-def test_gradient_of_one_argument_alone(alone):
+def test_patch_embed_single_gradient_matches_convolution(alone):
     arguments = make_inputs((9, 8), (4, 4), embed=6, dtype=torch.float64, pixel_dtype=torch.float64)
     arguments[alone].requires_grad_()
     (grad,) = torch.autograd.grad(beit_fast.patch_embed(**arguments).sum(), arguments[alone])  # a gradient of stride 0
@@ -145,7 +145,7 @@ def test_gradient_of_one_argument_alone(alone):
     torch.testing.assert_close(grad, expected)
 
 
-def test_gradients_of_mixed_dtypes_have_the_dtypes_of_their_tensors():
+def test_patch_embed_mixed_dtypes_gradients_have_input_dtypes():
     arguments, leaves = with_leaves(make_inputs((8, 8), (4, 4), embed=6, dtype=torch.bfloat16))
     for name in ("bias", "cls", "pos"):
         arguments[name] = arguments[name].detach().float().requires_grad_()
@@ -157,7 +157,7 @@ def test_gradients_of_mixed_dtypes_have_the_dtypes_of_their_tensors():
         assert grad.shape == leaf.shape
 
 
-def test_gradcheck():
+def test_patch_embed_gradcheck_passes():
     arguments, leaves = with_leaves(
         make_inputs((5, 6), (2, 2), batch=1, channels=1, embed=2, dtype=torch.float64, pixel_dtype=torch.float64)
     )
@@ -168,14 +168,14 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("pixel_dtype", [torch.float32, torch.uint8], ids=str)
-def test_opcheck(pixel_dtype):
+def test_patch_embed_opcheck_passes(pixel_dtype):
     arguments, _ = with_leaves(make_inputs((9, 13), (4, 4), embed=6, pixel_dtype=pixel_dtype))
     opcheck(operator, tuple(arguments.values()))
     arguments, _ = with_leaves(make_inputs((9, 13), (4, 4), embed=6, absent=("cls", "mask", "mask_token", "pos")))
     opcheck(operator, tuple(arguments.values()))
 
 
-def test_autocast_keeps_the_residual_stream_in_the_dtype_of_cls():
+def test_patch_embed_autocast_returns_dtype_of_cls():
     arguments = make_inputs((9, 13), (4, 4), embed=6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert beit_fast.patch_embed(**arguments).dtype == torch.float32
@@ -183,7 +183,7 @@ def test_autocast_keeps_the_residual_stream_in_the_dtype_of_cls():
 
 
 @pytest.mark.parametrize("mapped", [{"pixels"}, {"pixels", "mask"}, {"pixels", "weight", "cls"}])
-def test_vmap_equals_a_loop(mapped):
+def test_patch_embed_vmap_matches_loop(mapped):
     arguments = make_inputs((9, 13), (4, 4), embed=6, dtype=torch.float64, pixel_dtype=torch.float64)
     stacks = {
         name: torch.stack([x, x.flip(0)]) if name in mapped else x
@@ -200,7 +200,7 @@ def test_vmap_equals_a_loop(mapped):
         torch.testing.assert_close(result[entry], embed(single))
 
 
-def test_flop_formula():
+def test_patch_embed_flops_are_those_of_matmul():
     from torch.utils.flop_counter import FlopCounterMode
 
     arguments = make_inputs((9, 13), (4, 4), embed=6)
@@ -210,7 +210,7 @@ def test_flop_formula():
 
 
 @pytest.mark.parametrize("pixel_dtype", [torch.float32, torch.uint8], ids=str)
-def test_one_graph(pixel_dtype):
+def test_patch_embed_compiles_to_one_graph(pixel_dtype):
     arguments, leaves = with_leaves(make_inputs((32, 48), (16, 16), embed=24, pixel_dtype=pixel_dtype))
 
     def step(pixels):
@@ -234,7 +234,7 @@ class Embedding(torch.nn.Module):
         return beit_fast.patch_embed(pixels, weight, bias, self.cls, mean=[100.0] * 3, std=[50.0] * 3)
 
 
-def test_export_with_dynamic_sizes():
+def test_patch_embed_export_dynamic_sizes_matches_eager():
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     module = Embedding()
     example = torch.randint(0, 256, (2, 3, 17, 24), dtype=torch.uint8)
@@ -245,7 +245,7 @@ def test_export_with_dynamic_sizes():
         torch.testing.assert_close(exported.module()(pixels), module(pixels))
 
 
-def test_compiled_for_sizes_that_change():
+def test_patch_embed_compiled_dynamic_sizes_match_eager():
     module = Embedding()
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""What `patch_embed` refuses, in the same words by every kernel, and what it must neither read nor write."""
+"""Bad arguments of `patch_embed`, memory accesses, NaN and threads."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ..support.patch_embedding import convolution, make_inputs
 
 operator = torch.ops.beit_fast.patch_embed.default
 
-REFUSALS = {
+BAD_INPUTS = {
     "pixels of three dimensions": (
         {"pixels": torch.zeros(3, 8, 8)},
         "pixels must be [B, C, H, W] and weight [E, C, patch height, patch width]",
@@ -97,9 +97,9 @@ def python_checks(*arguments):
     validation.raise_errors("patch_embed", validation.patch_embed_errors(given), given)
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_one_error_with_every_reason(name):
-    changes, reasons = REFUSALS[name]
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_patch_embed_bad_arguments_raise_every_reason(name):
+    changes, reasons = BAD_INPUTS[name]
     arguments = make_inputs((8, 8), (4, 4), embed=6) | changes
     expected = f"beit_fast::patch_embed cannot serve {described(arguments)}: {reasons}"
     for check in (beit_fast.patch_embed, python_checks):
@@ -110,7 +110,7 @@ def test_one_error_with_every_reason(name):
         operator(*arguments.values())
 
 
-def test_the_same_error_when_gradients_are_asked_for():
+def test_patch_embed_training_bad_arguments_raise_same_error():
     arguments = make_inputs((8, 8), (4, 4), embed=6) | {"mask": None}
     arguments["weight"].requires_grad_()
     with pytest.raises(ValueError, match="mask and mask_token go together"):
@@ -118,7 +118,7 @@ def test_the_same_error_when_gradients_are_asked_for():
 
 
 @pytest.mark.parametrize("absent", ["mean", "std"])
-def test_floating_point_pixels_may_come_without_mean_or_std(absent):
+def test_patch_embed_float_pixels_without_mean_or_std_match_convolution(absent):
     arguments = make_inputs((8, 8), (4, 4), embed=6, dtype=torch.float64, pixel_dtype=torch.float64, absent=(absent,))
     expected = convolution(**arguments)
     torch.testing.assert_close(beit_fast.patch_embed(**arguments), expected)
@@ -126,7 +126,7 @@ def test_floating_point_pixels_may_come_without_mean_or_std(absent):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (0, 3, 4, 4)])
-def test_no_images(shape):
+def test_patch_embed_empty_batch_returns_empty(shape):
     arguments = make_inputs((8, 8), (4, 4), embed=6)
     pixels = torch.zeros(shape, requires_grad=True)
     patches = shape[2] * shape[3] // 16
@@ -139,19 +139,19 @@ def test_no_images(shape):
     assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
-def test_no_output_channels():
+def test_patch_embed_zero_output_channels_return_empty():
     arguments = make_inputs((8, 8), (4, 4), embed=0)
     assert beit_fast.patch_embed(**arguments).shape == (2, 5, 0)
 
 
-def test_meta_tensors_give_shapes():
+def test_patch_embed_meta_tensors_return_shapes():
     pixels = torch.empty(2, 3, 9, 13, device="meta")
     weight = torch.empty(6, 3, 4, 4, device="meta", dtype=torch.bfloat16)
     tokens = beit_fast.patch_embed(pixels, weight, cls=torch.empty(6, device="meta"))
     assert (tokens.shape, tokens.dtype, tokens.device.type) == ((2, 7, 6), torch.float32, "meta")
 
 
-def test_arguments_that_are_slices_of_larger_tensors():
+def test_patch_embed_strided_arguments_match_contiguous():
     arguments = make_inputs((8, 12), (4, 4), embed=6, dtype=torch.float64, pixel_dtype=torch.float64)
     expected = beit_fast.patch_embed(**arguments)
 
@@ -171,15 +171,15 @@ def test_arguments_that_are_slices_of_larger_tensors():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
-def test_inputs_are_not_written(layout, dtype):
+def test_patch_embed_leaves_inputs_unchanged(layout, dtype):
     arguments = make_inputs((19, 35), (16, 16), dtype=dtype, pixel_dtype=dtype, layout=layout)
     before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
     beit_fast.patch_embed(**arguments)
     assert all(torch.equal(arguments[name], x) for name, x in before.items())
 
 
-def test_neither_rest_of_the_image_nor_surroundings_are_read():
-    """What fills no patch is NaN, and so is the memory around the image: one of them in a token would show."""
+def test_patch_embed_ignores_pixels_outside_patches():
+    """Pixels outside the patches and memory around the image are NaN."""
     room = torch.full((2, 5, 30, 40), float("nan"))
     pixels = room[:, 1:4, 3:20, 5:30]  # 17 x 25, with patches of 8 x 8
     pixels[:, :, :16, :24] = torch.randn(2, 3, 16, 24)
@@ -188,16 +188,16 @@ def test_neither_rest_of_the_image_nor_surroundings_are_read():
 
 
 @pytest.fixture
-def _memory_of_nan():
+def _nan_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.usefixtures("_memory_of_nan")
+@pytest.mark.usefixtures("_nan_memory")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("embed", [1, 33, 96])
-def test_every_token_is_written(embed, dtype):
+def test_patch_embed_writes_every_token(embed, dtype):
     assert torch.utils.deterministic.fill_uninitialized_memory
     for absent in ((), ("cls",), ("mask", "mask_token", "pos")):
         arguments = make_inputs((35, 70), (16, 16), batch=3, embed=embed, dtype=dtype, absent=absent)
@@ -205,7 +205,7 @@ def test_every_token_is_written(embed, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_nan_stays_in_its_token(dtype):
+def test_patch_embed_nan_stays_in_its_token(dtype):
     arguments = make_inputs((16, 16), (4, 4), dtype=dtype, pixel_dtype=dtype, absent=("mask", "mask_token"))
     arguments["pixels"][1, 0, 5, 9] = float("nan")
     tokens = beit_fast.patch_embed(**arguments)
@@ -213,15 +213,15 @@ def test_a_nan_stays_in_its_token(dtype):
     assert torch.isnan(tokens).any(-1).sum() == 1
 
 
-def test_a_mask_token_covers_what_is_not_a_number():
+def test_patch_embed_mask_token_replaces_nan():
     arguments = make_inputs((8, 8), (4, 4))
     arguments["pixels"].fill_(float("nan"))
     arguments["mask"].fill_(True)
     assert torch.isfinite(beit_fast.patch_embed(**arguments)).all()
 
 
-def test_offsets_beyond_32_bits():
-    """Strides alone: one image and one channel, whose lines lie apart by more than the tensor holds."""
+def test_patch_embed_offsets_beyond_32_bits_match_contiguous():
+    """Use strides beyond 32 bits for dimensions of size 1."""
     storage = torch.randn(2 * 8 * 8)
     far = 2**33
     pixels = torch.as_strided(storage, (1, 1, 8, 8), (far, far, 8, 1))
@@ -230,8 +230,8 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(beit_fast.patch_embed(**arguments), beit_fast.patch_embed(**expected))
 
 
-def test_products_of_torch_in_between_stay_right():
-    """Every function configures the tile registers that it uses: neither side may find the other's configuration."""
+def test_patch_embed_between_matmuls_returns_same_bits():
+    """Each function must configure the tile registers that it uses."""
     arguments = make_inputs((64, 64), (16, 16), embed=96, dtype=torch.bfloat16, pixel_dtype=torch.bfloat16)
     left, right = torch.randn(70, 200).bfloat16(), torch.randn(200, 90).bfloat16()
     tokens, product = beit_fast.patch_embed(**arguments), left @ right
@@ -242,9 +242,9 @@ def test_products_of_torch_in_between_stay_right():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("batch", "image"), [(1, (64, 64)), (3, (70, 51)), (5, (224, 224))], ids=str)
-def test_threads_give_the_same_bits(batch, image, dtype):
+def test_patch_embed_any_threads_return_same_bits(batch, image, dtype):
     if not torch._C._dispatch_has_kernel_for_dispatch_key("beit_fast::patch_embed", "CPU"):
-        pytest.skip("the fallback leaves its products to torch, whose sums depend on the threads")
+        pytest.skip("the fallback runs PyTorch matmuls, whose sums depend on the threads")
     arguments = make_inputs(image, (16, 16), batch=batch, embed=200, dtype=dtype)
     results = []
     try:

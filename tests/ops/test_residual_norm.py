@@ -1,4 +1,4 @@
-"""Residual, layer scale, drop path and LayerNorm as torch sees them: numbers, gradients, fakes, autocast, refusals."""
+"""Residual, layer scale, drop path and LayerNorm: values, gradients, autocast and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIONAL = ("branch", "scale", "drop_path_scale", "weight", "bias")
 
 
 def inputs_of(case: ResidualCase, *, trained: bool = False) -> list[Tensor | None]:
-    """The tensors of an operator call; all but `drop_path_scale` require gradients if `trained`."""
+    """Return the tensors of a call; if `trained`, all but `drop_path_scale` require gradients."""
     names = ("residual", *OPTIONAL)
     tensors = [getattr(case, name) for name in names]
     return [
@@ -29,7 +29,7 @@ def inputs_of(case: ResidualCase, *, trained: bool = False) -> list[Tensor | Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("without", [names for n in range(6) for names in itertools.combinations(OPTIONAL, n)])
-def test_parity(without: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_residual_norm_matches_eager(without: tuple[str, ...], dtype: torch.dtype) -> None:
     case = residual_case(dtype=dtype, without=without)
     check_parity(case)
     if case.branch is not None:
@@ -37,7 +37,7 @@ def test_parity(without: tuple[str, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("without", [(), ("scale", "bias"), ("drop_path_scale",), ("branch",), ("weight", "bias")])
-def test_gradcheck(without: tuple[str, ...]) -> None:
+def test_residual_norm_gradcheck_passes(without: tuple[str, ...]) -> None:
     case = residual_case(2, 3, 5, torch.float64, without=without)
     inputs = inputs_of(case, trained=True)
     leaves = [x for x in inputs if x is not None and x.requires_grad]
@@ -53,7 +53,7 @@ def test_gradcheck(without: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("without", [(), ("branch",), ("scale", "weight"), ("drop_path_scale", "bias")])
-def test_opcheck(without: tuple[str, ...]) -> None:
+def test_residual_norm_opcheck_passes(without: tuple[str, ...]) -> None:
     case = residual_case(2, 3, 16, without=without)
     leaves = inputs_of(case, trained=True)
     opcheck(residual_norm_op, (*leaves, EPS))
@@ -72,7 +72,7 @@ def test_opcheck(without: tuple[str, ...]) -> None:
         opcheck(residual_norm_backward_op, (*incoming, total, *others, mean, rstd, torch.bfloat16, wanted))
 
 
-def test_backward_skips_unneeded_gradients() -> None:
+def test_residual_norm_backward_skips_unneeded_gradients() -> None:
     case = residual_case()
     residual, branch, scale, drop_path_scale, weight, bias = inputs_of(case)
     total, normalized = residual_norm.residual_norm(
@@ -85,8 +85,8 @@ def test_backward_skips_unneeded_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_writes_the_rows_for_the_next_product(dtype: torch.dtype) -> None:
-    """Eager's LayerNorm gives fp32, which the product rounds to the same numbers; the sum stays what it is."""
+def test_residual_norm_autocast_returns_normalized_in_low_precision(dtype: torch.dtype) -> None:
+    """The next matmul would round the fp32 LayerNorm of eager to the same numbers."""
     case = residual_case().map(lambda x: x.to(dtype), "branch")
     residual, *others = inputs_of(case, trained=True)
     expected_sum, expected = residual_norm.residual_norm(residual, *others, EPS)
@@ -103,7 +103,7 @@ def test_autocast_writes_the_rows_for_the_next_product(dtype: torch.dtype) -> No
         assert residual_norm.residual_norm(residual.double(), eps=EPS)[1].dtype == torch.float64
 
 
-def test_without_a_branch_the_sum_is_the_residual() -> None:
+def test_residual_norm_without_branch_returns_residual() -> None:
     case = residual_case(without=("branch",))
     total, normalized = residual_norm.residual_norm(case.residual, weight=case.weight, bias=case.bias, eps=EPS)
     assert total is case.residual
@@ -111,7 +111,7 @@ def test_without_a_branch_the_sum_is_the_residual() -> None:
     torch.testing.assert_close(normalized, expected)
 
 
-def test_double_backward_is_refused() -> None:
+def test_residual_norm_double_backward_raises() -> None:
     residual, *others = inputs_of(residual_case(), trained=True)
     for out in (
         residual_norm.residual_norm(residual, *others, EPS)[1],
@@ -122,7 +122,7 @@ def test_double_backward_is_refused() -> None:
             gradient.sum().backward()
 
 
-def test_forward_mode_is_refused() -> None:
+def test_residual_norm_forward_mode_raises() -> None:
     residual, *others = inputs_of(residual_case())
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(residual, torch.ones_like(residual))
@@ -132,7 +132,7 @@ def test_forward_mode_is_refused() -> None:
             residual_norm.residual_add(dual, *others[:3])
 
 
-def test_a_change_in_place_before_the_backward_is_noticed() -> None:
+def test_residual_norm_inplace_change_before_backward_raises() -> None:
     residual, *others = inputs_of(residual_case(), trained=True)
     total, normalized = residual_norm.residual_norm(residual, *others, EPS)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_a_change_in_place_before_the_backward_is_noticed() -> None:
         normalized.sum().backward()
 
 
-def test_one_error_lists_every_reason() -> None:
+def test_residual_norm_bad_arguments_raise_every_reason() -> None:
     rows, vector = torch.zeros(2, 3, 8), torch.zeros(8)
     with pytest.raises(ValueError, match="residual_norm cannot serve") as error:
         residual_norm.residual_norm(
@@ -171,13 +171,13 @@ def test_one_error_lists_every_reason() -> None:
         ((torch.zeros(2, 3, 8), None, None, None, None, None, float("nan")), "eps is nan"),
     ],
 )
-def test_refusals(arguments: tuple[Tensor | None, ...], reason: str) -> None:
+def test_residual_norm_bad_arguments_raise_with_reason(arguments: tuple[Tensor | None, ...], reason: str) -> None:
     with pytest.raises(ValueError, match="cannot serve") as error:
         residual_norm.residual_norm(*arguments)
     assert reason in str(error.value)
 
 
-def test_the_backward_operators_refuse_what_they_cannot_differentiate() -> None:
+def test_backward_operators_bad_arguments_raise_every_reason() -> None:
     rows, vector, mean = torch.zeros(2, 3, 8), torch.zeros(8), torch.zeros(2, 3)
     with pytest.raises(ValueError, match="residual_norm_backward cannot serve") as error:
         residual_norm_backward_op(
@@ -195,7 +195,7 @@ def test_the_backward_operators_refuse_what_they_cannot_differentiate() -> None:
         torch.ops.beit_fast.residual_add_backward(rows, None, None, None, rows.dtype, [True, True])
 
 
-def test_meta_tensors_give_shapes() -> None:
+def test_residual_norm_meta_tensors_return_shapes() -> None:
     case = residual_case().map(
         lambda x: x.to("meta"), "residual", "branch", "scale", "drop_path_scale", "weight", "bias"
     )
@@ -206,7 +206,7 @@ def test_meta_tensors_give_shapes() -> None:
     assert total.device.type == "meta"
 
 
-def test_one_graph_for_every_batch() -> None:
+def test_residual_norm_compiles_once_for_every_batch() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
@@ -231,7 +231,7 @@ def test_one_graph_for_every_batch() -> None:
     assert counter.frame_count == 1
 
 
-def test_two_runs_give_the_same_bits() -> None:
+def test_residual_norm_twice_returns_same_bits() -> None:
     case = residual_case(4, 9, 96)
     first, second = fused(case), fused(case)
     assert all(torch.equal(first[name], second[name]) for name in first)

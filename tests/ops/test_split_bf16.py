@@ -17,7 +17,7 @@ needs_tiles = pytest.mark.skipif(
 
 LAYOUTS = {
     "rows": lambda x: x,
-    "part of wider rows": lambda x: torch.cat([x, x, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "slice of wider rows": lambda x: torch.cat([x, x, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]],
     "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
     "every second number": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
@@ -25,12 +25,12 @@ LAYOUTS = {
 PRODUCT_ERROR = {2: 3 * 2**-16, 3: 2**-23}
 """Largest relative error of one product, see `test_linear_of_two_terms_is_within_error_bound`.
 
-With three terms, two products of at most 2**-8 * 2**-16 each are left out, and one that is far smaller.
+With three terms, the sum omits two products of at most 2**-8 * 2**-16 each and a far smaller one.
 """
 
 
 def make(rows, depth, columns, seed=0):
-    """x, weight, bias and residual, the size of products the same at every depth."""
+    """Draw x, weight, bias and residual, with results of one size at every depth."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (rows, depth), (columns, depth), (columns,), (rows, columns)
     x, weight, bias, residual = (torch.randn(*shape, generator=generator) for shape in shapes)
@@ -38,7 +38,7 @@ def make(rows, depth, columns, seed=0):
 
 
 def plain(x, weight, bias=None, residual=None, gelu=False):
-    """What the operator stands for, in the precision of its arguments."""
+    """Compute the linear layer in the precision of its arguments."""
     out = F.linear(x, weight, bias)
     out = F.gelu(out) if gelu else out
     return out if residual is None else out + residual
@@ -63,12 +63,15 @@ def test_linear_of_three_terms_is_as_exact_as_fp32(rows, depth, columns, gelu):
 @pytest.mark.parametrize(("depth", "columns"), [(768, 2304), (768, 768), (3072, 768), (1000, 33)])
 @pytest.mark.parametrize("rows", [1, 197, 300])
 def test_linear_of_two_terms_is_within_error_bound(rows, depth, columns):
-    """Two parts of a number a in [1, 2): what the first leaves is r1, uniform between -2**-8 and 2**-8. The second
-    leaves r2, uniform within half a unit of r1's last place, which is 2**-16 for the upper half of all r1, 2**-17
-    for a quarter, and so on: its root mean square is 2**-16 * sqrt(4 / 7 / 12) = 2**-18.2. A product ab then lacks a
-    times b's r2, b times a's, and both r1 multiplied, 2**-8.8 each. Divided by the root mean square of a, 2**0.6,
-    these are 2**-18.8 of the product each, 2**-18 together, and sums of many products keep that ratio; 2**-17 is
-    twice as much. At most each is 2**-16 of the product, together 3 * 2**-16.
+    """Two bf16 terms give an expected relative error of 2**-18.
+
+    For a in [1, 2), the first term leaves a remainder r1, uniform between -2**-8 and 2**-8. The second term leaves r2,
+    uniform within half a unit in the last place of r1. That unit is 2**-16 for the upper half of all r1, 2**-17 for a
+    quarter, and so on. The root mean square (RMS) of r2 is then 2**-16 * sqrt(4 / 7 / 12) = 2**-18.2.
+    A product a * b omits a times r2 of b, b times r2 of a, and r1 of a times r1 of b, whose RMS are 2**-8.8 each.
+    Divided by the RMS of a, 2**0.6, each omitted term is 2**-18.8 of the product, and all three are 2**-18.
+    Sums of many products have the same ratio; the test allows 2**-17.
+    Each omitted term is at most 2**-16 of the product, and all three at most 3 * 2**-16.
     """
     x, weight, _, _ = make(rows, depth, columns)
     result = split_bf16.linear(x, split_bf16.pack(weight, 2), columns, 2)
@@ -93,9 +96,11 @@ def drawn_calls(draw):
 @needs_tiles
 @given(drawn_calls())
 @settings(max_examples=200, deadline=None)
-def test_drawn_calls(call):
-    """Each number is off by what its products lack and what fp32 loses in as many sums, at most; GELU's slope is 1.13
-    at most, and the error of its own is in the last 4 places."""
+def test_linear_drawn_calls_are_within_error_bound(call):
+    """Bound each error by the omitted products and the rounding of fp32 sums.
+
+    The slope of GELU is at most 1.13, and its own error at most 4 units in the last place.
+    """
     x, weight, bias, residual = call["given"]
     bias = None if "bias" in call["absent"] else bias
     residual = None if "residual" in call["absent"] else residual
@@ -114,8 +119,8 @@ def test_drawn_calls(call):
 
 
 @needs_tiles
-def test_gelu_over_its_whole_range():
-    """A weight of 1 gives the numbers themselves: GELU's own error, next to fp64's and to torch's in fp32."""
+def test_linear_gelu_over_whole_range_is_as_exact_as_fp32():
+    """A weight of 1 isolates GELU, whose error is compared with the fp32 GELU of PyTorch."""
     x = torch.cat(
         [torch.linspace(-30, 30, 200_001), torch.randn(50_000) * 1e-3, torch.tensor([0.0, -0.0, 1e30, -1e30])]
     )
@@ -157,7 +162,7 @@ def test_linear_of_any_layout_returns_same_bits(terms, layout):
 
 
 @needs_tiles
-def test_expanded_and_single_rows():
+def test_linear_expanded_and_single_rows_return_same_bits():
     x, weight, bias, _ = make(1, 72, 40)
     packed = split_bf16.pack(weight, 3)
     row = split_bf16.linear(x, packed, 40, 3, bias[:1].expand(40))
@@ -166,7 +171,7 @@ def test_expanded_and_single_rows():
         split_bf16.linear(x.expand(50, 72), packed, 40, 3, bias[:1].expand(40), row.expand(50, 40)),
         2 * row.expand(50, 40),
     )
-    far = x.as_strided((1, 72), (2**62, 1))  # a row that is never stepped over
+    far = x.as_strided((1, 72), (2**62, 1))  # one row, whose stride is never used
     assert torch.equal(
         split_bf16.linear(far, packed, 40, 3, bias[:1].expand(40), row.as_strided((1, 40), (2**62, 1))), 2 * row
     )
@@ -211,7 +216,7 @@ def test_linear_of_empty_tensors_returns_empty(terms):
 @needs_tiles
 @pytest.mark.parametrize("terms", [2, 3])
 def test_linear_writes_every_number(terms):
-    """Fresh memory is NaN under deterministic algorithms."""
+    """Deterministic mode fills new memory with NaN."""
     given = make(37, 50, 45)
     torch.use_deterministic_algorithms(True)
     try:
@@ -250,8 +255,8 @@ def test_linear_of_infinities_returns_nan(terms):
 
 @needs_tiles
 @pytest.mark.parametrize("terms", [2, 3])
-def test_linear_at_ends_of_range(terms):
-    """Up to 3.396e38 all is as anywhere; from 2**-110 downwards last bits are lost; below 2**-126 there is nothing."""
+def test_linear_at_ends_of_range_loses_last_bits(terms):
+    """Inputs up to 3.396e38 are accurate; they lose last bits below 2**-110 and are 0 below 2**-126."""
     one = split_bf16.pack(torch.ones(1, 1), terms)
     accuracy = {2: 2**-16, 3: 0.0}[terms]
     numbers = torch.tensor([3.396e38, -3.396e38, 1.2345678e-32, 1.2345678]).double()
@@ -266,7 +271,7 @@ def test_linear_at_ends_of_range(terms):
 
 @needs_tiles
 @pytest.mark.parametrize("terms", [2, 3])
-def test_opcheck(terms):
+def test_split_bf16_opcheck_passes(terms):
     x, weight, bias, residual = make(37, 50, 45)
     for transposed in (False, True):
         opcheck(split_bf16.pack_op, (weight.t() if transposed else weight, transposed, terms))
@@ -277,7 +282,7 @@ def test_opcheck(terms):
 
 @needs_tiles
 def test_linear_gradients_are_within_budget():
-    """dX = dY W and dW = dY^T X: packed and read as they lie, with no copy turned round."""
+    """dX = dY W and dW = dY^T X are packed without a transposed copy."""
     x, weight, _, grad = make(130, 70, 90)
     wanted = [grad.double() @ weight.double(), grad.double().t() @ x.double()]
     eager = [grad @ weight, grad.t() @ x]
@@ -293,7 +298,7 @@ def test_linear_gradients_are_within_budget():
 @pytest.mark.parametrize("terms", [2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matmul_returns_bits_of_packed_linear(terms, transposed):
-    """Sizes go up and down, so that memory that is kept is larger than needed and then too small."""
+    """Sizes grow and shrink, so that the cached memory is too small and too large."""
     for rows, depth, columns in ((5, 40, 33), (3, 7, 2), (70, 96, 100), (0, 8, 4), (4, 0, 4), (6, 9, 0)):
         x = torch.randn(2, rows, depth)
         matrix = torch.randn(depth, columns).t() if transposed else torch.randn(columns, depth)

@@ -1,4 +1,4 @@
-"""Errors of split-bf16 linear layers, and the reasons why they cannot serve."""
+"""Errors of split-bf16 linear layers, and reasons why they are unsupported."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_pack_with_bad_matrix_raises(matrix, terms, reason):
     assert reason in str(raised.value)
 
 
-REFUSED = """
+REPORT = """
 import json, torch
 from beit_fast.ops.cpu_linear import split_bf16
 errors = []
@@ -84,10 +84,10 @@ print(json.dumps([split_bf16.unsupported_reason(), errors]))
 """
 
 
-def refused(**environment):
-    """The refusal, and the errors of both operators, in a fresh process."""
+def report_errors(**environment):
+    """Return the unsupported reason and the errors of both operators in a new process."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", REFUSED],
+        [sys.executable, "-W", "error", "-c", REPORT],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -98,7 +98,7 @@ def refused(**environment):
 
 
 def test_operators_without_library_raise_one_error():
-    reason, errors = refused(BEIT_FAST_NATIVE="0")
+    reason, errors = report_errors(BEIT_FAST_NATIVE="0")
     assert reason == "BEIT_FAST_NATIVE=0 was set when beit_fast was imported"
     assert errors == [
         f"beit_fast::_pack_split_bf16 cannot serve matrix float32[3, 4] on cpu: {reason}",
@@ -106,9 +106,9 @@ def test_operators_without_library_raise_one_error():
     ]
 
 
-@pytest.mark.skipif("avx512" not in native.instruction_sets()[1], reason="there is no other instruction set to ask for")
+@pytest.mark.skipif("avx512" not in native.instruction_sets()[1], reason="avx512 is not available")
 def test_operators_without_tiles_raise_one_error():
-    reason, errors = refused(BEIT_FAST_CPU_ISA="avx512")
+    reason, errors = report_errors(BEIT_FAST_CPU_ISA="avx512")
     assert reason == "the instruction set is avx512, and only amx has tiles"
     assert [error.endswith(f": {reason}") for error in errors] == [True, True]
 
@@ -127,7 +127,7 @@ def test_native_ask_returns_known_facts():
     assert native.ask("beit_fast_no_such_function") is None
 
 
-def test_meta_tensors_return_shapes():
+def test_linear_meta_tensors_return_shapes():
     packed = split_bf16.pack(torch.empty(33, 40, device="meta"), 3)
     assert (packed.shape, packed.dtype) == ((2, 2 * 3 * 2048), torch.uint8)
     assert split_bf16.linear(torch.empty(5, 7, 40, device="meta"), packed, 33, 3).shape == (5, 7, 33)

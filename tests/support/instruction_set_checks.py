@@ -1,7 +1,7 @@
-"""Checks of the native CPU kernels in one process, which runs the instruction set of `BEIT_FAST_CPU_ISA`.
+"""Checks of the native CPU kernels on the instruction set of `BEIT_FAST_CPU_ISA`.
 
-`python -m tests.support.instruction_set_checks` runs them all. They call the checks of the tests of one set of kernels
-on cases that take every path through loads, tails and tiles.
+Run all of them with `python -m tests.support.instruction_set_checks`.
+The cases cover every path through loads, tails and tiles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .patch_embedding import LAYOUTS, make_inputs
 
 
 def check_attention() -> None:
-    """Forward and backward: windows, masks, dropout, head dimensions, threads and large logits."""
+    """Check forward and backward on windows, masks, dropout, head dimensions, threads and large logits."""
     for dtype, window in itertools.product(DTYPES, [(1, 1), (1, 40), (13, 3), (14, 14)]):
         check_parity(make_case(window, dtype, batch=3, heads=2, dropout_p=0.2 if window == (13, 3) else 0.0))
         check_parity(make_case(window, dtype, key_mask=torch.rand(2, window[0] * window[1] + 1) > 0.3))
@@ -40,17 +40,17 @@ def check_attention() -> None:
 
 
 def check_patch_embed() -> None:
-    """Layouts, dtypes, output channels, long sums, and drawn inputs."""
+    """Check layouts, dtypes, output channels, long sums and drawn inputs."""
     for dtype, pixel_dtype in itertools.product(patch_embed.DTYPES, [torch.uint8, torch.float32, None]):
-        patch_embed.test_the_patches_of_a_beit(dtype, pixel_dtype, "operator")
+        patch_embed.test_patch_embed_beit_patches_match_convolution(dtype, pixel_dtype, "operator")
     for layout in LAYOUTS:
         patch_embed.assert_right(make_inputs((35, 50), (7, 4), embed=40, pixel_dtype=torch.uint8, layout=layout))
     for embed in (1, 15, 17, 33, 64):
-        patch_embed.test_any_number_of_output_channels(embed)
+        patch_embed.test_patch_embed_output_channels_match_convolution(embed)
     for depth, dtype in itertools.product((255, 257, 3072), (torch.float32, torch.bfloat16)):
-        patch_embed.test_long_sums(depth, dtype)
+        patch_embed.test_patch_embed_long_sums_match_convolution(depth, dtype)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        patch_embed.test_many_patches((5, 7), 33, dtype, None)
+        patch_embed.test_patch_embed_many_patches_match_convolution((5, 7), 33, dtype, None)
     check_drawn_inputs()
 
 
