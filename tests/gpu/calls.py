@@ -1,4 +1,4 @@
-"""Calls of the operator as people make them, through `beit_fast.rel_pos_attention` and autograd, on CUDA."""
+"""Calls of `beit_fast.rel_pos_attention` and its autograd on CUDA."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ if _reason := why_no_cuda():
     pytest.skip(_reason, allow_module_level=True)
 
 LONG = 10**9
-"""Clock cycles for `torch.cuda._sleep`: about half a second, some thousand times what a launch takes."""
+"""Clock cycles for `torch.cuda._sleep`, about half a second.
+
+This is several thousand times the duration of a launch.
+"""
 
 
 def leaves_of(case: Case) -> list[Tensor]:
-    """Copies of q, k, v and the table (where there is one) that require gradients."""
+    """Copy q, k, v and the table, if any; the copies require gradients."""
     tensors = (case.query, case.key, case.value, case.table)
     return [tensor.detach().clone().requires_grad_() for tensor in tensors if tensor is not None]
 
 
 def attend(case: Case, leaves: list[Tensor], function: Callable[..., Tensor] = beit_fast.rel_pos_attention) -> Tensor:
-    """out `[B, N, H, D]` for these leaves, the case's window, mask and dropout."""
+    """Return out `[B, N, H, D]` of `leaves` with the options of `case`."""
     table = leaves[3] if len(leaves) == 4 else None
     return function(*leaves[:3], table, case.window, case.key_mask, dropout_p=case.dropout_p, seed=case.seed)
 
@@ -35,7 +38,7 @@ def attend(case: Case, leaves: list[Tensor], function: Callable[..., Tensor] = b
 def attend_and_differentiate(
     case: Case, leaves: list[Tensor] | None = None, function: Callable[..., Tensor] = beit_fast.rel_pos_attention
 ) -> list[Tensor]:
-    """out, dq, dk, dv and dtable."""
+    """Return out, dq, dk, dv and dtable."""
     leaves = leaves_of(case) if leaves is None else leaves
     out = attend(case, leaves, function)
     return [out.detach(), *torch.autograd.grad(out, leaves, case.grad_out)]
@@ -46,4 +49,4 @@ def need_free_memory(size: int) -> None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < size:
-        pytest.skip(f"needs {size / 2**30:.0f} GiB on the device, of which {free / 2**30:.0f} are free")
+        pytest.skip(f"needs {size / 2**30:.0f} GiB of device memory ({free / 2**30:.0f} GiB are free)")

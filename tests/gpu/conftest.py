@@ -1,4 +1,7 @@
-"""Tests of what only a GPU has: streams, graphs, its memory, large inputs. In a process without one they do not run."""
+"""Tests that need a GPU: streams, CUDA graphs, device memory, large inputs.
+
+Without a GPU they are not collected.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Small cases for compute-sanitizer, attention forward and backward and patch embedding: a script, which takes names.
+"""Small cases of attention and patch embedding for compute-sanitizer.
 
-Sizes that no block divides, rows aligned to nothing, and each allocation a block of its own
-(`PYTORCH_NO_CUDA_MEMORY_CACHING=1`), so that an access one element outside a tensor is seen.
+Run as a script with the names of the cases. Sizes are not multiples of a block and rows are not aligned. With
+`PYTORCH_NO_CUDA_MEMORY_CACHING=1` each tensor has an allocation of its own, so that an access one element outside a
+tensor is detected.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PATCH_CASES: dict[str, dict[str, Any]] = {
     "fp32 channels last": {"image": (40, 24), "patch": (8, 8), "dtype": torch.float32, "channels_last": True},
     "several tiles of patches": {"image": (80, 96), "patch": (4, 4), "dtype": torch.bfloat16, "embed": 200},
 }
-"""The ones of the CUDA library, where there is one."""
+"""Cases of the CUDA library, if it is built."""
 
 
 def run(
@@ -49,7 +50,7 @@ def run(
     dropout_p: float = 0.0,
     padding: int = 0,
 ) -> list[Tensor]:
-    """out and the gradients of q, k, v and, with a window, of the table."""
+    """Return out and the gradients of q, k, v and the table, if any."""
     table = None
     if window is not None:
         tokens = window[0] * window[1] + 1
@@ -72,7 +73,7 @@ def embed_patches(
     is_bytes: bool = False,
     channels_last: bool = False,
 ) -> list[Tensor]:
-    """Tokens, with every option."""
+    """Embed patches with all options and return the tokens."""
     assert native.load("_C_cuda"), native.unsupported_reason("_C_cuda")
     shape, patches = (3, 3, *image), (image[0] // patch[0]) * (image[1] // patch[1])
     pixels = torch.randint(0, 256, shape, device="cuda").to(torch.uint8 if is_bytes else dtype)

@@ -1,4 +1,4 @@
-"""The cache of graphs with CUDA's; tests/inference/test_cuda_graphs.py has its bookkeeping."""
+"""`GraphCache` on a GPU; tests/inference/test_cuda_graphs.py tests its bookkeeping."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _no_gradients() -> Iterator[None]:
 
 
 def layer(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Some kernels, an intermediate and two results."""
+    """Run several kernels with an intermediate and two results."""
     hidden = torch.relu(x @ x.mT)
     return hidden.softmax(-1), hidden.sum()
 
 
-def some(size: int, seed: int = 0) -> Tensor:
+def make_input(size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(device())
 
 
@@ -39,9 +39,9 @@ def check(cache: GraphCache, x: Tensor) -> None:
     assert_same_bits(list(cache(x)), list(cache.function(x)))
 
 
-def test_new_inputs_get_new_results_and_old_results_stay() -> None:
+def test_graph_cache_new_inputs_keep_old_results() -> None:
     cache = GraphCache(layer)
-    inputs = [some(64, seed) for seed in range(4)]
+    inputs = [make_input(64, seed) for seed in range(4)]
     results = [cache(x) for x in inputs]
     for x, result in zip(inputs, results, strict=True):
         assert_same_bits(list(result), list(layer(x)))
@@ -49,25 +49,25 @@ def test_new_inputs_get_new_results_and_old_results_stay() -> None:
     assert (report.captured, report.replayed, report.plain) == (1, 4, {})
 
 
-def test_shapes_in_any_order_share_memory_and_not_results() -> None:
+def test_graph_cache_shapes_in_any_order_match_function() -> None:
     cache = GraphCache(layer, limit=4)
     for size in (64, 96, 32, 64, 32, 96, 80, 64):
-        check(cache, some(size, size))
+        check(cache, make_input(size, size))
     assert cache.report().captured == 4
     assert cache.report().dropped == 0
 
 
-def test_graphs_beyond_the_limit_are_dropped_and_recorded_again() -> None:
+def test_graph_cache_above_limit_drops_and_recaptures() -> None:
     cache = GraphCache(layer, limit=2)
     for size in (64, 96, 128, 64, 96, 128):
-        check(cache, some(size))
+        check(cache, make_input(size))
     assert len(cache) == 2
     assert cache.report().dropped == 4
 
 
-def test_clear_gives_memory_back() -> None:
+def test_graph_cache_clear_frees_memory() -> None:
     cache = GraphCache(layer)
-    cache(some(64))  # workspaces, which stay
+    cache(make_input(64))  # allocates workspaces that remain
 
     def reserved() -> int:
         gc.collect()
@@ -75,15 +75,18 @@ def test_clear_gives_memory_back() -> None:
         return torch.cuda.memory_reserved()
 
     before = reserved()
-    cache(some(4096))
-    assert reserved() - before >= 2 * 4 * 4096**2  # an input and a result at least
+    cache(make_input(4096))
+    assert reserved() - before >= 2 * 4 * 4096**2  # at least an input and a result
     cache.clear()
     assert reserved() - before < 4 * 4096**2
-    check(cache, some(64))
+    check(cache, make_input(64))
 
 
-def test_memory_of_graphs_is_shared() -> None:
-    """Eight shapes need little more than the largest: results and inputs each, intermediates once."""
+def test_graph_cache_graphs_share_memory() -> None:
+    """Eight shapes take little more memory than the largest.
+
+    Each shape has its inputs and results; the intermediates are shared.
+    """
 
     def chain(x: Tensor) -> Tensor:
         for _ in range(6):
@@ -109,11 +112,11 @@ def test_memory_of_graphs_is_shared() -> None:
     assert all_of_them - inputs < 2 * one
 
 
-def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
+def test_graph_cache_side_stream_does_not_wait_for_default_stream() -> None:
     cache = GraphCache(layer)
-    x = some(64)
+    x = make_input(64)
     expected = layer(x)
-    cache(-x)  # leaves wrong numbers in the buffers
+    cache(-x)  # fills the buffers with wrong values
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -122,11 +125,11 @@ def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
     assert all(same)
 
 
-def test_replays_on_two_streams_wait_for_one_another() -> None:
-    """Both use the same buffers: the second must not overwrite what the first still reads."""
+def test_graph_cache_replays_on_two_streams_do_not_overlap() -> None:
+    """The second replay must not overwrite buffers that the first still reads."""
     cache = GraphCache(lambda x: (torch.cuda._sleep(LONG // 20), x * 2)[1])
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
-    inputs = [some(64, seed) for seed in range(2)]
+    inputs = [make_input(64, seed) for seed in range(2)]
     cache(inputs[0])
     torch.cuda.synchronize()
     results = []
@@ -138,9 +141,9 @@ def test_replays_on_two_streams_wait_for_one_another() -> None:
         assert torch.equal(result, 2 * x)
 
 
-def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
+def test_graph_cache_side_stream_waits_for_its_inputs() -> None:
     cache = GraphCache(layer)
-    x, other = some(64), some(64, 1)
+    x, other = make_input(64), make_input(64, 1)
     cache(x)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -151,31 +154,31 @@ def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
     assert_same_bits(list(actual), list(layer(other)))
 
 
-def test_threads_on_streams_of_their_own() -> None:
+def test_graph_cache_threads_on_own_streams_match_function() -> None:
     cache = GraphCache(layer)
-    wrong: list[Any] = []
+    errors: list[Any] = []
 
     def work(number: int) -> None:
         try:
             with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
                 for step in range(10):
-                    check(cache, some(48 + 16 * (number % 2), 10 * number + step))
+                    check(cache, make_input(48 + 16 * (number % 2), 10 * number + step))
         except Exception as error:
-            wrong.append(error)
+            errors.append(error)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not errors
     assert cache.report().captured == 2
 
 
-def test_what_a_graph_reads_is_held() -> None:
+def test_graph_cache_held_tensors_stay_alive() -> None:
     tables = [torch.ones(1024, 1024, device=device())]
     cache = GraphCache(lambda x: x * tables[0].sum(), held=lambda: list(tables))
-    x = some(8)
+    x = make_input(8)
     cache(x)
     tables.clear()
     gc.collect()
@@ -185,28 +188,28 @@ def test_what_a_graph_reads_is_held() -> None:
     del garbage
 
 
-def test_parameters_changed_in_place_are_seen() -> None:
+def test_graph_cache_in_place_parameter_change_is_used() -> None:
     weight = torch.ones(8, device=device())
     cache = GraphCache(lambda x: x * weight)
-    x = some(8)
+    x = make_input(8)
     cache(x)
     weight.fill_(3)
     assert torch.equal(cache(x), 3 * x)
 
 
-def test_what_waits_for_the_device_cannot_be_recorded_and_nothing_is_left_behind() -> None:
+def test_graph_cache_synchronizing_function_raises_and_cleans_up() -> None:
     cache = GraphCache(lambda x: x * x.sum().item())
     stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
-        cache(some(8))
+        cache(make_input(8))
     assert torch.cuda.current_stream() == stream
     assert not torch.cuda.is_current_stream_capturing()
-    check(GraphCache(layer), some(64))
+    check(GraphCache(layer), make_input(64))
 
 
-def test_inside_the_recording_of_somebody_else() -> None:
+def test_graph_cache_inside_capture_calls_function() -> None:
     cache = GraphCache(layer)
-    x = some(64)
+    x = make_input(64)
     check(cache, x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -216,16 +219,16 @@ def test_inside_the_recording_of_somebody_else() -> None:
     assert_same_bits(list(result), list(layer(x)))
 
 
-def test_inputs_on_a_cpu_take_the_function_itself() -> None:
+def test_graph_cache_cpu_inputs_call_function() -> None:
     cache = GraphCache(layer)
-    x = some(8).cpu()
+    x = make_input(8).cpu()
     assert_same_bits(list(cache(x)), list(layer(x)))
     assert cache.report().plain == {"the arguments are not on one cuda device": 1}
 
 
-def test_a_call_does_not_wait_for_the_device() -> None:
+def test_graph_cache_call_does_not_synchronize() -> None:
     cache = GraphCache(layer)
-    x = some(64)
+    x = make_input(64)
     cache(x)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -238,7 +241,7 @@ def test_a_call_does_not_wait_for_the_device() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["triton", "sdpa"])
-def test_a_model_of_bytes_and_floats(implementation: str, dtype: torch.dtype) -> None:
+def test_graph_cache_model_of_bytes_and_floats_matches_model(implementation: str, dtype: torch.dtype) -> None:
     model = with_attention(implementation, build().to(dtype))
     model.set_pixel_normalization(MEAN, STD)
     cache = GraphCache(model)
@@ -252,12 +255,12 @@ def test_a_model_of_bytes_and_floats(implementation: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices_have_graphs_of_their_own() -> None:
+def test_graph_cache_two_devices_capture_separate_graphs() -> None:
     cache = GraphCache(layer)
     current = torch.cuda.current_device()
     for _ in range(2):
         for index in range(2):
-            x = some(64).to(torch.device("cuda", index))
+            x = make_input(64).to(torch.device("cuda", index))
             result = cache(x)
             assert torch.cuda.current_device() == current
             assert_same_bits(list(result), list(layer(x)))

@@ -1,4 +1,4 @@
-"""Optimised models on a GPU: fused norms and GELU, and calls replayed as CUDA graphs."""
+"""Optimized models on a GPU: fused norms and GELU, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import calls  # noqa: F401  skips this file without a GPU
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_outputs(position: str, dtype: torch.dtype, graphs: bool) -> None:
+def test_optimize_for_inference_matches_fp64(position: str, dtype: torch.dtype, graphs: bool) -> None:
     model = build(**POSITIONS[position]).to(dtype)
     eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     for reference in (eager, exact):
@@ -38,8 +38,11 @@ def test_outputs(position: str, dtype: torch.dtype, graphs: bool) -> None:
     assert optimized.inference_report().linears == "torch, triton"
 
 
-def test_graphs_outlive_the_biases_that_they_read() -> None:
-    """More windows than biases or graphs are kept for; every replay still reads memory that is its own."""
+def test_optimize_for_inference_graphs_keep_biases_alive() -> None:
+    """Use more windows than biases or graphs are cached.
+
+    Each replay must still read its own memory.
+    """
     model = build(**POSITIONS["per layer"])
     plain, optimized = optimize_for_inference(model, graphs=False), optimize_for_inference(model)
     pixels = [torch.randn(1, 3, 32, 8 * columns, device=device()) for columns in range(1, 13)]

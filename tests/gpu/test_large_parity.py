@@ -1,4 +1,4 @@
-"""Against the fp64 oracle at the sizes of real images: 224, 384, 512 and 640 pixels with patches of 16, and 2048."""
+"""Attention against the fp64 oracle for images of 224 to 2048 pixels."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ WINDOWS = {197: (14, 14), 577: (24, 24), 1025: (32, 32), 1601: (40, 40)}
 
 
 @pytest.fixture
-def single_precision_products(request: pytest.FixtureRequest) -> Iterator[None]:
-    """torch's setting for fp32 products, the test's parameter, which the kernels follow."""
+def fp32_matmul_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Set the fp32 matmul precision of torch to the parameter of the test."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param)
     yield
@@ -36,18 +36,18 @@ def single_precision_products(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("tokens", WINDOWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_square_images(tokens: int, dtype: torch.dtype) -> None:
+def test_attention_square_images_match_oracle(tokens: int, dtype: torch.dtype) -> None:
     check_parity(make_case(WINDOWS[tokens], dtype, batch=2, heads=3, head_dim=64))
 
 
 @pytest.mark.parametrize("tokens", WINDOWS)
-@pytest.mark.parametrize("single_precision_products", ["high"], indirect=True)
-def test_square_images_in_tf32(tokens: int, single_precision_products: None) -> None:
-    """The budget is that of eager with TF32."""
+@pytest.mark.parametrize("fp32_matmul_precision", ["high"], indirect=True)
+def test_attention_square_images_in_tf32_match_oracle(tokens: int, fp32_matmul_precision: None) -> None:
+    """The budget is the error of eager attention with TF32."""
     check_parity(make_case(WINDOWS[tokens], torch.float32, batch=2, heads=3, head_dim=64))
 
 
-def test_tf32_is_used_where_torch_allows_it_only() -> None:
+def test_attention_tf32_only_if_torch_allows_it() -> None:
     case = make_case((14, 14), torch.float32, head_dim=64)
     before = torch.get_float32_matmul_precision()
     results = {}
@@ -62,25 +62,25 @@ def test_tf32_is_used_where_torch_allows_it_only() -> None:
 
 @pytest.mark.parametrize("head_dim", [32, 80, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_head_dimensions(head_dim: int, dtype: torch.dtype) -> None:
+def test_attention_head_dims_match_oracle(head_dim: int, dtype: torch.dtype) -> None:
     check_parity(make_case((24, 24), dtype, batch=2, heads=3, head_dim=head_dim))
 
 
 @pytest.mark.parametrize("window", [(23, 25), (25, 23), (30, 40), (40, 30), (1, 577), (577, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rectangular_images(window: tuple[int, int], dtype: torch.dtype) -> None:
+def test_attention_rectangular_images_match_oracle(window: tuple[int, int], dtype: torch.dtype) -> None:
     check_parity(make_case(window, dtype, batch=2, heads=2, head_dim=64))
 
 
 @pytest.mark.parametrize("tokens", [577, 1601])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_a_table(tokens: int, dtype: torch.dtype) -> None:
+def test_attention_without_table_matches_oracle(tokens: int, dtype: torch.dtype) -> None:
     check_parity(make_case(None, dtype, tokens=tokens, batch=2, heads=3, head_dim=64))
 
 
 @pytest.mark.parametrize("window", [(24, 24), (40, 40), None])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_key_mask(window: tuple[int, int] | None, dtype: torch.dtype) -> None:
+def test_attention_key_mask_matches_oracle(window: tuple[int, int] | None, dtype: torch.dtype) -> None:
     tokens = 700 if window is None else window[0] * window[1] + 1
     mask = torch.rand(3, tokens, generator=torch.Generator().manual_seed(6)) > 0.5
     mask[1, tokens // 3 :] = False
@@ -90,13 +90,13 @@ def test_key_mask(window: tuple[int, int] | None, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("tokens", [1025, 1601])
-def test_few_programs(tokens: int, batch: int) -> None:
-    """One head of one image leaves most of a GPU idle, unless the keys are split."""
+def test_attention_few_programs_match_oracle(tokens: int, batch: int) -> None:
+    """The keys are split, since one head of one image leaves most SMs idle."""
     check_parity(make_case(WINDOWS[tokens], torch.bfloat16, batch=batch, heads=1, head_dim=64))
 
 
 def bias_index(window: tuple[int, int], queries: Tensor) -> Tensor:
-    """Rows of the table for some queries and every key, int64 `[queries, N]`."""
+    """Return the table rows of `queries` and all keys, int64 `[queries, N]`."""
     height, width = window
     rows = (2 * height - 1) * (2 * width - 1) + 3
     keys = torch.arange(height * width + 1, device=queries.device) - 1  # patch numbers, CLS is -1
@@ -110,8 +110,11 @@ def bias_index(window: tuple[int, int], queries: Tensor) -> Tensor:
     return index
 
 
-def oracle_of_some_queries(case: Case, queries: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """out at `queries`, and dq, dk, dv and dtable of an incoming gradient that is 0 at the other queries."""
+def query_oracle(case: Case, queries: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return out at `queries` with dq, dk, dv and dtable.
+
+    The incoming gradient is 0 at the other queries.
+    """
     assert case.table is not None
     q, k, v = (tensor.to(dtype).requires_grad_() for tensor in (case.query, case.key, case.value))
     table = case.table.to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_()
@@ -123,20 +126,23 @@ def oracle_of_some_queries(case: Case, queries: Tensor, dtype: torch.dtype) -> l
 
 @pytest.mark.parametrize("window", [(128, 128), (127, 129)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_of_2048_pixels(window: tuple[int, int], dtype: torch.dtype) -> None:
-    """16385 tokens have 268 million scores a head: the oracle takes some queries, and no others send a gradient."""
+def test_attention_images_of_2048_pixels_match_oracle(window: tuple[int, int], dtype: torch.dtype) -> None:
+    """Compare a selection of queries: 16385 tokens have 268 million scores per head.
+
+    The incoming gradient is 0 at the other queries.
+    """
     case = make_case(window, dtype, batch=1, heads=2, head_dim=64)
     tokens = case.query.shape[1]
     generator = torch.Generator().manual_seed(8)
     others = torch.randperm(tokens - 3, generator=generator)[:100] + 2
     queries = torch.cat([torch.tensor([0, 1, tokens - 1]), others.sort().values]).unique().to(case.query.device)
-    silent = torch.ones(tokens, dtype=torch.bool, device=queries.device).index_fill(0, queries, False)
-    case.grad_out[:, silent] = 0
+    unselected = torch.ones(tokens, dtype=torch.bool, device=queries.device).index_fill(0, queries, False)
+    case.grad_out[:, unselected] = 0
     out, lse = run_forward(case)
     gradients = run_backward(case, out, lse)
-    reference = oracle_of_some_queries(case, queries, torch.float64)
-    eager = oracle_of_some_queries(case, queries, dtype)
+    reference = query_oracle(case, queries, torch.float64)
+    eager = query_oracle(case, queries, dtype)
     assert_within_budget("out", out[:, queries], reference[0], eager[0], FORWARD_FACTOR)
     for name, *tensors in zip(("dq", "dk", "dv", "dtable"), gradients, reference[1:], eager[1:], strict=True):
         assert_within_budget(name, *tensors, BACKWARD_FACTOR, dtype)
-    assert torch.count_nonzero(gradients[0][:, silent]) == 0
+    assert torch.count_nonzero(gradients[0][:, unselected]) == 0

@@ -1,4 +1,4 @@
-"""A linear layer with GELU by the Triton kernel, on a GPU: sizes of real models, streams, graphs, far addresses."""
+"""The Triton linear layer with GELU on a GPU: sizes, streams, graphs, offsets."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ from .calls import LONG, need_free_memory
         ((64, 197), 100, 333),
     ],
 )
-def test_sizes_of_real_models(rows: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    """From few rows, with small tiles, to many, with large ones."""
+def test_linear_gelu_model_sizes_match_fp64(
+    rows: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    """Cover few rows, with small tiles, to many rows, with large tiles."""
     layer = make_layer(rows, inputs, outputs, dtype, "cuda")
     check_layer(linear_gelu(*layer), *layer)
 
 
 @pytest.mark.parametrize("rows", [197, 1576, 12608])
-def test_tf32_where_torch_allows_it(rows: int) -> None:
-    """The budget is that of the two operations with TF32 products."""
+def test_linear_gelu_tf32_if_torch_allows_it(rows: int) -> None:
+    """The budget is the error of the two operations with TF32."""
     layer = make_layer((rows,), 768, 3072, torch.float32, "cuda")
     exact = linear_gelu(*layer)
     before = torch.get_float32_matmul_precision()
@@ -47,8 +49,8 @@ def test_tf32_where_torch_allows_it(rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_number_is_written_and_two_runs_agree(dtype: torch.dtype) -> None:
-    """Fresh memory is filled with NaN where deterministic algorithms are asked for."""
+def test_linear_gelu_writes_every_element_and_is_deterministic(dtype: torch.dtype) -> None:
+    """Deterministic mode fills new memory with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for rows, outputs in ((77, 130), (700, 515), (5000, 258)):
@@ -60,14 +62,14 @@ def test_every_number_is_written_and_two_runs_agree(dtype: torch.dtype) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_slices_go_in_as_they_are() -> None:
+def test_linear_gelu_slices_same_bits() -> None:
     x, weight, bias = make_layer((4, 197), 768, 3072, torch.bfloat16, "cuda")
     wide = torch.stack([x, x], dim=2)[:, :, 1]
     assert bitwise_equal(linear_gelu(wide, weight, bias), linear_gelu(x, weight, bias))
 
 
-def test_more_rows_than_two_to_the_31_numbers() -> None:
-    """All rows are one, expanded, so only the result takes memory."""
+def test_linear_gelu_result_above_2_31_elements() -> None:
+    """Expand one row to all rows, so that only the result takes memory."""
     x, weight, bias = make_layer((1,), 64, 1024, torch.bfloat16, "cuda")
     rows = 2**21 + 200
     need_free_memory(3 * 2 * rows * 1024)
@@ -77,7 +79,7 @@ def test_more_rows_than_two_to_the_31_numbers() -> None:
     assert all(torch.equal(part, expected.expand_as(part)) for part in result.split(2**16))
 
 
-def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
+def test_linear_gelu_side_stream_waits_for_its_inputs() -> None:
     x, weight, bias = make_layer((197,), 768, 3072, torch.bfloat16, "cuda")
     other = -x
     expected = linear_gelu(other, weight, bias)
@@ -92,10 +94,10 @@ def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize("inputs", [96, 97])
-def test_a_captured_graph_serves_new_inputs(inputs: int) -> None:
-    """97 inputs are padded by a copy, which must be in the graph too."""
+def test_linear_gelu_captured_graph_uses_new_inputs(inputs: int) -> None:
+    """97 inputs are padded by a copy, which must be captured too."""
     x, weight, bias = make_layer((50,), inputs, 64, torch.bfloat16, "cuda")
-    linear_gelu(x, weight, bias)  # compiles the kernel, which a capture does not allow
+    linear_gelu(x, weight, bias)  # compiles the kernel, which is not possible during capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = linear_gelu(x, weight, bias)
@@ -106,7 +108,7 @@ def test_a_captured_graph_serves_new_inputs(inputs: int) -> None:
         assert_same_bits([result], [linear_gelu(x, weight, bias)])
 
 
-def test_it_does_not_wait_for_the_device() -> None:
+def test_linear_gelu_does_not_synchronize() -> None:
     layer = make_layer((197,), 768, 3072, torch.bfloat16, "cuda")
     expected = linear_gelu(*layer)
     mode = torch.cuda.get_sync_debug_mode()
@@ -118,7 +120,7 @@ def test_it_does_not_wait_for_the_device() -> None:
     assert torch.equal(actual, expected)
 
 
-def test_compiled_whole_with_any_number_of_rows() -> None:
+def test_linear_gelu_compile_fullgraph_with_dynamic_rows() -> None:
     torch.compiler.reset()
     compiled = torch.compile(linear_gelu, fullgraph=True, dynamic=True)
     for rows in (3, 197, 5000):
@@ -126,7 +128,7 @@ def test_compiled_whole_with_any_number_of_rows() -> None:
         assert torch.equal(compiled(*layer), linear_gelu(*layer))
 
 
-def test_one_compilation_serves_every_number_of_rows_of_a_class() -> None:
+def test_linear_gelu_rows_of_one_class_compile_once() -> None:
     from beit_fast.kernels.linear_gelu.kernel import linear_gelu_kernel
 
     def compiled() -> int:
@@ -139,7 +141,7 @@ def test_one_compilation_serves_every_number_of_rows_of_a_class() -> None:
     assert compiled() == before
 
 
-def test_what_the_kernel_does_not_take_is_refused() -> None:
+def test_linear_gelu_unsupported_inputs_raise() -> None:
     x, weight, bias = make_layer((3,), 16, 24, torch.float64, "cuda")
     with pytest.raises(ValueError, match="expected float16, bfloat16 or float32"):
         linear_gelu(x, weight, bias)
@@ -149,7 +151,7 @@ def test_what_the_kernel_does_not_take_is_refused() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
+def test_linear_gelu_other_device_runs_there() -> None:
     layer: list[Tensor] = [x.to("cuda:1") for x in make_layer((197,), 768, 3072, torch.bfloat16, "cuda")]
     current = torch.cuda.current_device()
     result = linear_gelu(*layer)

@@ -1,4 +1,4 @@
-"""A whole model on a GPU under autocast and compiled; tests/kernels has it in one precision."""
+"""Models on a GPU with autocast, `torch.compile` and uint8 pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import calls  # noqa: F401  skips this file without a GPU
 
 
 @pytest.mark.parametrize("position", ["per layer", "shared", "both"])
-def test_autocast(position: str) -> None:
+def test_model_autocast_matches_fp64(position: str) -> None:
     dtype = torch.bfloat16
     model, pixels = build(**POSITIONS[position]), torch.randn(2, 3, 24, 40).to(device())
     with torch.autocast("cuda", dtype=dtype):
@@ -27,7 +27,7 @@ def test_autocast(position: str) -> None:
 
 
 @pytest.mark.parametrize("position", ["per layer", "shared"])
-def test_compiled_whole(position: str) -> None:
+def test_model_compile_fullgraph_matches_fp64(position: str) -> None:
     torch.compiler.reset()
     model, pixels = build(**POSITIONS[position]), torch.randn(2, 3, 32, 32).to(device())
     eager, eager_gradients = train_step(with_attention("eager", model), pixels)
@@ -42,8 +42,8 @@ def test_compiled_whole(position: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("position", ["per layer", "absolute"])
-def test_bytes(position: str, dtype: torch.dtype) -> None:
-    """uint8 pixels through the operator, beside float ones through the convolution."""
+def test_model_uint8_pixels_match_fp64(position: str, dtype: torch.dtype) -> None:
+    """uint8 pixels by the operator, against float pixels by the convolution."""
     model = build(**POSITIONS[position]).to(dtype)
     model.set_pixel_normalization(MEAN, STD)
     pixels = byte_images(2, 3, 35, 40).to(device())

@@ -1,4 +1,4 @@
-"""The operators as torch sees them on CUDA: schemas, autocast, `torch.compile`, refusals; and they never wait."""
+"""Attention operators on CUDA: opcheck, autocast, `torch.compile`, errors, no synchronization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ backward_op = torch.ops.beit_fast.rel_pos_attention_backward.default
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck_attention(masked: bool) -> None:
+def test_attention_opcheck_passes(masked: bool) -> None:
     case = make_case((2, 3), head_dim=16)
     key_mask = torch.rand(case.query.shape[:2], device=case.query.device) > 0.3 if masked else None
     q, k, v, table = leaves_of(case)
@@ -25,7 +25,7 @@ def test_opcheck_attention(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("wanted", [[True] * 4, [False, False, False, True], [True, False, True, False]])
-def test_opcheck_attention_backward(wanted: list[bool]) -> None:
+def test_attention_backward_opcheck_passes(wanted: list[bool]) -> None:
     case = make_case((2, 3), head_dim=16)
     inputs = (case.query, case.key, case.value, case.table, None)
     out, lse = attention_op(*inputs, case.window, case.scale)
@@ -33,7 +33,7 @@ def test_opcheck_attention_backward(wanted: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_the_projections_and_leaves_the_table(dtype: torch.dtype) -> None:
+def test_attention_autocast_casts_projections_and_not_table(dtype: torch.dtype) -> None:
     case = make_case((5, 7))
     leaves = leaves_of(case)
     with torch.autocast("cuda", dtype=dtype):
@@ -46,13 +46,13 @@ def test_autocast_casts_the_projections_and_leaves_the_table(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_agree_bit_for_bit(dtype: torch.dtype) -> None:
+def test_attention_two_runs_same_bits(dtype: torch.dtype) -> None:
     case = make_case((24, 24), dtype, batch=4, heads=3, head_dim=64, dropout_p=0.1, seed=5)
     assert_same_bits(attend_and_differentiate(case), attend_and_differentiate(case))
 
 
 @pytest.mark.parametrize("window", [(7, 9), None])
-def test_compiled_whole_with_any_batch(window: tuple[int, int] | None) -> None:
+def test_attention_compile_fullgraph_with_dynamic_batch(window: tuple[int, int] | None) -> None:
     torch.compiler.reset()
     compiled = torch.compile(beit_fast.rel_pos_attention, fullgraph=True)
     stance = "default"
@@ -67,8 +67,8 @@ def test_compiled_whole_with_any_batch(window: tuple[int, int] | None) -> None:
         stance = "fail_on_recompile"
 
 
-def test_neither_direction_waits_for_the_device() -> None:
-    """Not one value is read back, nor copied from pageable memory, once the kernels are compiled."""
+def test_attention_forward_and_backward_do_not_synchronize() -> None:
+    """Compiled kernels read no value back and copy none from pageable memory."""
     mask = torch.rand(2, 64, generator=torch.Generator().manual_seed(3)) > 0.3
     case = make_case((7, 9), torch.bfloat16, key_mask=mask, dropout_p=0.1, seed=9)
     leaves = leaves_of(case)
@@ -82,7 +82,7 @@ def test_neither_direction_waits_for_the_device() -> None:
     assert_same_bits(actual, expected)
 
 
-def test_tensors_on_two_devices_are_refused() -> None:
+def test_attention_tensors_on_two_devices_raise() -> None:
     case = make_case((2, 3))
     assert case.table is not None
     with pytest.raises(ValueError, match="all tensors must be on one device") as error:

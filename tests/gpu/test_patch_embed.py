@@ -1,4 +1,7 @@
-"""Patch embedding by the CUDA kernel, on a GPU; tests/test_cuda_emulation.py runs the same source without one."""
+"""Patch embedding by the CUDA kernel on a GPU.
+
+tests/csrc/test_cuda_emulation.py runs the same source without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_i
 from .calls import LONG, need_free_memory
 
 if _reason := native.unsupported_reason("_C_cuda"):
-    pytest.skip(f"the CUDA library does not serve: {_reason}", allow_module_level=True)
+    pytest.skip(f"the CUDA library is not available: {_reason}", allow_module_level=True)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIXEL_DTYPES = (torch.uint8, *DTYPES)
@@ -27,8 +30,11 @@ BACKWARD_FACTOR = 3
 
 
 @pytest.fixture(autouse=True)
-def _fp32_convolutions_are_fp32() -> Iterator[None]:
-    """The reference's: cuDNN takes TF32 unless told otherwise, and its error would be no budget."""
+def _disable_tf32_convolutions() -> Iterator[None]:
+    """Disable TF32 in the convolutions of the reference.
+
+    cuDNN uses TF32 by default, and its error would be too large a budget.
+    """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -36,14 +42,14 @@ def _fp32_convolutions_are_fp32() -> Iterator[None]:
 
 
 @pytest.fixture
-def tf32_products() -> Iterator[None]:
+def allow_tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield
     torch.set_float32_matmul_precision(before)
 
 
-def test_the_library_loads() -> None:
+def test_native_load_cuda_library() -> None:
     assert native.load("_C_cuda"), native.unsupported_reason("_C_cuda")
 
 
@@ -52,7 +58,10 @@ def inputs(image: tuple[int, int] = (48, 64), patch: tuple[int, int] = (16, 16),
 
 
 def check(arguments: dict[str, Any]) -> Tensor:
-    """Tokens, which are as near to those in fp64 as a convolution in the weight's dtype comes."""
+    """Return the tokens, compared with fp64.
+
+    The budget is the error of a convolution in the dtype of the weight.
+    """
     tokens = beit_fast.patch_embed(**arguments)
     reference, eager = convolution(**in_precision(arguments, torch.float64)), convolution(**arguments)
     assert tokens.dtype == eager.dtype
@@ -65,7 +74,7 @@ def check(arguments: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pixel_dtype", PIXEL_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_and_layouts(dtype: torch.dtype, pixel_dtype: torch.dtype, layout: str) -> None:
+def test_patch_embed_dtypes_and_layouts_match_fp64(dtype: torch.dtype, pixel_dtype: torch.dtype, layout: str) -> None:
     arguments = inputs(dtype=dtype, pixel_dtype=pixel_dtype, layout=layout, embed=72)
     check(arguments)
     check(arguments | {"mean": None, "std": None})
@@ -83,33 +92,33 @@ def test_dtypes_and_layouts(dtype: torch.dtype, pixel_dtype: torch.dtype, layout
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes_of_real_models(size: int, patch: int, embed: int, batch: int, dtype: torch.dtype) -> None:
-    """From few blocks, with small tiles, to many, with large ones."""
+def test_patch_embed_model_sizes_match_fp64(size: int, patch: int, embed: int, batch: int, dtype: torch.dtype) -> None:
+    """Cover few blocks, with small tiles, to many blocks, with large tiles."""
     for pixel_dtype in (dtype, torch.uint8):
         check(inputs((size, size), (patch, patch), embed=embed, batch=batch, dtype=dtype, pixel_dtype=pixel_dtype))
 
 
 @pytest.mark.parametrize("patch", [(1, 1), (2, 3), (7, 7), (8, 4), (14, 14), (5, 30)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_patch_sizes_and_columns(patch: tuple[int, int], dtype: torch.dtype) -> None:
+def test_patch_embed_patch_sizes_and_channels_match_fp64(patch: tuple[int, int], dtype: torch.dtype) -> None:
     for channels, embed in ((1, 1), (3, 37), (5, 200)):
         check(inputs((61, 67), patch, channels=channels, embed=embed, dtype=dtype))
 
 
 @pytest.mark.parametrize("absent", [("bias",), ("cls",), ("mask", "mask_token"), ("pos",), ("mean",), ("std",)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_options(absent: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_patch_embed_optional_inputs_match_fp64(absent: tuple[str, ...], dtype: torch.dtype) -> None:
     check(inputs(dtype=dtype, absent=absent))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_wider_tokens_than_weights(dtype: torch.dtype) -> None:
+def test_patch_embed_fp32_tokens_from_half_weights(dtype: torch.dtype) -> None:
     assert check(inputs(dtype=dtype, token_dtype=torch.float32)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("batch", [2, 64])
-def test_tf32_where_torch_allows_it(batch: int, tf32_products: None) -> None:
-    """The budget is that of the fallback with TF32 products."""
+def test_patch_embed_tf32_if_torch_allows_it(batch: int, allow_tf32: None) -> None:
+    """The budget is the error of the fallback with TF32."""
     arguments = inputs((224, 224), embed=768, batch=batch)
     tokens = beit_fast.patch_embed(**arguments)
     reference = convolution(**in_precision(arguments, torch.float64))
@@ -120,7 +129,7 @@ def test_tf32_where_torch_allows_it(batch: int, tf32_products: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients(dtype: torch.dtype) -> None:
+def test_patch_embed_gradients_match_fp64(dtype: torch.dtype) -> None:
     arguments = inputs(dtype=dtype, embed=72)
     reference, eager, actual = (
         gradients(function, in_precision(arguments, precision))
@@ -135,7 +144,10 @@ def test_gradients(dtype: torch.dtype) -> None:
 
 
 def gradients(function: Callable[..., Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """By argument, of an incoming gradient that is the same in every precision."""
+    """Return the gradients by argument name.
+
+    The incoming gradient is the same in every precision.
+    """
     leaves = {
         name: value.detach().clone().requires_grad_()
         for name, value in arguments.items()
@@ -147,7 +159,7 @@ def gradients(function: Callable[..., Tensor], arguments: dict[str, Any]) -> dic
     return dict(zip(leaves, torch.autograd.grad(tokens, list(leaves.values()), incoming), strict=True))
 
 
-def test_autocast_takes_half_weights() -> None:
+def test_patch_embed_autocast_uses_half_weights() -> None:
     arguments = inputs()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         tokens = beit_fast.patch_embed(**arguments)
@@ -155,7 +167,7 @@ def test_autocast_takes_half_weights() -> None:
     assert torch.equal(tokens, beit_fast.patch_embed(**(arguments | half)))
 
 
-def test_compiled_whole() -> None:
+def test_patch_embed_compile_fullgraph_same_bits() -> None:
     torch.compiler.reset()
     compiled = torch.compile(beit_fast.patch_embed, fullgraph=True)
     for batch in (2, 3, 5):
@@ -164,8 +176,8 @@ def test_compiled_whole() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_image_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
-    """Small tiles and large ones add in one order."""
+def test_patch_embed_image_independent_of_batch(dtype: torch.dtype) -> None:
+    """Small and large tiles add in the same order."""
     arguments = inputs((224, 224), batch=64, embed=768, dtype=dtype, absent=("mask", "mask_token"))
     together = beit_fast.patch_embed(**arguments)
     alone = beit_fast.patch_embed(**(arguments | {"pixels": arguments["pixels"][63:]}))
@@ -174,8 +186,8 @@ def test_an_image_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("embed", [40, 37])
-def test_every_number_is_written(embed: int) -> None:
-    """Fresh memory is filled with NaN where deterministic algorithms are asked for."""
+def test_patch_embed_writes_every_element(embed: int) -> None:
+    """Deterministic mode fills new memory with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         tokens = [beit_fast.patch_embed(**inputs((50, 70), embed=embed, batch=batch)) for batch in (1, 40)]
@@ -185,18 +197,18 @@ def test_every_number_is_written(embed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_patch_embed_of_unsupported_dtype_runs_fallback(dtype: torch.dtype) -> None:
-    """fp64, and the normalisation of more channels than it has room for."""
+def test_patch_embed_unsupported_inputs_run_fallback(dtype: torch.dtype) -> None:
+    """fp64, and normalization of more channels than the kernel supports."""
     check(inputs((8, 8), (4, 4), dtype=dtype, channels=3 if dtype == torch.float64 else 130))
 
 
-def test_an_empty_batch() -> None:
+def test_patch_embed_empty_batch_returns_empty() -> None:
     arguments = inputs(batch=2)
     tokens = beit_fast.patch_embed(**(arguments | {"pixels": arguments["pixels"][:0], "mask": arguments["mask"][:0]}))
     assert tokens.shape == (0, 13, 40)
 
 
-def test_tensors_on_two_devices_are_refused() -> None:
+def test_patch_embed_tensors_on_two_devices_raise() -> None:
     arguments = inputs()
     with pytest.raises(ValueError, match="all tensors must be on one device"):
         beit_fast.patch_embed(**(arguments | {"weight": arguments["weight"].cpu()}))
@@ -204,7 +216,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
         torch.ops.beit_fast._patch_embed_cuda(*(arguments | {"bias": arguments["bias"].cpu()}).values(), False)
 
 
-def test_pixels_beyond_two_to_the_31_bytes() -> None:
+def test_patch_embed_pixels_above_2_31_bytes() -> None:
     image = 3 * 224 * 224
     batch = 2**31 // image + 2
     need_free_memory(2 * batch * image)
@@ -216,8 +228,8 @@ def test_pixels_beyond_two_to_the_31_bytes() -> None:
     assert torch.equal(tokens[0], tokens[-2])
 
 
-def test_more_tokens_than_two_to_the_31_numbers() -> None:
-    """All images are one, expanded, so only the result takes memory."""
+def test_patch_embed_tokens_above_2_31_elements() -> None:
+    """Expand one image to a batch, so that only the result takes memory."""
     arguments = inputs((64, 64), batch=1, embed=1024, dtype=torch.bfloat16, absent=("mask", "mask_token"))
     batch = 2**31 // (17 * 1024) + 2
     need_free_memory(3 * 2 * batch * 17 * 1024)
@@ -227,12 +239,12 @@ def test_more_tokens_than_two_to_the_31_numbers() -> None:
     assert all(torch.equal(part, expected.expand_as(part)) for part in tokens.split(1024))
 
 
-def test_more_than_65535_tiles_of_rows() -> None:
+def test_patch_embed_above_65535_row_tiles_matches_fp64() -> None:
     arguments = inputs((64, 64), (1, 1), channels=1, batch=2100, embed=8, dtype=torch.float16)
     check(arguments)
 
 
-def test_neither_waits_for_the_device() -> None:
+def test_patch_embed_does_not_synchronize() -> None:
     arguments = inputs(dtype=torch.bfloat16, pixel_dtype=torch.uint8)
     expected = beit_fast.patch_embed(**arguments)
     mode = torch.cuda.get_sync_debug_mode()
@@ -244,7 +256,7 @@ def test_neither_waits_for_the_device() -> None:
     assert torch.equal(actual, expected)
 
 
-def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
+def test_patch_embed_side_stream_waits_for_its_inputs() -> None:
     arguments = inputs(dtype=torch.bfloat16)
     other = -arguments["pixels"]
     expected = beit_fast.patch_embed(**(arguments | {"pixels": other}))
@@ -258,12 +270,12 @@ def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
     assert torch.equal(actual, expected)
 
 
-def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
+def test_patch_embed_side_stream_does_not_wait_for_default_stream() -> None:
     arguments = inputs(dtype=torch.bfloat16)
     expected = beit_fast.patch_embed(**arguments)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        beit_fast.patch_embed(**(arguments | {"pixels": -arguments["pixels"]}))  # wrong numbers in memory to come
+        beit_fast.patch_embed(**(arguments | {"pixels": -arguments["pixels"]}))  # fills reused memory with wrong values
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)
     with torch.cuda.stream(side):
@@ -273,10 +285,10 @@ def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
 
 
 @pytest.mark.parametrize("patch", [(16, 16), (5, 7)])
-def test_a_captured_graph_serves_new_inputs(patch: tuple[int, int]) -> None:
-    """Patches of 5 x 7 have their weight padded by a copy, which must be in the graph too."""
+def test_patch_embed_captured_graph_uses_new_inputs(patch: tuple[int, int]) -> None:
+    """The weight of 5 x 7 patches is padded by a copy, which must be captured too."""
     arguments = inputs(patch=patch, dtype=torch.bfloat16, pixel_dtype=torch.uint8)
-    beit_fast.patch_embed(**arguments)  # loads the library, which a capture does not allow
+    beit_fast.patch_embed(**arguments)  # loads the library, which is not possible during capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         tokens = beit_fast.patch_embed(**arguments)
@@ -289,7 +301,7 @@ def test_a_captured_graph_serves_new_inputs(patch: tuple[int, int]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
+def test_patch_embed_other_device_runs_there() -> None:
     arguments = inputs(dtype=torch.bfloat16)
     other = torch.device("cuda", 1 - torch.cuda.current_device())
     moved = {name: value.to(other) if isinstance(value, Tensor) else value for name, value in arguments.items()}

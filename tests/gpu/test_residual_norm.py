@@ -1,6 +1,6 @@
-"""Residual, layer scale, drop path and LayerNorm on CUDA: large sizes, streams, graphs, compiled whole, no waiting.
+"""Residual, layer scale, drop path and LayerNorm on CUDA: sizes, streams, graphs.
 
-tests/kernels has the numbers of small cases, which run on CUDA as well where there is a device.
+tests/kernels has the small cases, which also run on CUDA if there is a GPU.
 """
 
 from __future__ import annotations
@@ -39,19 +39,22 @@ def run(case: ResidualCase) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(64, 197, 768), (8, 1601, 1024), (1, 197, 768), (3, 577, 1000)])
-def test_sizes_of_real_models(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_residual_norm_model_sizes_match_fp64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     case = make_case(*shape, dtype=dtype)
     check_parity(case)
     check_parity(case, fused_sum, eager_sum)
 
 
-def test_two_runs_agree_bit_for_bit() -> None:
+def test_residual_norm_two_runs_same_bits() -> None:
     case = make_case(32, 577, 768)
     assert_same_bits(run(case), run(case))
 
 
-def test_more_than_two_to_the_31_elements() -> None:
-    """fla-org/flash-linear-attention#1080: every sample is the same, so each must come out alike."""
+def test_residual_norm_results_above_2_31_elements() -> None:
+    """Expand one sample to a batch: every result must be the same.
+
+    Bug elsewhere: fla-org/flash-linear-attention#1080.
+    """
     batch, tokens, size = 2**31 // (1024 * 1024) + 2, 1024, 1024
     need_free_memory(12 * batch * tokens * size)
     case = make_case(1, tokens, size)
@@ -66,7 +69,7 @@ def test_more_than_two_to_the_31_elements() -> None:
         assert relative_error(actual[name], batch * expected[name].double()) < 2**-6, name
 
 
-def test_neither_direction_waits_for_the_device() -> None:
+def test_residual_norm_forward_and_backward_do_not_synchronize() -> None:
     case = make_case(4, 197, 768)
     expected = run(case)
     leaves = leaves_of(case)
@@ -80,14 +83,14 @@ def test_neither_direction_waits_for_the_device() -> None:
 
 
 def differentiate(case: ResidualCase, leaves: dict[str, Tensor]) -> list[Tensor]:
-    """sum, normalised rows and the gradients of all leaves."""
+    """Return sum, normalized rows and the gradients of all leaves."""
     residual, branch, scale, weight, bias = (leaves[name] for name in ORDER)
     outputs = residual_norm.residual_norm(residual, branch, scale, case.drop_path_scale, weight, bias, EPS)
     gradients = torch.autograd.grad(outputs, [leaves[name] for name in ORDER], (case.grad_sum, case.grad_normalized))
     return [*(x.detach() for x in outputs), *gradients]
 
 
-def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
+def test_residual_norm_side_stream_does_not_wait_for_default_stream() -> None:
     case = make_case(4, 197, 768)
     leaves, expected = leaves_of(case), differentiate(case, leaves_of(case))
     torch.cuda.synchronize()
@@ -99,13 +102,13 @@ def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
     assert all(same)
 
 
-def test_a_captured_graph_serves_new_inputs() -> None:
+def test_residual_norm_captured_graph_uses_new_inputs() -> None:
     case, other = make_case(4, 197, 768), residual_case(4, 197, 768, torch.bfloat16, "cuda", seed=1)
     leaves = leaves_of(case)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        differentiate(case, leaves)  # compiles the kernels, which a capture does not allow
+        differentiate(case, leaves)  # compiles the kernels, which is not possible during capture
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -118,7 +121,7 @@ def test_a_captured_graph_serves_new_inputs() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
+def test_residual_norm_other_device_runs_there() -> None:
     """Triton launches on the current device: triton-lang/triton#2441."""
     case = make_case(2, 7, 64)
     other = torch.device("cuda", 1 - torch.cuda.current_device())
@@ -127,7 +130,7 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_residual_norm_autocast_dtypes(dtype: torch.dtype) -> None:
     case = make_case(4, 197, 768, dtype=torch.float32).map(lambda x: x.to(dtype), "branch")
     with torch.autocast("cuda", dtype=dtype):
         results = fused(case)
@@ -137,7 +140,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(results["normalized"], expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_compiled_whole_with_any_batch() -> None:
+def test_residual_norm_compile_fullgraph_with_dynamic_batch() -> None:
     torch.compiler.reset()
 
     def block(case: ResidualCase, leaves: dict[str, Tensor]) -> Tensor:
@@ -165,7 +168,7 @@ def test_compiled_whole_with_any_batch() -> None:
         stance = "fail_on_recompile"
 
 
-def test_opcheck() -> None:
+def test_residual_norm_opcheck_passes() -> None:
     case = make_case(2, 3, 64)
     leaves = leaves_of(case)
     residual, branch, scale, weight, bias = (leaves[name] for name in ORDER)
@@ -175,8 +178,11 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("value", [3.0, 0.1, 60000.1])
 @pytest.mark.parametrize("size", [768, 1000, 1024])
-def test_constant_rows(size: int, value: float) -> None:
-    """An approximate division by 768 must not show, though eps is 1e-12: pytorch/pytorch#41527."""
+def test_residual_norm_constant_rows_return_bias(size: int, value: float) -> None:
+    """An approximate division by 768 must not change the result, although eps is 1e-12.
+
+    Bug elsewhere: pytorch/pytorch#41527.
+    """
     case = residual_case(2, 5, size, torch.float32, "cuda", without=("branch",))
     case.residual = torch.full_like(case.residual, value)
     assert case.bias is not None

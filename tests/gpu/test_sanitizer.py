@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer over small cases: no access outside an allocation, no race in shared memory."""
+"""NVIDIA compute-sanitizer on small cases: invalid accesses and shared-memory races."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ SECONDS = 240
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer on the path, or in the CUDA toolkit."""
+    """Find compute-sanitizer on the path or in the CUDA toolkit."""
     toolkits = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     folders = [f"{toolkit}/bin" for toolkit in toolkits if toolkit]
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
 
 
 SANITIZER = find_sanitizer()
-pytestmark = pytest.mark.skipif(
-    SANITIZER is None, reason="compute-sanitizer, a part of the CUDA toolkit, was not found"
-)
+pytestmark = pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer was not found (part of the CUDA toolkit)")
 
 
 def sanitize(tool: str, *names: str) -> None:
-    """Run cases under one of the sanitizer's tools; a case that did not run fails as well as one with an error."""
+    """Run cases under a tool of the sanitizer.
+
+    A case that did not run fails, like a case with an error.
+    """
     script = Path(__file__).with_name("sanitized_cases.py")
     environment = os.environ | {
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
@@ -47,21 +48,21 @@ def sanitize(tool: str, *names: str) -> None:
         assert f"ran: {name}" in done.stdout
 
 
-def test_no_access_outside_an_allocation() -> None:
+def test_attention_memcheck_passes() -> None:
     sanitize("memcheck", *CASES)
 
 
-def test_no_race_in_shared_memory() -> None:
+def test_attention_racecheck_passes() -> None:
     sanitize("racecheck", "odd width")
 
 
-needs_the_library = pytest.mark.skipif(
+needs_cuda_library = pytest.mark.skipif(
     native.unsupported_reason("_C_cuda") is not None,
-    reason=f"the CUDA library does not serve: {native.unsupported_reason('_C_cuda')}",
+    reason=f"the CUDA library is not available: {native.unsupported_reason('_C_cuda')}",
 )
 
 
-@needs_the_library
+@needs_cuda_library
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
-def test_patch_embedding(tool: str) -> None:
+def test_patch_embed_sanitizer_passes(tool: str) -> None:
     sanitize(tool, *PATCH_CASES)

@@ -1,4 +1,4 @@
-"""Many planes, results of more than 2^31 elements, and how much memory a call takes."""
+"""Many planes, results above 2^31 elements, and the memory of a call."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from beit_fast.testing.memory import peak_memory
 from ..kernels.cases import Case, check_parity, make_case, run_backward, run_forward
 from .calls import attend_and_differentiate, leaves_of, need_free_memory
 
-SCRATCH_LIMIT = 2**26  # bytes that the gradient of the table may take beside the results
+SCRATCH_LIMIT = 2**26  # bytes of scratch memory for the gradient of the table
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(35_000, 2), (1, 70_000)])
-def test_more_than_65535_planes(batch: int, heads: int) -> None:
-    """CUDA limits a grid's y and z: fla-org/flash-linear-attention#172 and #1077, flashinfer-ai/flashinfer#3125."""
+def test_attention_above_65535_planes_matches_oracle(batch: int, heads: int) -> None:
+    """CUDA limits y and z of a grid to 65535.
+
+    Bugs elsewhere: fla-org/flash-linear-attention#172 and #1077, flashinfer-ai/flashinfer#3125.
+    """
     check_parity(make_case((2, 2), torch.float16, batch=batch, heads=heads, head_dim=8))
 
 
-def test_results_of_more_than_two_to_the_31_elements() -> None:
-    """All images are one image, expanded, so only the results take memory, and all of their samples are equal."""
+def test_attention_results_above_2_31_elements() -> None:
+    """Expand one image to a batch, so that only the results take memory.
+
+    All samples of the results are equal.
+    """
     case = make_case((4, 4), torch.float16, batch=1, heads=8, head_dim=128)
     batch = 2**31 // case.query.numel() + 2
     need_free_memory(2 * 4 * batch * case.query.numel() + 2**31)
@@ -41,12 +47,12 @@ def all_samples_equal(samples: Tensor, sample: Tensor) -> bool:
     return all(torch.equal(part, sample.expand_as(part)) for part in samples.split(1024))
 
 
-def image_of_640_pixels(batch: int) -> Case:
+def case_of_640_pixels(batch: int) -> Case:
     return make_case((40, 40), torch.bfloat16, batch=batch, heads=12, head_dim=64)
 
 
-def peak_of(case: Case) -> int:
-    """Bytes that forward and backward take above the inputs."""
+def peak_bytes(case: Case) -> int:
+    """Return the peak bytes of forward and backward beyond the inputs."""
     leaves = leaves_of(case)
     attend_and_differentiate(case, leaves)
     peak = peak_memory(lambda: attend_and_differentiate(case, leaves), case.query.device)
@@ -55,21 +61,21 @@ def peak_of(case: Case) -> int:
 
 
 def plane_elements(case: Case) -> int:
-    """H * N * N, the scores of one image."""
+    """Return H * N * N, the number of scores of one image."""
     _, tokens, heads, _ = case.query.shape
     return heads * tokens * tokens
 
 
-def test_no_buffer_has_the_size_of_the_scores() -> None:
-    """One byte a score would be half of what the smallest type takes."""
-    case = image_of_640_pixels(batch=2)
+def test_attention_peak_memory_below_scores() -> None:
+    """The limit is one byte per score, half the size of the smallest dtype."""
+    case = case_of_640_pixels(batch=2)
     scores = 2 * plane_elements(case)
-    without_table, with_table = peak_of(replace(case, table=None)), peak_of(case)
+    without_table, with_table = peak_bytes(replace(case, table=None)), peak_bytes(case)
     assert without_table < scores
     assert with_table < scores + min(SCRATCH_LIMIT, 4 * plane_elements(case))
 
 
-def test_no_buffer_of_scores_grows_with_the_batch() -> None:
-    few = image_of_640_pixels(batch=2)
-    growth = peak_of(image_of_640_pixels(batch=8)) - peak_of(few)
+def test_attention_memory_growth_with_batch_below_scores() -> None:
+    few = case_of_640_pixels(batch=2)
+    growth = peak_bytes(case_of_640_pixels(batch=8)) - peak_bytes(few)
     assert growth < 6 * plane_elements(few)

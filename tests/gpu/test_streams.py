@@ -1,6 +1,7 @@
-"""Streams, CUDA graphs and a second device: pytorch/pytorch#157363, thu-ml/SageAttention#371, triton-lang/triton#2441.
+"""Streams, CUDA graphs and a second device.
 
-Nothing here reads a clock: a long kernel holds up one stream, so that work put on a wrong one meets the wrong numbers.
+A long kernel delays one stream, so that work on the wrong stream reads wrong values. The tests do not read a clock.
+Bugs elsewhere: pytorch/pytorch#157363, thu-ml/SageAttention#371, triton-lang/triton#2441.
 """
 
 from __future__ import annotations
@@ -15,31 +16,31 @@ from ..kernels.cases import Case, assert_same_bits, bitwise_equal, make_case
 from .calls import LONG, attend_and_differentiate, leaves_of
 
 
-def some_case(window: tuple[int, int] | None = (7, 9)) -> Case:
+def masked_case(window: tuple[int, int] | None = (7, 9)) -> Case:
     mask = torch.rand(2, 64, generator=torch.Generator().manual_seed(2)) > 0.3
     return make_case(window, torch.bfloat16, tokens=64, heads=3, head_dim=64, key_mask=mask, dropout_p=0.1, seed=7)
 
 
 def negated(case: Case) -> Case:
-    """Other numbers in tensors of the same shapes."""
+    """Negate the values of the case."""
     opposite = case.map_rows(Tensor.neg)
     return opposite if case.table is None else replace(opposite, table=-case.table)
 
 
 def overwrite(case: Case, leaves: list[Tensor], source: Case) -> None:
-    """Put the numbers of `source` into the tensors that `case` and `leaves` already have, on the current stream."""
+    """Copy the values of `source` into `case` and `leaves`, on the current stream."""
     with torch.no_grad():
         for leaf, other in zip(leaves, leaves_of(source), strict=True):
             leaf.copy_(other)
         case.grad_out.copy_(source.grad_out)
 
 
-def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
-    case = some_case()
+def test_attention_side_stream_does_not_wait_for_default_stream() -> None:
+    case = masked_case()
     leaves, expected = leaves_of(case), attend_and_differentiate(case)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        attend_and_differentiate(negated(case))  # leaves wrong numbers in the memory that is taken next
+        attend_and_differentiate(negated(case))  # fills reused memory with wrong values
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)
     with torch.cuda.stream(side):
@@ -49,8 +50,8 @@ def test_a_side_stream_goes_on_while_the_default_one_is_held_up() -> None:
     assert all(same)
 
 
-def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
-    case = some_case()
+def test_attention_side_stream_waits_for_its_inputs() -> None:
+    case = masked_case()
     other = negated(case)
     leaves, expected = leaves_of(case), attend_and_differentiate(other)
     side = torch.cuda.Stream()
@@ -64,19 +65,19 @@ def test_inputs_that_a_side_stream_writes_late_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize("window", [(7, 9), None])
-def test_a_captured_graph_serves_new_inputs(window: tuple[int, int] | None) -> None:
-    case = some_case(window)
+def test_attention_captured_graph_uses_new_inputs(window: tuple[int, int] | None) -> None:
+    case = masked_case(window)
     leaves = leaves_of(case)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        attend_and_differentiate(case, leaves)  # compiles the kernels, which a capture does not allow
+        attend_and_differentiate(case, leaves)  # compiles the kernels, which is not possible during capture
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = attend_and_differentiate(case, leaves)
 
-    for source in (some_case(window), negated(case), some_case(window).map_rows(lambda tensor: tensor.flip(1))):
+    for source in (masked_case(window), negated(case), masked_case(window).map_rows(lambda tensor: tensor.flip(1))):
         overwrite(case, leaves, source)
         for result in results:
             result.fill_(float("nan"))
@@ -85,9 +86,9 @@ def test_a_captured_graph_serves_new_inputs(window: tuple[int, int] | None) -> N
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
+def test_attention_other_device_runs_there() -> None:
     """Triton launches on the current device: triton-lang/triton#2441, state-spaces/mamba#593."""
-    case = some_case()
+    case = masked_case()
     expected = attend_and_differentiate(case)
     other = torch.device("cuda", 1 - torch.cuda.current_device())
     moved = replace(case, **{name: tensor.to(other) for name, tensor in case.tensors().items()})
