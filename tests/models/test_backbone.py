@@ -1,4 +1,4 @@
-"""`BeitBackbone` in the place of Transformers' own, inside the models that are built on it."""
+"""`BeitBackbone` as the backbone of Transformers' dense-prediction models."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ..support.transformers_reference import hub_state, randomize
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "triton"])
 @pytest.mark.parametrize("build", DENSE_MODELS)
-def test_takes_the_place_of_transformers_backbone(build, implementation):
+def test_backbone_in_dense_model_equals_transformers(build, implementation):
     config, size = build()
     model = model_class(build)(config).double().eval()
     randomize(model)
@@ -30,7 +30,7 @@ def test_takes_the_place_of_transformers_backbone(build, implementation):
     assert relative_error(as_tuple, main_output(expected)) < 1e-6
 
 
-def test_attributes_of_the_contract():
+def test_backbone_attributes_follow_out_features():
     backbone = BeitBackbone(BeitConfig(**(OPTIONS | {"out_features": None})))
     assert backbone.backbone_type == "transformers"
     assert backbone.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
@@ -46,7 +46,7 @@ def test_attributes_of_the_contract():
     assert len(backbone(torch.randn(1, 3, 32, 32)).feature_maps) == 3
 
 
-def test_filtered_keywords():
+def test_backbone_filtered_kwargs_are_ignored():
     backbone = BeitBackbone(BeitConfig(**OPTIONS)).eval()
     pixels = torch.randn(1, 3, 32, 32)
     output = backbone.forward_with_filtered_kwargs(pixels, output_hidden_states=True, interpolate_pos_encoding=True)

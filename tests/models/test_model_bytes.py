@@ -1,4 +1,4 @@
-"""Pixels that come as uint8: the same as an image processor's, in every class, saved with the configuration."""
+"""uint8 pixels: normalized as by an image processor, in every class. The configuration stores mean and std."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ FP64_PARITY = 1e-9  # two orders of summation in fp64
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_bytes_give_what_the_processors_pixels_give(implementation, dtype):
+def test_uint8_pixels_equal_image_processor(implementation, dtype):
     processor = BeitImageProcessor(image_mean=MEAN, image_std=STD, do_resize=False, do_center_crop=False)
     arrays = [np.random.default_rng(seed).integers(0, 256, (40, 32, 3), dtype=np.uint8) for seed in range(2)]
     floats = processor(arrays, return_tensors="pt")["pixel_values"].to(dtype)
@@ -36,12 +36,12 @@ def test_bytes_give_what_the_processors_pixels_give(implementation, dtype):
         assert actual.dtype == dtype
         assert_within_budget("bytes", actual, exact, budget, 2)
     model.set_patch_embed_implementation("conv")
-    assert torch.equal(model(floats).last_hidden_state, budget), "float pixels are taken as normalised"
+    assert torch.equal(model(floats).last_hidden_state, budget), "float pixels are used without normalization"
 
 
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_class_takes_bytes(name, implementation):
+def test_uint8_pixels_in_every_class_equal_normalized(name, implementation):
     model = build(name, patch_embed_implementation=implementation).double()
     model.set_pixel_normalization(MEAN, STD)
     pixels = byte_images(2, 3, 35, 45)
@@ -50,7 +50,7 @@ def test_every_class_takes_bytes(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_pixels_that_cannot_be_taken_are_refused(implementation):
+def test_pixels_wrong_dtype_or_shape_raise(implementation):
     model = build(patch_embed_implementation=implementation)
     with pytest.raises(ValueError, match=r"uint8 pixel_values need .* call model.set_pixel_normalization\(mean, std\)"):
         model(byte_images())
@@ -81,7 +81,7 @@ def test_pixels_that_cannot_be_taken_are_refused(implementation):
         (MEAN, "imagenet", TypeError, "pixel_std.*a positive"),
     ],
 )
-def test_a_bad_normalization_is_refused_and_changes_nothing(mean, std, error, reason):
+def test_set_pixel_normalization_invalid_raises_and_keeps_config(mean, std, error, reason):
     model = build()
     model.set_pixel_normalization(0.5, 0.25)
     before = model.config.to_dict()
@@ -92,7 +92,7 @@ def test_a_bad_normalization_is_refused_and_changes_nothing(mean, std, error, re
 
 
 @pytest.mark.parametrize("numbers", [tuple, np.array, torch.tensor])
-def test_numbers_may_come_in_any_sequence(numbers):
+def test_set_pixel_normalization_accepts_any_sequence(numbers):
     model = build(attn_implementation="eager")
     model.set_pixel_normalization(numbers(MEAN), numbers(STD))
     assert model.config.pixel_mean == pytest.approx(MEAN)
@@ -101,7 +101,7 @@ def test_numbers_may_come_in_any_sequence(numbers):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_normalization_is_saved_loaded_and_ignored_by_transformers(name, tmp_path):
+def test_pixel_normalization_round_trips_and_transformers_ignores_it(name, tmp_path):
     model = build(name)
     plain = model.config.to_json_string()
     assert "pixel" not in plain
@@ -126,7 +126,7 @@ def test_normalization_is_saved_loaded_and_ignored_by_transformers(name, tmp_pat
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_keep_the_normalization_and_then_their_own(clone):
+def test_pixel_normalization_of_copy_is_independent(clone):
     model, pixels = build(patch_embed_implementation="fused"), byte_images()
     model.set_pixel_normalization(MEAN, STD)
     again = clone(model)
@@ -136,7 +136,7 @@ def test_copies_keep_the_normalization_and_then_their_own(clone):
     assert again.patch_embed_implementation == "fused"
 
 
-def test_a_compiled_model_sees_another_normalization():
+def test_compile_changed_normalization_is_applied():
     torch.compiler.reset()
     model, pixels = build(patch_embed_implementation="fused"), byte_images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -146,7 +146,7 @@ def test_a_compiled_model_sees_another_normalization():
 
 
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_autocast_takes_bytes_and_keeps_the_residual_stream_precise(implementation):
+def test_autocast_uint8_pixels_keep_fp32_residual(implementation):
     model, pixels = build(patch_embed_implementation=implementation), byte_images()
     model.set_pixel_normalization(MEAN, STD)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -157,14 +157,14 @@ def test_autocast_takes_bytes_and_keeps_the_residual_stream_precise(implementati
 
 
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_a_model_on_meta_gives_shapes(implementation):
+def test_meta_model_uint8_pixels_gives_shapes(implementation):
     with torch.device("meta"):
         model = BeitForImageClassification(BeitConfig(**TINY), "triton", implementation).eval()
         model.set_pixel_normalization(MEAN, STD)
         assert model(torch.empty(2, 3, 32, 48, dtype=torch.uint8)).logits.shape == (2, 5)
 
 
-def test_one_sample_at_a_time_by_vmap():
+def test_vmap_uint8_pixels_equals_batch():
     model = build("BeitModel", attn_implementation="triton")
     model.set_pixel_normalization(MEAN, STD)
     pixels = byte_images(3, 3, 32, 32)

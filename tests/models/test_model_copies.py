@@ -1,4 +1,4 @@
-"""Copies, files and moves of whole models: what comes back computes what was there, by the same kernels."""
+"""Copies, saved files and moves of models give equal outputs with the same kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ATTENTION = torch.ops.beit_fast.rel_pos_attention.default
 
 
 class AttentionCalls(TorchDispatchMode):
-    """Counts calls of the fused operator."""
+    """Count calls of the fused operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ def outputs_of(model: nn.Module, pixels: Tensor) -> list[Tensor]:
         return [leaf for leaf in pytree.tree_leaves(model(pixels)) if isinstance(leaf, Tensor)]
 
 
-def assert_computes_the_same(model: nn.Module, original: nn.Module, pixels: Tensor) -> None:
-    """The same bits by the fused operator, at sizes that neither may have seen."""
+def assert_equal_outputs(model: nn.Module, original: nn.Module, pixels: Tensor) -> None:
+    """Check bit-exact outputs and the number of calls of the fused operator."""
     with AttentionCalls() as calls:
         actual = outputs_of(model, pixels)
     assert calls.count == len(original.base_model.encoder.layer)
@@ -53,23 +53,23 @@ def assert_computes_the_same(model: nn.Module, original: nn.Module, pixels: Tens
         assert torch.equal(mine, expected)
 
 
-def through_a_file(value: Any, **options: Any) -> Any:
-    """What `torch.load` makes of what `torch.save` wrote."""
+def save_and_load(value: Any, **options: Any) -> Any:
+    """Save the value with `torch.save` and load it with `torch.load`."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
     return torch.load(buffer, **options)
 
 
-def through_a_state_dict(model: nn.Module) -> nn.Module:
-    """A model built anew from the configuration, with the weights of a file that holds nothing but tensors."""
+def copy_by_state_dict(model: nn.Module) -> nn.Module:
+    """Build a model from the configuration and load the saved state dict."""
     again = type(model)(copy.deepcopy(model.config)).eval()
-    again.load_state_dict(through_a_file(model.state_dict(), weights_only=True), strict=True)
+    again.load_state_dict(save_and_load(model.state_dict(), weights_only=True), strict=True)
     return again
 
 
-def through_meta(model: nn.Module) -> nn.Module:
-    """Built without memory, then given the original's tensors themselves."""
+def copy_by_meta(model: nn.Module) -> nn.Module:
+    """Build a model on meta and assign the tensors of the original."""
     with torch.device("meta"):
         again = type(model)(copy.deepcopy(model.config)).eval()
     again.load_state_dict(model.state_dict(), strict=True, assign=True)
@@ -79,15 +79,15 @@ def through_meta(model: nn.Module) -> nn.Module:
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model: through_a_file(model, weights_only=False),
-    "state dict": through_a_state_dict,
-    "meta": through_meta,
+    "torch.save": lambda model: save_and_load(model, weights_only=False),
+    "state dict": copy_by_state_dict,
+    "meta": copy_by_meta,
 }
 
 
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_copy_computes_the_same(name: str, way: str) -> None:
+def test_copy_gives_equal_outputs(name: str, way: str) -> None:
     model = build(name, "both", attn_implementation="triton")
     outputs_of(model, images())
     again = COPIES[way](model)
@@ -95,13 +95,13 @@ def test_a_copy_computes_the_same(name: str, way: str) -> None:
     assert not again.training
     assert again.attn_implementation == "triton"
     assert not any(tensor.is_meta for tensor in again.state_dict().values())
-    assert_computes_the_same(again, model, images(3, 3, 40, 24))
+    assert_equal_outputs(again, model, images(3, 3, 40, 24))
 
 
 @pytest.mark.parametrize("way", [way for way in COPIES if way != "meta"])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_a_copy_is_its_own(position: str, way: str) -> None:
-    """Nothing is shared, the tables of the bias included: what is done to the copy stays with it."""
+def test_copy_is_independent(position: str, way: str) -> None:
+    """Changes to the copy have no effect on the original, bias tables included."""
     model = build(position=position, attn_implementation="triton")
     again, pixels = COPIES[way](model), images()
     before = outputs_of(model, pixels)
@@ -117,7 +117,7 @@ def test_a_copy_is_its_own(position: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_a_copy_keeps_what_was_set(way: str) -> None:
+def test_copy_keeps_settings(way: str) -> None:
     model = build("BeitForMaskedImageModeling", attn_implementation="triton").train()
     model.set_patch_embed_implementation("conv")
     model.set_pixel_normalization(MEAN, STD)
@@ -146,7 +146,7 @@ print(model.attention_report().kernel)
 """
 
 
-def test_a_saved_model_loads_in_a_fresh_process_that_imports_torch(tmp_path: Path) -> None:
+def test_torch_load_in_fresh_process_gives_equal_logits(tmp_path: Path) -> None:
     model, pixels = build("BeitForSemanticSegmentation", attn_implementation="triton"), images(1, 3, 32, 48)
     torch.save(model, tmp_path / "model.pt")
     torch.save((pixels, outputs_of(model, pixels)[0]), tmp_path / "data.pt")
@@ -157,10 +157,10 @@ def test_a_saved_model_loads_in_a_fresh_process_that_imports_torch(tmp_path: Pat
     assert run.stdout.strip() == model.attention_report().kernel
 
 
-def test_a_whole_model_is_no_file_of_weights() -> None:
-    """Unpickling a module runs code, so torch's default refuses it; a state dict is tensors."""
+def test_torch_load_weights_only_of_model_raises() -> None:
+    """Unpickling a module runs code, so `weights_only=True`, the default, rejects it."""
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
-        through_a_file(build())
+        save_and_load(build())
 
 
 MOVES: dict[str, Callable[[Any], Any]] = {
@@ -168,14 +168,14 @@ MOVES: dict[str, Callable[[Any], Any]] = {
     "bfloat16": lambda model: model.bfloat16(),
     "double": lambda model: model.double(),
     "to": lambda model: model.to("cpu", torch.float16),
-    "there and back": lambda model: model.double().half().float(),
+    "double half float": lambda model: model.double().half().float(),
 }
 
 
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_ran_leaves_nothing_behind_when_it_is_moved(name: str, move: str) -> None:
-    """Against one that has never run: no index, bias or position of another size or dtype is kept."""
+def test_move_after_run_equals_fresh_model(name: str, move: str) -> None:
+    """The fresh model has not run: no index, bias or position of another size or dtype may stay cached."""
     used = build(name, "both", use_absolute_position_embeddings=True, attn_implementation="triton")
     fresh = copy.deepcopy(used)
     for size in ((2, 3, 32, 32), (1, 3, 40, 24)):
@@ -183,13 +183,13 @@ def test_what_ran_leaves_nothing_behind_when_it_is_moved(name: str, move: str) -
     used, fresh = MOVES[move](used), MOVES[move](fresh)
     for size in ((2, 3, 40, 24), (1, 3, 48, 16), (2, 3, 32, 32)):
         pixels = images(*size).to(fresh.dtype)
-        assert_computes_the_same(used, fresh, pixels)
+        assert_equal_outputs(used, fresh, pixels)
         assert {x.dtype for x in outputs_of(used, pixels)} == {fresh.dtype}
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_built_on_meta_and_initialised(name: str) -> None:
-    """The numbers of a model that was built with memory, statistics of batch norms among them."""
+def test_init_weights_after_meta_equals_constructor(name: str) -> None:
+    """Parameters and batch norm statistics have the values of a model built on the CPU."""
     config = beit_fast.BeitConfig(**(TINY | POSITIONS["both"] | options_for(name)), attn_implementation="triton")
     with torch.device("meta"):
         model = getattr(beit_fast, name)(config).eval()
@@ -197,7 +197,7 @@ def test_built_on_meta_and_initialised(name: str) -> None:
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            tensor.fill_(113)  # what fresh memory may hold
+            tensor.fill_(113)  # a value that uninitialized memory may have
     model.init_weights()
     built = getattr(beit_fast, name)(config).state_dict()
     for key, tensor in model.state_dict().items():
@@ -205,14 +205,14 @@ def test_built_on_meta_and_initialised(name: str) -> None:
         assert not (mine == 113).any(), key
         if expected.numel() == 1 or expected.std() == 0:
             assert torch.equal(mine, expected), key
-        elif expected.numel() > 500:  # drawn at random
+        elif expected.numel() > 500:  # random initial values
             torch.testing.assert_close(mine.std(), expected.std(), rtol=0.2, atol=0)
     assert all(torch.isfinite(x).all() for x in outputs_of(model, images()))
 
 
 @pytest.mark.parametrize("implementation", ["triton", None])
 @pytest.mark.parametrize("name", CLASSES)
-def test_shapes_without_memory(name: str, implementation: str | None) -> None:
+def test_meta_model_gives_equal_shapes(name: str, implementation: str | None) -> None:
     model = build(name, attn_implementation=implementation)
     pixels = images(2, 3, 40, 24)
     expected = outputs_of(model, pixels)
@@ -222,22 +222,22 @@ def test_shapes_without_memory(name: str, implementation: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_an_optimised_model_in_a_file(name: str) -> None:
-    """Packed weights are no tensors that can be saved: the file holds the originals, and loading folds them again."""
+def test_optimized_model_save_and_load_gives_equal_outputs(name: str) -> None:
+    """The file stores the original weights, because packed weights cannot be saved; loading folds them again."""
     model = build(name, "both", attn_implementation="triton")
     optimized = optimize_for_inference(model, torch.bfloat16)
     outputs_of(optimized, images().bfloat16())
-    again = through_a_file(optimized, weights_only=False)
+    again = save_and_load(optimized, weights_only=False)
     assert type(again) is type(optimized)
     pixels = images(1, 3, 40, 24).bfloat16()
     for mine, expected in zip(outputs_of(again, pixels), outputs_of(optimized, pixels), strict=True):
         assert torch.equal(mine, expected)
-    state = through_a_file(optimized.state_dict(), weights_only=True)
+    state = save_and_load(optimized.state_dict(), weights_only=True)
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_what_was_optimised_may_be_moved_and_optimised_again() -> None:
-    """The original is free to change; its optimised forms keep the type that they were made with."""
+def test_optimize_for_inference_again_after_move() -> None:
+    """An optimized model keeps its dtype after the original changes."""
     model, pixels = build(attn_implementation="triton"), images()
     optimized = optimize_for_inference(model)
     before = outputs_of(optimized, pixels)[0]

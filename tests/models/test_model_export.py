@@ -1,4 +1,4 @@
-"""Models that leave Python's hands: `torch.export`, AOTInductor, ONNX and `torch.jit.trace`, run at other sizes."""
+"""Models under `torch.export`, AOTInductor, ONNX and `torch.jit.trace`, run at several sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATCH_EMBED = torch.ops.beit_fast.patch_embed.default
 ANY_SIZE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
 OTHER_SIZES = [(3, 3, 64, 40), (5, 3, 32, 32), (2, 3, 61, 70), (1, 3, 48, 80)]
 
-CLASSIFICATION_QUICKLY = [
+QUICK_CLASSES = [
     name if name == "BeitForImageClassification" else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES
 ]
 ONNX_OPSET = 20
@@ -43,12 +43,12 @@ needs_compiler = pytest.mark.skipif(
 
 
 def export(model: nn.Module, *pixels: Tensor, **inputs: Any) -> ExportedProgram:
-    """The program of a model for any batch, height and width."""
+    """Export a model for any batch, height and width."""
     return torch.export.export(model, pixels or (images(2, 3, 32, 48),), dynamic_shapes=(ANY_SIZE,), **inputs)
 
 
-def calls(program: ExportedProgram) -> Counter[object]:
-    """How often a program calls each operator."""
+def operator_counts(program: ExportedProgram) -> Counter[object]:
+    """Count the calls of each operator in a program."""
     return Counter(node.target for node in program.graph.nodes if node.op == "call_function")
 
 
@@ -63,7 +63,7 @@ def assert_same(actual: object, expected: object) -> None:
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A process of its own, outside the checkout, that imports what `code` does."""
+    """Run `code` in a new process outside the checkout."""
     path = os.pathsep.join(filter(None, [str(Path(beit_fast.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
@@ -75,7 +75,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 
 def small(name: str = "BeitForImageClassification", position: str = "per layer", **options: Any) -> Any:
-    """A model of one block (segmentation: three) under the fused operator."""
+    """A model of one block (segmentation: three) with the fused operator."""
     sizes: dict[str, Any] = {"num_hidden_layers": 1, "attn_implementation": "triton"}
     if name == "BeitForSemanticSegmentation":
         sizes |= {"num_hidden_layers": 3, "out_indices": [0, 1, 2, 3], "pool_scales": (1, 2, 3)}
@@ -85,7 +85,7 @@ def small(name: str = "BeitForImageClassification", position: str = "per layer",
 
 
 def without_bias(model: nn.Module) -> nn.Module:
-    """The same weights, the tables of the bias zeroed."""
+    """Copy the model with its bias tables set to zero."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for key, tensor in model.named_parameters():
@@ -94,19 +94,19 @@ def without_bias(model: nn.Module) -> nn.Module:
     return model
 
 
-def assert_bias_counts(actual: object, model: nn.Module, pixels: Tensor) -> None:
-    """A hundred times what `ONNX_LIMIT` accepts lies between the model and one without its bias."""
+def assert_bias_matters(actual: object, model: nn.Module, pixels: Tensor) -> None:
+    """Check that without the bias the outputs differ by more than 100 times `ONNX_LIMIT`."""
     with torch.no_grad():
         for mine, other in zip(tensors_of(actual), tensors_of(without_bias(model)(pixels)), strict=True):
             assert (mine - other).norm() > 100 * ONNX_LIMIT * mine.norm()
 
 
-@pytest.mark.parametrize("name", CLASSIFICATION_QUICKLY)
-def test_one_program_serves_every_size(name: str) -> None:
-    """The operators stay whole, one for the patches and one a block; nothing is left of a dense bias."""
+@pytest.mark.parametrize("name", QUICK_CLASSES)
+def test_export_dynamic_shapes_equals_model(name: str) -> None:
+    """The program calls one patch operator and one attention operator a block, and has no dense bias."""
     model = small(name)
     program = export(model)
-    counts = calls(program)
+    counts = operator_counts(program)
     assert counts[PATCH_EMBED] == 1
     assert counts[ATTENTION] == len(model.base_model.encoder.layer)
     assert not any("softmax" in str(target) or "scaled_dot" in str(target) for target in counts)
@@ -115,23 +115,26 @@ def test_one_program_serves_every_size(name: str) -> None:
         pixels = images(*size)
         actual = run(pixels)
         assert_same(actual, model(pixels))
-        assert_bias_counts(actual, model, pixels)
+        assert_bias_matters(actual, model, pixels)
 
 
 @pytest.mark.parametrize("cells", [2, 3, 6])
-def test_pooling_in_a_program_fits_every_size(cells: int) -> None:
-    """As matrix products: ONNX decomposes torch's pooling by whether the example's sizes could be divided."""
+def test_export_adaptive_pool_equals_torch(cells: int) -> None:
+    """Pooling is exported as matrix products.
+
+    ONNX decomposes torch's pooling by the divisibility of the example's sizes.
+    """
     dynamic = ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
     program = torch.export.export(BeitAdaptivePool(cells), (images(2, 3, 6, 12),), dynamic_shapes=dynamic)
-    assert not any("pool" in str(target) for target in calls(program))
+    assert not any("pool" in str(target) for target in operator_counts(program))
     run = program.module()
     for height, width in ((6, 12), (7, 5), (13, 4), (20, 21)):
         maps = images(2, 3, height, width)
         torch.testing.assert_close(run(maps), torch.nn.functional.adaptive_avg_pool2d(maps, cells))
 
 
-def test_sizes_may_be_named_and_bounded() -> None:
-    """Derived sizes too: the patches that are masked follow from the image."""
+def test_export_named_dimensions_equals_model() -> None:
+    """The size of the mask is derived from the image size."""
     model = small("BeitForMaskedImageModeling")
     batch, rows, columns = Dim("batch", min=1, max=64), Dim("rows", min=2, max=80), Dim("columns", min=2, max=80)
     shapes = {
@@ -162,7 +165,7 @@ RUN_PACKAGE = RUN_PROGRAM.replace(
 
 
 def save_example(path: Path, model: nn.Module, *size: int) -> Path:
-    """Pixels and what the model makes of them, in a file for another process."""
+    """Save pixels and the outputs of the model for another process."""
     pixels = images(*size)
     with torch.no_grad():
         torch.save((pixels, model(pixels)), path)
@@ -170,7 +173,7 @@ def save_example(path: Path, model: nn.Module, *size: int) -> Path:
 
 
 class Outputs(nn.Module):
-    """A model that gives a plain tuple, so that what it is made into needs none of the package's classes."""
+    """Return the outputs as a tuple, so that a saved program needs no class of the package."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -183,8 +186,8 @@ class Outputs(nn.Module):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["BeitForImageClassification", "BeitForSemanticSegmentation"])
-def test_a_package_of_aotinductor_in_a_fresh_process(name: str, tmp_path: Path) -> None:
-    """It needs `import beit_fast` for the operators, and says so where that is missing."""
+def test_aotinductor_package_loads_in_fresh_process(name: str, tmp_path: Path) -> None:
+    """The package needs `import beit_fast` for the operators; without it, loading raises an error."""
     model = Outputs(small(name))
     package = torch._inductor.aoti_compile_and_package(export(model), package_path=str(tmp_path / "model.pt2"))
     for size in OTHER_SIZES:
@@ -198,7 +201,7 @@ def test_a_package_of_aotinductor_in_a_fresh_process(name: str, tmp_path: Path) 
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_package_of_the_reference_path_needs_torch_alone(tmp_path: Path) -> None:
+def test_aotinductor_sdpa_package_needs_torch_only(tmp_path: Path) -> None:
     model = Outputs(small(attn_implementation="sdpa"))
     package = torch._inductor.aoti_compile_and_package(export(model), package_path=str(tmp_path / "model.pt2"))
     data = save_example(tmp_path / "data.pt", model, 3, 3, 64, 40)
@@ -208,7 +211,7 @@ def test_a_package_of_the_reference_path_needs_torch_alone(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "imported"), [("triton", "beit_fast"), ("sdpa", "torch")])
-def test_a_saved_program_in_a_fresh_process(implementation: str, imported: str, tmp_path: Path) -> None:
+def test_export_save_loads_in_fresh_process(implementation: str, imported: str, tmp_path: Path) -> None:
     model = Outputs(small(attn_implementation=implementation))
     torch.export.save(export(model), tmp_path / "program.pt2")
     data = save_example(tmp_path / "data.pt", model, 3, 3, 64, 40)
@@ -217,11 +220,11 @@ def test_a_saved_program_in_a_fresh_process(implementation: str, imported: str, 
 
 
 def to_onnx(model: nn.Module, pixels: Tensor, dynamic: dict[int, Any] | None = None) -> Any:
-    """A session of ONNX Runtime, on one thread, for the model exported from these pixels."""
+    """Export the model and open it in ONNX Runtime on one thread."""
     import onnxruntime
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own trees
+        warnings.simplefilter("ignore")  # from torch's own pytrees
         exported = torch.onnx.export(
             model, (pixels,), dynamic_shapes=(dynamic or ANY_SIZE,), dynamo=True, verbose=False
         )
@@ -241,7 +244,7 @@ def assert_onnx_agrees(session: Any, model: nn.Module, *sizes: tuple[int, ...]) 
             expected = tensors_of(model(pixels))
         for mine, plain in zip(actual, expected, strict=True):
             assert relative_error(mine, plain) < ONNX_LIMIT, size
-        assert_bias_counts(actual, model, pixels)
+        assert_bias_matters(actual, model, pixels)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +255,8 @@ def assert_onnx_agrees(session: Any, model: nn.Module, *sizes: tuple[int, ...]) 
         *(pytest.param(name, "sdpa", marks=pytest.mark.slow) for name in CLASSES),
     ],
 )
-def test_onnx_runtime_computes_the_same_at_every_size(name: str, implementation: str | None) -> None:
-    """The reference path, which None takes there: ONNX has none of the operators."""
+def test_onnx_runtime_equals_model_at_every_size(name: str, implementation: str | None) -> None:
+    """ONNX does not have the operators, so None selects eager or sdpa attention."""
     model = small(name, attn_implementation=implementation)
     session = to_onnx(model, images(2, 3, 32, 48))
     assert_onnx_agrees(session, model, (2, 3, 32, 48), *OTHER_SIZES)
@@ -261,7 +264,7 @@ def test_onnx_runtime_computes_the_same_at_every_size(name: str, implementation:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("position", ["shared", "both", "absolute"])
-def test_onnx_of_every_kind_of_position(position: str) -> None:
+def test_onnx_position_kinds_equal_model(position: str) -> None:
     model = small(position=position, attn_implementation="sdpa")
     session = to_onnx(model, images(2, 3, 32, 48))
     for size in OTHER_SIZES:
@@ -283,7 +286,7 @@ def test_onnx_of_every_kind_of_position(position: str) -> None:
         ),
     ],
 )
-def test_onnx_of_an_operator_is_refused(options: dict[str, str], message: str) -> None:
+def test_onnx_of_custom_operator_raises(options: dict[str, str], message: str) -> None:
     model = small(**options)
     with pytest.raises(torch.onnx.OnnxExporterError, match=rf"(?s){message}") as raised:
         to_onnx(model, images())
@@ -292,8 +295,8 @@ def test_onnx_of_an_operator_is_refused(options: dict[str, str], message: str) -
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "triton"])
-@pytest.mark.parametrize("name", CLASSIFICATION_QUICKLY)
-def test_a_trace_serves_every_batch(name: str, implementation: str) -> None:
+@pytest.mark.parametrize("name", QUICK_CLASSES)
+def test_jit_trace_equals_model_for_every_batch(name: str, implementation: str) -> None:
     model = small(name, "both", attn_implementation=implementation, return_dict=False)
     traced = torch.jit.trace(model, images(2, 3, 32, 48))
     called = "beit_fast::rel_pos_attention" in str(traced.inlined_graph)
@@ -307,4 +310,4 @@ def test_a_trace_serves_every_batch(name: str, implementation: str) -> None:
         actual = tensors_of(loaded(pixels))
         for mine, plain in zip(actual, tensors_of(model(pixels)), strict=True):
             torch.testing.assert_close(mine, plain)
-        assert_bias_counts(actual, model, pixels)
+        assert_bias_matters(actual, model, pixels)

@@ -1,4 +1,4 @@
-"""Patch embedding inside the models: the convolution against the operator, and which of them runs."""
+"""Patch embedding in the models: convolution against operator, and the choice between them."""
 
 import copy
 
@@ -19,7 +19,7 @@ OPERATOR, CONVOLUTION = "beit_fast.patch_embed.default", "aten.convolution.defau
 
 
 def operators_in(function):
-    """Which operators ran, of the two that can embed patches."""
+    """List the patch embedding operators that ran."""
     seen = []
 
     class Spy(TorchDispatchMode):
@@ -35,7 +35,7 @@ def operators_in(function):
 @pytest.mark.parametrize("size", [(32, 32), (35, 45)], ids=["native", "cropped"])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_conv_and_fused_agree_with_all_gradients(name, position, size):
+def test_patch_embed_fused_equals_conv_with_gradients(name, position, size):
     model = build(name, position).double()
     inputs = random_inputs(name, model, size)
     inputs["pixel_values"].requires_grad_()
@@ -58,7 +58,7 @@ def test_conv_and_fused_agree_with_all_gradients(name, position, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("position", ["absolute", "none"])
-def test_fused_tokens_are_no_worse_than_the_convolutions(position, dtype):
+def test_embeddings_fused_error_is_within_budget(position, dtype):
     embeddings = build("BeitModel", position).embeddings.to(dtype)
     pixels, mask = images(2, 3, 40, 24).to(dtype), torch.rand(2, 15) > 0.5
     precise = copy.deepcopy(embeddings).double()
@@ -73,7 +73,7 @@ def test_fused_tokens_are_no_worse_than_the_convolutions(position, dtype):
 
 
 @pytest.mark.parametrize(
-    ("attention", "asked", "runs"),
+    ("attention", "requested", "expected"),
     [
         ("triton", None, OPERATOR),
         ("sdpa", None, CONVOLUTION),
@@ -83,15 +83,15 @@ def test_fused_tokens_are_no_worse_than_the_convolutions(position, dtype):
     ],
 )
 @pytest.mark.parametrize("name", CLASSES)
-def test_one_operator_or_the_convolution(name, attention, asked, runs):
-    model = build(name, attn_implementation=attention, patch_embed_implementation=asked)
-    assert operators_in(lambda: model.base_model(images())) == [runs]
+def test_patch_embed_implementation_selects_operator(name, attention, requested, expected):
+    model = build(name, attn_implementation=attention, patch_embed_implementation=requested)
+    assert operators_in(lambda: model.base_model(images())) == [expected]
     report = model.patch_embed_report()
-    assert report.requested == asked
-    assert (report.kernel != "conv") is (runs == OPERATOR)
+    assert report.requested == requested
+    assert (report.kernel != "conv") is (expected == OPERATOR)
 
 
-def test_an_argument_wins_over_the_config_and_leaves_it_alone():
+def test_patch_embed_implementation_argument_overrides_config():
     config = BeitConfig(**TINY, patch_embed_implementation="fused")
     assert BeitModel(config).patch_embed_implementation == "fused"
     model = BeitForImageClassification(config, patch_embed_implementation="conv")
@@ -101,7 +101,7 @@ def test_an_argument_wins_over_the_config_and_leaves_it_alone():
     assert model.patch_embed_report().would_run == "conv"
 
 
-def test_a_model_inside_another_reports_the_same():
+def test_reports_of_base_model_equal_head_model():
     model = build(attn_implementation="eager")
     model.set_attn_implementation("triton")
     model.set_patch_embed_implementation("fused")
@@ -112,7 +112,7 @@ def test_a_model_inside_another_reports_the_same():
 
 
 @pytest.mark.parametrize("how", ["argument", "config", "setter"])
-def test_an_unknown_implementation_is_refused(how):
+def test_patch_embed_implementation_unknown_raises(how):
     model = BeitModel(BeitConfig(**TINY))
     choose = {
         "argument": lambda name: BeitModel(BeitConfig(**TINY), patch_embed_implementation=name),
@@ -124,7 +124,7 @@ def test_an_unknown_implementation_is_refused(how):
     assert model.patch_embed_implementation is None
 
 
-def test_the_report_says_what_ran():
+def test_patch_embed_report_names_kernel_that_ran():
     model = build()
     assert "has not run yet, would run" in str(model.patch_embed_report())
     model.set_attn_implementation("triton")
@@ -142,7 +142,7 @@ def test_the_report_says_what_ran():
 
 
 class Doubled(nn.Module):
-    """A wrapper around the projection, such as adapters put there."""
+    """A wrapper around the projection, as adapters add."""
 
     def __init__(self, inner):
         super().__init__()
@@ -193,7 +193,7 @@ def parametrize_projection(patch_embeddings):
         (parametrize_projection, "not an nn.Conv2d"),
     ],
 )
-def test_what_stands_in_the_way_is_called_or_refused(change, reason):
+def test_patch_embed_modified_projection_uses_conv_or_raises(change, reason):
     model = build("BeitModel", attn_implementation="triton")
     change(model.get_input_embeddings())
     pixels = images()
@@ -209,7 +209,7 @@ def test_what_stands_in_the_way_is_called_or_refused(change, reason):
     assert model.patch_embed_report().would_run == "none"
 
 
-def test_a_module_in_the_place_of_the_patch_embeddings_is_called():
+def test_set_input_embeddings_other_module_is_called():
     class Zeros(nn.Module):
         def forward(self, pixels):
             return pixels.new_zeros(pixels.shape[0], 16, 32)
@@ -222,7 +222,7 @@ def test_a_module_in_the_place_of_the_patch_embeddings_is_called():
 
 
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_masked_positions_in_every_accepted_form(implementation):
+def test_bool_masked_pos_accepted_forms_are_equal(implementation):
     model = build("BeitForMaskedImageModeling", patch_embed_implementation=implementation)
     pixels, masked = images(2, 3, 32, 48), torch.rand(2, 4, 6) > 0.5
     expected = model(pixels, bool_masked_pos=masked.flatten(1)).logits
@@ -235,7 +235,7 @@ def test_masked_positions_in_every_accepted_form(implementation):
 
 @pytest.mark.parametrize("kind", ["float", "bytes"])
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_compiles_as_one_graph(implementation, kind):
+def test_compile_patch_embed_is_one_graph(implementation, kind):
     torch.compiler.reset()
     model = build("BeitForMaskedImageModeling", patch_embed_implementation=implementation).train()
     model.set_pixel_normalization(MEAN, STD)
@@ -255,7 +255,7 @@ def test_compiles_as_one_graph(implementation, kind):
 
 @pytest.mark.parametrize("kind", ["float", "bytes"])
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_exports_with_dynamic_batch_height_and_width(implementation, kind):
+def test_export_patch_embed_with_dynamic_shapes(implementation, kind):
     model = build(use_absolute_position_embeddings=True, patch_embed_implementation=implementation)
     model.set_pixel_normalization(MEAN, STD)
     draw = byte_images if kind == "bytes" else images
@@ -269,14 +269,14 @@ def test_exports_with_dynamic_batch_height_and_width(implementation, kind):
 
 
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_float_pixels_of_another_dtype_are_converted(implementation):
+def test_pixels_of_other_dtype_are_cast(implementation):
     model = build(patch_embed_implementation=implementation).to(torch.bfloat16)
     pixels = images()
     assert torch.equal(model(pixels).logits, model(pixels.to(torch.bfloat16)).logits)
 
 
 @pytest.mark.parametrize("implementation", ["conv", "fused"])
-def test_the_projection_may_be_kept_in_another_dtype(implementation):
+def test_projection_of_other_dtype_sets_token_dtype(implementation):
     model = build("BeitModel", patch_embed_implementation=implementation).to(torch.bfloat16)
     model.get_input_embeddings().float()
     pixels = images()

@@ -1,4 +1,4 @@
-"""The models beyond parity: choice of attention, training behaviour, refusals, life after construction."""
+"""The models beyond parity: attention implementations, training, errors, copies, dtypes and export."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def images(*size, dtype=torch.float32):
     return torch.randn(*(size or (2, 3, 32, 32)), dtype=dtype)
 
 
-def test_the_argument_wins_over_the_config_and_leaves_it_alone():
+def test_attn_implementation_argument_overrides_config():
     carried = config(attn_implementation="eager")
     assert BeitModel(carried).attn_implementation == "eager"
     assert BeitModel(carried, attn_implementation="sdpa").attn_implementation == "sdpa"
@@ -40,7 +40,7 @@ def test_the_argument_wins_over_the_config_and_leaves_it_alone():
     assert BeitModel(config()).attn_implementation is None
 
 
-def test_from_config_takes_attention_and_dtype():
+def test_from_config_sets_attention_and_dtype():
     model = BeitForImageClassification._from_config(config(), attn_implementation="triton", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     assert model.attn_implementation == "triton"
@@ -49,7 +49,7 @@ def test_from_config_takes_attention_and_dtype():
 
 
 @pytest.mark.parametrize("how", ["argument", "config", "setter"])
-def test_an_unknown_implementation_is_refused(how):
+def test_attn_implementation_unknown_raises(how):
     model = BeitModel(config())
     choose = {
         "argument": lambda name: BeitModel(config(), attn_implementation=name),
@@ -61,7 +61,7 @@ def test_an_unknown_implementation_is_refused(how):
     assert model.attn_implementation is None
 
 
-def test_the_report_says_what_ran():
+def test_attention_report_names_kernel_that_ran():
     model = build(attn_implementation=None)
     assert "has not run yet, would run" in str(model.attention_report())
     model(images())
@@ -74,7 +74,7 @@ def test_the_report_says_what_ran():
     assert model.attention_report().kernel == "eager"
 
 
-def test_changing_the_implementation_changes_no_output():
+def test_set_attn_implementation_keeps_outputs():
     model, pixels = build(), images()
     outputs = []
     for backend in BACKENDS:
@@ -84,8 +84,8 @@ def test_changing_the_implementation_changes_no_output():
     torch.testing.assert_close(outputs[2], outputs[0])
 
 
-def test_triton_calls_the_operator_and_makes_no_dense_bias():
-    """A spy on the dispatcher sees one operator a layer and no tensor of N x N elements."""
+def test_triton_attention_builds_no_dense_bias():
+    """The dispatcher sees one attention operator a layer and no N x N tensor."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     model, seen, largest = build(), [], []
@@ -105,7 +105,7 @@ def test_triton_calls_the_operator_and_makes_no_dense_bias():
     assert (tokens, tokens) not in largest
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+def test_drop_path_drops_whole_samples_and_scales_the_rest():
     torch.manual_seed(3)
     branch = torch.ones(4000, 2, 3)
     layer = BeitDropPath(0.25).train()
@@ -123,7 +123,7 @@ def test_drop_path_rates_grow_linearly():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_acts_in_training_only(backend):
+def test_dropout_training_only(backend):
     model = build(attn_implementation=backend, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     pixels = images()
     assert torch.equal(model(pixels).logits, model(pixels).logits)
@@ -132,7 +132,7 @@ def test_dropout_acts_in_training_only(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpointing_repeats_the_same_dropout(backend):
+def test_gradient_checkpointing_repeats_dropout(backend):
     model = build(
         attn_implementation=backend, drop_path_rate=0.3, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2
     ).train()
@@ -150,7 +150,7 @@ def test_checkpointing_repeats_the_same_dropout(backend):
         torch.testing.assert_close(again, first)
 
 
-def test_reentrant_checkpointing_may_be_asked_for():
+def test_gradient_checkpointing_reentrant_gives_gradients():
     model = build().train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     pixels = images().requires_grad_()
@@ -159,7 +159,7 @@ def test_reentrant_checkpointing_may_be_asked_for():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_tables_may_be_trained(backend):
+def test_backward_bias_tables_only_gives_gradients(backend):
     model = build(attn_implementation=backend)
     model.requires_grad_(False)
     for module in model.modules():
@@ -171,7 +171,7 @@ def test_only_the_tables_may_be_trained(backend):
     assert all(grad.abs().sum() > 0 for grad in grads)
 
 
-def test_refusals_say_what_was_given_and_what_is_accepted():
+def test_invalid_inputs_and_configs_raise():
     model = build()
     with pytest.raises(ValueError, match=r"\[batch, 3, height, width\], not \[2, 1, 32, 32\]"):
         model(images(2, 1, 32, 32))
@@ -196,7 +196,7 @@ def test_refusals_say_what_was_given_and_what_is_accepted():
         build(BeitBackbone, add_fpn=True, reshape_hidden_states=False, out_indices=[0, 1, 2, 3])
 
 
-def test_masked_positions_may_come_as_a_grid():
+def test_bool_masked_pos_as_grid_equals_flat():
     model = build(BeitModel)
     masked = torch.rand(2, 4, 4) > 0.5
     pixels = images()
@@ -205,7 +205,7 @@ def test_masked_positions_may_come_as_a_grid():
     assert torch.equal(model(pixels, bool_masked_pos=masked.flatten(1).long()).last_hidden_state, expected)
 
 
-def test_flags_of_the_config_are_defaults():
+def test_config_output_flags_are_defaults():
     model = build(BeitModel, output_hidden_states=True, output_attentions=True)
     output = model(images())
     assert len(output.hidden_states) == 4
@@ -214,7 +214,7 @@ def test_flags_of_the_config_are_defaults():
     assert isinstance(build(return_dict=False)(images()), tuple)
 
 
-def test_input_embeddings():
+def test_set_input_embeddings_replaces_module():
     model = build()
     assert model.get_input_embeddings() is model.beit.embeddings.patch_embeddings
     replacement = copy.deepcopy(model.get_input_embeddings())
@@ -223,7 +223,7 @@ def test_input_embeddings():
     assert build(BeitBackbone).get_input_embeddings().projection.out_channels == 32
 
 
-def test_a_strict_load_ignores_index_buffers_of_converted_checkpoints():
+def test_load_state_dict_ignores_index_buffers():
     model = build()
     state = model.state_dict()
     state["beit.encoder.layer.0.attention.attention.relative_position_bias.relative_position_index"] = torch.zeros(
@@ -233,7 +233,7 @@ def test_a_strict_load_ignores_index_buffers_of_converted_checkpoints():
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_compute_the_same(clone):
+def test_copy_gives_equal_logits(clone):
     model, pixels = build(), images()
     model(pixels)
     again = clone(model)
@@ -243,8 +243,8 @@ def test_copies_compute_the_same(clone):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dtype_and_size_may_change_after_a_run(backend, dtype):
-    """Nothing may be left over from another size or dtype: no index or bias is cached."""
+def test_to_dtype_after_run_equals_fresh_model(backend, dtype):
+    """The model may not cache an index or bias of another size or dtype."""
     model = build(attn_implementation=backend)
     fresh = copy.deepcopy(model)
     model(images())
@@ -255,13 +255,13 @@ def test_dtype_and_size_may_change_after_a_run(backend, dtype):
     assert expected.dtype == dtype
 
 
-def test_no_buffer_is_made_in_the_constructor():
-    """transformers 5 builds on meta, where such buffers come back uninitialised (huggingface/transformers#48892)."""
+def test_constructor_registers_no_buffers():
+    """Transformers 5 builds on meta, which leaves buffers uninitialized (huggingface/transformers#48892)."""
     for cls in (BeitModel, BeitBackbone, BeitForImageClassification):
         assert not list(build(cls).named_buffers())
 
 
-def test_a_model_built_on_meta_can_be_initialised_or_loaded():
+def test_meta_model_can_be_initialized_or_loaded():
     real = build()
     with torch.device("meta"):
         model = BeitForImageClassification(config(), attn_implementation="triton").eval()
@@ -275,7 +275,7 @@ def test_a_model_built_on_meta_can_be_initialised_or_loaded():
     assert torch.equal(model(pixels).logits, real(pixels).logits)
 
 
-def test_autocast_keeps_the_residual_stream_precise():
+def test_autocast_keeps_fp32_residual():
     model = build()
     pixels = images()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -293,7 +293,7 @@ def test_autocast_keeps_the_residual_stream_precise():
         ("triton", "use_absolute_position_embeddings"),
     ],
 )
-def test_exports_with_dynamic_batch_height_and_width(backend, position):
+def test_export_with_dynamic_shapes_equals_model(backend, position):
     model = build(attn_implementation=backend, **({"use_relative_position_bias": False} | {position: True}))
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.export.export(
@@ -304,7 +304,7 @@ def test_exports_with_dynamic_batch_height_and_width(backend, position):
         torch.testing.assert_close(program(pixels).logits, model(pixels).logits)
 
 
-def test_exported_programs_can_be_saved():
+def test_export_save_and_load_equals_model():
     model, pixels = build(), images()
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(model, (pixels,)), buffer)
@@ -312,8 +312,8 @@ def test_exported_programs_can_be_saved():
     torch.testing.assert_close(torch.export.load(buffer).module()(pixels).logits, model(pixels).logits)
 
 
-def test_attention_dropout_compiles_and_is_drawn_anew_in_each_step():
-    """The seed is a symbolic integer of the graph: baked in, it would drop the same weights in every step."""
+def test_compile_attention_dropout_follows_seed():
+    """The seed is a symbolic integer of the graph; a constant seed would drop the same weights in every step."""
     torch.compiler.reset()
     model = build(attention_probs_dropout_prob=0.3).train()
     pixels, labels = images(), torch.tensor([0, 1])

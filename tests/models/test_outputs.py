@@ -1,4 +1,4 @@
-"""`ModelOutput`: a dict, a tuple, an object and a pytree at once, under eager, compile, export and trace."""
+"""`ModelOutput` as a dict, tuple, object and pytree, in eager mode, compile, export and trace."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ THEIR_NAMES = {"BeitModelOutputWithPooling": "BaseModelOutputWithPooling"}
 
 
 class Classifier(nn.Module):
-    """Returns an output whose first field is set last."""
+    """A module that sets the first field of its output last."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ def output():
 
 
 @pytest.mark.parametrize("output_class", CLASSES)
-def test_fields_are_those_of_transformers(output_class):
+def test_output_fields_equal_transformers(output_class):
     theirs = getattr(transformers.modeling_outputs, THEIR_NAMES.get(output_class.__name__, output_class.__name__))
     assert [field.name for field in dataclasses.fields(output_class)] == [
         field.name for field in dataclasses.fields(theirs)
@@ -67,7 +67,7 @@ def test_fields_are_those_of_transformers(output_class):
 
 
 @pytest.mark.parametrize("output_class", CLASSES)
-def test_every_output_of_the_module_is_a_dict_and_documented(output_class):
+def test_output_classes_are_dicts_with_documented_fields(output_class):
     assert isinstance(output_class(), (dict, OrderedDict))
     assert len(output_class()) == 0
     for field in dataclasses.fields(output_class):
@@ -77,7 +77,7 @@ def test_every_output_of_the_module_is_a_dict_and_documented(output_class):
     } - {ModelOutput}
 
 
-def test_absent_fields_are_nowhere(output):
+def test_output_none_fields_are_absent(output):
     assert output.loss is None
     assert output.attentions is None
     assert list(output) == list(output.keys()) == list(dict(output)) == list({**output}) == ["logits", "hidden_states"]
@@ -88,7 +88,7 @@ def test_absent_fields_are_nowhere(output):
         output["loss"]
 
 
-def test_reading_by_name_index_and_slice(output):
+def test_getitem_by_name_index_and_slice(output):
     assert output["logits"] is output.logits is output[0]
     assert output[-1] is output.hidden_states
     assert output[1:] == (output.hidden_states,)
@@ -97,7 +97,7 @@ def test_reading_by_name_index_and_slice(output):
         output[2]
 
 
-def test_setting_a_field_sets_all_views_in_the_fields_order(output):
+def test_setattr_updates_every_view_in_field_order(output):
     loss, attentions = torch.tensor(1.0), (torch.ones(1),)
     output["attentions"] = attentions
     output.loss = loss
@@ -128,14 +128,14 @@ def test_setting_a_field_sets_all_views_in_the_fields_order(output):
         lambda output: output.__ior__({"loss": 1}),
     ],
 )
-def test_fields_cannot_be_taken_away_or_slipped_in(output, change):
+def test_dict_methods_that_change_fields_raise(output, change):
     before = output.copy()
     with pytest.raises(TypeError, match="the fields of a ImageClassifierOutput are fixed"):
         change(output)
     assert output == before
 
 
-def test_other_names_are_refused(output):
+def test_unknown_field_names_raise(output):
     with pytest.raises(AttributeError, match=r"has the fields \['loss', 'logits', .*, not 'logit'"):
         output.logit = 1
     with pytest.raises(KeyError, match="not 'logit'"):
@@ -146,7 +146,7 @@ def test_other_names_are_refused(output):
         ImageClassifierOutput(logit=1)
 
 
-def test_building_from_a_mapping_or_pairs():
+def test_init_from_mapping_or_pairs():
     """torch.nn.parallel.gather passes a generator of pairs, Accelerate a dict."""
     loss, logits = torch.tensor(1.0), torch.ones(2)
     expected = MaskedLMOutput(loss=loss, logits=logits)
@@ -161,11 +161,11 @@ def test_building_from_a_mapping_or_pairs():
 
 
 @pytest.mark.parametrize("maps", [(), (torch.ones(2), torch.zeros(2)), [torch.ones(2)]], ids=len)
-def test_a_sequence_of_tensors_is_a_field_not_pairs(maps):
+def test_init_from_tensor_sequence_is_a_field(maps):
     assert BackboneOutput(maps).feature_maps is maps
 
 
-def test_functions_that_rebuild_outputs(output):
+def test_apply_to_tensors_and_replace_rebuild_output(output):
     doubled = _apply_to_tensors(lambda tensor: 2 * tensor, output)
     assert type(doubled) is ImageClassifierOutput
     assert torch.equal(doubled.hidden_states[0], torch.full((2,), 2.0))
@@ -182,7 +182,7 @@ def test_functions_that_rebuild_outputs(output):
         lambda output: output.copy(),
     ],
 )
-def test_copies(output, duplicate):
+def test_copy_is_equal_and_independent(output, duplicate):
     other = duplicate(output)
     assert other == output
     assert list(vars(other)) == list(vars(output))
@@ -191,7 +191,7 @@ def test_copies(output, duplicate):
     assert other != output
 
 
-def test_equality_looks_at_tensors():
+def test_eq_compares_tensors():
     tensor = torch.tensor([1.0, float("nan")])
     assert MaskedLMOutput(logits=torch.ones(2)) == MaskedLMOutput(logits=torch.ones(2))
     assert MaskedLMOutput(logits=tensor) == MaskedLMOutput(logits=tensor)
@@ -211,14 +211,14 @@ def test_equality_looks_at_tensors():
         hash(MaskedLMOutput())
 
 
-def test_repr_gives_shapes(output):
+def test_repr_shows_shapes(output):
     output.loss = torch.tensor(0.5)
     shapes = "logits=Tensor([2, 3], float32), hidden_states=(Tensor([2], float32), Tensor([2], float32))"
     assert repr(output) == f"ImageClassifierOutput(loss=tensor(0.5000), {shapes})"
 
 
 @pytest.mark.parametrize("output_class", CLASSES)
-def test_pytree_keeps_the_class_the_order_and_what_is_absent(output_class):
+def test_pytree_round_trip_keeps_class_order_and_none(output_class):
     names = [field.name for field in dataclasses.fields(output_class)]
     output = output_class(**{names[1]: torch.ones(1), names[-1]: (torch.zeros(1), torch.ones(1))})
     leaves, structure = pytree.tree_flatten(output)
@@ -231,14 +231,14 @@ def test_pytree_keeps_the_class_the_order_and_what_is_absent(output_class):
     assert paths == [f"['{names[1]}']", f"['{names[-1]}'][0]", f"['{names[-1]}'][1]"]
 
 
-def test_tree_map_to_anything():
+def test_tree_map_accepts_any_result():
     output = MaskedLMOutput(loss=torch.ones(1))
     assert pytree.tree_map(lambda leaf: {"mean": 1}, output).loss == {"mean": 1}
     assert pytree.tree_map(lambda leaf: [("a", 1)], output).loss == [("a", 1)]
     assert len(pytree.tree_map(lambda leaf: None, output)) == 0
 
 
-def test_vmap_returns_outputs():
+def test_vmap_returns_output():
     model, values = Classifier(), torch.randn(5, 4)
     mapped = torch.vmap(model)(values)
     assert type(mapped) is ImageClassifierOutput
@@ -246,7 +246,7 @@ def test_vmap_returns_outputs():
     assert mapped.loss is None
 
 
-def test_a_subclass_is_an_output_by_listing_fields():
+def test_subclass_with_fields_is_an_output():
     class WithScore(MaskedLMOutput):
         score: torch.Tensor | None = None
 
@@ -257,14 +257,14 @@ def test_a_subclass_is_an_output_by_listing_fields():
     assert WithScore(torch.ones(2)) == WithScore(torch.ones(2))
 
 
-def test_a_subclass_needs_optional_fields():
+def test_subclass_with_required_field_raises():
     with pytest.raises(TypeError, match=r"without it: \['score'\]"):
         type("Required", (ModelOutput,), {"__annotations__": {"score": int}})
     with pytest.raises(TypeError, match="at least one"):
         type("Empty", (ModelOutput,), {})
 
 
-def test_gradients_flow_through_an_output():
+def test_backward_through_output_gives_gradients():
     model = Classifier()
     model(torch.ones(2, 4), torch.zeros(2, 3))[0].backward()
     assert model.linear.weight.grad.abs().sum() > 0
@@ -283,7 +283,7 @@ def test_compile_makes_one_graph(backend):
         assert result.loss is result.get("loss")
 
 
-def test_compile_takes_an_output_as_argument(output):
+def test_compile_output_as_argument_equals_eager(output):
     torch._dynamo.reset()
 
     def total(output):
@@ -293,7 +293,7 @@ def test_compile_takes_an_output_as_argument(output):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_an_exported_program_loads_in_a_fresh_process(strict, tmp_path):
+def test_export_save_loads_in_fresh_process(strict, tmp_path):
     model, values, target = Classifier(), torch.randn(2, 4), torch.zeros(2, 3)
     program = torch.export.export(model, (values, target), strict=strict)
     expected = model(values, target)
@@ -311,7 +311,7 @@ def test_an_exported_program_loads_in_a_fresh_process(strict, tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-def test_trace_returns_a_dict():
+def test_jit_trace_returns_a_dict():
     class Traced(Classifier):
         def forward(self, values):
             return ImageClassifierOutput(logits=super().forward(values).logits)

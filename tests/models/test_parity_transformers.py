@@ -1,4 +1,4 @@
-"""Every class against Transformers with the same weights: outputs, loss and gradients under three backends."""
+"""Every class against Transformers with the same weights: outputs, loss and gradients for three backends."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ BACKENDS = ("eager", "sdpa", "triton")
 SIZES = {"native": (32, 32), "rectangular": (24, 48), "larger": (48, 40), "cropped": (35, 45)}
 FP32_PARITY = 1e-5
 FP64_PARITY = 1e-9  # two orders of summation in fp64
-FP32_SOFTMAX = 1e-6  # the reference's eager attention takes its softmax in fp32 whatever the model's dtype
+FP32_SOFTMAX = 1e-6  # the reference's eager attention always computes softmax in fp32
 
 
 def assert_same(ours, theirs, tolerance):
@@ -44,8 +44,8 @@ def assert_same_gradients(ours, theirs):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_outputs_loss_and_gradients(name, position, backend):
-    """In fp64, where a wrong formula cannot pass for rounding: output, loss and the gradient of every parameter."""
+def test_model_outputs_loss_and_gradients_equal_transformers(name, position, backend):
+    """Output, loss and all gradients are compared in fp64, where rounding cannot hide a wrong formula."""
     theirs, ours = build_pair(name, backend, **POSITIONS[position])
     for size in SIZES.values():
         inputs = random_inputs(name, ours, size)
@@ -62,8 +62,8 @@ def test_outputs_loss_and_gradients(name, position, backend):
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_fp32_forward(name, position, size):
-    """eager and sdpa within 1e-5 of Transformers; triton within twice the error of eager against fp64."""
+def test_forward_fp32_equals_transformers(name, position, size):
+    """eager and sdpa are within 1e-5 of Transformers, triton within twice the error of eager against fp64."""
     theirs, ours = build_pair(name, **POSITIONS[position])
     inputs = random_inputs(name, ours, size)
     inputs.pop("labels", None)
@@ -82,7 +82,7 @@ def test_fp32_forward(name, position, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_forward(dtype):
+def test_forward_low_precision_error_is_within_budget(dtype):
     _, ours = build_pair("BeitForImageClassification", **POSITIONS["per layer"])
     inputs = random_inputs("BeitForImageClassification", ours)
     inputs.pop("labels")
@@ -102,8 +102,8 @@ def test_low_precision_forward(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_rectangular_native_windows_follow_the_paper(name, position, backend):
-    """Transformers 5.23 reads a rectangle's table as (width, height); the oracle here is the paper's gather."""
+def test_model_rectangular_window_equals_paper(name, position, backend):
+    """Transformers 5.23 reads a rectangular table as (width, height), so the reference uses the paper's gather."""
     theirs, ours = build_pair(name, backend, image_size=[24, 40], **POSITIONS[position])
     inputs = random_inputs(name, ours, (24, 40))
     expected, actual = theirs(**inputs), ours(**inputs)
@@ -114,7 +114,7 @@ def test_rectangular_native_windows_follow_the_paper(name, position, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mutation", ["dropped", "transposed"])
 @pytest.mark.parametrize("name", ["BeitForImageClassification", "BeitForSemanticSegmentation"])
-def test_parity_notices_a_wrong_bias(name, mutation, backend, monkeypatch):
+def test_assert_same_with_wrong_bias_fails(name, mutation, backend, monkeypatch):
     theirs, ours = build_pair(name, backend, **POSITIONS["per layer"])
     inputs = random_inputs(name, ours)
     genuine = BeitRelativePositionBias.forward
@@ -136,8 +136,8 @@ def test_parity_notices_a_wrong_bias(name, mutation, backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", ["per layer", "shared", "none"])
 @pytest.mark.parametrize("name", ["BeitModel", "BeitForMaskedImageModeling"])
-def test_attention_mask(name, position, backend):
-    """Right in every backend; Transformers 5.23 is right in eager only: with sdpa it adds the mask to the bias."""
+def test_attention_mask_equals_transformers_eager(name, position, backend):
+    """The reference is eager, because Transformers 5.23 with sdpa adds the mask to the bias."""
     theirs, ours = build_pair(name, backend, "eager", **POSITIONS[position])
     inputs = random_inputs(name, ours)
     inputs["attention_mask"] = (torch.rand(2, 17, generator=torch.Generator().manual_seed(2)) > 0.4).long()
@@ -151,7 +151,7 @@ def test_attention_mask(name, position, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_hidden_states_and_attentions(name, backend):
+def test_hidden_states_and_attentions_equal_transformers(name, backend):
     theirs, ours = build_pair(name, backend, "eager", **POSITIONS["both"])
     inputs = random_inputs(name, ours)
     expected = theirs(**inputs, output_hidden_states=True, output_attentions=True)
@@ -167,7 +167,7 @@ def test_hidden_states_and_attentions(name, backend):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_tuples_hold_what_transformers_puts_there(name):
+def test_return_tuple_equals_transformers(name):
     theirs, ours = build_pair(name, **POSITIONS["per layer"])
     inputs = random_inputs(name, ours)
     expected = theirs(**inputs, return_dict=False, output_hidden_states=True)
@@ -191,7 +191,7 @@ def test_tuples_hold_what_transformers_puts_there(name):
     ],
 )
 @pytest.mark.parametrize("name", ["BeitModel", "BeitForImageClassification"])
-def test_options(name, options):
+def test_config_options_equal_transformers(name, options):
     theirs, ours = build_pair(name, "triton", **POSITIONS["per layer"], **options)
     inputs = random_inputs(name, ours)
     inputs["pixel_values"] = inputs["pixel_values"][:, : ours.config.num_channels]
@@ -201,7 +201,7 @@ def test_options(name, options):
 @pytest.mark.parametrize(
     "options", [{"use_auxiliary_head": False}, {"auxiliary_num_convs": 2}, {"auxiliary_concat_input": True}]
 )
-def test_segmentation_heads(options):
+def test_segmentation_heads_equal_transformers(options):
     name = "BeitForSemanticSegmentation"
     theirs, ours = build_pair(name, **POSITIONS["per layer"], **options)
     inputs = random_inputs(name, ours)
@@ -213,7 +213,7 @@ def test_segmentation_heads(options):
 
 @pytest.mark.parametrize("reshape", [True, False])
 @pytest.mark.parametrize("add_fpn", [True, False])
-def test_backbone_maps(reshape, add_fpn):
+def test_backbone_feature_maps_equal_transformers(reshape, add_fpn):
     if add_fpn and not reshape:
         return
     theirs, ours = build_pair(
@@ -244,13 +244,13 @@ def test_backbone_maps(reshape, add_fpn):
         ),
     ],
 )
-def test_classification_losses(num_labels, problem_type, labels):
+def test_classification_losses_equal_transformers(num_labels, problem_type, labels):
     theirs, ours = build_pair("BeitForImageClassification", num_labels=num_labels, problem_type=problem_type)
     inputs = random_inputs("BeitForImageClassification", ours) | {"labels": labels}
     assert_same([ours(**inputs).loss], [theirs(**inputs).loss], FP64_PARITY)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_keeps_gradients():
     theirs, ours = build_pair("BeitForImageClassification", "triton", **POSITIONS["both"])
     inputs = random_inputs("BeitForImageClassification", ours)
     ours.train()
@@ -265,13 +265,13 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_parameter_names_are_the_hubs(name, position):
-    """`build_pair` loads strictly, so a name too many or too few fails there; shapes and counts are compared here."""
+def test_parameter_names_and_count_equal_hub(name, position):
+    """`build_pair` loads strictly and so compares the names; the test compares the counts."""
     theirs, ours = build_pair(name, **POSITIONS[position])
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
-def test_sizes_of_the_published_models():
+def test_parameter_counts_equal_published_models():
     def count(name, **options):
         with torch.device("meta"):
             model = getattr(beit_fast, name)(beit_fast.BeitConfig(**options))
@@ -291,8 +291,8 @@ def test_sizes_of_the_published_models():
     assert count("BeitForSemanticSegmentation", **segmentation) == (312, 163_407_980)
 
 
-def test_initialisation_follows_transformers():
-    """The same rule for each parameter, seen by its mean and standard deviation."""
+def test_init_weights_has_transformers_statistics():
+    """Each parameter has the mean and standard deviation of Transformers' initialization."""
     options = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 64, "patch_size": 8,
                "num_hidden_layers": 4, "use_mask_token": True, "use_absolute_position_embeddings": True,
                "use_relative_position_bias": True, "use_shared_relative_position_bias": True,

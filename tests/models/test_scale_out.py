@@ -1,4 +1,4 @@
-"""DDP, FSDP2, tensor parallelism and activation checkpointing in two processes: what one process computes."""
+"""DDP, FSDP2, tensor parallelism and activation checkpointing in two processes against one process."""
 
 import math
 import os
@@ -32,7 +32,7 @@ DROPPING = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.2}
 
 @dataclass
 class Run:
-    """A training step of a model: what it is, and how two processes take it."""
+    """A training step of a model and its configuration in two processes."""
 
     engine: str
     position: str = "per layer"
@@ -50,7 +50,7 @@ class Run:
     batch: int = 4
 
     def config(self) -> dict[str, Any]:
-        mask_token = {"use_mask_token": self.name == MASKED}  # DDP wants every parameter used
+        mask_token = {"use_mask_token": self.name == MASKED}  # DDP requires every parameter to be used
         return TINY | POSITIONS[self.position] | options_for(self.name) | mask_token | self.options
 
     def model(self) -> Any:
@@ -59,7 +59,7 @@ class Run:
         return model.to(self.dtype).train(self.training)
 
     def inputs(self) -> dict[str, Tensor]:
-        """A batch of which every process gets as many labels: the mean of their losses is then that of the batch."""
+        """A batch with equally many labels for every process, so that the mean of their losses is that of the batch."""
         generator = torch.Generator().manual_seed(2)
 
         def integers(end: int, *shape: int) -> Tensor:
@@ -96,7 +96,7 @@ class Run:
             "inputs": self.inputs(),
         }
 
-    def in_one_process(self) -> dict[str, Any]:
+    def one_process_result(self) -> dict[str, Any]:
         model = self.model()
         result = train_step(model, self.inputs())
         return result | {"gradients": {name: p.grad for name, p in model.named_parameters()}}
@@ -131,8 +131,8 @@ MIXED = Run("sharded", "both", mixed=True, dtype=torch.float32)
 UNEVEN = {"num_attention_heads": 1, "intermediate_size": 49}
 
 
-def in_two_processes(orders: dict[str, dict[str, Any]], folder: Path, **environment: str) -> list[dict[str, Any]]:
-    """What each process gave, by the orders' names."""
+def run_processes(orders: dict[str, dict[str, Any]], folder: Path, **environment: str) -> list[dict[str, Any]]:
+    """Run the orders in two processes and return the results of each process by name."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch is built without gloo")
     torch.save(orders, folder / "orders.pt")
@@ -162,29 +162,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[dict[str, Any]]:
-    """What each process gave, all in the same two."""
+    """The results of each process, by name; all orders share two processes."""
     orders = {name: run.order() for name, run in QUICK.items()}
     orders["save"] = QUICK["FSDP2"].order("save")
-    orders["refuse"] = QUICK["tensor parallel"].order("refuse") | {"state": None, "uneven": UNEVEN}
-    return in_two_processes(orders, folder)
+    orders["plan errors"] = QUICK["tensor parallel"].order("plan errors") | {"state": None, "uneven": UNEVEN}
+    return run_processes(orders, folder)
 
 
 @pytest.fixture(scope="module")
 def slow_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     orders = {name: run.order() for name, run in (SLOW | {"mixed precision": MIXED}).items()}
-    return in_two_processes(orders, tmp_path_factory.mktemp("slow"))
+    return run_processes(orders, tmp_path_factory.mktemp("slow"))
 
 
 @pytest.fixture
 def result(request: pytest.FixtureRequest, name: str) -> list[dict[str, Any]]:
-    """What each process gave for the run of that name."""
+    """The results of each process for the run `name`."""
     processes = request.getfixturevalue("results" if name in QUICK else "slow_results")
     return [results[name] for results in processes]
 
 
 def assert_equals_one_process(run: Run, results: list[dict[str, Any]], **tolerance: float) -> None:
-    """Logits, loss and every gradient, and as many operators called; a layer recomputed calls its own again."""
-    expected = run.in_one_process()
+    """Compare logits, loss, every gradient and the operator calls; a recomputed layer calls its operators twice."""
+    expected = run.one_process_result()
     for operator, repeats in ((FORWARD, 2 if run.checkpointing else 1), (BACKWARD, 1)):
         calls = expected["calls"].get(operator, 0)
         assert (calls > 0) == (run.attention == "triton")
@@ -203,12 +203,12 @@ def assert_equals_one_process(run: Run, results: list[dict[str, Any]], **toleran
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_equals_one_process(result: list[dict[str, Any]], name: str) -> None:
+def test_train_step_equals_one_process(result: list[dict[str, Any]], name: str) -> None:
     assert_equals_one_process(RUNS[name], result)
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_dropped_bias_would_be_found(result: list[dict[str, Any]], name: str) -> None:
+def test_train_step_without_bias_differs(result: list[dict[str, Any]], name: str) -> None:
     run = RUNS[name]
     model = run.model()
     with torch.no_grad():
@@ -221,13 +221,13 @@ def test_a_dropped_bias_would_be_found(result: list[dict[str, Any]], name: str) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_gathered_under_the_names_of_the_hub(result: list[dict[str, Any]], name: str) -> None:
+def test_full_state_has_hub_names(result: list[dict[str, Any]], name: str) -> None:
     for found in result:
         torch.testing.assert_close(found["state"], dict(RUNS[name].model().state_dict()), rtol=0, atol=0)
 
 
-def test_every_process_has_a_part_of_the_parameters(results: list[dict[str, Any]]) -> None:
-    """FSDP2 splits all by their first dimension; tensor parallelism splits heads, the bias tables' with them."""
+def test_parameters_are_split_among_processes(results: list[dict[str, Any]]) -> None:
+    """FSDP2 splits the first dimension of every parameter; tensor parallelism splits heads and their bias columns."""
     total = QUICK["FSDP2"].model().num_parameters()
     held = [sum(math.prod(shape) for shape in result["FSDP2"]["local_shapes"].values()) for result in results]
     assert sum(held) == total
@@ -249,7 +249,7 @@ def test_every_process_has_a_part_of_the_parameters(results: list[dict[str, Any]
         assert {name: both["local_shapes"][name] for name in halves} == halves
 
 
-def test_a_block_takes_two_reductions_each_way(results: list[dict[str, Any]]) -> None:
+def test_tensor_parallel_block_needs_four_reductions(results: list[dict[str, Any]]) -> None:
     for result in results:
         calls = result["tensor parallel"]["calls"]
         collectives = {name: count for name, count in calls.items() if name.startswith("_c10d")}
@@ -257,8 +257,8 @@ def test_a_block_takes_two_reductions_each_way(results: list[dict[str, Any]]) ->
 
 
 @pytest.mark.slow
-def test_mixed_precision_equals_a_model_in_bf16(slow_results: list[dict[str, Any]]) -> None:
-    """Forward and backward are those of a bf16 model; gradients are averaged, and kept, in fp32."""
+def test_mixed_precision_equals_bf16_model(slow_results: list[dict[str, Any]]) -> None:
+    """Forward and backward equal those of a bf16 model; gradients are averaged and stored in fp32."""
     gradients = []
     for rank, result in enumerate(slow_results):
         model = MIXED.model().bfloat16()
@@ -273,8 +273,8 @@ def test_mixed_precision_equals_a_model_in_bf16(slow_results: list[dict[str, Any
         torch.testing.assert_close(result["mixed precision"]["gradients"], mean)
 
 
-def test_a_sharded_model_can_begin_on_the_meta_device(results: list[dict[str, Any]]) -> None:
-    """`to_empty` and `init_weights` leave no parameter as it was found; rank 0's weights then go to every process."""
+def test_sharded_model_on_meta_initializes(results: list[dict[str, Any]]) -> None:
+    """`to_empty` and `init_weights` initialize every parameter; then rank 0 broadcasts its weights."""
     run = QUICK["FSDP2"]
     config = beit_fast.BeitConfig(**run.config())
     for result in results:
@@ -291,19 +291,19 @@ def test_a_sharded_model_can_begin_on_the_meta_device(results: list[dict[str, An
         assert abs(weights.std() / config.initializer_range - 1) < 0.05
 
 
-def test_a_spread_model_is_saved_from_what_torch_gathers(results: list[dict[str, Any]], folder: Path) -> None:
+def test_save_pretrained_sharded_needs_full_state(results: list[dict[str, Any]], folder: Path) -> None:
     for result in results:
-        assert "ValueError" in result["save"]["refusal"]
-        assert "get_model_state_dict" in result["save"]["refusal"]
-        assert "beit.embeddings.cls_token" in result["save"]["refusal"]
+        assert "ValueError" in result["save"]["error"]
+        assert "get_model_state_dict" in result["save"]["error"]
+        assert "beit.embeddings.cls_token" in result["save"]["error"]
         assert not result["save"]["wrote"]
     loaded = beit_fast.BeitForImageClassification.from_pretrained(folder / "sharded")
     torch.testing.assert_close(loaded.state_dict(), QUICK["FSDP2"].model().state_dict(), rtol=0, atol=0)
 
 
-def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(results: list[dict[str, Any]]) -> None:
+def test_tensor_parallel_plan_invalid_raises_without_changes(results: list[dict[str, Any]]) -> None:
     for result in results:
-        messages = result["refuse"]
+        messages = result["plan errors"]
         for reason in (
             r"beit\.encoder\.layer\.0: 1 attention heads cannot be split evenly among 2 processes",
             r"beit\.encoder\.layer\.0: 49 MLP features cannot be split evenly among 2 processes",
@@ -319,7 +319,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(results: li
 
 
 @pytest.mark.parametrize(
-    ("problem", "state"),
+    ("message", "state"),
     [
         ("lacks parameters of the model: beit.embeddings.cls_token", {"beit.embeddings.cls_token": None}),
         ("has parameters that the model does not have: other", {"other": torch.zeros(1)}),
@@ -329,30 +329,30 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(results: li
         ),
     ],
 )
-def test_a_state_dict_of_another_model_is_not_saved(tmp_path: Path, problem: str, state: dict[str, Any]) -> None:
+def test_save_pretrained_foreign_state_dict_raises(tmp_path: Path, message: str, state: dict[str, Any]) -> None:
     model = build()
     given = {name: tensor for name, tensor in (model.state_dict() | state).items() if tensor is not None}
-    with pytest.raises(ValueError, match=re.escape(problem)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         model.save_pretrained(tmp_path / "folder", state_dict=given)
     assert not (tmp_path / "folder").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("product", "operator"), [("onednn", "mkldnn::_linear_pointwise"), ("split_bf16", "beit_fast::_matmul_split_bf16")]
+    ("gemm", "operator"), [("onednn", "mkldnn::_linear_pointwise"), ("split_bf16", "beit_fast::_matmul_split_bf16")]
 )
-def test_the_linears_of_cpu_training_run_in_sharded_models(tmp_path: Path, product: str, operator: str) -> None:
-    """What multiplies keeps weights for the backward pass, which FSDP2 frees and gathers again in between."""
-    refusals = {
+def test_cpu_linear_in_sharded_model_equals_one_process(tmp_path: Path, gemm: str, operator: str) -> None:
+    """The GEMM saves weights for the backward; FSDP2 frees them after the forward and gathers them again."""
+    unsupported_reasons = {
         "onednn": onednn.unsupported_reason("cpu", torch.float32),
         "split_bf16": split_bf16.unsupported_reason(),
     }
-    if refusals[product] is not None:
-        pytest.skip(str(refusals[product]))
-    run = Run("sharded", "both", dtype=torch.float32, batch=40)  # enough rows to pack for
+    if unsupported_reasons[gemm] is not None:
+        pytest.skip(str(unsupported_reasons[gemm]))
+    run = Run("sharded", "both", dtype=torch.float32, batch=40)  # enough rows to pack the weights
     runs = {"plain": run, "checkpointed": replace(run, checkpointing="own"), "DDP": replace(run, engine="data")}
     orders = {name: run.order() for name, run in runs.items()}
-    results = in_two_processes(orders, tmp_path, BEIT_FAST_CPU_LINEAR=product)
+    results = run_processes(orders, tmp_path, BEIT_FAST_CPU_LINEAR=gemm)
     for name, run in runs.items():
         found = [result[name] for result in results]
         assert all(result["calls"][operator] > 0 for result in found)
@@ -360,12 +360,12 @@ def test_the_linears_of_cpu_training_run_in_sharded_models(tmp_path: Path, produ
 
 
 @pytest.mark.slow
-def test_triton_kernels_run_in_spread_models(tmp_path: Path) -> None:
-    """What a GPU would run, interpreted: residual and norm read their parameters from a sharded layer."""
+def test_triton_kernels_in_sharded_model_equal_one_process(tmp_path: Path) -> None:
+    """The Triton interpreter runs residual and norm with the parameters of a sharded layer."""
     small = {"num_hidden_layers": 2, "num_attention_heads": 2}
     run = Run("data", options=small, size=(16, 16), batch=2, dtype=torch.float32)
     runs = {engine: replace(run, engine=engine) for engine in ("data", "sharded", "tensor")}
-    results = in_two_processes({name: run.order() for name, run in runs.items()}, tmp_path, TRITON_INTERPRET="1")
+    results = run_processes({name: run.order() for name, run in runs.items()}, tmp_path, TRITON_INTERPRET="1")
     for name, run in runs.items():
         found = [result[name] for result in results]
         assert all(result["calls"]["beit_fast::residual_norm"] > 0 for result in found)
@@ -373,7 +373,7 @@ def test_triton_kernels_run_in_spread_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_trains_in_two_processes(tmp_path: Path) -> None:
+def test_ddp_digits_in_two_processes_learns(tmp_path: Path) -> None:
     script = ROOT / "examples" / "ddp_digits.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run([*command, "--out", str(tmp_path / "model")], capture_output=True, text=True)
@@ -387,7 +387,7 @@ def test_the_example_trains_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_says_how_it_is_started() -> None:
+def test_ddp_digits_without_torchrun_prints_usage() -> None:
     script = ROOT / "examples" / "ddp_digits.py"
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)

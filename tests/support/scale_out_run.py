@@ -1,8 +1,8 @@
-"""One of the processes of a run at scale: `python scale_out_run.py RANK WORLD FOLDER`, torch and beit_fast alone.
+"""One process of a distributed run: `python scale_out_run.py RANK WORLD FOLDER`.
 
-`FOLDER/orders.pt` holds orders by name: a task of `TASKS`, an engine of `ENGINES`, `class`, `config`, `state` and
-`dtype` of a model, the `inputs` of the whole batch, and the options that `build`, `checkpointed` and the engines read.
-Each process writes `FOLDER/results-RANK.pt`, what the tasks gave.
+It needs only torch and beit_fast. `FOLDER/orders.pt` has orders by name. An order has a task of `TASKS`, an engine of
+`ENGINES`, `class`, `config`, `state` and `dtype` of a model, the `inputs` of the whole batch, and the options of
+`build`, `checkpointed` and the engines. Each process writes the results of the tasks to `FOLDER/results-RANK.pt`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COUNTED = ("beit_fast::", "mkldnn::_linear_pointwise", "_c10d_functional::")
 
 
 def train_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Forward and backward: logits, loss, and how often each operator of those in `COUNTED` ran."""
+    """Run forward and backward; return logits, loss, and the calls of each operator in `COUNTED`."""
     torch.manual_seed(SEED)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         outputs = model(**inputs)
@@ -36,7 +36,7 @@ def train_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]
 
 
 def train(order: dict[str, Any], rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """A step of the model that an order asks for, under the engine that it names."""
+    """Run a training step of an order's model with its engine."""
     model, report = ENGINES[order["engine"]](order, rank)
     inputs = order["inputs"]
     if order["engine"] != "tensor":
@@ -58,7 +58,7 @@ def train(order: dict[str, Any], rank: int, world: int, folder: Path) -> dict[st
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Whole tensors under the names of the hub, as torch gathers them."""
+    """Gather the full tensors under their hub names."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
@@ -76,7 +76,7 @@ def device_mesh() -> Any:
 
 
 def build(order: dict[str, Any]) -> Any:
-    """The model, with its weights unless it is built on the meta device."""
+    """Build the model; load its weights unless it is on the meta device."""
     with torch.device("meta" if order["on_meta"] else "cpu"):
         config = beit_fast.BeitConfig(**order["config"])
         model = getattr(beit_fast, order["class"])(config, attn_implementation=order["attention"]).to(order["dtype"])
@@ -87,7 +87,7 @@ def build(order: dict[str, Any]) -> Any:
 
 
 def checkpointed(model: Any, order: dict[str, Any]) -> Any:
-    """The model, told to recompute its layers: by its own switch, or wrapped in torch's wrapper."""
+    """Enable checkpointing by the model's own method or by torch's wrapper."""
     if order["checkpointing"] == "own":
         model.gradient_checkpointing_enable()
     elif order["checkpointing"] == "wrapper":
@@ -99,7 +99,7 @@ def checkpointed(model: Any, order: dict[str, Any]) -> Any:
 
 def data_parallel(order: dict[str, Any], rank: int) -> tuple[nn.Module, dict[str, Any]]:
     model = checkpointed(build(order), order)
-    unused = order["class"] == "BeitForSemanticSegmentation"  # the last layer, whose output it does not read
+    unused = order["class"] == "BeitForSemanticSegmentation"  # the head does not use the last layer
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused), {}
 
 
@@ -117,10 +117,14 @@ def fully_sharded(order: dict[str, Any], rank: int) -> tuple[nn.Module, dict[str
 
 
 def initialize(model: Any, order: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Give a sharded model memory, its first values, and then rank 0's weights; reports the first values."""
+    """Allocate and initialize a sharded model, then broadcast rank 0's weights.
+
+    Returns:
+        The initial values, and whether every parameter was empty before them.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    torch.use_deterministic_algorithms(True)  # uninitialized memory is then NaN
     model.to_empty(device="cpu")
     torch.use_deterministic_algorithms(False)
     empty = all(local_part(p).isnan().all() for p in model.parameters())
@@ -146,19 +150,19 @@ ENGINES = {"data": data_parallel, "sharded": fully_sharded, "tensor": tensor_par
 
 
 def save(order: dict[str, Any], rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """Write a spread model: refused as it is, done by one process with what torch gathered."""
+    """Save a distributed model without a state dict (an error) and with the gathered one."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     model, _ = ENGINES[order["engine"]](order, rank)
-    refusal = message_of(model.save_pretrained, folder / "refused")
+    error = message_of(model.save_pretrained, folder / "invalid")
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         model.save_pretrained(folder / order["engine"], state_dict=state)
-    return {"refusal": refusal, "wrote": (folder / "refused").exists()}
+    return {"error": error, "wrote": (folder / "invalid").exists()}
 
 
-def refuse(order: dict[str, Any], rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """What `tensor_parallel_plan` says to models and meshes that do not fit, and whether it left them alone."""
+def plan_errors(order: dict[str, Any], rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Collect the errors of `tensor_parallel_plan` for invalid models and meshes, and whether a model changed."""
     from torch.distributed.tensor import init_device_mesh
     from torch.distributed.tensor.parallel import parallelize_module
 
@@ -181,7 +185,7 @@ def refuse(order: dict[str, Any], rank: int, world: int, folder: Path) -> dict[s
 
 
 def message_of(function: Callable[..., Any], *arguments: Any) -> str:
-    """The class and text of what `function` raises."""
+    """Call `function` and return the class and message of its exception."""
     try:
         function(*arguments)
     except Exception as error:
@@ -189,7 +193,7 @@ def message_of(function: Callable[..., Any], *arguments: Any) -> str:
     return "nothing was raised"
 
 
-TASKS = {"train": train, "save": save, "refuse": refuse}
+TASKS = {"train": train, "save": save, "plan errors": plan_errors}
 
 
 def main(rank: int, world: int, folder: Path) -> None:
