@@ -1,4 +1,4 @@
-"""The demo, on a model small enough for a test."""
+"""The demo with a small model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def photograph(tmp_path: Path) -> Path:
     return path
 
 
-def test_demo_compares_the_backends_and_draws(
+def test_demo_compares_backends_and_saves_figure(
     demo: ModuleType, config: BeitConfig, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "folder" / "demo.png"
@@ -102,7 +102,7 @@ def test_demo_with_a_checkpoint_prints_classes(
     assert sum(float(share) for share, _ in classes) <= 100.1
 
 
-def test_patch_bias_matches_the_table(demo: ModuleType, config: BeitConfig) -> None:
+def test_patch_bias_equals_table_entries(demo: ModuleType, config: BeitConfig) -> None:
     model = demo.build_model(config, torch.device("cpu"))
     name = "beit.encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table"
     table = dict(model.named_parameters())[name].detach()
@@ -112,7 +112,7 @@ def test_patch_bias_matches_the_table(demo: ModuleType, config: BeitConfig) -> N
     np.testing.assert_array_equal(bias[:, 3, 0], table[(1 - 3 + 3) * 7 + (2 - 0 + 3)].numpy())
 
 
-def test_smooth_table_is_smooth_with_deviation_one(demo: ModuleType) -> None:
+def test_smooth_table_is_smooth_with_unit_deviation(demo: ModuleType) -> None:
     torch.manual_seed(0)
     table = demo.smooth_table((14, 14), 12)
     assert table.shape == (27 * 27 + 3, 12)
@@ -145,7 +145,7 @@ def test_preprocess_covers_minus_one_to_one(demo: ModuleType) -> None:
         (["--image", str(DEMO)], "cannot read the image"),
     ],
 )
-def test_demo_wrong_arguments_are_one_error(
+def test_demo_invalid_arguments_exit_with_one_error(
     demo: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:

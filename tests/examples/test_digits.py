@@ -1,4 +1,4 @@
-"""The digits checkpoint in examples/digits: it is what its log says, and its script makes such things again."""
+"""The checkpoint in examples/digits equals its training log; its script trains such a checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_model(folder: Path = DIGITS, attn_implementation: str | None = None) ->
 
 
 def preprocess(image: Image.Image, processor: dict[str, Any]) -> Tensor:
-    """`[3, height, width]`, as `preprocessor_config.json` says."""
+    """Preprocess to `[3, height, width]` by `preprocessor_config.json`."""
     size = processor["size"]["width"], processor["size"]["height"]
     pixels = np.asarray(image.convert("RGB").resize(size, processor["resample"]), dtype=np.float64)
     normal = (pixels * processor["rescale_factor"] - processor["image_mean"]) / processor["image_std"]
@@ -59,14 +59,14 @@ def processor() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def shown(processor: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The shipped images as the model takes them, and their classes out of their names."""
+    """The shipped images as model inputs, and the classes from their file names."""
     pixels = torch.stack([preprocess(Image.open(path), processor) for path in IMAGES])
     return pixels, torch.tensor([int(path.stem.split("_")[0]) for path in IMAGES])
 
 
 @pytest.fixture(scope="module")
 def held_out(log: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The held-out part, by the log's seed: indices, images uint8 `[n, 8, 8]`, classes."""
+    """The held-out indices, uint8 images `[n, 8, 8]` and classes, from the seed of the log."""
     data = load_digits()
     _, indices = train_test_split(
         np.arange(len(data.target)),
@@ -77,7 +77,7 @@ def held_out(log: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return indices, np.rint(data.images[indices] * 255 / 16).astype(np.uint8), data.target[indices]
 
 
-def test_checkpoint_is_small_in_the_hub_layout() -> None:
+def test_checkpoint_is_small_and_in_hub_layout() -> None:
     file = DIGITS / "model.safetensors"
     assert file.stat().st_size < 2_000_000
     with safe_open(file, "pt") as tensors:
@@ -118,7 +118,7 @@ def test_shipped_images_are_two_held_out_digits_per_class(
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
-def test_checkpoint_accuracy_equals_the_log_under_every_attention(
+def test_checkpoint_accuracy_every_attention_equals_log(
     implementation: str, shown: tuple[Tensor, Tensor], log: dict[str, Any]
 ) -> None:
     pixels, labels = shown
@@ -131,7 +131,7 @@ def test_checkpoint_accuracy_equals_the_log_under_every_attention(
     assert (logits - exact).norm() <= 2 * (eager - exact).norm() + floor
 
 
-def test_held_out_accuracy_equals_the_log(
+def test_held_out_accuracy_equals_log(
     held_out: tuple[np.ndarray, np.ndarray, np.ndarray], processor: dict[str, Any], log: dict[str, Any]
 ) -> None:
     _, images, labels = held_out
@@ -142,7 +142,7 @@ def test_held_out_accuracy_equals_the_log(
     assert right.mean() == log["held_out_accuracy"] >= 0.97
 
 
-def test_log_covers_the_whole_training(log: dict[str, Any]) -> None:
+def test_training_log_covers_every_epoch(log: dict[str, Any]) -> None:
     assert log["options"]["quick"] is False
     for stage in ("pretraining", "fine_tuning"):
         assert [row["epoch"] for row in log[stage]] == list(range(1, log["options"][f"{stage}_epochs"] + 1))
@@ -152,7 +152,7 @@ def test_log_covers_the_whole_training(log: dict[str, Any]) -> None:
     assert log["seconds"] < 300
 
 
-def test_readme_figures_equal_the_log(log: dict[str, Any]) -> None:
+def test_readme_figures_equal_log(log: dict[str, Any]) -> None:
     text = (DIGITS / "README.md").read_text()
     right = round(log["held_out_accuracy"] * log["split"]["held_out"])
     assert f"{log['held_out_accuracy']:.2%} ({right} of {log['split']['held_out']})".replace("%", " %") in text
@@ -220,17 +220,17 @@ def run_script(out: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
-def test_training_learns(implementation: str, tmp_path: Path) -> None:
+def test_train_digits_reduces_loss(implementation: str, tmp_path: Path) -> None:
     epochs = ("--pretraining-epochs", "4", "--fine-tuning-epochs", "16")
     log = run_script(tmp_path, *epochs, "--attn", implementation)
     losses = [row["loss"] for stage in ("pretraining", "fine_tuning") for row in log[stage]]
     assert losses[3] < losses[0] - 0.1
     assert losses[-1] < losses[4] - 0.5
-    assert log["held_out_accuracy"] > 0.2  # twice what guessing gives
+    assert log["held_out_accuracy"] > 0.2  # twice the accuracy of guessing
 
 
 @pytest.mark.slow
-def test_training_repeats_bit_for_bit_and_follows_the_seed(tmp_path: Path) -> None:
+def test_train_digits_same_seed_is_bit_exact(tmp_path: Path) -> None:
     epochs = ("--pretraining-epochs", "1", "--fine-tuning-epochs", "2")
     files = []
     for name, seed in (("first", "0"), ("again", "0"), ("other", "1")):

@@ -1,4 +1,4 @@
-"""The examples that need Transformers, run as users run them."""
+"""The examples that need Transformers, run as scripts."""
 
 import re
 
@@ -11,7 +11,7 @@ from ..support.examples import run
 pytestmark = pytest.mark.slow
 
 
-def test_accelerate_transformers_keeps_the_logits():
+def test_accelerate_transformers_keeps_logits():
     text = run("accelerate_transformers.py", "--image-size", 320)
     assert "replaced: 4 BeitAttention" in text
     assert float(re.search(r"relative difference of its logits: (\S+)", text)[1]) < 1e-5
@@ -26,7 +26,7 @@ def test_finetune_trainer_improves_accuracy(tmp_path):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_depth_dpt_beats_the_best_constant(tmp_path):
+def test_depth_dpt_beats_best_constant(tmp_path):
     text = run("depth_dpt.py", "--out", tmp_path / "depth.png")
     error, constant = map(float, re.search(r"held-out scenes: (\S+) \(of the best constant (\S+)\)", text).groups())
     assert error < constant / 2

@@ -1,4 +1,4 @@
-"""Examples import public names of the package only."""
+"""Examples import only public names of the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUBLIC = {
 
 
 def private_imports(text: str) -> list[str]:
-    """The imports of a script from the package that are not public."""
+    """List the private names of the package that a script imports."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -50,5 +50,5 @@ def test_examples_import_public_names_only(script: Path) -> None:
         ("from beit_fast import BeitConfig, parallel", []),
     ],
 )
-def test_private_imports_finds_names_that_are_not_public(line: str, expected: list[str]) -> None:
+def test_private_imports_finds_private_names(line: str, expected: list[str]) -> None:
     assert private_imports(line) == expected

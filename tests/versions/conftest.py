@@ -1,4 +1,4 @@
-"""Tests against Transformers 4.x, collected only where that is what `import transformers` gives."""
+"""Tests against Transformers 4.x, collected only if that version is installed."""
 
 import transformers
 

@@ -1,4 +1,4 @@
-"""`accelerate` on Transformers 4.57: the tests of 5.x again, and what only 4.57 has."""
+"""`accelerate` on Transformers 4.57: the tests for 5.x, and head masks, which only 4.57 supports."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ..support.transformers_models import Spy, assert_same, inputs_for, pair, ru
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_a_head_mask_is_left_to_transformers(name, attn_implementation):
+def test_accelerate_head_mask_runs_transformers_attention(name, attn_implementation):
     theirs, ours = pair(name, "both", attn_implementation=attn_implementation)
     heads = torch.tensor([1.0, 0.0, 1.0, 0.5], dtype=torch.float64)
     inputs = inputs_for(name, theirs) | {"head_mask": heads}

@@ -1,3 +1,3 @@
-"""Every way into the dense-prediction models, as tested with Transformers 5."""
+"""Every integration with dense-prediction models: the tests for Transformers 5."""
 
 from ..integrations.test_backbone_routes import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Transformers 4.x: the same configuration files, the same parameter names in memory, the same numbers."""
+"""Transformers 4.x has the same configuration files, parameter names and outputs."""
 
 import json
 
@@ -33,7 +33,7 @@ def build(name, **options):
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_names_in_memory_and_outputs(name, position):
+def test_model_outputs_equal_transformers_4(name, position):
     theirs, ours = build(name, **POSITIONS[position])
     inputs = random_inputs(name, ours)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_names_in_memory_and_outputs(name, position):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_configurations_load_both_ways(name, tmp_path):
+def test_config_round_trip_is_equal(name, tmp_path):
     labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     values = TINY | options_for(name) | labels | {"use_relative_position_bias": True}
     values.pop("num_labels")
@@ -59,8 +59,8 @@ def test_configurations_load_both_ways(name, tmp_path):
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_checkpoints_load_both_ways_bit_for_bit(name, position, tmp_path):
-    """Transformers' file to our model, our file to Transformers' model: the same names, the same bits."""
+def test_checkpoint_round_trip_is_bit_exact(name, position, tmp_path):
+    """Files of Transformers and of beit_fast have the same names and bits, and load in both."""
     theirs = getattr(transformers, name)(transformers.BeitConfig(**(TINY | options_for(name) | POSITIONS[position])))
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
