@@ -1,4 +1,4 @@
-"""The hub cache and the working directories in which the blocks run."""
+"""The hub cache and the working directories of the code blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .hub_cache import build_hub, build_workspace
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `home`, which is HF_HOME, and `workspace`, which has the files that blocks name."""
+    """A folder with `home` (HF_HOME) and `workspace` (the files that code blocks read)."""
     folder = tmp_path_factory.mktemp("docs")
     build_hub(folder / "home")
     build_workspace(folder / "workspace")

@@ -1,4 +1,4 @@
-"""A hub cache of small checkpoints under the names that the documentation uses, and the files beside its blocks."""
+"""A hub cache of small checkpoints and the other files that the documentation reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..support.checkout import ROOT
 from ..support.transformers_reference import randomize
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-"""The revision that every cached repository has."""
+"""The revision of every cached repository."""
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 5,
@@ -37,7 +37,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build_hub(home: Path) -> None:
-    """Fill `home/hub` as `huggingface_hub` does after a download."""
+    """Write checkpoints to `home/hub` in the layout of `huggingface_hub`."""
     for name, (class_name, options) in CHECKPOINTS.items():
         repository = home / "hub" / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / COMMIT
@@ -48,7 +48,7 @@ def build_hub(home: Path) -> None:
 
 
 def save_small(class_name: str, folder: Path, **options: Any) -> None:
-    """A small model with random weights and its image processor."""
+    """Save a small random model and its image processor."""
     config = beit_fast.BeitConfig(**{"image_size": 224, **SMALL, **options})
     model = getattr(beit_fast, class_name)(config)
     randomize(model)
@@ -57,7 +57,7 @@ def save_small(class_name: str, folder: Path, **options: Any) -> None:
 
 
 def build_workspace(folder: Path) -> None:
-    """The files that blocks name: pictures, a folder of them, a file of timm, and the examples of the checkout."""
+    """Write the files that code blocks read: images, a timm checkpoint and the examples."""
     generator = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     names = ("photograph.jpg", "other.png", "street.jpg", "images/one.png", "images/two.jpg")

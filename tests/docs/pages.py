@@ -9,7 +9,7 @@ from pathlib import Path
 from ..support.checkout import ROOT
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-"""Paths of the pages from the root of the checkout."""
+"""Paths of the pages, relative to the root of the checkout."""
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<language>[^`\n]*)$")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\((?P<target>[^()\s]+)\)")
@@ -22,7 +22,7 @@ class Block:
 
     page: str
     line: int
-    """Number of its first line of content, from 1."""
+    """Number of its first content line, from 1."""
     language: str
     text: str
 
@@ -52,13 +52,13 @@ def blocks_of(page: str, *languages: str) -> list[Block]:
 
 
 def prose_of(text: str) -> str:
-    """The text without fenced blocks and inline code, which hold no links."""
+    """Remove fenced blocks and inline code, which do not contain links."""
     without_blocks = re.sub(r"^ *(```+|~~~+).*?^ *\1 *$", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"`[^`\n]*`", "", without_blocks)
 
 
 def links_of(text: str) -> list[str]:
-    """The targets of links and pictures."""
+    """The targets of links and images."""
     return [match["target"] for match in _LINK.finditer(prose_of(text))]
 
 

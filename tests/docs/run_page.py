@@ -13,7 +13,7 @@ from tests.docs.pages import blocks_of
 
 
 def main(page: str) -> None:
-    """Execute the blocks; a traceback names the page and the line in it."""
+    """Run the blocks with the page's file name and line numbers in tracebacks."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     blocks = blocks_of(page, "python")
@@ -21,7 +21,7 @@ def main(page: str) -> None:
         from tests.support import timm_reference  # noqa: F401  timm imports torchvision, which is not installed
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
-        source = "\n" * (block.line - 1) + block.text  # so that line numbers are the page's
+        source = "\n" * (block.line - 1) + block.text  # tracebacks have the line numbers of the page
         exec(compile(source, page, "exec"), namespace)
 
 

@@ -1,4 +1,4 @@
-"""Every block of README and docs runs as written, offline, with small checkpoints under the hub's names."""
+"""Every code block of README and docs runs as written, offline, with small checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .pages import PAGES, Block, blocks_of
 NOT_RUN = {
     "pip install *": "installs into the environment of the tests",
 }
-"""Lines of shell blocks that do not run, as patterns, and why: they install, need CUDA or need the network."""
+"""Patterns of shell lines that do not run (installation, CUDA or network), each with its reason."""
 
 RUNNER = Path(__file__).with_name("run_page.py")
 WITH_PYTHON = [page for page in PAGES if blocks_of(page, "python")]
 SHELL = [block for page in PAGES for block in blocks_of(page, "bash", "shell")]
 
 has_run: set[str] = set()
-"""Shell commands that have run: several pages have `beit-fast info`."""
+"""Shell commands that have run; a command on several pages runs once."""
 
 Environment = Callable[[], dict[str, str]]
 
@@ -40,7 +40,7 @@ def test_shell_blocks_run_as_written(block: Block, workspace: Path, environment:
             run(["bash", "-euo", "pipefail", "-c", line], workspace, environment())
 
 
-def test_not_run_has_few_entries_and_each_is_used() -> None:
+def test_not_run_entries_are_few_and_used() -> None:
     lines = [line for block in SHELL for line in commands_of(block)]
     assert len(NOT_RUN) <= 10
     assert {exemption_of(line) for line in lines} - {None} == set(NOT_RUN)
@@ -52,7 +52,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
 
 
 def commands_of(block: Block) -> list[str]:
-    """The commands of a shell block: one a line, without comments."""
+    """The commands of a shell block, one a line, without comments."""
     return [line for line in block.text.splitlines() if line.strip() and not line.startswith("#")]
 
 

@@ -1,4 +1,4 @@
-"""README and docs: relative links resolve, fences hide no code, README keeps its size."""
+"""Relative links, fenced blocks and navigation of README and docs, and the size of README."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..support.checkout import ROOT
 from .pages import PAGES, Block, anchors_of, blocks_of, links_of, read
 
 LANGUAGES = ("python", "bash", "shell", "text", "console")
-"""Of fences: the first three run in `test_code_blocks.py`, the others hold output and drawings."""
+"""Languages of fences: `test_code_blocks.py` runs the first three; the others contain output and drawings."""
 
 CODE_SIGNS = ("import ", "from ", "def ", "pip ", "beit-fast ", "python ", "make ", "$ ", ">>> ")
-"""What a line of code or a command begins with."""
+"""Prefixes of code lines and commands."""
 
 READMES = [
     "CONTRIBUTING.md",
@@ -31,19 +31,19 @@ def test_relative_links_resolve(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_fences_name_a_language_that_is_tested(page: str) -> None:
+def test_fences_name_a_tested_language(page: str) -> None:
     assert [str(block) for block in blocks_of(page) if block.language not in LANGUAGES] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_output_fences_hold_no_code(page: str) -> None:
+def test_output_fences_contain_no_code(page: str) -> None:
     hidden = [(str(block), line) for block in blocks_of(page, "text", "console") for line in code_lines(block)]
     assert hidden == []
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_have_no_indented_code(page: str) -> None:
-    """Markdown takes lines indented by four after an empty line for code, unless they continue a list."""
+    """Markdown renders lines indented by four after an empty line as code, unless they continue a list."""
     text = read(page)
     fenced = {number for block in blocks_of(page) for number in lines_of(block)}
     lines = text.splitlines()
@@ -55,13 +55,13 @@ def test_pages_have_no_indented_code(page: str) -> None:
     assert indented == []
 
 
-def test_readme_has_at_most_120_lines_of_100_columns() -> None:
+def test_readme_is_at_most_120_lines_of_100_columns() -> None:
     lines = read("README.md").splitlines()
     assert len(lines) <= 120
     assert [line for line in lines if len(line) > 100] == []
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_navigation_lists_every_page() -> None:
     yaml = pytest.importorskip("yaml")
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     listed = {f"docs/{page}" for entry in navigation for page in entry.values()}
@@ -69,7 +69,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def resolves(page: Path, target: str) -> bool:
-    """Whether a link is to another site, or to a file here that has the anchor."""
+    """Return whether a link is external, or its file and anchor exist."""
     if "://" in target or target.startswith("mailto:"):
         return True
     path, _, anchor = target.partition("#")

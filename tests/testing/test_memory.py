@@ -8,7 +8,7 @@ import torch
 from beit_fast.testing import memory
 
 MIB = 1 << 20
-TOLERANCE = 2.5 * MIB  # one transparent huge page that the call happens to touch, and counters kept by CPU
+TOLERANCE = 2.5 * MIB  # one transparent huge page that the call may touch, and counters for each CPU
 needs_counter = pytest.mark.skipif(
     memory.memory_unsupported_reason("cpu") is not None, reason=str(memory.memory_unsupported_reason("cpu"))
 )
@@ -41,8 +41,8 @@ def test_peak_memory_counts_tensors_alive_together() -> None:
 
 
 @needs_counter
-def test_peak_memory_after_freed_blocks_is_the_same() -> None:
-    """Blocks freed into the heap would be reused without touching new pages, and hide what a call needs."""
+def test_peak_memory_after_freed_blocks_is_exact() -> None:
+    """Blocks freed into the heap could be reused without touching new pages, and hide the peak."""
     blocks = [torch.ones(size * MIB // 4) for size in (6, 3, 20, 2, 9, 20, 1, 12) * 4]
     keep = blocks[1::2]
     del blocks
@@ -53,7 +53,7 @@ def test_peak_memory_after_freed_blocks_is_the_same() -> None:
 
 
 @needs_counter
-def test_peak_memory_calls_once_and_raises_errors() -> None:
+def test_peak_memory_calls_once_and_propagates_errors() -> None:
     calls: list[int] = []
     memory.peak_memory(lambda: calls.append(1))
     assert calls == [1]
@@ -83,10 +83,10 @@ def test_peak_memory_without_a_counter_is_none() -> None:
 
 
 def test_peak_memory_unreadable_counter_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
+    def raise_permission_error() -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("beit_fast.testing.memory._reset_peak", refuse)
+    monkeypatch.setattr("beit_fast.testing.memory._reset_peak", raise_permission_error)
     monkeypatch.setattr("sys.platform", "linux")
     assert "Permission denied" in (memory.memory_unsupported_reason("cpu") or "")
     assert memory.peak_memory(lambda: None) is None

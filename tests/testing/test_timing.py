@@ -19,12 +19,12 @@ def test_latency_times_each_call_after_the_warmup(repeats: int, warmup: int) -> 
     assert min(result.times) <= result.median <= max(result.times)
 
 
-def test_latency_includes_the_whole_call() -> None:
+def test_latency_covers_whole_call() -> None:
     assert 0.01 <= timing.latency(lambda: time.sleep(0.01), repeats=3, warmup=0).median < 1
 
 
 @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"warmup": -1}])
-def test_latency_wrong_counts_raise(wrong: dict[str, int]) -> None:
+def test_latency_invalid_counts_raise(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"repeats >= 1 and warmup >= 0, got repeats=.*, warmup="):
         timing.latency(lambda: None, **wrong)
 
