@@ -1,4 +1,4 @@
-"""What attention really ran: calls of the fused operator, and any tensor of the size that it is there to avoid."""
+"""Record calls of the fused attention operator and dense bias tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FUSED = torch.ops.beit_fast.rel_pos_attention.default
 
 
 class AttentionSpy(TorchDispatchMode):
-    """Watches operators below autograd; those inside the fused operator are its own business.
+    """Record operators below autograd, except those inside the fused operator.
 
     Attributes:
-        calls: of `rel_pos_attention`.
-        tables: of those calls, how many had a bias table.
-        square: shapes `[..., tokens, tokens]` that other operators gave.
+        calls: Number of calls of `rel_pos_attention`.
+        tables: Number of those calls with a bias table.
+        square: Shapes `[..., tokens, tokens]` that other operators returned.
     """
 
     def __init__(self, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""The folder `benchmarks/` of this checkout as an importable package."""
+"""Import of the folder `benchmarks/` of this checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of packaging share: the checkout, its build script, and a program that uses the package."""
+"""Shared by packaging tests: the checkout, its build script, and a program that runs a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 import beit_fast
 
 ROOT = Path(beit_fast.__file__).parents[1]
-"""The checkout that the package runs from; where it is none, no test of packaging runs."""
+"""The checkout of the imported package; packaging tests are skipped if it is installed without one."""
 
 FORWARD = """
 import torch, beit_fast
@@ -20,15 +20,15 @@ model = beit_fast.BeitForImageClassification(config, attn_implementation="triton
 assert model(torch.randn(1, 3, 32, 32)).logits.shape == (1, 2)
 print(model.attention_report().kernel)
 """
-"""Prints the kernel that served attention."""
+"""A program that prints the attention kernel."""
 
 
 def load_native_build(root: Path = ROOT) -> ModuleType:
-    """A fresh `csrc/build.py` of a checkout, as setup.py has it."""
+    """Import `csrc/build.py` of a checkout under the name that setup.py uses."""
     spec = importlib.util.spec_from_file_location("native_build", root / "csrc" / "build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["native_build"] = module  # its dataclasses look for it there
+    sys.modules["native_build"] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module

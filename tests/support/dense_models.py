@@ -1,4 +1,4 @@
-"""Transformers' dense-prediction models around a tiny BEiT backbone, for 4.57 and 5.x alike."""
+"""Transformers' dense-prediction models with a tiny BEiT backbone, for 4.57 and 5.x."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYERS = {"num_hidden_layers": 4, "out_features": ["stage1", "stage2", "stage3",
 OPTIONS = TINY | LAYERS | {"use_relative_position_bias": True, "use_mask_token": False}
 OPTIONS = {key: value for key, value in OPTIONS.items() if key not in ("num_labels", "vocab_size")}
 HAS_PYRAMID = not transformers.__version__.startswith("4.")
-"""Whether Transformers' backbone works with `add_fpn`, which always crashes in 4.57."""
+"""Whether Transformers' backbone supports `add_fpn`; 4.57 always crashes."""
 
 
 def upernet(**options: Any) -> tuple[Any, tuple[int, int]]:
@@ -54,10 +54,10 @@ DENSE_MODELS: dict[Callable[..., Any], str] = {
 
 
 def model_class(build: Callable[..., Any]) -> Any:
-    """The class of Transformers whose configuration `build` gives."""
+    """The Transformers class for the configuration that `build` returns."""
     return getattr(transformers, DENSE_MODELS[build])
 
 
 def main_output(outputs: Any) -> Any:
-    """Logits, or the depth map."""
+    """Return the logits or the depth map."""
     return outputs.logits if "logits" in outputs else outputs.predicted_depth

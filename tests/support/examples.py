@@ -1,4 +1,4 @@
-"""The scripts in examples/, run as users run them."""
+"""Run the scripts in examples/."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from .checkout import ROOT
 
 
 def run(script, *arguments):
-    """What the script prints, on one thread."""
+    """Run a script on one thread and return its stdout."""
     command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False

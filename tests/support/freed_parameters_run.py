@@ -1,7 +1,7 @@
-"""Models whose hooks free parameters after each forward, run one process a case.
+"""Models whose hooks free parameters after each forward, one process a case.
 
-`python -m tests.support.freed_parameters_run FOLDER` writes `FOLDER/results.pt`: for each case the results of the model
-with hooks and of the same model without them, or the text of an error. A case that ends in a segfault is an error too.
+`python -m tests.support.freed_parameters_run FOLDER` writes `FOLDER/results.pt`. For each case it has the results of
+the model with hooks and of the same model without them, or the text of an error. A segfault is recorded as an error.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def shard(model: nn.Module, owners: list[nn.Module]) -> None:
 
 
 def shard_twice(model: Any, owners: list[nn.Module]) -> None:
-    """Spread the model by tensor parallelism, then shard each owner alone along another dimension of the mesh."""
+    """Apply tensor parallelism, then shard each owner along another mesh dimension."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
     from torch.distributed.tensor.parallel import parallelize_module
@@ -107,7 +107,11 @@ def shard_twice(model: Any, owners: list[nn.Module]) -> None:
 
 
 def free_by_hooks(model: nn.Module, owners: list[nn.Module]) -> list[Callable[[], None]]:
-    """Empty the parameters of each owner outside its forward, as ZeRO-3 does; returns what restores them."""
+    """Empty the parameters of each owner outside its forward, as ZeRO-3 does.
+
+    Returns:
+        A function for each owner that restores its parameters.
+    """
     return [_free_outside_forward(owner) for owner in owners]
 
 
@@ -120,7 +124,7 @@ def _free_outside_forward(owner: nn.Module) -> Callable[[], None]:
 
     def free(*unused: Any) -> None:
         for parameter in whole:
-            parameter.data.fill_(torch.nan)  # a view that was kept shows it
+            parameter.data.fill_(torch.nan)  # a saved view then reads NaN
             parameter.data = parameter.new_empty(0)
 
     free()
@@ -131,7 +135,7 @@ def _free_outside_forward(owner: nn.Module) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the size of its images, and what frees its parameters."""
+    """A model, its image size, and the engine that frees its parameters."""
 
     route: str
     position: str
@@ -177,7 +181,7 @@ CASES = {
 def step(
     model: nn.Module, pixels: Tensor, before_backward: list[Callable[[], None]] | None = None
 ) -> dict[str, Tensor]:
-    """The logits and the gradient of every parameter that has one, each a whole tensor."""
+    """Return the logits and every gradient, each as a full tensor."""
     outputs = model(pixels)
     logits = outputs if isinstance(outputs, Tensor) else outputs.logits
     for restore in before_backward or ():
@@ -189,7 +193,7 @@ def step(
 
 
 def run_alone(name: str, file: Path) -> None:
-    """Run a case in a process group of one, and write its result."""
+    """Run a case in a process group of one process and save its result."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         result: Any = CASES[name].run()

@@ -1,4 +1,4 @@
-"""Small models with random weights, and pixels for them."""
+"""Small random models and their pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def build(name: str = "BeitForImageClassification", position: str = "per layer", **options: object) -> Any:
-    """A model of the class with that name, in evaluation mode; `position` is one of `POSITIONS`."""
+    """Build a random model in evaluation mode; `position` is one of `POSITIONS`."""
     values = TINY | POSITIONS[position] | options_for(name) | options
     model = getattr(beit_fast, name)(beit_fast.BeitConfig(**values)).eval()
     randomize(model)
@@ -33,6 +33,6 @@ def byte_images(*size: int) -> Tensor:
 
 
 def normalized(pixels: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """uint8 pixels as an image processor with `MEAN` and `STD` normalises them."""
+    """Normalize uint8 pixels as an image processor with `MEAN` and `STD`."""
     mean, std = (torch.tensor(numbers, dtype=dtype, device=pixels.device).view(1, 3, 1, 1) for numbers in (MEAN, STD))
     return (pixels.to(dtype) / 255 - mean) / std

@@ -1,4 +1,4 @@
-"""Small data sets and checkpoints for `beit-fast predict`, and ways to run it."""
+"""Small data sets and checkpoints for `beit-fast predict`, and functions that run it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = ((40, 30), (33, 50), (32, 32))
 
 
 def save_checkpoint(folder: Path, name: str = "BeitForImageClassification", seed: int = 0, **options: Any) -> Any:
-    """A random model of that class, bias tables N(0, 1), written to `folder`."""
+    """Save a random model to `folder`; its bias tables are N(0, 1)."""
     values = TINY | {"use_relative_position_bias": True, "num_labels": 5, "id2label": LABELS} | options
     model = getattr(beit_fast, name)(beit_fast.BeitConfig(**values)).eval()
     randomize(model, seed)
@@ -42,7 +42,7 @@ def save_image(path: Path, seed: int, size: tuple[int, int] = (32, 32)) -> Path:
 
 
 def save_images(folder: Path, count: int) -> list[str]:
-    """Images of several sizes, in one folder below; their names."""
+    """Save images of several sizes, some in a subfolder, and return their names."""
     names = [f"{'part' if index % 3 == 0 else '.'}/{index:03}.png" for index in range(count)]
     for index, name in enumerate(names):
         save_image(folder / name, index, SIZES[index % len(SIZES)])
@@ -50,12 +50,12 @@ def save_images(folder: Path, count: int) -> list[str]:
 
 
 def main_predict(*arguments: Any) -> int:
-    """The exit code of the command in this process."""
+    """Run the command in this process and return its exit code."""
     return main.main(["predict", *map(str, arguments)])
 
 
 def predict(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command in this process."""
+    """Run the command in this process and return its exit code, stdout and stderr."""
     code = main_predict(*arguments)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -66,12 +66,13 @@ def fork(
 ) -> multiprocessing.process.BaseProcess:
     """Start `function` in a fork of this process, which has already imported torch.
 
-    Its exit code is what `function` returns; stdout and stderr go to `output` with the suffixes .out and .err.
+    The process exits with the value of `function`. It writes stdout and stderr to `output` with the suffixes .out and
+    .err.
     """
 
     def run() -> None:
         os.environ.update({name: str(value) for name, value in environment.items()})
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        torch.set_num_threads(1)  # OpenMP threads do not survive a fork
         base = Path(os.devnull) if output is None else output
         sys.stdout = base.open("w") if output is None else base.with_suffix(".out").open("w")
         sys.stderr = base.open("w") if output is None else base.with_suffix(".err").open("w")
@@ -87,11 +88,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def done_in(run_folder: Path) -> list[int]:
-    """The batches that a run has done."""
+    """List the numbers of the completed batches of a run."""
     return sorted(int(file.stem) for file in (run_folder / "batches").glob("[0-9]*.json"))
 
 
 def names_in(number: int, images: Path) -> list[str]:
-    """The names of the images of a batch."""
+    """List the image names of a batch."""
     names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
     return [name.rpartition("/")[2] for name in names[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]]

@@ -1,9 +1,15 @@
-"""One rank of a sharded run: `python sharded_run.py RANK WORLD FOLDER`, torch and beit_fast alone.
+"""One rank of a sharded run: `python sharded_run.py RANK WORLD FOLDER`.
 
-`FOLDER/runs.pt` holds a list of runs, each a dict: `op`, a name in `beit_fast`; `args`; `kwargs`; `trained`, the places
-of the arguments that require gradients; `placements`, one list for each argument, None for what is no tensor;
-`mesh`, its shape; `grad_out`; `compiled`. Rank 0 writes `FOLDER/results.pt`: for each run the gathered output and
-gradients, their placements, and rank 0's own part of the gradients.
+It needs only torch and beit_fast. `FOLDER/runs.pt` has a list of runs, each a dict with these keys:
+    op: A name in `beit_fast`.
+    args, kwargs: Its arguments.
+    trained: The positions of the arguments that require gradients.
+    placements: A list for each argument, None if it is not a tensor.
+    mesh: The shape of the device mesh.
+    grad_out: The gradient of the output.
+    compiled: Whether to compile the operator.
+Rank 0 writes `FOLDER/results.pt`: for each run the gathered output and gradients, their placements, and rank 0's local
+part of the gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +26,10 @@ import beit_fast
 
 @functools.cache
 def device_mesh(shape: tuple[int, ...]):
-    """One object for each shape: DTensor's cache keeps the first, and torch.compile wants a single one in a graph."""
+    """Return one mesh object for each shape.
+
+    DTensor caches the first object, and torch.compile requires a single one in a graph.
+    """
     from torch.distributed.tensor import init_device_mesh
 
     return init_device_mesh("cpu", shape)

@@ -1,4 +1,4 @@
-"""timm's BEiT as a reference, imported as the benchmarks import it: without torchvision."""
+"""timm's BEiT as a reference, imported without torchvision as in the benchmarks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ POSITIONS = {
 
 
 def build(**options: object) -> torch.nn.Module:
-    """timm's `Beit`, tiny, with every parameter drawn, in evaluation mode."""
+    """Build a tiny timm `Beit` in evaluation mode with random parameters."""
     values = TINY | {"use_abs_pos_emb": False} | options
     model = timm.models.beit.Beit(**values).eval()
     generator = torch.Generator().manual_seed(3)
@@ -51,7 +51,10 @@ def build(**options: object) -> torch.nn.Module:
 
 
 def masked_modelling_state(model: torch.nn.Module, vocabulary: int = 11) -> dict[str, Tensor]:
-    """unilm's pre-training names from timm's: a mask token, a plain `norm`, an `lm_head`, the index as a buffer."""
+    """Convert timm's state to unilm's pre-training names.
+
+    It adds a mask token, `norm`, `lm_head` and the index buffers.
+    """
     generator = torch.Generator().manual_seed(4)
     width = model.embed_dim
     state = {key: x for key, x in model.state_dict().items() if not key.startswith(("head.", "fc_norm.", "norm."))}
@@ -70,7 +73,7 @@ def masked_modelling_state(model: torch.nn.Module, vocabulary: int = 11) -> dict
 
 
 def mmseg_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's weights under the names of mmsegmentation's `BEiT`."""
+    """Rename a backbone's weights to the names of mmsegmentation's `BEiT`."""
     parts = {
         "blocks.": "layers.",
         "norm1.": "ln1.",

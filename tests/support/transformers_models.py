@@ -1,4 +1,4 @@
-"""Tiny models of Transformers, 4.57 or 5.x, that contain BEiT or Data2VecVision layers, with every number drawn."""
+"""Tiny random Transformers models with BEiT or Data2VecVision layers, for 4.57 and 5.x."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DENSE_OPTIONS = {
 
 
 def build(name: str, position: str = "per layer", attn_implementation: str = "sdpa", **options: object) -> nn.Module:
-    """The class with that name in evaluation mode and fp32; `options` are those of the BEiT configuration."""
+    """Build an fp32 model in evaluation mode; `options` go to the BEiT configuration."""
     values = TINY | POSITIONS[position]
     if name in DENSE:
         values |= STAGES | {"reshape_hidden_states": name.startswith("UperNet")}
@@ -64,7 +64,7 @@ def pair(
     implementation: str | None = "triton",
     **options: Any,
 ) -> tuple[Any, Any]:
-    """A model and its accelerated twin with the same weights."""
+    """Build a model and its accelerated copy with the same weights."""
     theirs = build(name, position, **options).to(dtype)
     ours = copy.deepcopy(theirs)
     accelerate(ours, implementation)
@@ -76,17 +76,17 @@ def biases(model: nn.Module) -> list[Any]:
 
 
 def attentions(model: nn.Module) -> list[Any]:
-    """The accelerated ones."""
+    """List the accelerated attention modules."""
     return [x for x in model.modules() if hasattr(type(x), "attn_implementation")]
 
 
 def layer_of(model: Any, index: int) -> Any:
-    """A layer of a `BeitModel`."""
+    """Return a layer of a `BeitModel`."""
     return (model.encoder.layer if IS_4 else model.layers)[index]
 
 
 def inputs_for(name: str, model: nn.Module, size: tuple[int, int] = (32, 32), batch: int = 2) -> dict[str, Tensor]:
-    """Pixels in the model's dtype, and the labels and masks that the class takes; dense models get no labels."""
+    """Return pixels in the model's dtype, and labels and masks; dense models get only pixels."""
     own = name.replace("Data2VecVision", "Beit") if name not in DENSE else "BeitBackbone"
     trunk = model if name not in DENSE else model.backbone
     inputs = random_inputs(own, trunk, size, batch)
@@ -95,7 +95,7 @@ def inputs_for(name: str, model: nn.Module, size: tuple[int, int] = (32, 32), ba
 
 
 def sizes_for(name: str) -> list[tuple[int, int]]:
-    """Image sizes that the class takes in this version: the native one and, but for two classes, a rectangle."""
+    """Image sizes that the class supports in this version of Transformers."""
     native_alone = name == "Data2VecVisionForSemanticSegmentation" or (IS_4 and name == "BeitForSemanticSegmentation")
     return [(32, 32)] if native_alone else [(32, 32), (48, 40)]
 
@@ -106,7 +106,7 @@ def layer_count(model: nn.Module) -> int:
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """Every floating-point tensor of a model's output, in order."""
+    """List every floating-point tensor of a model's output, in order."""
     return list(_flatten(outputs.to_tuple()))
 
 
@@ -120,7 +120,7 @@ def _flatten(value: Any) -> Iterator[Tensor]:
 
 
 def run(model: nn.Module, inputs: dict[str, Any], differentiate: bool = True) -> dict[str, Tensor]:
-    """Outputs by number and gradients by parameter, with random numbers from one seed."""
+    """Return outputs by number and gradients by parameter name, for one seed."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
     with torch.set_grad_enabled(differentiate):
@@ -134,10 +134,11 @@ def run(model: nn.Module, inputs: dict[str, Any], differentiate: bool = True) ->
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = FP64_PARITY) -> None:
-    """The same outputs and gradients; a gradient counts against the size of all, since some vanish but for rounding.
+    """Compare outputs and gradients by their relative errors.
 
-    With a tolerance of 0 outputs are the same bits, and gradients the same within 64 eps: those of a convolution depend
-    on where its memory lies, in Transformers' own models too.
+    The scale of a gradient is at least 1e-3 of the norm of all gradients, because some are zero except for rounding.
+    With a tolerance of 0, outputs must be bit-exact and gradients equal within 64 eps. The gradients of a convolution
+    depend on its memory address, in Transformers' own models too.
     """
     assert actual.keys() == expected.keys()
     gradients = [x for name, x in expected.items() if not name.startswith("output")]
@@ -153,7 +154,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 class Spy(TorchDispatchMode):
-    """Counts calls of the fused operator, and collects every dense `[..., H, N, N]` that anything makes."""
+    """Count calls of the fused operator, and record every dense `[..., H, N, N]` tensor."""
 
     def __init__(self, heads: int, tokens: int) -> None:
         super().__init__()

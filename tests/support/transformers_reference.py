@@ -1,4 +1,7 @@
-"""Transformers' BEiT as a reference: built small, with every number drawn so that nothing can hide behind a zero."""
+"""Small random BEiT models of Transformers as a reference.
+
+Every parameter is random, because a zero would hide an error.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ CLASSES = (
 
 
 def options_for(name: str) -> dict[str, object]:
-    """Configuration that a class needs beyond `TINY`."""
+    """Return the options that a class needs beyond `TINY`."""
     if name == "BeitForSemanticSegmentation":
         return {
             "num_hidden_layers": 4,
@@ -61,7 +64,7 @@ def options_for(name: str) -> dict[str, object]:
 
 
 def build_pair(name: str, attn_implementation: str = "sdpa", reference_attention: str = "sdpa", **options: object):
-    """The reference model and ours with the same random weights, in fp64 and evaluation mode."""
+    """Build the reference model and ours with the same random weights, in fp64 and evaluation mode."""
     values = TINY | options_for(name) | options
     values = {key: value for key, value in values.items() if value is not None}
     config = transformers.BeitConfig(**values)
@@ -69,7 +72,7 @@ def build_pair(name: str, attn_implementation: str = "sdpa", reference_attention
     reference = getattr(transformers, name)(config).double().eval()
     randomize(reference)
     if not _is_square(config):
-        _gather_as_the_paper(reference)
+        _use_the_papers_gather(reference)
     ours = getattr(beit_fast, name)(beit_fast.BeitConfig(**values), attn_implementation=attn_implementation)
     ours = ours.double().eval()
     ours.load_state_dict(hub_state(reference), strict=True)
@@ -78,7 +81,10 @@ def build_pair(name: str, attn_implementation: str = "sdpa", reference_attention
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Tables, tokens and positions N(0, 1), layer scale at least 0.1, norms and statistics away from 0 and 1."""
+    """Draw random parameters and buffers.
+
+    Tables, tokens and positions are N(0, 1), layer scale is at least 0.1, and norms and statistics differ from 0 and 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():
@@ -94,18 +100,18 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def hub_state(reference: nn.Module) -> dict[str, Tensor]:
-    """The reference's weights under the names of the hub, which its own `save_pretrained` writes."""
+    """Return the reference's weights under hub names, which `save_pretrained` writes."""
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         state = load_file(f"{folder}/model.safetensors")
     if isinstance(reference, reference_modeling.BeitBackbone):
-        # It owns a final norm that it never uses where it pools by CLS, and misnames a shared table.
+        # It has an unused final norm if it pools by CLS, and a wrong name for a shared table.
         state = {key.removeprefix("beit."): x for key, x in state.items() if not key.startswith("layernorm.")}
     return state
 
 
 def hub_gradients(reference: nn.Module) -> dict[str, Tensor]:
-    """Gradients under hub names: they are put where the weights are and saved like them."""
+    """Return gradients under hub names by saving them in place of the weights."""
     with torch.no_grad():
         weights = {name: p.detach().clone() for name, p in reference.named_parameters()}
         for p in reference.parameters():
@@ -121,14 +127,15 @@ def _is_square(config: transformers.BeitConfig) -> bool:
     return not isinstance(size, (list, tuple)) or size[0] == size[1]
 
 
-def _gather_as_the_paper(reference: nn.Module) -> None:
-    """Mend what transformers 5.23 does with rectangular native windows, at the native size.
+def _use_the_papers_gather(reference: nn.Module) -> None:
+    """Correct Transformers 5.23 for rectangular native windows, at the native size only.
 
-    It reads the table as (width, height), which scrambles it, and takes the patch count's root for absolute positions.
+    Transformers 5.23 reads the table as (width, height), which permutes it. It also uses the square root of the patch
+    count for absolute positions.
     """
 
     def bias(self, window_size, *unused: object, **unused_too: object) -> Tensor:
-        assert tuple(window_size) == tuple(self.window_size), "the mended reference serves the native size only"
+        assert tuple(window_size) == tuple(self.window_size), "the corrected reference supports only the native size"
         return dense_bias(self.relative_position_bias_table, tuple(window_size)).unsqueeze(0)
 
     for module in reference.modules():
@@ -139,7 +146,7 @@ def _gather_as_the_paper(reference: nn.Module) -> None:
 
 
 def random_inputs(name: str, model: nn.Module, size: tuple[int, int] = (32, 32), batch: int = 2) -> dict[str, Tensor]:
-    """Pixels, and the labels and masks that give the class a loss."""
+    """Return pixels, and the labels and masks that the loss of the class needs."""
     generator = torch.Generator().manual_seed(1)
     config, patch = model.config, model.config.patch_size
     pixels = torch.randn(batch, 3, *size, generator=generator, dtype=torch.float64)
@@ -160,7 +167,7 @@ def random_inputs(name: str, model: nn.Module, size: tuple[int, int] = (32, 32),
 
 
 def scalar_of(outputs: object) -> Tensor:
-    """The loss, or a number that depends on every output."""
+    """Return the loss, or a scalar that depends on every output."""
     if getattr(outputs, "loss", None) is not None:
         return outputs.loss
     features = getattr(outputs, "feature_maps", None) or [outputs.last_hidden_state, outputs.pooler_output]
@@ -168,7 +175,7 @@ def scalar_of(outputs: object) -> Tensor:
 
 
 def main_output(outputs: object) -> list[Tensor]:
-    """What the class is asked for: logits, feature maps, or hidden states and pooled tokens."""
+    """Return logits, feature maps, or hidden states and pooled tokens."""
     if getattr(outputs, "logits", None) is not None:
         return [outputs.logits]
     return list(getattr(outputs, "feature_maps", None) or [outputs.last_hidden_state, outputs.pooler_output])
