@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on CPU tensors."""
+"""Fake CUDA graphs on CPU tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from beit_fast.inference.cuda_graphs import GraphCache
 
 
 class CpuGraph:
-    """A graph on CPU tensors: a replay runs the function again and writes into the same memory."""
+    """Fake CUDA graph on CPU tensors.
+
+    A replay runs the function again and writes into the same memory.
+    """
 
     def __init__(self, run: Callable[[], Any], pool: Any) -> None:
         self.run, self.own_pool, self.is_reset = run, pool or object(), False

@@ -1,4 +1,7 @@
-"""The bookkeeping of `GraphCache` on CPU tensors; tests/gpu/test_cuda_graphs.py captures real graphs."""
+"""`GraphCache` on CPU tensors with fake graphs.
+
+tests/gpu/test_cuda_graphs.py captures real graphs.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ def double(x: Tensor, *others: Any, **named: Any) -> Tensor:
     return 2 * x
 
 
-def captured_by(cache: GraphCache, *args: Any, **kwargs: Any) -> int:
-    """Graphs that one call adds."""
+def count_captures(cache: GraphCache, *args: Any, **kwargs: Any) -> int:
+    """Return the number of graphs that one call captures."""
     before = cache.report().captured
     cache(*args, **kwargs)
     return cache.report().captured - before
@@ -46,11 +49,11 @@ KEYS = {
     "shape": ((lambda x: x[:2], {}), 1),
     "dtype": ((Tensor.half, {}), 1),
     "memory format": ((lambda x: x.to(memory_format=torch.channels_last), {}), 1),
-    "other strides": ((lambda x: x.flip(0).transpose(0, 1).contiguous().transpose(0, 1), {}), 0),
+    "other strides, same layout": ((lambda x: x.flip(0).transpose(0, 1).contiguous().transpose(0, 1), {}), 0),
     "another value": ((lambda x: x, {"option": 1}), 1),
-    "order of keywords": ((lambda x: x, {"option": None, "more": 0.0}), 0),
+    "keyword order": ((lambda x: x, {"option": None, "more": 0.0}), 0),
     "minus zero": ((lambda x: x, {"option": None, "more": -0.0}), 1),
-    "bool and integer": ((lambda x: x, {"option": None, "more": False}), 1),
+    "bool instead of float": ((lambda x: x, {"option": None, "more": False}), 1),
 }
 
 
@@ -62,9 +65,9 @@ def test_call_another_key_captures_another_graph(graphs, what):
     cache(x, more=0.0, option=None)
     other = change(x)
     kwargs = {"more": 0.0, "option": None} | kwargs
-    assert captured_by(cache, other, **kwargs) == added
+    assert count_captures(cache, other, **kwargs) == added
     assert torch.equal(cache(other, **kwargs), 2 * other)
-    assert captured_by(cache, x, option=None, more=0.0) == 0
+    assert count_captures(cache, x, option=None, more=0.0) == 0
 
 
 def test_call_nested_arguments_and_results_keep_their_structure(graphs):
@@ -78,10 +81,10 @@ def test_call_nested_arguments_and_results_keep_their_structure(graphs):
         result = cache({"pixels": pixels}, [2, (factor,)])
         output = result["output"]
         assert torch.equal(output.last_hidden_state, pixels * factor)
-        assert output.hidden_states[1] is output.last_hidden_state, "one tensor twice stays one"
+        assert output.hidden_states[1] is output.last_hidden_state, "a tensor returned twice is copied once"
         assert (result["none"], result["count"]) == (None, 2)
         assert result["input"].data_ptr() != pixels.data_ptr()
-    assert captured_by(cache, {"pixels": pixels}, [2, [factor]]) == 1
+    assert count_captures(cache, {"pixels": pixels}, [2, [factor]]) == 1
 
 
 def test_call_beyond_the_limit_drops_the_least_recently_used(graphs):
@@ -113,7 +116,7 @@ def test_init_bad_limit_raises(limit):
         GraphCache(double, limit)
 
 
-def expect_plain(cache: GraphCache, reason: str, *args: Any) -> None:
+def assert_runs_function(cache: GraphCache, reason: str, *args: Any) -> None:
     before = cache.report()
     assert torch.equal(cache(*args), 2 * args[0])
     after = cache.report()
@@ -139,29 +142,29 @@ def test_call_unsupported_arguments_runs_the_function(graphs, args, reason):
 def test_call_inside_transforms_modes_and_captures_runs_the_function(graphs, monkeypatch):
     cache, x = GraphCache(double), torch.randn(3)
     with torch.enable_grad():
-        expect_plain(cache, "gradients are enabled", x)
+        assert_runs_function(cache, "gradients are enabled", x)
     with FlopCounterMode(display=False):
-        expect_plain(cache, "a dispatch mode is active", x)
+        assert_runs_function(cache, "a dispatch mode is active", x)
     assert torch.equal(torch.func.vmap(cache)(x[None]), 2 * x[None])
     assert "a torch.func transform is active" in cache.report().plain
     monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: True)
-    expect_plain(cache, "captured by the caller", x)
+    assert_runs_function(cache, "captured by the caller", x)
     assert not graphs
     assert "4 calls" not in str(cache.report())
 
 
 def test_call_function_that_cannot_be_captured_raises(graphs, monkeypatch):
-    def refuse(run: Any, device: Any, pool: Any) -> Any:
+    def fail_capture(run: Any, device: Any, pool: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_graphs, "capture", refuse)
+    monkeypatch.setattr(cuda_graphs, "capture", fail_capture)
     cache = GraphCache(double)
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph: operation not permitted"):
         cache(torch.randn(3))
     assert len(cache) == 0
 
 
-def test_call_error_of_the_function_is_passed_on(graphs):
+def test_call_failing_function_raises_its_error(graphs):
     def fail(x: Tensor) -> Tensor:
         raise KeyError("mine")
 
@@ -169,18 +172,18 @@ def test_call_error_of_the_function_is_passed_on(graphs):
         GraphCache(fail)(torch.randn(3))
 
 
-def test_call_autocast_and_precision_have_graphs_of_their_own(graphs):
+def test_call_new_autocast_or_precision_captures_another_graph(graphs):
     cache = GraphCache(lambda x: x @ x)
     x = torch.randn(4, 4)
-    assert captured_by(cache, x) == 1
+    assert count_captures(cache, x) == 1
     with torch.autocast("cpu", torch.bfloat16):
-        assert captured_by(cache, x) == 1
+        assert count_captures(cache, x) == 1
         assert cache(x).dtype == torch.bfloat16
     assert cache(x).dtype == torch.float32
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert captured_by(cache, x) == 1
+        assert count_captures(cache, x) == 1
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
 
@@ -211,14 +214,14 @@ def test_call_from_threads_captures_once(graphs):
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-def test_copy_takes_the_function_and_the_limit(graphs, copied):
+def test_copy_keeps_function_and_limit(graphs, copied):
     cache = GraphCache(double, 3, held=tuple)
     cache(torch.randn(3))
     other = copied(cache)
     assert (other.function, other.limit, len(other)) == (double, 3, 0)
 
 
-def test_call_model_of_bytes_and_floats_equals_the_model(graphs):
+def test_call_byte_and_float_images_equals_model(graphs):
     model = build()
     model.set_pixel_normalization(MEAN, STD)
     cache = GraphCache(model)
@@ -228,7 +231,7 @@ def test_call_model_of_bytes_and_floats_equals_the_model(graphs):
 
 
 def test_capture_runs_on_a_side_stream_after_a_warm_up(monkeypatch):
-    """The order of CUDA calls, which the documentation of torch.cuda.graph asks for."""
+    """Call CUDA in the order that torch.cuda.graph documents."""
     cuda = mock.MagicMock()
     monkeypatch.setattr(torch, "cuda", cuda)
     run = mock.Mock(return_value="result")

@@ -1,4 +1,4 @@
-"""`optimize_for_inference`: the same outputs from folded weights, and what such a model refuses."""
+"""`optimize_for_inference`: outputs of folded weights, and errors of unsupported calls."""
 
 import copy
 import inspect
@@ -23,13 +23,13 @@ FP32_LIMIT = 1e-5
 
 
 def tensors_of(output):
-    """Every tensor of a model's output, in order."""
+    """Return every tensor of a model's output, in order."""
     flat = torch.utils._pytree.tree_leaves(output)
     return [tensor for tensor in flat if isinstance(tensor, torch.Tensor)]
 
 
 def assert_same_outputs(optimized, model, *args, **kwargs):
-    """In fp32, within the limit of fp64 for every tensor that the model gives."""
+    """Compare every output tensor with the fp64 eager model."""
     exact = copy.deepcopy(model).double()
     exact.set_attn_implementation("eager")
     wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
@@ -45,7 +45,7 @@ def assert_same_outputs(optimized, model, *args, **kwargs):
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_class_gives_the_same_outputs(name, position):
+def test_optimize_every_class_equals_model(name, position):
     model = build(name, position)
     optimized = optimize_for_inference(model)
     assert_same_outputs(optimized, model, images(), output_hidden_states=True, output_attentions=True)
@@ -66,15 +66,15 @@ def test_every_class_gives_the_same_outputs(name, position):
         {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "drop_path_rate": 0.5},
     ],
 )
-def test_configurations(options):
+def test_optimize_every_configuration_equals_model(options):
     model = build(**options).train()
     optimized = optimize_for_inference(model)
-    assert model.training, "the original is left in its mode"
+    assert model.training, "the original model keeps its mode"
     assert_same_outputs(optimized, model.eval(), images())
 
 
 @pytest.mark.parametrize("implementation", [None, "eager", "sdpa", "triton"])
-def test_attention_implementations(implementation):
+def test_optimize_every_attn_implementation_equals_model(implementation):
     model = build(attn_implementation=implementation)
     optimized = optimize_for_inference(model)
     assert_same_outputs(optimized, model, images())
@@ -84,7 +84,7 @@ def test_attention_implementations(implementation):
     assert optimized.attention_report().kernel == "eager"
 
 
-def test_masks_and_bytes():
+def test_optimize_masks_and_byte_images_equals_model():
     model = build("BeitForMaskedImageModeling")
     model.set_pixel_normalization(MEAN, STD)
     optimized = optimize_for_inference(model)
@@ -97,10 +97,11 @@ def test_masks_and_bytes():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CLASSES)
-def test_half_precision_is_as_good_as_eager(name, dtype):
-    """Folding in fp32 and rounding once: at most 1.25 times the error of eager in the same dtype.
+def test_optimize_half_precision_error_within_budget(name, dtype):
+    """Allow 1.25 times the error of eager attention in the same dtype.
 
-    Over 128 images, because a classifier gives five numbers an image: over 16 the ratio is 1.0 to 1.5 by chance.
+    The weights are folded in fp32 and rounded once. A classifier returns five numbers per image, so the
+    test averages over 128 images. Over 16 images the ratio varies from 1.0 to 1.5.
     """
     model = build(name)
     eager = copy.deepcopy(model).to(dtype)
@@ -119,7 +120,7 @@ def test_half_precision_is_as_good_as_eager(name, dtype):
     assert sum(errors) ** 0.5 <= 1.25 * sum(allowed) ** 0.5
 
 
-def test_half_precision_weights_are_folded_in_fp32():
+def test_optimize_half_precision_weights_folds_in_fp32():
     model = build().bfloat16()
     optimized = optimize_for_inference(model)
     assert optimized.dtype == torch.bfloat16
@@ -128,7 +129,7 @@ def test_half_precision_weights_are_folded_in_fp32():
     assert relative_error(wide(pixels).logits, expected) <= FP32_LIMIT
 
 
-def test_float64():
+def test_optimize_float64_equals_model():
     model = build().double()
     pixels = images().double()
     optimized = optimize_for_inference(model)
@@ -139,16 +140,16 @@ LIBRARIES = {"torch": InferenceLinear, "onednn": PackedLinear, "cpp": SplitBf16L
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_library_of_linear_layers(monkeypatch, library):
-    """Each where it can serve, the others refusing: the kind, the outputs, and the sizes that are told."""
+def test_optimize_every_linear_library_equals_model(monkeypatch, library):
+    """Select one library by disabling the others; check outputs and report."""
     checks = {"onednn": (onednn, "unsupported_reason"), "cpp": (split_bf16, "unsupported_reason")}
     for name, (module, function) in checks.items():
         if name == library:
-            refusal = getattr(module, function)(*(("cpu", torch.float32) if name == "onednn" else ()))
-            if refusal is not None:
-                pytest.skip(refusal)
+            reason = getattr(module, function)(*(("cpu", torch.float32) if name == "onednn" else ()))
+            if reason is not None:
+                pytest.skip(reason)
         else:
-            monkeypatch.setattr(module, function, lambda *arguments: "not here")
+            monkeypatch.setattr(module, function, lambda *arguments: "disabled by the test")
     for options in ({}, {"hidden_act": "relu"}):
         model = build(**options)
         optimized = optimize_for_inference(model, example=images())
@@ -156,14 +157,14 @@ def test_every_library_of_linear_layers(monkeypatch, library):
         assert_same_outputs(optimized, model, images())
     report = optimized.inference_report()
     assert report.linears == library
-    assert report.windows == 1, "the example was run"
-    largest = 2.5 if library == "cpp" else 1.1  # three bf16 terms, and rows of 32 that are filled up
+    assert report.windows == 1, "the example fills the bias cache"
+    largest = 2.5 if library == "cpp" else 1.1  # three bf16 terms, and rows padded to 32
     assert 0.9 * report.original_bytes < report.optimized_bytes <= largest * report.original_bytes
     assert f"{library} linear layers" in str(report)
 
 
 @pytest.mark.skipif(split_bf16.unsupported_reason() is not None, reason=f"{split_bf16.unsupported_reason()}")
-def test_two_parts_where_high_precision_is_enough():
+def test_optimize_high_matmul_precision_uses_two_bf16_terms():
     model, pixels = build(), images()
     exact = copy.deepcopy(model).double()(pixels.double()).logits
     before = torch.get_float32_matmul_precision()
@@ -178,7 +179,7 @@ def test_two_parts_where_high_precision_is_enough():
     assert relative_error(optimized(pixels).logits, exact) <= FP32_LIMIT
 
 
-def test_the_original_is_kept_and_unchanged(tmp_path):
+def test_optimize_keeps_original_weights(tmp_path):
     model = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimized = optimize_for_inference(model, torch.bfloat16)
@@ -192,7 +193,7 @@ def test_the_original_is_kept_and_unchanged(tmp_path):
     assert optimized.num_parameters() == model.num_parameters()
 
 
-def test_later_changes_of_the_original_are_not_seen():
+def test_optimize_later_weight_changes_have_no_effect():
     model = build()
     optimized = optimize_for_inference(model)
     pixels = images()
@@ -203,7 +204,7 @@ def test_later_changes_of_the_original_are_not_seen():
     assert torch.equal(optimized(pixels).logits, expected)
 
 
-def test_the_original_can_be_freed(tmp_path):
+def test_optimize_keep_original_false_frees_weights(tmp_path):
     model, pixels = build(), images()
     expected = model(pixels).logits
     optimized = optimize_for_inference(model, keep_original=False)
@@ -220,7 +221,7 @@ def test_the_original_can_be_freed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("call", "message"),
     [
         (lambda model: model.train(), "cannot be trained: train the model that it was made from"),
         (lambda model: nn.Sequential(model).train(), "cannot be trained"),
@@ -235,17 +236,17 @@ def test_the_original_can_be_freed(tmp_path):
         (lambda model: model.init_weights(), "cannot be initialised"),
     ],
 )
-def test_refusals(what, message):
+def test_optimized_model_unsupported_call_raises(call, message):
     optimized = optimize_for_inference(build())
     pixels = images()
     expected = optimized(pixels).logits
     with pytest.raises(RuntimeError, match=message) as raised:
-        what(optimized)
+        call(optimized)
     assert "call beit_fast.optimize_for_inference again" in str(raised.value)
-    assert torch.equal(optimized(pixels).logits, expected), "a refusal leaves the model as it was"
+    assert torch.equal(optimized(pixels).logits, expected), "an error leaves the model unchanged"
 
 
-def test_moves_that_change_nothing():
+def test_optimized_model_same_device_and_dtype_returns_self():
     optimized = optimize_for_inference(build())
     assert optimized.to("cpu") is optimized
     assert optimized.float() is optimized
@@ -253,15 +254,15 @@ def test_moves_that_change_nothing():
     assert nn.Sequential(optimized).eval().to(torch.float32)[0] is optimized
 
 
-def test_inside_another_module():
-    """A backbone's weights are saved with the whole, under the original's names."""
+def test_state_dict_nested_optimized_model_keeps_names():
+    """Save a backbone's weights in its parent's state dict, under the original names."""
     backbone = build("BeitBackbone")
     whole = nn.ModuleDict({"backbone": optimize_for_inference(backbone), "head": nn.Linear(2, 2)})
     expected = {f"backbone.{name}" for name in backbone.state_dict()} | {"head.weight", "head.bias"}
     assert set(whole.state_dict()) == expected
 
 
-def test_no_gradients():
+def test_optimized_model_disables_gradients():
     optimized = optimize_for_inference(build())
     pixels = images().requires_grad_()
     assert not optimized(pixels).logits.requires_grad
@@ -269,7 +270,7 @@ def test_no_gradients():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_optimised_again(duplicate):
+def test_optimized_model_copy_equals_original(duplicate):
     model, pixels = build(), images()
     optimized = optimize_for_inference(model, torch.bfloat16)
     again = duplicate(optimized)
@@ -277,20 +278,20 @@ def test_copies_are_optimised_again(duplicate):
     assert torch.equal(again(pixels).logits, optimized(pixels).logits)
 
 
-def test_autocast_changes_nothing():
+def test_optimized_model_autocast_has_no_effect():
     optimized, pixels = optimize_for_inference(build()), images()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = optimized(pixels).logits
     assert torch.equal(actual, optimized(pixels).logits)
 
 
-def test_compilation_is_refused():
+def test_optimized_model_compile_raises():
     optimized = optimize_for_inference(build())
     with pytest.raises(Exception, match="pass the model it was made from"):
         torch.compile(optimized, backend="eager", fullgraph=True)(images())
 
 
-def test_biases_are_kept_for_few_windows():
+def test_optimized_model_bias_cache_is_limited():
     model = build()
     optimized = optimize_for_inference(model)
     for columns in range(1, 13):
@@ -299,7 +300,7 @@ def test_biases_are_kept_for_few_windows():
     assert_same_outputs(optimized, model, images(1, 3, 32, 8))
 
 
-def test_several_threads():
+def test_optimized_model_threads_return_equal_outputs():
     model = build()
     optimized = optimize_for_inference(model)
     sizes = [(2, 3, 32, 8 * columns) for columns in range(1, 11)]
@@ -329,7 +330,7 @@ class Adapter(nn.Module):
         return self.base(x)
 
 
-def test_what_cannot_be_folded_is_listed():
+def test_optimize_unsupported_layers_lists_every_reason():
     model = build()
     layers = model.beit.encoder.layer
     layers[0].attention.attention.query = Adapter(layers[0].attention.attention.query)
@@ -349,7 +350,7 @@ def test_what_cannot_be_folded_is_listed():
     assert torch.equal(model(pixels).logits, before)
 
 
-def test_bad_arguments():
+def test_optimize_bad_arguments_raises():
     model = build()
     with pytest.raises(TypeError, match="Linear is not supported"):
         optimize_for_inference(nn.Linear(2, 2))
@@ -366,11 +367,14 @@ def test_bad_arguments():
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_graphs_of_an_optimised_model(graphs):
-    """Calls of pixels are captured, those with labels run, and biases outlive their cache."""
+def test_optimized_model_graphs_capture_pixel_calls(graphs):
+    """Capture calls with pixels only; calls with labels run without a graph.
+
+    A graph keeps the biases that were dropped from the cache.
+    """
     model = build()
     optimized = optimize_for_inference(model)
-    assert optimized.graph_report() is None, "there are no graphs on a CPU"
+    assert optimized.graph_report() is None, "a CPU model has no graphs"
     biases = optimized._folded_encoder.biases
     optimized._graphs = GraphCache(optimized._function, held=biases.held)
     for _ in range(3):
@@ -387,5 +391,5 @@ def test_graphs_of_an_optimised_model(graphs):
     assert_same_outputs(optimized, model, images())
 
 
-def test_it_is_public():
+def test_optimize_for_inference_is_public():
     assert "optimize_for_inference" in beit_fast.__all__
