@@ -106,9 +106,9 @@ def kernel_lines(places: Iterable[tuple[str | None, torch.device, torch.dtype, i
             lines.append("attention: chosen at the call, because the parameters are on the meta device")
             continue
         report = attention.report(implementation, (), device, dtype, head_dim)
-        refusals = (
+        unsupported = (
             f"\n    {name}: {'; '.join(reasons)}" for name, reasons in report.unsupported_reasons.items() if reasons
         )
-        reasons = "" if availability.is_fused(report.would_run) else "".join(refusals)
+        reasons = "" if availability.is_fused(report.would_run) else "".join(unsupported)
         lines.append(f"attention on {device} in {dtype}, head dimension {head_dim}: {report.would_run}{reasons}")
     return tuple(lines)

@@ -1,4 +1,4 @@
-"""`accelerate` on Transformers' models: equal to what they were, by the fused operator.
+"""`accelerate` on Transformers' models: equal results from the fused operator.
 
 `tests/versions` runs the same tests on Transformers 4.57.
 """
@@ -37,7 +37,7 @@ CLASSIFICATION = "BeitForImageClassification"
 
 @pytest.mark.parametrize("position", ["per layer", "both"])
 @pytest.mark.parametrize("name", ALL)
-def test_outputs_and_gradients_are_the_same(name, position):
+def test_accelerate_outputs_and_gradients_equal_transformers(name, position):
     theirs, ours = pair(name, position)
     for size in sizes_for(name):
         inputs = inputs_for(name, theirs, size)
@@ -46,7 +46,7 @@ def test_outputs_and_gradients_are_the_same(name, position):
 
 @pytest.mark.parametrize("position", ["shared", "absolute", "none"])
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_every_kind_of_position(name, position):
+def test_accelerate_every_position_kind_equals_transformers(name, position):
     theirs, ours = pair(name, position)
     for size in sizes_for(name):
         inputs = inputs_for(name, theirs, size)
@@ -55,7 +55,7 @@ def test_every_kind_of_position(name, position):
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", [CLASSIFICATION, "Data2VecVisionForImageClassification"])
-def test_the_same_in_single_precision(name, attn_implementation):
+def test_accelerate_fp32_equals_transformers(name, attn_implementation):
     theirs, ours = pair(name, "both", torch.float32, attn_implementation=attn_implementation)
     for size in sizes_for(name):
         inputs = inputs_for(name, theirs, size)
@@ -64,8 +64,11 @@ def test_the_same_in_single_precision(name, attn_implementation):
 
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
 @pytest.mark.parametrize("position", ["per layer", "both"])
-def test_rectangular_native_windows_are_read_as_transformers_reads_them(name, position):
-    """Transformers takes such tables as (width, height): a model trained with it needs that to stay."""
+def test_accelerate_rectangular_window_equals_transformers(name, position):
+    """Read the table of a rectangle as (width, height), as Transformers does.
+
+    Models trained with Transformers depend on this order.
+    """
     theirs, ours = pair(name, position, image_size=[24, 48])
     for size in ((24, 48), (48, 24), (40, 32)):
         inputs = inputs_for(name, theirs, size)
@@ -74,8 +77,8 @@ def test_rectangular_native_windows_are_read_as_transformers_reads_them(name, po
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_the_same_in_training(name, position):
-    """With drop path and dropout around attention: they draw the same numbers."""
+def test_accelerate_training_with_dropout_equals_transformers(name, position):
+    """Draw the same random numbers for drop path and hidden dropout."""
     theirs, ours = pair(name, position, drop_path_rate=0.4, hidden_dropout_prob=0.2)
     inputs = inputs_for(name, theirs)
     assert_same(run(ours.train(), inputs), run(theirs.train(), inputs))
@@ -83,7 +86,7 @@ def test_the_same_in_training(name, position):
 
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": True}], ids=["default", "reentrant"])
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_the_same_with_gradient_checkpointing(name, options):
+def test_accelerate_gradient_checkpointing_equals_transformers(name, options):
     theirs, ours = pair(name, "per layer", drop_path_rate=0.4)
     inputs = inputs_for(name, theirs, (48, 40))
     expected = run(theirs.train(), inputs)
@@ -93,7 +96,7 @@ def test_the_same_with_gradient_checkpointing(name, options):
     assert spy.forward_calls == 2 * spy.backward_calls == 2 * layer_count(theirs)
 
 
-def test_a_shared_bias_with_gradient_checkpointing():
+def test_accelerate_checkpointed_shared_bias_equals_transformers():
     theirs, ours = pair("BeitModel", "both")
     inputs = inputs_for("BeitModel", theirs, (48, 40))
     ours.gradient_checkpointing_enable()
@@ -102,18 +105,19 @@ def test_a_shared_bias_with_gradient_checkpointing():
 
 @pytest.mark.parametrize("position", ["both", "none"])
 @pytest.mark.parametrize("name", ALL)
-def test_the_operator_runs_once_a_layer_and_no_dense_bias_is_made(name, position):
+def test_accelerate_calls_operator_once_per_layer_without_dense_bias(name, position):
     theirs, ours = pair(name, position)
     size = sizes_for(name)[-1]
     inputs = inputs_for(name, theirs, size)
     with Spy(heads=4, tokens=size[0] // 8 * (size[1] // 8) + 1) as spy:
         run(ours, inputs)
     assert spy.forward_calls == layer_count(theirs)
-    assert layer_count(theirs) - 2 <= spy.backward_calls <= layer_count(theirs)  # segmentation leaves two layers unused
+    # Segmentation does not use the last two layers.
+    assert layer_count(theirs) - 2 <= spy.backward_calls <= layer_count(theirs)
     assert spy.dense == []
 
 
-def test_the_spy_sees_the_dense_bias_of_transformers():
+def test_spy_transformers_model_records_dense_bias():
     theirs = build("BeitModel", "both")
     with Spy(heads=4, tokens=17) as spy:
         run(theirs, inputs_for("BeitModel", theirs))
@@ -123,7 +127,7 @@ def test_the_spy_sees_the_dense_bias_of_transformers():
 
 @pytest.mark.parametrize("name", [CLASSIFICATION, "Data2VecVisionForImageClassification"])
 @pytest.mark.parametrize("mutation", ["no bias", "no shared bias"])
-def test_a_lost_bias_is_noticed(name, mutation, monkeypatch):
+def test_accelerate_lost_bias_is_detected(name, mutation, monkeypatch):
     theirs, ours = pair(name, "both")
     inputs = inputs_for(name, theirs)
     if mutation == "no bias":
@@ -135,7 +139,7 @@ def test_a_lost_bias_is_noticed(name, mutation, monkeypatch):
         assert_same(run(ours, inputs, False), run(theirs, inputs, False), 1e-2)
 
 
-def test_none_takes_a_fused_kernel_where_one_serves():
+def test_accelerate_default_implementation_uses_fused_kernel():
     theirs, ours = pair(implementation=None)
     with Spy(heads=4, tokens=17) as spy:
         run(ours, inputs_for(CLASSIFICATION, theirs))
@@ -147,25 +151,25 @@ def test_none_takes_a_fused_kernel_where_one_serves():
 def no_kernel(monkeypatch):
     attention._decide.cache_clear()
     monkeypatch.setattr(availability, "serving_kernel", lambda *args: None)
-    monkeypatch.setattr(availability, "attention_unsupported_reasons", lambda *args: ("it is night",))
+    monkeypatch.setattr(availability, "attention_unsupported_reasons", lambda *args: ("disabled by the test",))
     yield
     attention._decide.cache_clear()
 
 
 @pytest.mark.usefixtures("no_kernel")
 @pytest.mark.parametrize("position", ["both", "none"])
-def test_whereno_kernel_serves_none_is_dense_and_triton_an_error(position):
+def test_accelerate_without_kernel_default_is_dense_and_triton_raises(position):
     theirs, ours = pair(position=position, implementation=None)
     inputs = inputs_for(CLASSIFICATION, theirs)
     assert_same(run(ours, inputs), run(theirs, inputs))
     report = accelerate(ours, "triton")
-    assert "it is night" in str(report)
-    with pytest.raises(ValueError, match="it is night"):
+    assert "disabled by the test" in str(report)
+    with pytest.raises(ValueError, match="disabled by the test"):
         ours(**inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_no_further_from_the_truth(dtype):
+def test_accelerate_half_precision_error_within_budget(dtype):
     exact = build(position="both", name=CLASSIFICATION).double()
     inputs = inputs_for(CLASSIFICATION, exact)
     theirs, ours = pair(position="both", dtype=dtype)
@@ -174,7 +178,7 @@ def test_half_precision_is_no_further_from_the_truth(dtype):
     assert_within_budget("logits", mine["output 1"], reference["output 1"], plain["output 1"], 1.5, dtype)
 
 
-def test_autocast():
+def test_accelerate_autocast_error_within_budget():
     theirs, ours = pair(position="both", dtype=torch.float32)
     inputs = inputs_for(CLASSIFICATION, theirs)
     exact = run(copy.deepcopy(theirs).double(), inputs | {"pixel_values": inputs["pixel_values"].double()}, False)
@@ -185,15 +189,15 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_attention_dropout_in_training(name, monkeypatch):
+def test_accelerate_attention_dropout_training_only(name, monkeypatch):
     _, ours = pair(name, attention_probs_dropout_prob=0.25)
     drawn = []
 
-    def remember(q, k, v, table, window, key_mask, scale, dropout_p, seed):
+    def record(q, k, v, table, window, key_mask, scale, dropout_p, seed):
         drawn.append((dropout_p, seed))
         return beit_fast.rel_pos_attention(q, k, v, table, window, key_mask, scale, dropout_p, seed)
 
-    monkeypatch.setattr(attention_backends, "rel_pos_attention", remember)
+    monkeypatch.setattr(attention_backends, "rel_pos_attention", record)
     inputs = inputs_for(name, ours)
     first, again = run(ours.train(), inputs), run(ours.train(), inputs)
     assert {p for p, _ in drawn} == {0.25}
@@ -207,8 +211,8 @@ def test_attention_dropout_in_training(name, monkeypatch):
     assert {p for p, _ in drawn} == {0.0}
 
 
-@pytest.mark.skipif(IS_4, reason="4.57 knows no head_dim")
-def test_the_configured_head_dimension():
+@pytest.mark.skipif(IS_4, reason="4.57 does not have head_dim")
+def test_accelerate_configured_head_dim_equals_transformers():
     theirs, ours = pair("BeitModel", "both", head_dim=16)
     assert ours.layers[0].attention.head_dim == 16
     inputs = inputs_for("BeitModel", theirs)
@@ -218,19 +222,19 @@ def test_the_configured_head_dimension():
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("position", ["both", "none"])
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_attention_weights_are_those_of_transformers(name, position, attn_implementation):
+def test_accelerate_output_attentions_equals_transformers(name, position, attn_implementation):
     theirs, ours = pair(name, position, attn_implementation=attn_implementation)
-    asked = inputs_for(name, theirs) | {"output_attentions": True, "output_hidden_states": True}
-    expected, actual = theirs(**asked), ours(**asked)
+    inputs = inputs_for(name, theirs) | {"output_attentions": True, "output_hidden_states": True}
+    expected, actual = theirs(**inputs), ours(**inputs)
     assert len(actual.attentions) == len(expected.attentions)
     for mine, wanted in zip(actual.attentions, expected.attentions, strict=True):
         assert (mine is None) == (wanted is None)
         assert mine is None or relative_error(mine, wanted) <= 1e-6
-    assert_same(run(ours, asked), run(theirs, asked), 1e-6)
+    assert_same(run(ours, inputs), run(theirs, inputs), 1e-6)
 
 
-@pytest.mark.skipif(IS_4, reason="4.57 takes it from the call alone")
-def test_attention_weights_asked_for_in_the_configuration():
+@pytest.mark.skipif(IS_4, reason="4.57 reads output_attentions from the call only")
+def test_accelerate_output_attentions_in_config_equals_transformers():
     theirs, ours = pair("BeitModel", attn_implementation="eager")
     for model in (theirs, ours):
         model.config.output_attentions = True

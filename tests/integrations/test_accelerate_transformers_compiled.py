@@ -1,4 +1,4 @@
-"""Accelerated models under `torch.compile`: one graph, and the operator in it."""
+"""Accelerated models under `torch.compile`: one graph that contains the operator."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ COMPILED = [
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("name", "position", "training"), COMPILED)
-def test_one_graph_serves_every_batch(name, position, training):
+def test_compile_new_batch_sizes_reuses_graph(name, position, training):
     layers = {} if name in DENSE else {"num_hidden_layers": 2}
     theirs, ours = pair(name, position, torch.float32, **layers)
     theirs.train(training)
@@ -72,7 +72,7 @@ def test_one_graph_serves_every_batch(name, position, training):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_one_graph_serves_every_size(name):
+def test_compile_new_image_sizes_reuses_graph(name):
     theirs, ours = pair(name, "both", torch.float32)
     function, counter = compiled(ours)
     for size in ((40, 48), (56, 72), (64, 40)):
@@ -86,7 +86,7 @@ def test_one_graph_serves_every_size(name):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("position", ["per layer", "both"])
-def test_compiled_with_gradient_checkpointing(position):
+def test_compile_gradient_checkpointing_equals_transformers(position):
     theirs, ours = pair("BeitModel", position, torch.float32)
     ours.train().gradient_checkpointing_enable()
     function, counter = compiled(ours)
@@ -96,11 +96,11 @@ def test_compiled_with_gradient_checkpointing(position):
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(IS_4, reason="BEiT takes a padding mask since 5.0")
+@pytest.mark.skipif(IS_4, reason="BEiT accepts a padding mask since 5.0")
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_compiled_with_a_padding_mask(attn_implementation):
+def test_compile_padding_mask_equals_uncompiled(attn_implementation):
     _, ours = pair("BeitModel", "both", torch.float32, attn_implementation=attn_implementation)
     function, counter = compiled(ours)
     mask = torch.ones(3, 17, dtype=torch.long)
@@ -124,8 +124,11 @@ class Logits(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["BeitForImageClassification", "Data2VecVisionForImageClassification"])
-def test_exported_with_any_batch_and_size(name):
-    """Transformers' own classes cannot be: their window becomes a guard."""
+def test_export_dynamic_batch_and_size_equals_transformers(name):
+    """Export with a dynamic batch and image size.
+
+    Transformers' own classes do not support it: their window becomes a guard.
+    """
     theirs, ours = pair(name, "both", torch.float32)
     sizes = {0: Dim("batch"), 2: 8 * Dim("rows", min=2, max=64), 3: 8 * Dim("columns", min=2, max=64)}
     program = export(Logits(ours), (torch.randn(2, 3, 48, 40),), dynamic_shapes=(sizes,))
@@ -137,7 +140,7 @@ def test_exported_with_any_batch_and_size(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["BeitForImageClassification", "Data2VecVisionForImageClassification"])
-def test_traced(name):
+def test_jit_trace_equals_transformers(name):
     theirs, ours = pair(name, "both", torch.float32)
     pixels = inputs_for(name, theirs)["pixel_values"]
     with torch.no_grad():
@@ -148,8 +151,8 @@ def test_traced(name):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
-def test_accelerating_a_compiled_model_is_noticed():
-    """Guards on the classes of modules: the next call compiles what they are now."""
+def test_accelerate_compiled_model_recompiles():
+    """Recompile at the next call, because the module classes are guarded."""
     theirs = build("BeitModel").double()
     function, counter = compiled(theirs)
     inputs = inputs_for("BeitModel", theirs)

@@ -1,4 +1,4 @@
-"""Padding masks of accelerated models, and the sums in which Transformers' layers hand a bias on."""
+"""Padding masks of accelerated models, and sums of `TableBias` in Transformers' layers."""
 
 from __future__ import annotations
 
@@ -11,49 +11,56 @@ from beit_fast.integrations.transformers.table_bias import TableBias, key_mask_o
 from ..support.oracle import dense_bias, relative_error
 from ..support.transformers_models import IS_4, build, inputs_for, pair
 
-joined_only = pytest.mark.skipif(IS_4, reason="BEiT takes a padding mask since 5.0")
+needs_5 = pytest.mark.skipif(IS_4, reason="BEiT accepts a padding mask since 5.0")
 
 
-def padding(batch=3, tokens=17):
+def padding_mask(batch=3, tokens=17):
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[0, 9:] = 0
     mask[1, ::3] = 0
     return mask
 
 
-@joined_only
+@needs_5
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("position", ["per layer", "shared", "both", "none"])
-def test_a_padding_mask_masks_keys_as_eager_does(position, attn_implementation):
-    """Transformers' sdpa adds a bool mask to the bias, as 0 and 1; with a bias it is eager that is right."""
+def test_accelerate_padding_mask_equals_eager(position, attn_implementation):
+    """Compare with eager attention.
+
+    Transformers' sdpa adds a bool mask to the bias as 0 and 1, so its result is wrong with a bias.
+    """
     theirs = build("BeitModel", position, "eager", vocab_size=7).double()
     ours = build("BeitModel", position, attn_implementation, vocab_size=7).double()
     ours.load_state_dict(theirs.state_dict())
     accelerate(ours, "triton")
     inputs = inputs_for("BeitModel", theirs, batch=3)
-    keep = padding().bool()[:, None, None, :].expand(-1, 1, 17, -1)
+    keep = padding_mask().bool()[:, None, None, :].expand(-1, 1, 17, -1)
     additive = torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, torch.finfo(torch.float64).min)
     expected = theirs(**inputs, attention_mask=additive)
-    for mask in (padding(), keep.contiguous(), additive):
+    for mask in (padding_mask(), keep.contiguous(), additive):
         actual = ours(**inputs, attention_mask=mask)
         assert relative_error(actual.last_hidden_state, expected.last_hidden_state) < 1e-6  # eager's softmax is fp32
-    asked = ours(**inputs, attention_mask=padding(), output_attentions=True)  # by Transformers' own attention
-    assert relative_error(asked.last_hidden_state, expected.last_hidden_state) < 1e-6
+    # Attention weights are computed by Transformers' own attention.
+    with_attentions = ours(**inputs, attention_mask=padding_mask(), output_attentions=True)
+    assert relative_error(with_attentions.last_hidden_state, expected.last_hidden_state) < 1e-6
     plain = ours(**inputs).last_hidden_state
     assert relative_error(plain, expected.last_hidden_state) > 1e-2
-    assert relative_error(plain[2], expected.last_hidden_state[2]) < 1e-6  # that sample masks nothing
+    assert relative_error(plain[2], expected.last_hidden_state[2]) < 1e-6  # this sample has no masked keys
 
 
-@joined_only
-def test_transformers_sdpa_does_not_mask():
-    """What the test above would have to be held to otherwise; should it fail, Transformers has mended it."""
+@needs_5
+def test_transformers_sdpa_padding_mask_differs_from_eager():
+    """Record why eager attention is the reference above.
+
+    If this test fails, Transformers has fixed its sdpa mask.
+    """
     eager, sdpa = (build("BeitModel", "per layer", name).double() for name in ("eager", "sdpa"))
-    inputs = inputs_for("BeitModel", eager, batch=3) | {"attention_mask": padding()}
+    inputs = inputs_for("BeitModel", eager, batch=3) | {"attention_mask": padding_mask()}
     assert relative_error(sdpa(**inputs).last_hidden_state, eager(**inputs).last_hidden_state) > 1e-2
 
 
-@joined_only
-def test_a_mask_that_is_none_of_keys_is_refused():
+@needs_5
+def test_accelerate_unsupported_mask_raises():
     _, ours = pair("BeitModel")
     inputs = inputs_for("BeitModel", ours)
     causal = torch.ones(2, 1, 17, 17, dtype=torch.bool).tril()
@@ -65,7 +72,7 @@ def test_a_mask_that_is_none_of_keys_is_refused():
         ours(**inputs, attention_mask=torch.zeros(2, 4, 17, 17, dtype=torch.float64))
 
 
-def test_key_masks():
+def test_key_mask_of_bool_and_additive_masks_returns_keys():
     keep = torch.rand(3, 1, 1, 5) > 0.5
     for mask in (keep.expand(3, 1, 5, 5), keep.expand(3, 1, 5, 5).contiguous(), keep):
         assert torch.equal(key_mask_of(mask), keep[:, 0, 0])
@@ -76,7 +83,7 @@ def test_key_masks():
         key_mask_of(keep.long())
 
 
-def test_table_biases_add_up_move_and_unfold():
+def test_table_bias_add_to_and_dense_keep_key_mask():
     one, other = (TableBias(torch.randn(12, 2), (1, 2)) for _ in range(2))
     both = one + other
     assert torch.equal(both.table, one.table + other.table)

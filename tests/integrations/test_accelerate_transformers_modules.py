@@ -1,4 +1,4 @@
-"""Exchanging the classes of modules: what stays, what goes back, what is left alone and what is said of it."""
+"""Class changes by `accelerate` and `restore`: replaced and unsupported modules, and reports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CLASSIFICATION = "BeitForImageClassification"
 
 
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel", *DENSE])
-def test_restore_gives_back_the_model_bit_for_bit(name):
+def test_restore_returns_original_model_bitwise(name):
     theirs, ours = pair(name, "both")
     inputs = inputs_for(name, theirs)
     report = restore(ours)
@@ -50,7 +50,7 @@ def test_restore_gives_back_the_model_bit_for_bit(name):
     assert restore(ours).restored == []
 
 
-def test_names_parameters_and_classes_stay():
+def test_accelerate_keeps_names_parameters_and_base_classes():
     theirs = build(CLASSIFICATION, "both")
     parameters = dict(theirs.named_parameters())
     keys, modules = list(theirs.state_dict()), [(name, type(x)) for name, x in theirs.named_modules()]
@@ -61,7 +61,7 @@ def test_names_parameters_and_classes_stay():
 
 
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_copies_and_pickles_are_accelerated_too(name):
+def test_accelerate_copy_and_pickle_stay_accelerated(name):
     theirs, ours = pair(name, "both")
     inputs = inputs_for(name, theirs)
     expected = run(ours, inputs)
@@ -75,14 +75,14 @@ def test_copies_and_pickles_are_accelerated_too(name):
 
 
 @pytest.mark.parametrize("name", [CLASSIFICATION, "UperNetForSemanticSegmentation"])
-def test_saved_models_are_the_same_files(name, tmp_path):
+def test_save_pretrained_accelerated_writes_identical_files(name, tmp_path):
     theirs, ours = pair(name, "both", torch.float32)
     theirs.save_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes(), file
     loaded = getattr(transformers, name).from_pretrained(tmp_path / "ours").eval()
-    for parameter in loaded.parameters():  # read from a file they are not aligned, and a GEMM may then round otherwise
+    for parameter in loaded.parameters():  # unaligned file memory can change the rounding of a GEMM
         parameter.data = parameter.data.clone()
     inputs = inputs_for(name, theirs)
     assert_same(run(loaded, inputs), run(theirs, inputs), 0.0)
@@ -90,8 +90,8 @@ def test_saved_models_are_the_same_files(name, tmp_path):
     assert_same(run(loaded, inputs), run(ours, inputs), 0.0)
 
 
-@pytest.mark.skipif(IS_4, reason="4.57 cannot change the attention of BEiT")
-def test_set_attn_implementation_goes_on_working():
+@pytest.mark.skipif(IS_4, reason="4.57 cannot change the attention implementation of BEiT")
+def test_set_attn_implementation_accelerated_equals_transformers():
     theirs, ours = pair("BeitModel", "both", attn_implementation="eager")
     inputs = inputs_for("BeitModel", theirs) | {"output_attentions": True}
     for model in (theirs, ours):
@@ -103,7 +103,7 @@ def test_set_attn_implementation_goes_on_working():
     assert_same(run(ours, inputs), run(theirs, inputs), 1e-6)
 
 
-def test_the_report_of_a_first_and_a_second_call():
+def test_accelerate_report_lists_replaced_and_already_fast():
     model = build(CLASSIFICATION)
     report = accelerate(model, "triton")
     assert len(report.replaced) == 6
@@ -122,8 +122,8 @@ def test_the_report_of_a_first_and_a_second_call():
     assert "chosen at the call" in str(accelerate(model.to("meta")))
 
 
-def spoil(model, how):
-    """Make one layer of a `BeitModel` what Transformers did not write."""
+def make_unsupported(model, how):
+    """Change the class or forward of one layer of a `BeitModel`."""
     layer = layer_of(model, 1)
     module = layer.attention.attention if IS_4 else layer.attention
     if how == "a subclass":
@@ -136,50 +136,53 @@ def spoil(model, how):
         layer.__class__ = type("MyLayer", (type(layer),), {"forward": lambda self, x, *args, **kwargs: x})
 
 
-SPOILT = {
+UNSUPPORTED = {
     "a subclass": "is a MyAttention, a subclass of Beit",
     "a forward": "has a forward of its own",
     "a layer": "is a MyLayer, a subclass of BeitLayer with a forward of its own",
 }
 
 
-@pytest.mark.parametrize("how", SPOILT)
-def test_a_model_that_is_unlike_transformers_is_left_alone(how):
+@pytest.mark.parametrize("how", UNSUPPORTED)
+def test_accelerate_unsupported_model_raises_and_is_left_alone(how):
     model = build("BeitModel")
-    spoil(model, how)
+    make_unsupported(model, how)
     kinds = [type(x) for x in model.modules()]
     with pytest.raises(ValueError, match="cannot replace any") as error:
         accelerate(model)
-    assert SPOILT[how] in str(error.value)
+    assert UNSUPPORTED[how] in str(error.value)
     assert [type(x) for x in model.modules()] == kinds
 
 
-@pytest.mark.parametrize("how", SPOILT)
-def test_one_of_two_models_is_left_alone(how):
-    """All biases and all attention of a model go together: one that gives a table needs all that take one."""
-    spoilt, other = build("BeitModel", "shared"), build("Data2VecVisionModel", "shared")
-    expected = run(spoilt, inputs_for("BeitModel", spoilt))
-    spoil(spoilt, how)
-    both = nn.ModuleDict({"spoilt": spoilt, "other": other})
+@pytest.mark.parametrize("how", UNSUPPORTED)
+def test_accelerate_one_unsupported_of_two_is_left_alone(how):
+    """Replace all biases and all attention of a model together, or none.
+
+    A replaced bias returns a table, which only replaced attention can read.
+    """
+    changed, other = build("BeitModel", "shared"), build("Data2VecVisionModel", "shared")
+    expected = run(changed, inputs_for("BeitModel", changed))
+    make_unsupported(changed, how)
+    both = nn.ModuleDict({"changed": changed, "other": other})
     report = accelerate(both, "triton")
     assert report.replaced
     assert all(name.startswith("other.") for name in report.replaced)
-    assert all(name.startswith("spoilt.") for name in report.left_alone)
-    assert sum(SPOILT[how] in reason for reason in report.left_alone.values()) == len(report.left_alone)
+    assert all(name.startswith("changed.") for name in report.left_alone)
+    assert sum(UNSUPPORTED[how] in reason for reason in report.left_alone.values()) == len(report.left_alone)
     assert "left alone" in str(report)
     if how != "a layer":
-        assert_same(run(spoilt, inputs_for("BeitModel", spoilt)), expected, 0.0)
+        assert_same(run(changed, inputs_for("BeitModel", changed)), expected, 0.0)
 
 
-def test_a_layer_whose_class_was_only_renamed_is_replaced():
-    """As fully_shard does: a subclass with the forward of Transformers."""
+def test_accelerate_subclass_with_inherited_forward_is_replaced():
+    """Accept a subclass that inherits the forward, as `fully_shard` creates it."""
     model = build("BeitModel")
     layer = layer_of(model, 1)
     layer.__class__ = type("FSDPBeitLayer", (type(layer),), {})
     assert len(accelerate(model).replaced) == 6
 
 
-def test_models_without_such_layers_are_refused_by_name():
+def test_accelerate_and_restore_unsupported_input_raises():
     for function in (accelerate, restore):
         with pytest.raises(ValueError, match="finds no BEiT layers in Sequential") as error:
             function(nn.Sequential(nn.Linear(2, 2), nn.GELU()))
@@ -191,7 +194,7 @@ def test_models_without_such_layers_are_refused_by_name():
         accelerate(build("BeitModel"), "sdpa")
 
 
-def test_our_own_layers_are_fast_already():
+def test_accelerate_beit_fast_model_is_already_fast():
     values = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ours = beit_fast.BeitModel(beit_fast.BeitConfig(**values, image_size=32, use_relative_position_bias=True))
     report = accelerate(ours)
@@ -200,8 +203,8 @@ def test_our_own_layers_are_fast_already():
     assert "is a layer of beit_fast" in str(report)
 
 
-def hook_as_accelerate_does(module):
-    """What Hugging Face's accelerate puts on modules that it places: a forward of the instance around the class's."""
+def add_accelerate_hook(module):
+    """Wrap the forward of an instance, as Hugging Face's accelerate does."""
     calls = []
 
     def forward(module, *args, **kwargs):
@@ -215,16 +218,16 @@ def hook_as_accelerate_does(module):
 
 @pytest.mark.parametrize("hooked_first", [True, False])
 @pytest.mark.parametrize("name", ["BeitModel", "Data2VecVisionModel"])
-def test_placed_by_accelerate_before_or_after(name, hooked_first):
+def test_accelerate_with_device_hooks_equals_transformers(name, hooked_first):
     theirs = build(name, "both").double()
     ours = copy.deepcopy(theirs)
     inputs = inputs_for(name, theirs)
     expected = run(theirs, inputs)
     if hooked_first:
-        calls = [hook_as_accelerate_does(x) for x in ours.modules()]
+        calls = [add_accelerate_hook(x) for x in ours.modules()]
     report = accelerate(ours, "triton")
     if not hooked_first:
-        calls = [hook_as_accelerate_does(x) for x in ours.modules()]
+        calls = [add_accelerate_hook(x) for x in ours.modules()]
     with Spy(heads=4, tokens=17) as spy:
         assert_same(run(ours, inputs), expected)
     assert spy.forward_calls == layer_count(theirs)
@@ -236,7 +239,7 @@ def test_placed_by_accelerate_before_or_after(name, hooked_first):
     assert spy.forward_calls == 0
 
 
-def test_restore_refuses_what_was_changed_since():
+def test_restore_changed_class_raises():
     model = build("BeitModel")
     accelerate(model)
     module = biases(model)[0]
@@ -249,8 +252,8 @@ def test_restore_refuses_what_was_changed_since():
     assert len(accelerate(model).already_fast) == 6
 
 
-def test_a_projection_that_was_replaced_is_called():
-    """As PEFT does: what stands in the place of a linear layer counts."""
+def test_accelerate_replaced_projection_is_called():
+    """Call a module that replaces a linear layer, as PEFT does."""
     theirs, ours = pair("BeitModel")
 
     class Doubled(nn.Module):
@@ -269,8 +272,8 @@ def test_a_projection_that_was_replaced_is_called():
     assert_same(run(ours, inputs), run(theirs, inputs))
 
 
-def test_only_transformers_own_classes_are_known():
-    """A class that Transformers renames in a later version must not go unnoticed."""
+def test_fused_layers_cover_transformers_classes():
+    """Fail if a later version of Transformers renames a class."""
     assert modeling_beit.BeitRelativePositionBias in fused_layers.FUSED
     names = {cls.__name__ for cls in fused_layers.FUSED}
     split = {"BeitSelfAttention", "BeitSdpaSelfAttention"}
@@ -279,7 +282,7 @@ def test_only_transformers_own_classes_are_known():
 
 
 @pytest.mark.parametrize("installed", [None, "4.56.2"])
-def test_a_missing_or_old_transformers_is_named(installed, monkeypatch):
+def test_import_missing_or_old_transformers_raises(installed, monkeypatch):
     monkeypatch.delitem(sys.modules, "beit_fast.integrations.transformers")
     if installed is None:
         monkeypatch.setitem(sys.modules, "transformers", None)

@@ -1,8 +1,8 @@
-"""`BeitBackbone` and fused attention inside UperNet, DPT and ZoeDepth of Transformers, by every way in.
+"""`BeitBackbone` and fused attention inside UperNet, DPT and ZoeDepth of Transformers, by every route.
 
-Route A: a configuration of its own, `model_type="beit_fast"`. B: `AutoBackbone` builds ours for unchanged hub
-configurations, by `register()` or by AutoBackbone's own method. C: Transformers' backbone with
-`attn_implementation="triton"`. D: `model.backbone = BeitBackbone(...)`.
+Route A: the configuration has `model_type="beit_fast"`. Route B: `AutoBackbone` builds `beit_fast.BeitBackbone` for an
+unchanged hub configuration, after `register()` or `AutoBackbone.register`. Route C: Transformers' backbone has
+`attn_implementation="triton"`. Route D: `model.backbone = BeitBackbone(...)`.
 """
 
 import copy
@@ -21,14 +21,14 @@ from ..support.dense_models import DENSE_MODELS, dpt, main_output, model_class, 
 from ..support.oracle import relative_error
 from ..support.transformers_reference import POSITIONS, hub_gradients, hub_state, randomize
 
-ROUTES = ("A", "B", "B by hand", "C", "D")
+ROUTES = ("A", "B", "B by AutoBackbone.register", "C", "D")
 QUICK = {("B", upernet), ("B", dpt), ("B", zoedepth), ("C", upernet), ("A", dpt), ("D", upernet)}
 BIASED = ("per layer", "shared", "both")
 
 
 @pytest.fixture
 def mapping():
-    """AutoBackbone's, as it was before the test."""
+    """Yield the mapping of `AutoBackbone`; restore it after the test."""
     mapping = transformers.AutoBackbone._model_mapping._extra_content
     before = dict(mapping)
     yield mapping
@@ -38,7 +38,7 @@ def mapping():
 
 
 def reference(build, folder, position="per layer", **options):
-    """Transformers' model with its own backbone, in fp64, every number drawn, and as a checkpoint in `folder`."""
+    """Build a random fp64 model of Transformers and pixels; save the model in `folder`."""
     config, size = build(**({"use_relative_position_bias": False} | POSITIONS[position] | options))
     model = model_class(build)(config).double().eval()
     randomize(model)
@@ -47,7 +47,7 @@ def reference(build, folder, position="per layer", **options):
 
 
 def load(route, build, folder, **options):
-    """The checkpoint with our backbone, or fused attention, by a route; parameters in the file's fp64."""
+    """Load the checkpoint in fp64 with fused attention by a route."""
     cls = model_class(build)
     options = {"dtype": torch.float64, **options}
     if route == "D":
@@ -59,7 +59,7 @@ def load(route, build, folder, **options):
     if route == "C":
         register(models=False, backbones=False)
         return cls.from_pretrained(folder, attn_implementation={"backbone_config": "triton"}, **options)
-    if route == "B by hand":
+    if route == "B by AutoBackbone.register":
         transformers.AutoBackbone.register(transformers.BeitConfig, beit_fast.BeitBackbone, exist_ok=True)
         return cls.from_pretrained(folder, **options)
     register(models=False, attention=False)
@@ -71,8 +71,11 @@ def load(route, build, folder, **options):
     return cls.from_pretrained(folder, **options)
 
 
-def outcome(model, pixels):
-    """The output and all states, and gradients by hub names of a number that hangs on every one of its elements."""
+def run_model(model, pixels):
+    """Return the output, the hidden states, and the gradients by hub names.
+
+    The loss depends on every element of the output.
+    """
     model.zero_grad()
     outputs = model(pixels, output_hidden_states=True)
     out = main_output(outputs)
@@ -80,24 +83,27 @@ def outcome(model, pixels):
     return out.detach(), [x.detach() for x in outputs.hidden_states], hub_gradients(model)
 
 
-def ways(routes=ROUTES, quick=frozenset(QUICK)):
-    """(build, route) of every model by every route, those in a hurry unmarked."""
+def build_route_params(routes=ROUTES, quick=frozenset(QUICK)):
+    """Return (build, route) of every model and route; all but `quick` are marked slow."""
     pairs = [(build, route) for build in DENSE_MODELS for route in routes]
     return [
         pytest.param(build, route, marks=() if (route, build) in quick else pytest.mark.slow) for build, route in pairs
     ]
 
 
-@pytest.mark.parametrize(("build", "route"), ways())
-def test_equals_transformers_own_backbone(build, route, mapping, tmp_path):
-    """Outputs, states and gradients of rectangular images, fused operator in every layer, and no dense bias."""
+@pytest.mark.parametrize(("build", "route"), build_route_params())
+def test_backbone_every_route_equals_transformers(build, route, mapping, tmp_path):
+    """Compare outputs, hidden states and gradients of rectangular images.
+
+    Every layer calls the fused operator, and a dense bias is never created.
+    """
     theirs, pixels = reference(build, tmp_path)
-    expected, states, gradients = outcome(theirs, pixels)
+    expected, states, gradients = run_model(theirs, pixels)
     ours = load(route, build, tmp_path)
     assert isinstance(ours.backbone, beit_fast.BeitBackbone) == (route != "C")
     tokens = pixels.shape[2] // 8 * (pixels.shape[3] // 8) + 1
     with AttentionSpy(tokens) as spy:
-        actual = outcome(ours, pixels)
+        actual = run_model(ours, pixels)
     assert (spy.calls, spy.tables) == (4, 4)
     assert not spy.square
     assert relative_error(actual[0], expected) < 1e-9
@@ -105,20 +111,22 @@ def test_equals_transformers_own_backbone(build, route, mapping, tmp_path):
         assert relative_error(mine, wanted) < 1e-9
     assert actual[2].keys() == gradients.keys()
     for name, wanted in gradients.items():
-        if not wanted.isnan().any():  # what no output hangs on has none
+        if not wanted.isnan().any():  # unused parameters do not have a gradient
             assert relative_error(actual[2][name], wanted) < 1e-9, name
     tables = [name for name in gradients if "bias_table" in name]
     assert len(tables) == 4
     assert all(gradients[name].norm() > 0 for name in tables)
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="4.x changes no attention once it is built")
-@pytest.mark.parametrize("asked", ["triton", {"backbone_config": "triton"}])
-def test_models_built_before_take_fused_attention(asked, mapping, tmp_path):
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="4.x cannot change the attention of a built model"
+)
+@pytest.mark.parametrize("implementation", ["triton", {"backbone_config": "triton"}])
+def test_set_attn_implementation_existing_model_uses_operator(implementation, mapping, tmp_path):
     model, pixels = reference(upernet, tmp_path)
     expected = main_output(model(pixels))
     register(models=False, backbones=False)
-    model.set_attn_implementation(asked)
+    model.set_attn_implementation(implementation)
     with AttentionSpy(25) as spy:
         actual = main_output(model(pixels))
     assert (spy.calls, spy.square) == (4, [])
@@ -126,20 +134,20 @@ def test_models_built_before_take_fused_attention(asked, mapping, tmp_path):
 
 
 @pytest.mark.parametrize("build", DENSE_MODELS)
-def test_a_dropped_bias_is_seen(build, mapping, tmp_path):
+def test_backbone_lost_bias_changes_output(build, mapping, tmp_path):
     theirs, pixels = reference(build, tmp_path)
     ours = load("B", build, tmp_path)
     for module in ours.backbone.modules():
         if hasattr(module, "relative_position_bias_table"):
             torch.nn.init.zeros_(module.relative_position_bias_table)
-    assert relative_error(main_output(ours(pixels)), main_output(theirs(pixels))) > 1e-6  # of a depth near 0.7
+    assert relative_error(main_output(ours(pixels)), main_output(theirs(pixels))) > 1e-6  # the depth is near 0.7
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("position", [name for name in POSITIONS if name != "per layer"])
-def test_every_kind_of_position(position, mapping, tmp_path):
+def test_backbone_every_position_kind_equals_transformers(position, mapping, tmp_path):
     theirs, pixels = reference(zoedepth, tmp_path, position)
-    # Transformers 5.23 writes a backbone's shared table under another name than 4.57 and the hub.
+    # Transformers 5.23 saves a backbone's shared table under a name that differs from 4.57 and the hub.
     ours = load("B", zoedepth, tmp_path, key_mapping={r"^backbone\.beit\.": "backbone."})
     with AttentionSpy(25) as spy:
         actual = main_output(ours(pixels))
@@ -147,9 +155,14 @@ def test_every_kind_of_position(position, mapping, tmp_path):
     assert relative_error(actual, main_output(theirs(pixels))) < 1e-9
 
 
-@pytest.mark.parametrize(("build", "route"), ways(("A", "B", "B by hand"), {("A", upernet), ("B", dpt)}))
-def test_nothing_is_left_on_meta_or_unset(build, route, mapping, tmp_path):
-    """Transformers builds without values and fills in; buffers and tensors kept aside would come back as garbage."""
+@pytest.mark.parametrize(
+    ("build", "route"), build_route_params(("A", "B", "B by AutoBackbone.register"), {("A", upernet), ("B", dpt)})
+)
+def test_from_pretrained_sets_every_tensor(build, route, mapping, tmp_path):
+    """Load every tensor from the file, on a real device.
+
+    Transformers builds on the meta device. Buffers and attributes outside the state dict would stay uninitialized.
+    """
     theirs, _ = reference(build, tmp_path)
     ours = load(route, build, tmp_path)
     stored = hub_state(theirs)
@@ -158,12 +171,12 @@ def test_nothing_is_left_on_meta_or_unset(build, route, mapping, tmp_path):
     assert all(torch.equal(x, stored[f"backbone.{name}"]) for name, x in state.items())
     assert {name for name, _ in ours.backbone.named_buffers()} <= state.keys()
     for name, module in ours.backbone.named_modules():
-        aside = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
-        assert not aside, f"{name} keeps {aside}"
+        unsaved = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        assert not unsaved, f"{name} has unsaved tensors {unsaved}"
 
 
-@pytest.mark.parametrize(("build", "route"), ways(("A", "B"), {("A", upernet), ("B", upernet)}))
-def test_saves_and_loads_again(build, route, mapping, tmp_path):
+@pytest.mark.parametrize(("build", "route"), build_route_params(("A", "B"), {("A", upernet), ("B", upernet)}))
+def test_save_pretrained_reloads_equal(build, route, mapping, tmp_path):
     theirs, pixels = reference(build, tmp_path / "theirs")
     ours = load(route, build, tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
@@ -184,8 +197,8 @@ def test_saves_and_loads_again(build, route, mapping, tmp_path):
 
 
 @pytest.mark.parametrize("route", ["A", "B"])
-def test_what_a_checkpoint_lacks_is_initialised(route, mapping, tmp_path):
-    """Tables of another window, a layer scale that is not there: drawn as at construction, the rest as stored."""
+def test_from_pretrained_missing_tensors_are_initialized(route, mapping, tmp_path):
+    """Initialize tables of another window and a missing layer scale; load the rest."""
     theirs, _ = reference(upernet, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["backbone_config"]["image_size"] = 48
@@ -218,9 +231,9 @@ def hub_layers(model):
 @pytest.mark.parametrize(
     "build", [upernet, *(pytest.param(build, marks=pytest.mark.slow) for build in (dpt, zoedepth))]
 )
-def test_outputs_that_are_asked_for(build, mapping, tmp_path):
+def test_backbone_requested_outputs_equal_transformers(build, mapping, tmp_path):
     theirs, pixels = reference(build, tmp_path)
-    if not transformers.__version__.startswith("4."):  # there it always has them
+    if not transformers.__version__.startswith("4."):  # 4.x always returns attention weights
         theirs.set_attn_implementation("eager")
     ours = load("B", build, tmp_path)
     plain = ours(pixels)
@@ -231,7 +244,7 @@ def test_outputs_that_are_asked_for(build, mapping, tmp_path):
     expected, actual = (model(pixels, output_attentions=True, output_hidden_states=True) for model in (theirs, ours))
     assert len(actual.attentions) == len(expected.attentions) == 4
     for mine, wanted in zip(actual.attentions, expected.attentions, strict=True):
-        assert relative_error(mine, wanted) < 1e-6  # their softmax is in fp32
+        assert relative_error(mine, wanted) < 1e-6  # the softmax of Transformers is in fp32
     assert len(actual.hidden_states) == len(expected.hidden_states)
     longer = ours(pixels, output_attentions=True, output_hidden_states=True, return_dict=False)
     assert len(longer) == 3
@@ -240,7 +253,7 @@ def test_outputs_that_are_asked_for(build, mapping, tmp_path):
 @pytest.mark.parametrize(
     "build", [upernet, *(pytest.param(build, marks=pytest.mark.slow) for build in (dpt, zoedepth))]
 )
-def test_dtype_and_implementation_reach_the_backbone(build, mapping, tmp_path):
+def test_from_pretrained_dtype_and_implementation_reach_backbone(build, mapping, tmp_path):
     reference(build, tmp_path)
     ours = load("B", build, tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in ours.backbone.parameters()} == {torch.bfloat16}
@@ -250,7 +263,7 @@ def test_dtype_and_implementation_reach_the_backbone(build, mapping, tmp_path):
         assert ours.backbone.attn_implementation == implementation
 
 
-def test_what_the_contract_of_backbones_asks(mapping):
+def test_backbone_attributes_equal_transformers(mapping):
     from beit_fast.integrations.transformers.auto_classes import BackboneType
 
     register(models=False, attention=False)
@@ -270,8 +283,8 @@ def test_what_the_contract_of_backbones_asks(mapping):
     assert output.hidden_states is None
 
 
-def test_both_backbones_in_one_process(mapping, tmp_path):
-    """`model_type="beit_fast"` is ours, `"beit"` theirs, where the latter was not registered."""
+def test_auto_backbone_both_model_types_in_one_process(mapping, tmp_path):
+    """Build each model type's own backbone if `"beit"` was not registered."""
     register(models=False, attention=False)
     del mapping[transformers.BeitConfig]
     ours, theirs = (model_class(dpt)(dpt(model_type=model_type)[0]) for model_type in ("beit_fast", "beit"))

@@ -1,4 +1,4 @@
-"""Trainer, pipelines, PEFT and `device_map`, with this package's models and with accelerated ones of Transformers."""
+"""Trainer, pipelines, PEFT and `device_map` with beit_fast and accelerated Transformers models."""
 
 import accelerate as accelerate_package
 import numpy as np
@@ -16,9 +16,9 @@ from ..support.attention_spy import AttentionSpy
 from ..support.oracle import relative_error
 from ..support.transformers_reference import TINY, hub_state, options_for, randomize
 
-OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("from an auto class", "accelerated", "triton")]
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("auto class", "accelerated", "triton")]
 KINDS = ["ours", *OTHERS]
-"""Ours as it is built; as `AutoModel*` builds it; Transformers' accelerated; Transformers' with "triton"."""
+"""beit_fast's class; the same built by `AutoModel*`; Transformers' model accelerated; Transformers' with "triton"."""
 
 OPTIONS = TINY | {"use_relative_position_bias": True, "use_mask_token": False}
 TOKENS = 17
@@ -31,7 +31,7 @@ def _unregistered():
 
 
 def checkpoint(name, folder, **options):
-    """Transformers' model with every number drawn, and its files in `folder`."""
+    """Build a random model of Transformers and save it in `folder`."""
     theirs = getattr(transformers, name)(transformers.BeitConfig(**(OPTIONS | options_for(name) | options))).eval()
     randomize(theirs)
     theirs.save_pretrained(folder)
@@ -39,7 +39,7 @@ def checkpoint(name, folder, **options):
 
 
 def load(kind, name, folder, **options):
-    """The checkpoint as a model of that kind, in evaluation mode."""
+    """Load the checkpoint as a model of a kind, in evaluation mode."""
     if kind == "ours":
         return getattr(beit_fast, name).from_pretrained(folder, attn_implementation="triton", **options)
     if kind == "accelerated":
@@ -57,7 +57,7 @@ def assert_fused(spy, layers=3):
 
 
 def examples(count=24):
-    """Images whose class can be seen, each with a field that no model takes."""
+    """Return images that reveal their class; `index` is not a model argument."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % OPTIONS["num_labels"]
     pixels = torch.randn(count, 3, 32, 32, generator=generator) + labels.view(-1, 1, 1, 1) - 2
@@ -85,8 +85,8 @@ def losses(trainer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trainer_trains_as_it_does_theirs(kind, tmp_path):
-    """The same losses, metrics and weights after a few steps of SGD."""
+def test_trainer_train_equals_transformers(kind, tmp_path):
+    """Compare losses, metrics and weights after a few steps of SGD."""
     theirs = checkpoint("BeitForImageClassification", tmp_path / "start")
     expected = trainer_of(theirs, tmp_path / "theirs")
     expected.train()
@@ -107,8 +107,11 @@ def test_trainer_trains_as_it_does_theirs(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ours", OTHERS[0]])
-def test_trainer_goes_on_from_a_checkpoint(kind, tmp_path):
-    """Of ours: their own BEiT in 5.23 has other names in memory than in the file, and Trainer loads none of those."""
+def test_trainer_resume_equals_uninterrupted_run(kind, tmp_path):
+    """Resume training of beit_fast models.
+
+    Transformers' BEiT 5.23 has other names in memory than in the file, and Trainer does not load them.
+    """
     checkpoint("BeitForImageClassification", tmp_path / "start")
     whole, rest = (
         trainer_of(load(kind, "BeitForImageClassification", tmp_path / "start"), tmp_path / run)
@@ -120,8 +123,8 @@ def test_trainer_goes_on_from_a_checkpoint(kind, tmp_path):
         torch.testing.assert_close(mine, other)
 
 
-def test_what_trainer_saves_of_ours(tmp_path):
-    """Trainer writes the weights alone of models that are not Transformers'; `save_pretrained` writes a checkpoint."""
+def test_trainer_save_model_weights_reload_equal(tmp_path):
+    """Save weights only with Trainer, and a whole checkpoint with `save_pretrained`."""
     checkpoint("BeitForImageClassification", tmp_path / "start")
     model = load("ours", "BeitForImageClassification", tmp_path / "start")
     trainer = trainer_of(model, tmp_path / "run")
@@ -136,7 +139,7 @@ def test_what_trainer_saves_of_ours(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trainer_checkpoints_activations(kind, tmp_path):
+def test_trainer_gradient_checkpointing_equals_plain(kind, tmp_path):
     checkpoint("BeitForImageClassification", tmp_path / "start")
     plain = trainer_of(load(kind, "BeitForImageClassification", tmp_path / "start"), tmp_path / "plain")
     plain.train()
@@ -147,37 +150,37 @@ def test_trainer_checkpoints_activations(kind, tmp_path):
     torch.testing.assert_close(losses(trainer), losses(plain))
 
 
-def test_checkpointing_some_layers_is_refused():
+def test_activation_checkpointing_enable_unsupported_options_raises():
     model = beit_fast.BeitModel(beit_fast.BeitConfig(**OPTIONS))
     with pytest.raises(ValueError, match="every_n_layers=2, offload=True is not supported"):
         model.activation_checkpointing_enable(every_n_layers=2, offload=True)
     assert not model.is_gradient_checkpointing
 
 
-def photograph():
+def random_photo():
     generator = np.random.default_rng(0)
     return Image.fromarray(generator.integers(0, 256, (40, 56, 3), dtype=np.uint8))
 
 
-def their_processor():
-    by_pillow = getattr(transformers, "BeitImageProcessorPil", transformers.BeitImageProcessor)  # 5.x, 4.57
-    return by_pillow(size={"height": 32, "width": 32}, do_center_crop=False)
+def hf_processor():
+    processor = getattr(transformers, "BeitImageProcessorPil", transformers.BeitImageProcessor)  # 5.x, 4.57
+    return processor(size={"height": 32, "width": 32}, do_center_crop=False)
 
 
-def our_processor():
+def beit_fast_processor():
     return beit_fast.BeitImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
 
 
-@pytest.mark.parametrize("processor", [their_processor, our_processor])
+@pytest.mark.parametrize("processor", [hf_processor, beit_fast_processor])
 @pytest.mark.parametrize("kind", KINDS)
-def test_image_classification_pipeline(kind, processor, tmp_path):
+def test_image_classification_pipeline_equals_transformers(kind, processor, tmp_path):
     theirs = checkpoint("BeitForImageClassification", tmp_path)
-    expected = transformers.pipeline("image-classification", model=theirs, image_processor=their_processor(), device=-1)
+    expected = transformers.pipeline("image-classification", model=theirs, image_processor=hf_processor(), device=-1)
     model = load(kind, "BeitForImageClassification", tmp_path)
     actual = transformers.pipeline("image-classification", model=model, image_processor=processor(), device=-1)
-    wanted = expected([photograph()] * 2, top_k=3)
+    wanted = expected([random_photo()] * 2, top_k=3)
     with AttentionSpy(TOKENS) as spy:
-        found = actual([photograph()] * 2, top_k=3, batch_size=2)
+        found = actual([random_photo()] * 2, top_k=3, batch_size=2)
     assert_fused(spy)
     assert [[entry["label"] for entry in image] for image in found] == [
         [entry["label"] for entry in image] for image in wanted
@@ -187,39 +190,39 @@ def test_image_classification_pipeline(kind, processor, tmp_path):
     assert type(actual).__name__ in repr(actual)
 
 
-@pytest.mark.parametrize("processor", [their_processor, our_processor])
+@pytest.mark.parametrize("processor", [hf_processor, beit_fast_processor])
 @pytest.mark.parametrize("kind", KINDS)
-def test_image_segmentation_pipeline(kind, processor, tmp_path):
+def test_image_segmentation_pipeline_equals_transformers(kind, processor, tmp_path):
     theirs = checkpoint("BeitForSemanticSegmentation", tmp_path)
-    expected = transformers.pipeline("image-segmentation", model=theirs, image_processor=their_processor(), device=-1)
+    expected = transformers.pipeline("image-segmentation", model=theirs, image_processor=hf_processor(), device=-1)
     model = load(kind, "BeitForSemanticSegmentation", tmp_path)
     if kind == "ours":
         with_transformers_outputs(model)
     actual = transformers.pipeline("image-segmentation", model=model, image_processor=processor(), device=-1)
     with AttentionSpy(TOKENS) as spy:
-        found = actual(photograph())
+        found = actual(random_photo())
     assert_fused(spy, layers=4)
-    wanted = expected(photograph())
+    wanted = expected(random_photo())
     assert [entry["label"] for entry in found] == [entry["label"] for entry in wanted]
     for mine, other in zip(found, wanted, strict=True):
-        assert np.mean(np.asarray(mine["mask"]) != np.asarray(other["mask"])) < 1e-2  # ties in rounding
+        assert np.mean(np.asarray(mine["mask"]) != np.asarray(other["mask"])) < 1e-2  # rounding can change ties
 
 
 @pytest.mark.parametrize("task", ["image-classification", "image-segmentation"])
-def test_pipelines_by_name_take_ours_once_registered(task, tmp_path):
+def test_pipeline_by_path_after_register_builds_beit_fast(task, tmp_path):
     name = "BeitForImageClassification" if task == "image-classification" else "BeitForSemanticSegmentation"
     checkpoint(name, tmp_path)
-    their_processor().save_pretrained(tmp_path)
+    hf_processor().save_pretrained(tmp_path)
     register()
     pipe = transformers.pipeline(task, model=str(tmp_path), device=-1)
     assert isinstance(pipe.model, getattr(beit_fast, name))
-    assert pipe(photograph())
+    assert pipe(random_photo())
     pipe.save_pretrained(tmp_path / "pipeline")
     assert isinstance(transformers.pipeline(task, model=str(tmp_path / "pipeline"), device=-1).model, type(pipe.model))
 
 
 def lora(model):
-    """Adapters on query and value, by the names that the model gives them, and a new head."""
+    """Add adapters on query and value by the model's names, and a new head."""
     names = [name.rsplit(".", 1)[-1] for name, _ in model.named_modules()]
     targets = ["query", "value"] if "query" in names else ["q_proj", "v_proj"]
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, modules_to_save=["classifier"])
@@ -227,8 +230,8 @@ def lora(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lora_on_query_and_value(kind, tmp_path):
-    """Trains adapters and head alone, through the fused operator; they save, load, and merge."""
+def test_lora_query_and_value_trains_saves_and_merges(kind, tmp_path):
+    """Train only adapters and head through the fused operator; save, load and merge."""
     checkpoint("BeitForImageClassification", tmp_path / "base")
     model = load(kind, "BeitForImageClassification", tmp_path / "base")
     inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([1, 3])}
@@ -236,7 +239,7 @@ def test_lora_on_query_and_value(kind, tmp_path):
     adapted = lora(model)
     assert relative_error(adapted(**inputs).logits, before) < 1e-6
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(2):  # lora_A gets a gradient once lora_B is not zero
+    for _ in range(2):  # lora_A has a zero gradient until lora_B is nonzero
         with AttentionSpy(TOKENS) as spy:
             adapted(**inputs).loss.backward()
         assert_fused(spy)
@@ -260,9 +263,9 @@ def test_lora_on_query_and_value(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lora_under_gradient_checkpointing(kind, tmp_path):
+def test_lora_gradient_checkpointing_trains_adapters(kind, tmp_path):
     if kind in ("accelerated", "triton") and transformers.__version__.startswith("4."):
-        pytest.skip("PEFT has no hook for the patch embeddings of Transformers 4, which give a tuple")
+        pytest.skip("PEFT cannot hook the patch embeddings of Transformers 4, which return a tuple")
     checkpoint("BeitForImageClassification", tmp_path)
     model = load(kind, "BeitForImageClassification", tmp_path)
     model.gradient_checkpointing_enable()
@@ -274,8 +277,8 @@ def test_lora_under_gradient_checkpointing(kind, tmp_path):
     assert all(gradient.norm() > 0 for gradient in gradients)
 
 
-def map_with_disk(model):
-    """Every part by name, the second block on disk."""
+def disk_device_map(model):
+    """Return a device map with the second block on disk."""
     blocks = [name for name, module in model.named_modules() if type(module).__name__ == "BeitLayer"]
     others = [
         name
@@ -286,27 +289,27 @@ def map_with_disk(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_device_map_auto(kind, tmp_path):
+def test_from_pretrained_device_map_auto_equals_transformers(kind, tmp_path):
     theirs = checkpoint("BeitForImageClassification", tmp_path)
     model = load(kind, "BeitForImageClassification", tmp_path, device_map="auto")
-    if isinstance(model, beit_fast.BeitPreTrainedModel):  # Transformers keeps no map of one device
+    if isinstance(model, beit_fast.BeitPreTrainedModel):  # Transformers does not keep a map of one device
         assert model.hf_device_map == {"": "cpu"}
     pixels = torch.randn(2, 3, 32, 32)
     with AttentionSpy(TOKENS) as spy, torch.no_grad():
         actual = model(pixels).logits
     assert_fused(spy)
     assert relative_error(actual, theirs(pixels).logits) < 1e-5
-    pipe = transformers.pipeline("image-classification", model=model, image_processor=their_processor())
-    assert len(pipe(photograph())) == 5
+    pipe = transformers.pipeline("image-classification", model=model, image_processor=hf_processor())
+    assert len(pipe(random_photo())) == 5
 
 
 @pytest.mark.parametrize("position", ["use_relative_position_bias", "use_shared_relative_position_bias"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_on_disk(kind, position, tmp_path):
-    """Weights that hooks bring when a block runs reach the fused operator, bias tables included."""
+def test_from_pretrained_block_on_disk_equals_transformers(kind, position, tmp_path):
+    """Run the fused operator on weights and bias tables that hooks load."""
     options = {"use_relative_position_bias": False, position: True}
     theirs = checkpoint("BeitForImageClassification", tmp_path / "files", **options)
-    places = map_with_disk(load(kind, "BeitForImageClassification", tmp_path / "files"))
+    places = disk_device_map(load(kind, "BeitForImageClassification", tmp_path / "files"))
     model = load(
         kind, "BeitForImageClassification", tmp_path / "files", device_map=places, offload_folder=tmp_path / "disk"
     )
@@ -321,10 +324,10 @@ def test_blocks_on_disk(kind, position, tmp_path):
 
 @pytest.mark.parametrize("kind", ["accelerated", "ours"])
 @pytest.mark.slow
-def test_dispatch_after_the_model_is_there(kind, tmp_path):
+def test_dispatch_model_loaded_model_equals_transformers(kind, tmp_path):
     theirs = checkpoint("BeitForImageClassification", tmp_path / "files")
     model = load(kind, "BeitForImageClassification", tmp_path / "files")
-    accelerate_package.dispatch_model(model, map_with_disk(model), offload_dir=tmp_path / "disk")
+    accelerate_package.dispatch_model(model, disk_device_map(model), offload_dir=tmp_path / "disk")
     pixels = torch.randn(2, 3, 32, 32)
     with AttentionSpy(TOKENS) as spy, torch.no_grad():
         actual = model(pixels).logits
@@ -332,7 +335,7 @@ def test_dispatch_after_the_model_is_there(kind, tmp_path):
     assert relative_error(actual, theirs(pixels).logits) < 1e-5
 
 
-def test_device_map_fills_memory_without_splitting_a_block(tmp_path):
+def test_device_map_sequential_keeps_blocks_whole(tmp_path):
     theirs = checkpoint("BeitForImageClassification", tmp_path / "files")
     model = load(
         "ours", "BeitForImageClassification", tmp_path / "files",
@@ -345,7 +348,7 @@ def test_device_map_fills_memory_without_splitting_a_block(tmp_path):
         assert relative_error(model(pixels).logits, theirs(pixels).logits) < 1e-5
 
 
-def test_arguments_that_do_not_go_together(tmp_path, monkeypatch):
+def test_from_pretrained_conflicting_arguments_raises(tmp_path, monkeypatch):
     from beit_fast.checkpoint import device_map
 
     checkpoint("BeitForImageClassification", tmp_path)

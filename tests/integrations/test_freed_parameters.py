@@ -1,4 +1,4 @@
-"""Models whose hooks free parameters after a forward: FSDP2 of each module alone, and ZeRO-3."""
+"""Models whose hooks free parameters after a forward: FSDP2 per module, and ZeRO-3."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from ..support.freed_parameters_run import CASES, ROUTES, table_owners
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Each case by name: what the model with hooks and the model without them gave."""
+    """Results of the models with and without hooks, by case."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch is built without gloo")
     folder = tmp_path_factory.mktemp("freed")
@@ -53,7 +53,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_clone_if_hooked_with_a_hook_returns_a_differentiable_copy(hook):
+def test_clone_if_hooked_with_hook_returns_differentiable_copy(hook):
     module = nn.Linear(2, 3)
     view = module.weight.t()
     assert clone_if_hooked(module, view) is view
@@ -69,7 +69,7 @@ def test_clone_if_hooked_with_a_hook_returns_a_differentiable_copy(hook):
 
 
 @pytest.mark.parametrize("kind", ["meta", "compiled", "vmap", "grad"])
-def test_clone_if_hooked_of_a_transformed_tensor_copies_it(kind):
+def test_clone_if_hooked_transformed_tensor_returns_copy(kind):
     module = nn.Linear(2, 3)
     module.register_forward_hook(lambda *unused: None)
     weight = module.weight.detach()

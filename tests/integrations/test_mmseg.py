@@ -1,4 +1,4 @@
-"""`MmsegBeit` against mmsegmentation's `BEiT` written out: its names, its maps, its pyramid, its way of loading."""
+"""`MmsegBeit` against a reference `BEiT` with mmsegmentation's names, maps, pyramid and loading."""
 
 import copy
 import subprocess
@@ -29,7 +29,7 @@ ARGUMENTS = {
 
 
 class ReferenceAttention(nn.Module):
-    """Attention with mmsegmentation's names; the bias is gathered by the tests' own oracle."""
+    """Attention with mmsegmentation's names and the oracle's dense bias."""
 
     def __init__(self, size, heads, window):
         super().__init__()
@@ -73,7 +73,7 @@ class ReferenceLayer(nn.Module):
 
 
 class ReferenceBeit(nn.Module):
-    """mmsegmentation's `BEiT`: maps after the blocks of `out_indices`, counted from 0."""
+    """mmsegmentation's `BEiT`: maps after the blocks `out_indices`, counted from 0."""
 
     def __init__(self, img_size, patch_size, embed_dims, num_layers, num_heads, mlp_ratio, out_indices, **unused):
         super().__init__()
@@ -122,8 +122,8 @@ class ReferenceSegmentor(nn.Module):
 
 
 @torch.no_grad()
-def drawn(model):
-    """Tables and CLS N(0, 1), layer scale at least 0.1, all else away from 0 and 1."""
+def randomize(model):
+    """Draw every tensor: tables and CLS from N(0, 1), layer scale at least 0.1."""
     generator = torch.Generator().manual_seed(5)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():
@@ -138,16 +138,16 @@ def drawn(model):
 
 
 def segmentor(**options):
-    return drawn(ReferenceSegmentor(**options))
+    return randomize(ReferenceSegmentor(**options))
 
 
-def ours(**options):
+def build_beit(**options):
     return MmsegBeit(**(ARGUMENTS | {"attn_implementation": "triton"} | options)).eval()
 
 
-def save(tmp_path, model, **beside):
+def save(tmp_path, model, **extra):
     file = tmp_path / "segmentor.pth"
-    torch.save({"state_dict": model.state_dict(), "meta": {"epoch": 3}} | beside, file)
+    torch.save({"state_dict": model.state_dict(), "meta": {"epoch": 3}} | extra, file)
     return file
 
 
@@ -159,9 +159,9 @@ def assert_equal_maps(mine, wanted):
         assert relative_error(one, other) < 1e-5
 
 
-def test_maps_and_gradients_are_mmseg_s():
+def test_forward_maps_and_gradients_equal_mmseg():
     theirs = segmentor().backbone
-    mine = ours()
+    mine = build_beit()
     mine.load_state_dict(theirs.state_dict())
     pixels = torch.randn(2, 3, 32, 32)
     maps, wanted = mine(pixels), theirs(pixels)
@@ -179,7 +179,7 @@ def test_maps_and_gradients_are_mmseg_s():
     assert relative_error(mine.trunk.embeddings.cls_token.grad, theirs.cls_token.grad) < 1e-5
 
 
-def test_the_operator_is_called_and_a_lost_bias_is_noticed():
+def test_forward_calls_operator_and_lost_bias_changes_maps():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     calls = []
@@ -189,7 +189,7 @@ def test_the_operator_is_called_and_a_lost_bias_is_noticed():
             calls.append(function)
             return function(*args, **(kwargs or {}))
 
-    theirs, mine, pixels = segmentor().backbone, ours(), torch.randn(1, 3, 32, 32)
+    theirs, mine, pixels = segmentor().backbone, build_beit(), torch.randn(1, 3, 32, 32)
     mine.load_state_dict(theirs.state_dict())
     with Spy(), torch.no_grad():
         mine(pixels)
@@ -203,8 +203,8 @@ def test_the_operator_is_called_and_a_lost_bias_is_noticed():
 @pytest.mark.parametrize(
     ("out_indices", "expected"), [(-1, [3]), (2, [2]), ([1, 3], [1, 3]), ((0, -1), [0, 3]), ((-3, -2), [1, 2])]
 )
-def test_out_indices_count_blocks_from_0(out_indices, expected):
-    theirs, mine = segmentor().backbone, ours(out_indices=out_indices)
+def test_out_indices_count_from_zero(out_indices, expected):
+    theirs, mine = segmentor().backbone, build_beit(out_indices=out_indices)
     mine.load_state_dict(theirs.state_dict())
     theirs.out_indices = expected
     assert mine.out_indices == expected
@@ -213,9 +213,12 @@ def test_out_indices_count_blocks_from_0(out_indices, expected):
 
 
 @pytest.mark.parametrize("img_size", [(32, 32), (24, 40)])
-def test_images_of_other_sizes(img_size):
-    """mmsegmentation's window is that of `img_size`; ours is the image's, with the table resized bilinearly."""
-    theirs, mine = segmentor(img_size=img_size).backbone, ours(img_size=img_size)
+def test_forward_other_image_size_resizes_tables(img_size):
+    """Resize the tables bilinearly to the window of the image.
+
+    mmsegmentation supports only the window of `img_size`.
+    """
+    theirs, mine = segmentor(img_size=img_size).backbone, build_beit(img_size=img_size)
     mine.load_state_dict(theirs.state_dict())
     other = segmentor(img_size=(40, 48)).backbone
     state = copy.deepcopy(theirs.state_dict())
@@ -232,12 +235,12 @@ def test_images_of_other_sizes(img_size):
     assert mine(torch.randn(1, 3, 37, 33))[0].shape == (1, 32, 4, 4)
 
 
-def test_a_whole_segmentor_s_file_with_its_neck(tmp_path):
+def test_init_weights_segmentor_file_loads_backbone_and_neck(tmp_path):
     theirs = segmentor()
-    mine = ours(feature_pyramid=True, pretrained=save(tmp_path, theirs))
+    mine = build_beit(feature_pyramid=True, pretrained=save(tmp_path, theirs))
     before = {id(parameter) for parameter in mine.parameters()}
     mine.init_weights()
-    assert {id(parameter) for parameter in mine.parameters()} == before, "mmengine wants parameters changed in place"
+    assert {id(parameter) for parameter in mine.parameters()} == before, "mmengine requires in-place changes"
     pixels = torch.randn(2, 3, 32, 48)
     assert [tuple(x.shape[2:]) for x in mine(pixels)] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     pixels = torch.randn(2, 3, 32, 32)
@@ -245,20 +248,20 @@ def test_a_whole_segmentor_s_file_with_its_neck(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["pretrained", "init_cfg", "argument"])
-def test_the_ways_to_name_a_file(how, tmp_path):
+def test_init_weights_every_file_argument_loads(how, tmp_path):
     theirs, pixels = segmentor(), torch.randn(1, 3, 32, 32)
     file = save(tmp_path, theirs)
     named = {"pretrained": {"pretrained": str(file)}, "argument": {}}
-    mine = ours(**named.get(how, {"init_cfg": {"type": "Pretrained", "checkpoint": str(file)}}))
+    mine = build_beit(**named.get(how, {"init_cfg": {"type": "Pretrained", "checkpoint": str(file)}}))
     mine.init_weights(**({"pretrained": file} if how == "argument" else {}))
     assert_equal_maps(mine(pixels), theirs.backbone(pixels))
 
 
-def test_files_of_unilm_and_of_another_size(tmp_path):
-    """Tables are resized as unilm and mmsegmentation do at that place, geometrically."""
+def test_init_weights_unilm_file_other_size_resizes_tables(tmp_path):
+    """Resize tables geometrically when loading, as unilm and mmsegmentation do."""
     theirs = timm_reference.build(use_rel_pos_bias=True, depth=4, mlp_ratio=2, img_size=32)
     torch.save({"model": theirs.state_dict()}, tmp_path / "unilm.pth")
-    mine = ours(img_size=48, pretrained=tmp_path / "unilm.pth")
+    mine = build_beit(img_size=48, pretrained=tmp_path / "unilm.pth")
     mine.init_weights()
     larger = timm_reference.build(use_rel_pos_bias=True, depth=4, mlp_ratio=2, img_size=48)
     larger.load_state_dict(timm.models.beit.checkpoint_filter_fn(theirs.state_dict(), larger))
@@ -266,41 +269,41 @@ def test_files_of_unilm_and_of_another_size(tmp_path):
     with torch.no_grad():
         wanted = larger.forward_intermediates(pixels, intermediates_only=True)
         assert_equal_maps(mine(pixels), wanted)
-        even = ours(img_size=48, pretrained=tmp_path / "unilm.pth", position_interpolation="bilinear")
+        even = build_beit(img_size=48, pretrained=tmp_path / "unilm.pth", position_interpolation="bilinear")
         even.init_weights()
         assert relative_error(even(pixels)[3], wanted[3]) > 1e-4
 
 
-def test_inside_a_segmentor():
-    """Names under a prefix, in a strict load: a checkpoint of the segmentor fits with our backbone in it, and back."""
+def test_load_state_dict_inside_segmentor_is_strict():
+    """Load a segmentor's checkpoint strictly, with `MmsegBeit` as its backbone, and back."""
     theirs = segmentor()
     mine = segmentor()
-    mine.backbone = ours()
+    mine.backbone = build_beit()
     mine.load_state_dict(theirs.state_dict())
     pixels = torch.randn(1, 3, 32, 32)
     assert_equal_maps(mine.backbone(pixels), theirs.backbone(pixels))
     again = segmentor()
-    again.backbone = ours()
+    again.backbone = build_beit()
     again.load_state_dict(mine.state_dict())
     assert_equal_maps(again.backbone(pixels), theirs.backbone(pixels))
     without = {key: x for key, x in theirs.state_dict().items() if key != "backbone.layers.1.gamma_1"}
     with pytest.raises(RuntimeError, match=r"Missing key.*backbone\.trunk\.encoder\.layer\.1\.lambda_1"):
         mine.load_state_dict(without)
-    missing, unexpected = ours().load_state_dict({"conv1.weight": torch.zeros(1)}, strict=False)
-    assert len(missing) == len(ours().state_dict())
+    missing, unexpected = build_beit().load_state_dict({"conv1.weight": torch.zeros(1)}, strict=False)
+    assert len(missing) == len(build_beit().state_dict())
     assert unexpected == ["conv1.weight"]
 
 
-def test_drawing_anew_without_a_file():
+def test_init_weights_without_file_resets_parameters():
     torch.manual_seed(0)
-    mine = ours(init_values=0.3)
+    mine = build_beit(init_values=0.3)
     mine.load_state_dict(segmentor().backbone.state_dict())
     mine.init_weights()
     assert not mine.trunk.embeddings.cls_token.any()
     assert mine.trunk.encoder.layer[2].lambda_1.eq(torch.tensor(0.3)).all()
 
 
-def test_arguments_reach_the_network():
+def test_init_arguments_reach_config_and_modules():
     mine = MmsegBeit(
         img_size=(24, 40), patch_size=8, in_channels=1, embed_dims=32, num_layers=3, num_heads=2, mlp_ratio=1.5,
         attn_drop_rate=0.1, drop_path_rate=0.2, norm_cfg={"type": "LN", "requires_grad": False},
@@ -317,8 +320,8 @@ def test_arguments_reach_the_network():
     assert MmsegBeit(embed_dims=32, num_heads=2, num_layers=1).out_indices == [0]
 
 
-def test_every_reason_is_listed():
-    with pytest.raises(ValueError, match="cannot be built") as refusal:
+def test_init_unsupported_arguments_lists_every_reason():
+    with pytest.raises(ValueError, match="cannot be built") as error:
         MmsegBeit(
             num_layers=4, out_indices=(3, 1), qv_bias=False, patch_norm=True, final_norm=True, num_fcs=3,
             init_values=0.0, norm_cfg={"type": "BN"}, act_cfg={"type": "Swish"}, pretrained="a.pth",
@@ -329,13 +332,13 @@ def test_every_reason_is_listed():
         *("init_values=0.0", "'BN'", "'Swish'", "pretrained and init_cfg were both passed", "'Normal'", "'cubic'"),
         *("out_indices=[3, 1] is not supported (expected 0 to 3, ascending)", "2 out_indices is not supported"),
     ):
-        assert part in str(refusal.value), part
+        assert part in str(error.value), part
     with pytest.raises(ValueError, match="out_indices"):
         MmsegBeit(out_indices=12)
 
 
-def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
-    mine = ours(embed_dims=16)
+def test_init_weights_mismatched_file_raises_and_keeps_weights(tmp_path):
+    mine = build_beit(embed_dims=16)
     before = copy.deepcopy(mine.state_dict())
     with pytest.raises(ValueError, match="does not fit BeitBackbone"):
         mine.init_weights(save(tmp_path, segmentor()))
@@ -343,7 +346,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_importing_needs_neither_mmseg_nor_timm():
+def test_import_without_mmseg_and_timm_succeeds():
     code = """
 import sys
 for name in ("mmseg", "mmengine", "mmcv", "timm", "transformers"):

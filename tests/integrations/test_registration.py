@@ -1,4 +1,4 @@
-"""`register()`: what Transformers' Auto classes build, and `attn_implementation="triton"` in its own BEiT."""
+"""`register()`: models that Transformers' Auto classes build, and `unregister()`."""
 
 import copy
 import pickle
@@ -30,7 +30,8 @@ AUTO = {
     "AutoBackbone": "BeitBackbone",
 }
 NEEDS_5 = pytest.mark.skipif(
-    transformers.__version__.startswith("4."), reason="BEiT of 4.x takes no mask, and no other attention once built"
+    transformers.__version__.startswith("4."),
+    reason="BEiT of 4.x does not support a mask, or another attention once built",
 )
 BIASED = [name for name in POSITIONS if name in ("per layer", "shared", "both")]
 
@@ -47,7 +48,10 @@ def config_for(name, position="per layer", **options):
 
 
 def reference(name, position="per layer", implementation="sdpa", **options):
-    """Transformers' model, fp64, every number drawn; its eager attention takes the softmax in fp32."""
+    """Build a random fp64 model of Transformers.
+
+    Its eager attention computes the softmax in fp32.
+    """
     config = config_for(name, position, **options)
     model = getattr(transformers, name)._from_config(config, attn_implementation=implementation)
     model = model.double().eval()
@@ -56,7 +60,7 @@ def reference(name, position="per layer", implementation="sdpa", **options):
 
 
 def triton_copy(theirs, name):
-    """The same model of Transformers, built for `"triton"`."""
+    """Build the same model of Transformers with `"triton"`."""
     config = transformers.BeitConfig.from_dict(theirs.config.to_dict())
     model = getattr(transformers, name)._from_config(config, attn_implementation="triton").double()
     model.load_state_dict(theirs.state_dict())
@@ -64,12 +68,15 @@ def triton_copy(theirs, name):
 
 
 def rectangle_for(name):
-    """Another size than the native one, but for the segmentation of 4.57, which takes no other."""
+    """Return a non-native image size.
+
+    Segmentation in 4.57 supports only the native size.
+    """
     native_only = name == "BeitForSemanticSegmentation" and transformers.__version__.startswith("4.")
     return (32, 32) if native_only else (32, 40)
 
 
-def tokens_of(inputs, patch=8):
+def count_tokens(inputs, patch=8):
     height, width = inputs["pixel_values"].shape[-2:]
     return (height // patch) * (width // patch) + 1
 
@@ -84,7 +91,7 @@ def assert_same_gradients(ours, theirs):
 
 
 @pytest.mark.parametrize("auto", AUTO)
-def test_auto_classes_build_ours_from_a_configuration(auto, registered):
+def test_auto_class_from_config_builds_beit_fast(auto, registered):
     name = AUTO[auto]
     model = getattr(transformers, auto).from_config(config_for(name), attn_implementation="triton", dtype=torch.float64)
     assert isinstance(model, getattr(beit_fast, name))
@@ -96,8 +103,8 @@ def test_auto_classes_build_ours_from_a_configuration(auto, registered):
 
 @pytest.mark.parametrize("position", BIASED)
 @pytest.mark.parametrize("auto", [auto for auto in AUTO if auto != "AutoBackbone"])
-def test_auto_classes_load_ours_from_a_folder(auto, position, registered, tmp_path):
-    """Same outputs as Transformers' own class, in Transformers' output class, through the fused operator."""
+def test_auto_class_from_pretrained_equals_transformers(auto, position, registered, tmp_path):
+    """Compare with Transformers' own class, in its output class, through the fused operator."""
     name = AUTO[auto]
     theirs = reference(name, position)
     theirs.save_pretrained(tmp_path)
@@ -111,7 +118,7 @@ def test_auto_classes_load_ours_from_a_folder(auto, position, registered, tmp_pa
     inputs = random_inputs(name, ours, rectangle_for(name))
     inputs.pop("labels", None)
     expected = theirs(**inputs, output_hidden_states=True)
-    with AttentionSpy(tokens_of(inputs)) as spy:
+    with AttentionSpy(count_tokens(inputs)) as spy:
         actual = ours(**inputs, output_hidden_states=True)
     assert (spy.calls, spy.tables) == (ours.config.num_hidden_layers,) * 2
     assert not spy.square
@@ -122,7 +129,7 @@ def test_auto_classes_load_ours_from_a_folder(auto, position, registered, tmp_pa
     assert type(ours(**inputs, return_dict=False)) is tuple
 
 
-def test_options_reach_the_model_that_an_auto_class_loads(registered, tmp_path):
+def test_auto_class_from_pretrained_passes_options(registered, tmp_path):
     reference("BeitForImageClassification").float().save_pretrained(tmp_path)
     load = transformers.AutoModelForImageClassification.from_pretrained
     model = load(tmp_path, dtype=torch.bfloat16, num_labels=7, ignore_mismatched_sizes=True)
@@ -137,7 +144,7 @@ def test_options_reach_the_model_that_an_auto_class_loads(registered, tmp_path):
         type(model).from_pretrained(tmp_path, adapter_kwargs={"_adapter_model_path": tmp_path})
 
 
-def test_what_an_auto_class_loaded_saves_bit_for_bit(registered, tmp_path):
+def test_auto_class_save_pretrained_is_bitwise_equal(registered, tmp_path):
     reference("BeitForImageClassification").save_pretrained(tmp_path / "theirs")
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "theirs")
     model.save_pretrained(tmp_path / "ours")
@@ -149,7 +156,7 @@ def test_what_an_auto_class_loaded_saves_bit_for_bit(registered, tmp_path):
     assert copy.deepcopy(model).state_dict().keys() == pickle.loads(pickle.dumps(model)).state_dict().keys()
 
 
-def test_what_an_auto_class_built_can_be_optimised(registered):
+def test_optimize_for_inference_auto_class_model_equals_model(registered):
     model = transformers.AutoModelForImageClassification.from_config(config_for("BeitForImageClassification")).eval()
     pixels = torch.randn(1, 3, 32, 32)
     output = beit_fast.optimize_for_inference(model)(pixels)
@@ -157,14 +164,14 @@ def test_what_an_auto_class_built_can_be_optimised(registered):
     torch.testing.assert_close(output.logits, model(pixels).logits)
 
 
-def test_a_model_type_of_its_own(registered):
+def test_auto_config_beit_fast_model_type_builds_models(registered):
     config = transformers.AutoConfig.for_model("beit_fast", **(TINY | POSITIONS["per layer"]))
     assert isinstance(config, transformers.BeitConfig)
     assert isinstance(transformers.AutoModel.from_config(config), beit_fast.BeitModel)
     assert isinstance(transformers.AutoBackbone.from_config(config), beit_fast.BeitBackbone)
 
 
-def test_outputs_of_transformers_for_a_model_built_here():
+def test_with_transformers_outputs_returns_transformers_class():
     model = beit_fast.BeitForSemanticSegmentation(
         beit_fast.BeitConfig(**(TINY | options_for("BeitForSemanticSegmentation")))
     ).eval()
@@ -179,13 +186,13 @@ def test_outputs_of_transformers_for_a_model_built_here():
         with_transformers_outputs(torch.nn.Linear(1, 1))
 
 
-def test_without_register_transformers_refuses_the_name():
+def test_attn_implementation_triton_without_register_raises():
     with pytest.raises(ValueError, match='="triton"` is not supported'):
         transformers.BeitModel._from_config(config_for("BeitModel"), attn_implementation="triton")
 
 
-def entries():
-    """All that `register` touches, as it is now."""
+def registered_entries():
+    """Return a copy of all state that `register` changes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     bias, base = modeling_beit.BeitRelativePositionBias, modeling_beit.BeitPreTrainedModel
@@ -200,33 +207,33 @@ def entries():
     }
 
 
-def test_unregister_leaves_nothing_behind():
+def test_unregister_restores_every_entry():
     class Own:
-        """What somebody registered before."""
+        """A class that was registered before."""
 
     mapping = transformers.AutoModel._model_mapping._extra_content
     mapping[transformers.BeitConfig] = Own
     try:
-        before = entries()
+        before = registered_entries()
         register(backbones=False, attention=False)
         assert transformers.AutoBackbone._model_mapping[transformers.BeitConfig] is transformers.BeitBackbone
         assert "triton" not in transformers.AttentionInterface._global_mapping
         register()
-        after = entries()
+        after = registered_entries()
         register()
-        assert entries() == after != before
+        assert registered_entries() == after != before
         unregister()
-        assert entries() == before
+        assert registered_entries() == before
         unregister()
-        assert entries() == before
+        assert registered_entries() == before
     finally:
         del mapping[transformers.BeitConfig]
 
 
-def test_a_registration_that_fails_half_way_is_undone(monkeypatch):
-    before = entries()
+def test_register_failure_is_undone(monkeypatch):
+    before = registered_entries()
     monkeypatch.delattr(transformers.PreTrainedModel, "get_correct_attn_implementation")
     with pytest.raises(AttributeError, match="get_correct_attn_implementation"):
         register(models=False, backbones=False)
     monkeypatch.undo()
-    assert entries() == before
+    assert registered_entries() == before

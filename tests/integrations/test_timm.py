@@ -1,4 +1,4 @@
-"""timm's BEiT accelerated in place: outputs and gradients, the operator called, and timm's own functions after it."""
+"""`accelerate` on timm's BEiT: outputs, gradients, operator calls, reports and `restore`."""
 
 import copy
 import importlib
@@ -15,7 +15,7 @@ from ..support.devices import DEFAULT_ATTENTION
 from ..support.oracle import assert_within_budget, relative_error
 from ..support.timm_reference import timm
 
-# By name, after timm_reference: that imports timm where torchvision is not installed.
+# Import by name, after timm_reference, which imports timm even if torchvision is not installed.
 integration = importlib.import_module("beit_fast.integrations.timm")
 timm_accelerate = importlib.import_module("beit_fast.integrations.timm.accelerate")
 accelerate, restore = integration.accelerate, integration.restore
@@ -28,14 +28,15 @@ NETWORKS = {
     "both": PER_LAYER | SHARED,
     "absolute": {"use_abs_pos_emb": True},
     "rectangular": PER_LAYER | SHARED | {"img_size": (24, 40)},
-    "no biases of q and v": PER_LAYER | {"qkv_bias": False},
-    "heads of 88": PER_LAYER | {"embed_dim": 176, "num_heads": 2, "depth": 1},
-    "other parts": PER_LAYER | {"swiglu_mlp": True, "scale_mlp": True, "init_values": None, "global_pool": "token"},
+    "without qkv bias": PER_LAYER | {"qkv_bias": False},
+    "head dimension 88": PER_LAYER | {"embed_dim": 176, "num_heads": 2, "depth": 1},
+    "swiglu, no layer scale, cls pooling": PER_LAYER
+    | {"swiglu_mlp": True, "scale_mlp": True, "init_values": None, "global_pool": "token"},
 }
 
 
 def pair(name="per layer", **options):
-    """timm's model, and a copy of it that is accelerated to call the operator."""
+    """Build timm's model, and an accelerated copy that calls the operator."""
     reference = timm_reference.build(**(NETWORKS[name] | options))
     fast = copy.deepcopy(reference)
     accelerate(fast, attn_implementation="triton")
@@ -47,7 +48,10 @@ def pixels_for(model, batch=2):
 
 
 def gradients(model, pixels):
-    """Of every parameter and of the pixels, for a loss that reads every logit."""
+    """Return logits and gradients of pixels and parameters.
+
+    The loss depends on every logit.
+    """
     pixels = pixels.clone().requires_grad_()
     model.zero_grad(set_to_none=True)
     logits = model(pixels)
@@ -64,7 +68,7 @@ def assert_equal_results(fast, reference, pixels, tolerance=1e-5):
 
 
 class Spy(TorchDispatchMode):
-    """Counts calls of the operator and remembers tensors that end in `[N, N]`."""
+    """Record calls of the operator and tensors of shape `[..., N, N]`."""
 
     def __init__(self, tokens):
         super().__init__()
@@ -82,15 +86,15 @@ class Spy(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_outputs_and_gradients_are_timm_s(name, mode):
+def test_accelerate_outputs_and_gradients_equal_timm(name, mode):
     reference, fast = (model.train(mode == "train") for model in pair(name))
     assert_equal_results(fast, reference, pixels_for(reference))
     assert_equal_results(fast.double(), reference.double(), pixels_for(reference), tolerance=1e-11)
 
 
 @pytest.mark.parametrize("attribute", ["fused_attn", "qkv_bias_separate"])
-def test_settings_of_timm_s_attention(attribute):
-    """Attention written out instead of SDPA, and projections whose bias is added afterwards."""
+def test_accelerate_attention_settings_equal_timm(attribute):
+    """Switch timm to explicit attention and to a separate projection bias."""
     reference, fast = pair("both")
     for module in [*reference.modules(), *fast.modules()]:
         if isinstance(module, timm_beit.Attention):
@@ -99,7 +103,7 @@ def test_settings_of_timm_s_attention(attribute):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_no_worse_than_timm_s(dtype):
+def test_accelerate_half_precision_error_within_budget(dtype):
     reference, fast = pair("both")
     pixels = pixels_for(reference)
     with torch.no_grad():
@@ -109,7 +113,7 @@ def test_low_precision_is_no_worse_than_timm_s(dtype):
     assert_within_budget("logits", mine, exact, plain, 2.0)
 
 
-def test_autocast():
+def test_accelerate_autocast_error_within_budget():
     reference, fast = pair("both")
     pixels = pixels_for(reference)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -118,7 +122,7 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("name", ["per layer", "shared", "both", "absolute"])
-def test_the_operator_is_called_and_no_bias_is_made(name):
+def test_accelerate_calls_operator_without_dense_bias(name):
     reference, fast = pair(name)
     tokens, depth = 17, len(fast.blocks)
     with Spy(tokens) as spy:
@@ -130,11 +134,11 @@ def test_the_operator_is_called_and_no_bias_is_made(name):
     with Spy(tokens) as spy:
         gradients(reference, pixels_for(reference))
     assert not spy.calls
-    assert bool(spy.square) == (name != "absolute"), "the spy sees the bias that timm makes"
+    assert bool(spy.square) == (name != "absolute"), "the spy records timm's dense bias"
 
 
 @pytest.mark.parametrize("name", ["per layer", "shared"])
-def test_a_lost_bias_is_noticed(name, monkeypatch):
+def test_accelerate_lost_bias_is_detected(name, monkeypatch):
     reference, fast = pair(name)
     pixels = pixels_for(reference)
     monkeypatch.setattr(timm_accelerate.FusedAttention, "_table", lambda self, shared: (None, None))
@@ -144,7 +148,7 @@ def test_a_lost_bias_is_noticed(name, monkeypatch):
         assert_equal_results(fast, reference, pixels)
 
 
-def test_dropout_of_attention_in_training_only():
+def test_attention_dropout_training_only():
     _, fast = pair(attn_drop_rate=0.25)
     pixels = pixels_for(fast)
     with torch.no_grad(), Spy(17) as spy:
@@ -163,8 +167,8 @@ def test_dropout_of_attention_in_training_only():
     assert len({call[8] for call in spy.calls}) == 3 * 3, "each layer and each call draws a seed"
 
 
-def test_random_paths_and_projections_stay_timm_s():
-    """Drop path and dropout of projections draw the same numbers as before."""
+def test_accelerate_drop_path_and_dropout_equal_timm():
+    """Draw the same random numbers for drop path and projection dropout."""
     reference, fast = (m.train() for m in pair(drop_path_rate=0.5, proj_drop_rate=0.2, pos_drop_rate=0.1))
     pixels = pixels_for(reference)
     results = []
@@ -174,7 +178,7 @@ def test_random_paths_and_projections_stay_timm_s():
     assert relative_error(results[1], results[0]) < 1e-5
 
 
-def test_the_report():
+def test_accelerate_report_lists_replaced_and_already_fast():
     model = timm_reference.build(**NETWORKS["both"])
     report = accelerate(model)
     assert report.replaced == ["rel_pos_bias", *(f"blocks.{index}.attn" for index in range(3))]
@@ -191,7 +195,7 @@ def test_the_report():
     assert {block.attn.attn_implementation for block in model.blocks} == {"triton"}
 
 
-def test_restore_gives_back_timm_s_model_to_the_bit():
+def test_restore_returns_original_model_bitwise():
     reference = timm_reference.build(**NETWORKS["both"])
     model = copy.deepcopy(reference)
     parameters = dict(model.named_parameters())
@@ -207,7 +211,7 @@ def test_restore_gives_back_timm_s_model_to_the_bit():
     assert all(torch.equal(value, wanted[name]) for name, value in gradients(model, pixels).items())
 
 
-def test_parameters_names_and_hooks_stay():
+def test_accelerate_keeps_parameters_names_and_hooks():
     model = timm_reference.build(**NETWORKS["both"])
     before, keys = {id(p) for p in model.parameters()}, list(model.state_dict())
     seen = []
@@ -245,7 +249,7 @@ def _own_class(model):
     model.blocks[1].attn.__class__ = OwnAttention
 
 
-OBSTACLES = {
+UNSUPPORTED = {
     "has a forward of its own": _own_forward,
     "hooks or a forward of its own on attn_drop": _hooked_dropout,
     r"has Identity\(\) as attn_drop \(expected Dropout": _own_dropout,
@@ -253,10 +257,10 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.parametrize("reason", OBSTACLES)
-def test_what_is_unlike_timm_s_attention_is_left_alone(reason):
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_accelerate_unlike_attention_is_left_alone(reason):
     model = timm_reference.build(**PER_LAYER)
-    OBSTACLES[reason](model)
+    UNSUPPORTED[reason](model)
     expected = model(pixels_for(model).fill_(0.5))
     kind = type(model.blocks[1].attn)
     report = accelerate(model)
@@ -268,17 +272,17 @@ def test_what_is_unlike_timm_s_attention_is_left_alone(reason):
     assert relative_error(model(pixels_for(model).fill_(0.5)), expected) < 1e-5
 
 
-SHARED_OBSTACLES = {
+SHARED_UNSUPPORTED = {
     "shares a bias with blocks.1.attn, which has a forward of its own": _own_forward,
     "expect a dense bias": lambda model: model.rel_pos_bias.register_forward_hook(lambda *_: None),
     "OwnBeit, which may read the dense bias": lambda model: setattr(model, "__class__", OwnBeit),
 }
 
 
-@pytest.mark.parametrize("reason", SHARED_OBSTACLES)
-def test_what_shares_a_bias_is_replaced_together_or_not_at_all(reason):
+@pytest.mark.parametrize("reason", SHARED_UNSUPPORTED)
+def test_accelerate_shared_bias_is_replaced_together_or_left_alone(reason):
     model = timm_reference.build(**NETWORKS["both"])
-    SHARED_OBSTACLES[reason](model)
+    SHARED_UNSUPPORTED[reason](model)
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=f"cannot replace any BEiT layer of .*Beit:(.|\\n)*{reason}"):
         accelerate(model)
@@ -290,7 +294,7 @@ def test_what_shares_a_bias_is_replaced_together_or_not_at_all(reason):
     assert len(report.replaced) == 4
 
 
-def test_a_part_of_a_model_whose_bias_is_dense_is_refused_at_the_call():
+def test_accelerate_blocks_with_dense_shared_bias_raises_at_call():
     model = timm_reference.build(**SHARED)
     accelerate(model.blocks)
     with pytest.raises(ValueError, match=r"dense shared_rel_pos_bias \[4, 17, 17\]: accelerate the whole Beit"):
@@ -299,7 +303,7 @@ def test_a_part_of_a_model_whose_bias_is_dense_is_refused_at_the_call():
     model(pixels_for(model))
 
 
-def test_models_without_timm_s_beit_are_refused():
+def test_accelerate_and_restore_unsupported_input_raises():
     vit = timm.models.vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4
     )
@@ -312,7 +316,7 @@ def test_models_without_timm_s_beit_are_refused():
         accelerate(timm_reference.build(**PER_LAYER), attn_implementation="sdpa")
 
 
-def test_another_version_of_timm_s_attention_is_refused(monkeypatch):
+def test_accelerate_changed_timm_signature_raises(monkeypatch):
     model = timm_reference.build(**PER_LAYER)
     monkeypatch.setattr(timm_beit.Attention, "forward", lambda self, x, rope=None, attn_mask=None: x)
     with pytest.raises(ValueError, match=r"takes \(x, rope, attn_mask\); expected \(x, shared_rel_pos_bias\)"):
@@ -320,7 +324,7 @@ def test_another_version_of_timm_s_attention_is_refused(monkeypatch):
     assert type(model.blocks[0].attn) is timm_beit.Attention
 
 
-def test_restore_does_not_undo_what_came_later():
+def test_restore_changed_forward_raises():
     _, fast = pair()
     fast.blocks[1].attn.forward = fast.blocks[1].attn.forward
     with pytest.raises(ValueError, match=r"blocks\.1\.attn has a forward of its own"):
@@ -328,7 +332,7 @@ def test_restore_does_not_undo_what_came_later():
     assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
 
 
-def test_without_timm_one_error_says_what_to_install(monkeypatch):
+def test_import_without_timm_raises(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("beit_fast.integrations.timm")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("timm", "timm.models", "timm.layers"):

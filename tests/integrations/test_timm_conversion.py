@@ -1,4 +1,4 @@
-"""Image classifiers from timm to ours and back: parameters to the bit, the same outputs and gradients, refusals."""
+"""`from_timm` and `to_timm`: equal bits, outputs and gradients; errors of unsupported models."""
 
 import importlib
 
@@ -12,14 +12,14 @@ from ..support import models, timm_reference
 from ..support.oracle import relative_error
 from ..support.timm_reference import timm
 
-# By name, after timm_reference: that imports timm where torchvision is not installed.
+# Import by name, after timm_reference, which imports timm even if torchvision is not installed.
 integration = importlib.import_module("beit_fast.integrations.timm")
 accelerate, from_timm, to_timm = integration.accelerate, integration.from_timm, integration.to_timm
 
 NETWORKS = {
     **timm_reference.POSITIONS,
     "rectangular": {"use_rel_pos_bias": True, "img_size": (24, 40)},
-    "pooled by CLS": {"use_rel_pos_bias": True, "global_pool": "token"},
+    "cls pooling": {"use_rel_pos_bias": True, "global_pool": "token"},
     "without layer scale": {"use_rel_pos_bias": True, "init_values": None},
     "grey": {"use_rel_pos_bias": True, "in_chans": 1},
     "without a head": {"use_rel_pos_bias": True, "num_classes": 0},
@@ -45,7 +45,7 @@ def assert_equal_states(mine, wanted):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_timm_s_classifier_becomes_ours_and_timm_s_again(name):
+def test_from_timm_round_trip_equals_timm(name):
     theirs = timm_reference.build(**NETWORKS[name])
     ours = from_timm(theirs, attn_implementation="triton")
     pixels = pixels_for(theirs)
@@ -53,7 +53,7 @@ def test_timm_s_classifier_becomes_ours_and_timm_s_again(name):
     assert relative_error(logits, wanted) < 1e-5
     scalar(wanted).backward()
     scalar(logits).backward()
-    # Gradients are renamed as parameters are: a gradient of the packed projection is that of its three parts.
+    # Rename gradients as parameters. The packed qkv gradient joins those of query, key and value.
     gradients = to_timm_names({key: parameter.grad for key, parameter in ours.named_parameters()})
     for key, parameter in theirs.named_parameters():
         assert relative_error(gradients[key], parameter.grad) < 1e-5, key
@@ -64,9 +64,9 @@ def test_timm_s_classifier_becomes_ours_and_timm_s_again(name):
 
 
 @pytest.mark.parametrize("position", ["per layer", "shared", "both", "absolute"])
-def test_our_classifier_becomes_timm_s_and_ours_again(position):
+def test_to_timm_round_trip_equals_beit_fast(position):
     options = {"use_mask_token": False, "drop_path_rate": 0.3, "attention_probs_dropout_prob": 0.1}
-    options |= {"vocab_size": beit_fast.BeitConfig.vocab_size}  # of no head here, and unknown to timm
+    options |= {"vocab_size": beit_fast.BeitConfig.vocab_size}  # timm does not have a vocabulary size
     ours = models.build(position=position, hidden_dropout_prob=0.2, **options).train()
     theirs = to_timm(ours)
     assert theirs.training
@@ -83,7 +83,7 @@ def test_our_classifier_becomes_timm_s_and_ours_again(position):
     assert not torch.allclose(dropped, theirs.eval()(pixels))
 
 
-def test_dtypes_sizes_and_what_timm_says_of_images():
+def test_to_timm_keeps_dtype_sizes_and_pretrained_cfg():
     ours = models.build(use_mask_token=False, image_size=(24, 40), intermediate_size=37).bfloat16()
     ours.set_pixel_normalization(models.MEAN, models.STD)
     theirs = to_timm(ours)
@@ -98,20 +98,20 @@ def test_dtypes_sizes_and_what_timm_says_of_images():
 
 
 @pytest.mark.parametrize(("size", "inner"), [(768, 3072), (1408, 6144), (176, 469), (49, 29)])
-def test_every_width_of_the_mlp_survives_timm_s_ratio(size, inner):
+def test_mlp_ratio_restores_intermediate_size(size, inner):
     from beit_fast.integrations.timm.conversion import _mlp_ratio
 
     assert int(size * _mlp_ratio(size, inner)) == inner
 
 
-def test_parameters_of_several_dtypes_keep_theirs():
+def test_from_timm_mixed_dtypes_are_kept():
     theirs = timm_reference.build(use_rel_pos_bias=True)
     for block in theirs.blocks:
         block.attn.relative_position_bias_table.data = block.attn.relative_position_bias_table.data.double()
     assert_equal_states(to_timm(from_timm(theirs)), theirs)
 
 
-def test_an_accelerated_model_is_converted():
+def test_from_timm_accelerated_model_equals_timm():
     theirs = timm_reference.build(use_rel_pos_bias=True, use_shared_rel_pos_bias=True)
     pixels = pixels_for(theirs)
     wanted = theirs(pixels)
@@ -119,8 +119,11 @@ def test_an_accelerated_model_is_converted():
     assert relative_error(from_timm(theirs)(pixels).logits, wanted) < 1e-5
 
 
-def test_another_image_size_after_the_conversion():
-    """timm resizes tables once and geometrically, ours at every call and bilinearly: both are there to choose from."""
+def test_from_timm_after_resize_equals_timm():
+    """Keep timm's geometric resize if the image size is set before conversion.
+
+    After conversion, tables are resized bilinearly at every call.
+    """
     theirs = timm_reference.build(use_rel_pos_bias=True)
     ours = from_timm(theirs)
     theirs.set_input_size(48)
@@ -132,7 +135,7 @@ def test_another_image_size_after_the_conversion():
         assert relative_error(ours(pixels).logits, theirs(pixels)) > 1e-4
 
 
-UNLIKE_OURS = {
+UNSUPPORTED = {
     "Mlp with GELU": {"swiglu_mlp": True},
     r"unexpected.*: .*mlp\.norm": {"scale_mlp": True},
     r"lacks parameters: .*query\.bias": {"qkv_bias": False},
@@ -145,19 +148,19 @@ UNLIKE_OURS = {
 }
 
 
-@pytest.mark.parametrize("reason", UNLIKE_OURS)
-def test_networks_that_are_unlike_ours_are_refused(reason):
-    theirs = timm_reference.build(**({"use_rel_pos_bias": True} | UNLIKE_OURS[reason]))
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_from_timm_unsupported_network_raises(reason):
+    theirs = timm_reference.build(**({"use_rel_pos_bias": True} | UNSUPPORTED[reason]))
     with pytest.raises(ValueError, match=f"(?s)cannot be converted to BeitForImageClassification:.*- .*{reason}"):
         from_timm(theirs)
 
 
-def test_every_reason_is_listed():
+def test_from_timm_unsupported_network_lists_every_reason():
     theirs = timm_reference.build(use_rel_pos_bias=True, swiglu_mlp=True, global_pool="", drop_rate=0.1)
     theirs.blocks[1].norm1.eps = 1e-3
     theirs.blocks[2].attn.attn_drop.p = 0.5
     theirs.blocks[0].drop_path1 = timm.layers.DropPath(0.3)
-    with pytest.raises(ValueError, match="cannot be converted to") as refusal:
+    with pytest.raises(ValueError, match="cannot be converted to") as error:
         from_timm(theirs)
     for part in (
         "global_pool",
@@ -167,10 +170,10 @@ def test_every_reason_is_listed():
         "attn.attn_drop",
         "drop path rates 0.3",
     ):
-        assert part in str(refusal.value), part
+        assert part in str(error.value), part
 
 
-def test_networks_that_timm_has_not_are_refused(tmp_path):
+def test_to_timm_unsupported_model_raises(tmp_path):
     ours = models.build(hidden_act="relu", head_dim=4)
     with pytest.raises(
         ValueError, match=r"(?s)cannot be converted to timm's Beit.*head_dim=4.*hidden_act='relu'.*mask token"
@@ -185,7 +188,7 @@ def test_networks_that_timm_has_not_are_refused(tmp_path):
         to_timm(empty)
 
 
-def test_other_models_are_refused():
+def test_to_timm_and_from_timm_wrong_class_raises():
     with pytest.raises(TypeError, match="to_timm takes a BeitForImageClassification, not a BeitModel"):
         to_timm(models.build("BeitModel"))
     with pytest.raises(TypeError, match=r"from_timm takes a Beit of timm\.models\.beit, not a Linear"):

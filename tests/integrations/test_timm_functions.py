@@ -1,4 +1,4 @@
-"""timm's own functions on an accelerated BEiT: features, sizes, pruning, copies, tracing and compilation."""
+"""timm's functions on an accelerated BEiT: features, sizes, pruning, copies and compilation."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ TINY_ARGUMENTS = {key: value for key, value in timm_reference.TINY.items() if ke
 
 
 @pytest.mark.parametrize("name", ["per layer", "both"])
-def test_features_only(name):
+def test_features_only_accelerated_equals_timm(name):
     options = {
         **TINY_ARGUMENTS,
         "use_rel_pos_bias": False,
@@ -51,7 +51,7 @@ def test_features_only(name):
 
 @pytest.mark.parametrize("size", [48, (40, 24)])
 @pytest.mark.parametrize("name", ["per layer", "both"])
-def test_set_input_size(name, size):
+def test_set_input_size_accelerated_equals_timm(name, size):
     reference, fast = pair(name)
     for model in (reference, fast):
         model.set_input_size(size)
@@ -63,7 +63,7 @@ def test_set_input_size(name, size):
     assert_equal_results(fast, reference, pixels_for(reference))
 
 
-def test_forward_intermediates():
+def test_forward_intermediates_accelerated_equals_timm():
     reference, fast = pair("both", global_pool="token")
     pixels = pixels_for(reference)
     for options in (
@@ -76,7 +76,7 @@ def test_forward_intermediates():
             assert relative_error(mine, theirs) < 1e-5
 
 
-def test_pruning_and_a_new_classifier():
+def test_prune_and_reset_classifier_accelerated_equals_timm():
     reference, fast = pair("shared")
     for model in (reference, fast):
         assert model.prune_intermediate_layers([0, 1], prune_head=False) == [0, 1]
@@ -88,17 +88,17 @@ def test_pruning_and_a_new_classifier():
 
 
 @pytest.mark.parametrize("name", ["per layer", "shared", "both"])
-def test_gradient_checkpointing(name):
+def test_set_grad_checkpointing_accelerated_equals_timm(name):
     reference, fast = (model.train() for model in pair(name))
     fast.set_grad_checkpointing()
     with Spy(17) as spy:
         gradients(fast, pixels_for(fast))
-    assert len(spy.calls) == 6, "three layers forward, and again backward"
+    assert len(spy.calls) == 6, "three layers in forward, recomputed in backward"
     assert_equal_results(fast, reference, pixels_for(reference))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_of_accelerated_models(how):
+def test_copy_accelerated_model_equals_timm(how):
     reference, fast = pair("both")
     if how == "deepcopy":
         copied = copy.deepcopy(fast)
@@ -116,7 +116,7 @@ def test_copies_of_accelerated_models(how):
     assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
 
 
-def test_state_dicts_go_both_ways():
+def test_load_state_dict_accelerated_equals_timm():
     reference, fast = (model.double() for model in pair("both"))
     other = {name: torch.randn_like(tensor) for name, tensor in reference.state_dict().items()}
     reference.load_state_dict(other)
@@ -124,7 +124,7 @@ def test_state_dicts_go_both_ways():
     assert_equal_results(fast, reference, pixels_for(reference), tolerance=1e-10)
 
 
-def test_traced():
+def test_jit_trace_accelerated_equals_timm():
     reference, fast = pair("both")
     pixels = pixels_for(reference)
     traced = torch.jit.trace(fast, pixels, check_trace=False)
@@ -134,15 +134,15 @@ def test_traced():
 
 
 @pytest.fixture
-def _nothing_compiled_before():
+def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
 
 
-@pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["per layer", pytest.param("both", marks=pytest.mark.slow)])
-def test_one_graph_for_every_batch(name):
+def test_compile_new_batch_sizes_reuses_graph(name):
     reference, fast = pair(name, depth=2)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fast, fullgraph=True, backend=counter)
@@ -156,9 +156,9 @@ def test_one_graph_for_every_batch(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_nothing_compiled_before")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_training(checkpointing):
+def test_compile_training_gradients_equal_timm(checkpointing):
     reference, fast = (model.train() for model in pair("both", depth=2))
     fast.set_grad_checkpointing(checkpointing)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
@@ -172,8 +172,8 @@ def test_compiled_training(checkpointing):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_nothing_compiled_before")
-def test_a_compiled_model_notices_accelerate_and_restore():
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_recompiles_after_accelerate_and_restore():
     model = timm_reference.build(**NETWORKS["both"], depth=1)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)

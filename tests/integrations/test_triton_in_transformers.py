@@ -17,9 +17,9 @@ from .test_registration import (
     BIASED,
     NEEDS_5,
     assert_same_gradients,
+    count_tokens,
     rectangle_for,
     reference,
-    tokens_of,
     triton_copy,
 )
 
@@ -28,13 +28,16 @@ registered = test_registration.registered
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_their_models_equal_sdpa(name, position, registered):
-    """Outputs, hidden states and every gradient, through one fused operator a layer and no dense bias."""
+def test_triton_attention_equals_sdpa(name, position, registered):
+    """Compare outputs, hidden states and every gradient.
+
+    Each layer calls one fused operator, and a dense bias is never created.
+    """
     theirs = reference(name, position)
     ours = triton_copy(theirs, name)
     inputs = random_inputs(name, theirs, rectangle_for(name))
     expected = theirs(**inputs, output_hidden_states=True)
-    with AttentionSpy(tokens_of(inputs)) as spy:
+    with AttentionSpy(count_tokens(inputs)) as spy:
         actual = ours(**inputs, output_hidden_states=True)
     layers = ours.config.num_hidden_layers
     assert (spy.calls, spy.tables) == (layers, layers if position in BIASED else 0)
@@ -48,7 +51,7 @@ def test_their_models_equal_sdpa(name, position, registered):
     assert_same_gradients(ours, theirs)
 
 
-def test_a_dropped_bias_is_seen(registered, monkeypatch):
+def test_triton_attention_lost_bias_changes_output(registered, monkeypatch):
     theirs = reference("BeitModel", "both")
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
@@ -63,20 +66,20 @@ def test_a_dropped_bias_is_seen(registered, monkeypatch):
 
 @NEEDS_5
 @pytest.mark.parametrize("position", ["per layer", "both", "none"])
-def test_models_built_before_take_it_too(position):
-    """By `set_attn_implementation`, back and forth, and they are theirs again afterwards."""
+def test_set_attn_implementation_existing_model_uses_operator(position):
+    """Switch an existing model to "triton", back to "sdpa", and unregister."""
     model = reference("BeitForImageClassification", position, "sdpa")
     inputs = random_inputs("BeitForImageClassification", model)
     expected = model(**inputs).logits
     register()
     try:
         model.set_attn_implementation("triton")
-        with AttentionSpy(tokens_of(inputs)) as spy:
+        with AttentionSpy(count_tokens(inputs)) as spy:
             actual = model(**inputs).logits
         assert (spy.calls, spy.square) == (3, [])
         assert relative_error(actual, expected) < 1e-9
         model.set_attn_implementation("sdpa")
-        with AttentionSpy(tokens_of(inputs)) as spy:
+        with AttentionSpy(count_tokens(inputs)) as spy:
             assert torch.equal(model(**inputs).logits, expected)
         assert spy.calls == 0
     finally:
@@ -86,15 +89,15 @@ def test_models_built_before_take_it_too(position):
 
 @NEEDS_5
 @pytest.mark.parametrize("position", ["shared", "both", "none"])
-def test_padding_is_masked_as_eager_masks_it(position, registered):
-    """sdpa adds Transformers' bool mask to the bias as a number, so eager is the one that is right."""
+def test_triton_attention_padding_mask_equals_eager(position, registered):
+    """Compare with eager, because sdpa adds the bool mask to the bias."""
     theirs = reference("BeitModel", position, "eager")
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
-    mask = torch.ones(2, tokens_of(inputs), dtype=torch.long)
+    mask = torch.ones(2, count_tokens(inputs), dtype=torch.long)
     mask[0, -5:] = 0
     expected = theirs(**inputs, attention_mask=mask).last_hidden_state
-    with AttentionSpy(tokens_of(inputs)) as spy:
+    with AttentionSpy(count_tokens(inputs)) as spy:
         actual = ours(**inputs, attention_mask=mask).last_hidden_state
     assert (spy.calls, spy.square) == (3, [])
     assert relative_error(actual, expected) < 1e-6
@@ -102,7 +105,7 @@ def test_padding_is_masked_as_eager_masks_it(position, registered):
 
 
 @pytest.mark.parametrize("position", ["both", "none"])
-def test_attention_weights_where_they_are_asked_for(position, registered):
+def test_triton_attention_output_attentions_equals_eager(position, registered):
     theirs = reference("BeitModel", position, "eager")
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
@@ -114,30 +117,30 @@ def test_attention_weights_where_they_are_asked_for(position, registered):
 
 
 @pytest.mark.parametrize("position", ["per layer", "shared"])
-def test_rectangular_native_windows_equal_theirs(position, registered):
-    """Transformers reads the table of a rectangle as (width, height); its own classes go on doing so."""
+def test_triton_attention_rectangular_window_equals_sdpa(position, registered):
+    """Read the table of a rectangle as (width, height), as Transformers does."""
     theirs = reference("BeitModel", position, image_size=(32, 48))
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs, size=(32, 48))
-    with AttentionSpy(tokens_of(inputs)) as spy:
+    with AttentionSpy(count_tokens(inputs)) as spy:
         actual = ours(**inputs).last_hidden_state
     assert (spy.calls, spy.square) == (3, [])
     assert relative_error(actual, theirs(**inputs).last_hidden_state) < 1e-9
 
 
-def test_training_with_gradient_checkpointing(registered):
+def test_triton_attention_gradient_checkpointing_equals_sdpa(registered):
     theirs = reference("BeitForImageClassification", "both").train()
     ours = triton_copy(theirs, "BeitForImageClassification")
     ours.gradient_checkpointing_enable()
     inputs = random_inputs("BeitForImageClassification", theirs)
     theirs(**inputs).loss.backward()
-    with AttentionSpy(tokens_of(inputs)) as spy:
+    with AttentionSpy(count_tokens(inputs)) as spy:
         ours(**inputs).loss.backward()
     assert spy.calls == 2 * 3
     assert_same_gradients(ours, theirs)
 
 
-def test_attention_dropout_drops_in_training_alone(registered):
+def test_triton_attention_dropout_training_only(registered):
     theirs = reference("BeitModel", attention_probs_dropout_prob=0.5)
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
@@ -149,19 +152,19 @@ def test_attention_dropout_drops_in_training_alone(registered):
     assert torch.equal(ours(**inputs).last_hidden_state, still)
 
 
-def test_a_deep_copy_and_a_pickle_go_on(registered):
+def test_triton_attention_copy_and_pickle_equal_original(registered):
     theirs = reference("BeitModel", "both")
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
     expected = ours(**inputs).last_hidden_state
-    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        with AttentionSpy(tokens_of(inputs)) as spy:
-            assert torch.equal(again(**inputs).last_hidden_state, expected)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        with AttentionSpy(count_tokens(inputs)) as spy:
+            assert torch.equal(copied(**inputs).last_hidden_state, expected)
         assert spy.calls == 3
 
 
 @pytest.mark.slow
-def test_it_compiles_whole(registered):
+def test_triton_attention_compile_fullgraph_equals_uncompiled(registered):
     theirs = reference("BeitModel", "both")
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
@@ -172,7 +175,7 @@ def test_it_compiles_whole(registered):
 
 
 @pytest.mark.parametrize("position", BIASED)
-def test_data2vec_vision_takes_it_at_construction(position, registered):
+def test_triton_attention_data2vec_vision_equals_eager(position, registered):
     values = {key: value for key, value in TINY.items() if key != "vocab_size"} | POSITIONS[position]
     build = transformers.Data2VecVisionForImageClassification._from_config
     theirs = build(transformers.Data2VecVisionConfig(**values), attn_implementation="eager").double().eval()
@@ -182,7 +185,7 @@ def test_data2vec_vision_takes_it_at_construction(position, registered):
     ours = pickle.loads(pickle.dumps(ours))
     inputs = random_inputs("BeitForImageClassification", theirs, size=(32, 40))
     expected = theirs(**inputs)
-    with AttentionSpy(tokens_of(inputs)) as spy:
+    with AttentionSpy(count_tokens(inputs)) as spy:
         actual = ours(**inputs)
     assert (spy.calls, spy.tables, spy.square) == (3, 3, [])
     assert relative_error(actual.logits, expected.logits) < 1e-9
@@ -195,7 +198,7 @@ def test_data2vec_vision_takes_it_at_construction(position, registered):
 
 
 @NEEDS_5
-def test_refusals(registered):
+def test_triton_attention_unsupported_model_raises(registered):
     vit = transformers.ViTModel._from_config(
         transformers.ViTConfig(
             hidden_size=32,

@@ -62,7 +62,7 @@ def triton_attention(
     if not isinstance(module, modeling_beit.BeitAttention):
         raise ValueError(f"attn_implementation={NAME!r} supports BEiT, not {type(module).__name__}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    table, window, key_mask = _parts(attention_mask, query.shape[1])
+    table, window, key_mask = _split_mask(attention_mask, query.shape[1])
     if key_mask is not None:
         key_mask = key_mask.expand(q.shape[0], -1)
     if not kwargs.get("output_attentions"):
@@ -71,7 +71,7 @@ def triton_attention(
     return attention_backends.eager_attention(q, k, v, dense, key_mask, scaling, dropout)
 
 
-def _parts(mask: TableBias | Tensor | None, heads: int) -> tuple[Tensor | None, Window | None, Tensor | None]:
+def _split_mask(mask: TableBias | Tensor | None, heads: int) -> tuple[Tensor | None, Window | None, Tensor | None]:
     """Return the table, window and key mask of an attention mask."""
     if isinstance(mask, TableBias):
         return mask.table, mask.window, mask.key_mask
