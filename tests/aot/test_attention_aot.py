@@ -1,7 +1,7 @@
-"""Every attention kernel becomes a cubin for every supported GPU, without a GPU: nothing spills, everything fits.
+"""Attention kernels compiled for every supported GPU: spills and shared memory.
 
-Also counted: the instructions of the main loop, with and without the bias; and read off the compiler's own layouts:
-that the vector loads of the bias find in a thread's registers what they take to be there.
+The tests also count the instructions of the main loop with and without the bias, and check that the vector loads of
+the bias match the register layout of the compiler. They do not need a GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="there is nothing to compile without Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-    pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
+    pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
 
 from beit_fast.kernels.aot import attention_variants, sass, ttgir_layouts  # noqa: E402
 from beit_fast.kernels.aot import compile as aot  # noqa: E402
@@ -40,78 +40,81 @@ CAPABILITIES_OF = {
 
 
 def even_layout(capability: int, dtype: str = "bf16") -> configs.BiasLayout:
-    """How the bias of a usual window is read: its width is even, it fits the paired layout."""
+    """Return the bias layout of even windows that fit the paired layout."""
     return attention_variants.bias_layouts(capability, dtype)[0]
 
 
-def inspected(*variants: Variant) -> list[Inspection]:
-    """What came out of each variant, all of which compile."""
+def inspect_variants(*variants: Variant) -> list[Inspection]:
+    """Compile the variants, which must not fail, and return the inspections."""
     found = list(aot.inspect_all(variants, CACHE))
     failures = [inspection for _, inspection in found if isinstance(inspection, str)]
     assert not failures, "\n".join(failures)
     return [inspection for _, inspection in found if not isinstance(inspection, str)]
 
 
-def complaints(variants: Iterable[Variant], workers: int = 1) -> list[str]:
-    """Everything that is wrong with what the variants compile to."""
-    wrong = []
+def find_errors(variants: Iterable[Variant], workers: int = 1) -> list[str]:
+    """Compile the variants and return every error found."""
+    errors = []
     for variant, found in aot.inspect_all(variants, CACHE, workers):
         if isinstance(found, str):
-            wrong.append(found)
+            errors.append(found)
             continue
         limit = attention_variants.shared_memory_limit(variant)
         if found.shared > limit:
-            wrong.append(f"{variant}: {found.shared} bytes of shared memory, limit {limit}")
+            errors.append(f"{variant}: {found.shared} bytes of shared memory, limit {limit}")
         if found.spills:
-            wrong.append(f"{variant}: spills {found.stack} + {found.local} bytes")
-        wrong += [f"{variant}: {problem}" for problem in layout_complaints(variant, found)]
-    return wrong
+            errors.append(f"{variant}: spills {found.stack} + {found.local} bytes")
+        errors += [f"{variant}: {error}" for error in layout_errors(variant, found)]
+    return errors
 
 
-def layout_complaints(variant: Variant, found: Inspection) -> list[str]:
-    """What is wrong with the places that the bias loads fill, or with which loads there are."""
+def layout_errors(variant: Variant, found: Inspection) -> list[str]:
+    """Return errors in the register layout or the width of the bias loads."""
     if variant.tile is None:
         return []
     expected = {variant.bias_layout.vector} - {0}
     if variant.bias_layout.name == "extended" and variant.bias_layout.vector:
         expected.add(2)  # of the column offsets
     vectors = {load.vector for load in found.bias_loads}
-    wrong = [] if vectors == expected else [f"loads vectors of {sorted(vectors)} and not of {sorted(expected)}"]
-    return wrong + [problem for load in found.bias_loads if (problem := ttgir_layouts.misplaced(load))]
+    errors = [] if vectors == expected else [f"loads vectors of {sorted(vectors)} (expected {sorted(expected)})"]
+    return errors + [error for load in found.bias_loads if (error := ttgir_layouts.misplaced(load))]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_shipped_kernels_neither_spill_nor_exceed_shared_memory(capability: int) -> None:
-    """Small GPUs have 99 KiB: triton-lang/triton#8182, state-spaces/mamba#387."""
+def test_attention_shipped_kernels_fit_registers_and_shared_memory(capability: int) -> None:
+    """Include small GPUs, whose shared memory is limited to 99 KiB.
+
+    Bugs elsewhere: triton-lang/triton#8182, state-spaces/mamba#387.
+    """
     layout = even_layout(capability)
     variants = [shipped(Variant(kernel, capability, bias_layout=layout)) for kernel in configs.KERNELS]
     variants += [shipped(Variant("forward", capability))]
     variants += [shipped(Variant("forward", capability, bias_layout=layout, split=True))]
     variants += attention_variants.small_kernels(capability)
-    assert not (wrong := complaints(variants)), "\n".join(wrong)
+    assert not (errors := find_errors(variants)), "\n".join(errors)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("kernel", configs.KERNELS)
-def test_vector_loads_fill_registers_in_the_layout_of_the_tensor_cores(kernel: str, capability: int) -> None:
-    """The pair of columns, and the rows m and m + 8, that primitives.load_bias_tile takes a thread to hold."""
+def test_attention_vector_loads_match_tensor_core_layout(kernel: str, capability: int) -> None:
+    """A thread holds two columns of rows m and m + 8, as `load_bias_tile` assumes."""
     variant = shipped(Variant(kernel, capability, bias_layout=even_layout(capability)))
-    (found,) = inspected(variant)
+    (found,) = inspect_variants(variant)
     assert {load.vector for load in found.bias_loads} == {variant.bias_layout.vector} != {1}
     assert [ttgir_layouts.misplaced(load) for load in found.bias_loads] == [None] * len(found.bias_loads)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_column_offsets_of_an_extended_table_are_loaded_in_pairs(capability: int) -> None:
+def test_attention_extended_column_offsets_are_loaded_in_pairs(capability: int) -> None:
     variant = shipped(Variant("forward", capability, bias_layout=configs.BiasLayout("extended", 1)))
-    (found,) = inspected(variant)
+    (found,) = inspect_variants(variant)
     assert {load.vector for load in found.bias_loads} == {1, 2}
-    assert not layout_complaints(variant, found)
+    assert not layout_errors(variant, found)
 
 
-def issued(variant: Variant) -> float:
-    """Instructions of the main loop that each scheduler issues for 64 x 64 scores."""
-    (found,) = inspected(variant)
+def issued_instructions(variant: Variant) -> float:
+    """Count main-loop instructions per scheduler for 64 x 64 scores."""
+    (found,) = inspect_variants(variant)
     unknown = [name for name in found.loop if not sass.is_known(name)]
     assert not unknown, f"{variant}: sass.py does not know {unknown}"
     return sum(sass.instructions_by_pipe(found.loop, attention_variants.work(variant)).values())
@@ -124,59 +127,62 @@ counted = pytest.mark.skipif(
 
 @counted
 @pytest.mark.parametrize(("capability", "limit"), [(90, 386), (80, 463)])
-def test_instructions_of_the_forward_loop(capability: int, limit: int) -> None:
-    assert issued(Variant("forward", capability, REFERENCE_TILE, bias_layout=even_layout(capability))) <= limit
+def test_attention_forward_loop_instructions_below_limit(capability: int, limit: int) -> None:
+    assert (
+        issued_instructions(Variant("forward", capability, REFERENCE_TILE, bias_layout=even_layout(capability)))
+        <= limit
+    )
 
 
 @counted
 @pytest.mark.parametrize(("layout", "ratio"), [("paired", 1.05), ("plain", 1.25), ("extended", 1.4)])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_bias_costs_next_to_no_instructions(capability: int, layout: str, ratio: float) -> None:
-    """Of the shipped tiles; windows of even width read the paired layout, those of odd width the plain one."""
+def test_attention_bias_instructions_below_ratio(capability: int, layout: str, ratio: float) -> None:
+    """Use shipped tiles; even widths read the paired layout, odd widths the plain one."""
     (found,) = [one for one in attention_variants.bias_layouts(capability, "bf16") if one.name == layout]
-    with_bias = issued(shipped(Variant("forward", capability, bias_layout=found)))
-    assert with_bias <= ratio * issued(shipped(Variant("forward", capability)))
+    with_bias = issued_instructions(shipped(Variant("forward", capability, bias_layout=found)))
+    assert with_bias <= ratio * issued_instructions(shipped(Variant("forward", capability)))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_main_loop_is_one_tile(capability: int) -> None:
-    """What is divided by the tiles of an iteration holds that many: the compiler has unrolled nothing."""
+def test_attention_main_loop_holds_one_tile(capability: int) -> None:
+    """The compiler has not unrolled the loop, so counts per iteration are per tile."""
     for kernel in configs.KERNELS:
         variant = Variant(kernel, capability, REFERENCE_TILE, bias_layout=even_layout(capability))
-        (found,) = inspected(variant)
+        (found,) = inspect_variants(variant)
         work = attention_variants.work(variant)
         assert sass.multiply_adds(found.loop) == work.multiply_adds / work.warps, kernel
 
 
-def test_every_kernel_has_tiles_for_every_arithmetic_head_dimension_and_architecture() -> None:
-    wrong = []
+def test_select_every_configuration_returns_tile() -> None:
+    errors = []
     for entry in itertools.product(
         configs.KERNELS, gpu.ARCHITECTURES, configs.HEAD_DIMS, gpu.ARITHMETICS, (False, True)
     ):
         try:
             tile = configs.select(*entry)
         except LookupError as error:
-            wrong.append(f"{entry}: no entry ({error!r})")
+            errors.append(f"{entry}: no entry ({error!r})")
             continue
         sizes = (tile.block_m, tile.block_n, tile.num_warps)
         if any(size & (size - 1) for size in sizes) or min(sizes[:2]) < 16 or not 1 <= tile.num_warps <= 16:
-            wrong.append(f"{entry}: {tile} is no tile")
-    assert not wrong, "\n".join(wrong)
+            errors.append(f"{entry}: {tile} is not a valid tile")
+    assert not errors, "\n".join(errors)
 
 
-def test_capabilities_cover_every_architecture_class() -> None:
+def test_capabilities_cover_every_architecture() -> None:
     assert all(CAPABILITIES_OF.values())
     assert [configs.padded_head_dim(head_dim - 8) for head_dim in configs.HEAD_DIMS] == list(configs.HEAD_DIMS)
     assert set(PRECISIONS) == set(gpu.ARITHMETICS)
 
 
 def table_variants(architecture: str) -> list[Variant]:
-    """Each entry of the table of configs for the GPUs of one class.
+    """Return a variant for each entry of the configs of an architecture.
 
-    At its most demanding: the extended table, a key mask, and a head dimension that is not the padded one. Without
-    dropout, half precision also in the layout of even windows, whose vector loads depend on the tile; the other
-    layouts at head dimension 64. Of the small GPUs sm_86 stands for sm_89, and sm_120 is taken where registers are
-    scarce.
+    Each entry has its most demanding options: the extended table, a key mask, and a head dimension that is padded.
+    Without dropout, half precision also has the layout of even windows, whose vector loads depend on the tile. The
+    other layouts are tested at head dimension 64. Of the small GPUs, sm_86 represents sm_89, and sm_120 is tested if
+    registers are scarce.
     """
     variants = []
     for kernel, arithmetic, block_d, dropout, capability in itertools.product(
@@ -201,23 +207,23 @@ def table_variants(architecture: str) -> list[Variant]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", gpu.ARCHITECTURES)
-def test_the_whole_table_of_configs(architecture: str) -> None:
-    wrong = complaints(table_variants(architecture), workers=2)
-    assert not wrong, f"{len(wrong)} of the table's variants:\n" + "\n".join(wrong)
+def test_attention_all_configs_fit_registers_and_shared_memory(architecture: str) -> None:
+    errors = find_errors(table_variants(architecture), workers=2)
+    assert not errors, f"{len(errors)} of the variants failed:\n" + "\n".join(errors)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_small_kernels_of_every_head_dimension_and_dtype(capability: int) -> None:
+def test_attention_small_kernels_of_every_head_dim_and_dtype_fit(capability: int) -> None:
     variants = [
         variant
         for dtype, head_dim in itertools.product(("fp16", "fp32"), (8, 64, 120, 128))
         for variant in attention_variants.small_kernels(capability, dtype, head_dim)
     ]
-    assert not (wrong := complaints(variants, workers=2)), "\n".join(wrong)
+    assert not (errors := find_errors(variants, workers=2)), "\n".join(errors)
 
 
-def test_a_second_look_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_cached_variant_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = Variant("dtable_cls", 80)
     first = aot.inspect(variant, tmp_path)
     monkeypatch.setattr(triton, "compile", None)
@@ -227,8 +233,8 @@ def test_a_second_look_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         aot.inspect(variant, tmp_path)
 
 
-def test_what_does_not_compile_is_told_and_not_kept(tmp_path: Path) -> None:
-    """A tile of 48 rows is no power of two; the other variant is served all the same."""
+def test_inspect_all_failed_variant_is_reported_and_not_cached(tmp_path: Path) -> None:
+    """48 rows are not a power of two; the other variant is still returned."""
     bad = Variant("forward", 80, configs.TileConfig(48, 64, 4, 2))
     good = Variant("dtable_cls", 80)
     (_, failure), (_, found) = aot.inspect_all([bad, good], tmp_path)
@@ -238,15 +244,15 @@ def test_what_does_not_compile_is_told_and_not_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BEIT_FAST_AOT_CACHE", raising=False)
     assert aot.cache_folder(tmp_path) == tmp_path
     monkeypatch.setenv("BEIT_FAST_AOT_CACHE", "/elsewhere")
     assert aot.cache_folder(tmp_path) == Path("/elsewhere")
 
 
-def test_kernel_files_import_without_torch(tmp_path: Path) -> None:
-    """What compiles ahead of time needs Triton alone."""
+def test_kernels_import_without_torch(tmp_path: Path) -> None:
+    """Ahead-of-time compilation requires Triton only."""
     (tmp_path / "only_kernels").symlink_to(REPOSITORY / "kernels")
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
     script += "; from only_kernels.aot import attention_variants, compile, linear_gelu_variants, residual_norm_variants"

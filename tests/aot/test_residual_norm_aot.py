@@ -1,4 +1,4 @@
-"""The kernels of residual and LayerNorm become cubins for every supported GPU, without a GPU, and nothing spills."""
+"""Residual and LayerNorm kernels compiled for every supported GPU: no spills."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="there is nothing to compile without Triton")
+pytest.importorskip("triton", reason="needs Triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-    pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
+    pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
 
 from beit_fast.kernels.aot import compile as aot
 from beit_fast.kernels.aot.residual_norm_variants import FORMS, NormVariant, shipped
@@ -19,48 +19,48 @@ from beit_fast.kernels.residual_norm import configs
 
 CACHE = aot.cache_folder(Path(__file__).resolve().parents[2] / "build" / "aot")
 LARGEST_SHARED_MEMORY = 16 * 1024
-"""Bytes: for sums over the warps of a row, and numbers of half the size changing places. Every GPU has more."""
+"""Bytes for sums over the warps of a row and for layout conversions; every GPU has more."""
 
 
-def complaints(variants: Iterable[NormVariant], workers: int = 1) -> list[str]:
-    """Everything that is wrong with what the variants compile to."""
-    wrong = []
+def find_errors(variants: Iterable[NormVariant], workers: int = 1) -> list[str]:
+    """Compile the variants and return every error found."""
+    errors = []
     for variant, found in aot.inspect_all(variants, CACHE, workers):
         if isinstance(found, str):
-            wrong.append(found)
+            errors.append(found)
         elif found.spills:
-            wrong.append(f"{variant}: spills {found.stack} + {found.local} bytes")
+            errors.append(f"{variant}: spills {found.stack} + {found.local} bytes")
         elif found.shared > LARGEST_SHARED_MEMORY:
-            wrong.append(f"{variant}: {found.shared} bytes of shared memory")
-    return wrong
+            errors.append(f"{variant}: {found.shared} bytes of shared memory")
+    return errors
 
 
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
-def test_shipped_kernels_do_not_spill(capability: int) -> None:
-    """At the width of base, in bf16, fp32 and under autocast, with and without everything that may be left out."""
-    assert not (wrong := complaints(shipped(capability))), "\n".join(wrong)
+def test_residual_norm_shipped_kernels_do_not_spill(capability: int) -> None:
+    """Width of the base model: bf16, fp32, autocast, with and without optional inputs."""
+    assert not (errors := find_errors(shipped(capability))), "\n".join(errors)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("size", [1, 32, 1000, 1024, configs.LARGEST_SIZE])
-def test_other_widths(size: int, capability: int) -> None:
-    """The most demanding form of each kernel; rows that no vector load may assume to be aligned."""
+def test_residual_norm_other_widths_do_not_spill(size: int, capability: int) -> None:
+    """The most demanding form of each kernel, also with unaligned rows."""
     variants = [
         NormVariant(kernel, capability, size, "bf16", "fp32", "fp32", aligned=size % 16 == 0) for kernel in FORMS
     ]
-    assert not (wrong := complaints(variants)), "\n".join(wrong)
+    assert not (errors := find_errors(variants)), "\n".join(errors)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [192, 1024, 1408, configs.LARGEST_SIZE])
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
-def test_every_width_on_every_gpu(capability: int, size: int) -> None:
-    assert not (wrong := complaints(shipped(capability, size), workers=2)), "\n".join(wrong)
+def test_residual_norm_every_width_on_every_gpu_does_not_spill(capability: int, size: int) -> None:
+    assert not (errors := find_errors(shipped(capability, size), workers=2)), "\n".join(errors)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_rows_are_read_and_written_by_16_bytes(capability: int) -> None:
-    """Whole rows of bf16, as training in bf16 reads them."""
+def test_residual_norm_rows_use_16_byte_accesses(capability: int) -> None:
+    """bf16 rows, as in bf16 training."""
     for kernel in ("forward", "backward"):
         ptx = aot.compile_variant(NormVariant(kernel, capability)).ptx
         assert re.search(r"ld\.global\S*\.v4\.b32", ptx), kernel
@@ -68,13 +68,13 @@ def test_rows_are_read_and_written_by_16_bytes(capability: int) -> None:
         assert "atom." not in ptx, kernel
 
 
-def test_a_row_of_the_forward_needs_no_shared_memory() -> None:
-    """One warp holds it up to 1024 numbers."""
+def test_residual_norm_forward_row_uses_no_shared_memory() -> None:
+    """One warp holds a row of up to 1024 elements."""
     variants = [NormVariant("forward", 90, size) for size in (768, 1024)]
     assert all(aot.inspect(variant, CACHE).shared == 0 for variant in variants)
 
 
-def test_a_wrong_argument_is_told() -> None:
+def test_inspect_all_unknown_dtype_is_reported() -> None:
     bad = NormVariant("forward", 80, dtype="bf17")
     ((_, failure),) = aot.inspect_all([bad], CACHE)
     assert isinstance(failure, str)

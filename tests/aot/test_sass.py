@@ -1,4 +1,4 @@
-"""Reading machine code and layouts: which loop is counted, what it costs, which registers a vector load fills."""
+"""The readers of SASS and TTGIR: main loops, instruction costs, vector-load layouts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-pytest.importorskip("triton", reason="its tools disassemble, its compiler has the layouts")
+pytest.importorskip("triton", reason="needs the disassembler and compiler of Triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-    pytest.skip("Triton's interpreter and its compiler cannot share a process", allow_module_level=True)
+    pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
 
 from beit_fast.kernels.aot import sass, ttgir_layouts
 
@@ -45,17 +45,17 @@ PLAIN_LOOPS = """
 """
 
 
-def test_the_main_loop_is_the_first_to_end_around_a_matrix_instruction() -> None:
-    """Not the outer loop, nor what a wait behind the code branches back over; a forward branch is no loop."""
+def test_main_loop_is_first_loop_with_matrix_instruction() -> None:
+    """Ignore the outer loop, the branch of a trailing wait, and forward branches."""
     loop = sass.main_loop(TWO_NESTED_LOOPS_AND_A_WAIT)
     assert loop == {"HMMA.16816.F32.BF16": 1, "MUFU.EX2": 1, "BRA": 1}
 
 
-def test_without_tensor_cores_it_is_the_shortest_with_the_most_multiply_adds() -> None:
+def test_main_loop_without_tensor_cores_has_most_multiply_adds() -> None:
     assert sass.main_loop(PLAIN_LOOPS) == {"FFMA": 2, "BRA": 1}
 
 
-def test_code_without_a_loop_has_no_main_loop() -> None:
+def test_main_loop_code_without_loop_is_empty() -> None:
     assert sass.main_loop("        /*0000*/                   EXIT ;\n") == {}
     assert sass.main_loop("") == {}
 
@@ -77,12 +77,12 @@ def test_code_without_a_loop_has_no_main_loop() -> None:
         ("BRA", "other"),
     ],
 )
-def test_pipes(instruction: str, pipe: str) -> None:
+def test_pipe_of_known_instruction_returns_pipe(instruction: str, pipe: str) -> None:
     assert sass.pipe_of(instruction) == pipe
     assert sass.is_known(instruction)
 
 
-def test_an_unknown_instruction_is_told_apart() -> None:
+def test_pipe_of_unknown_instruction_returns_other() -> None:
     assert sass.pipe_of("NEWOP.X") == "other"
     assert not sass.is_known("NEWOP.X")
 
@@ -94,19 +94,19 @@ def test_an_unknown_instruction_is_told_apart() -> None:
         *(("LDSM.16.M88.4", 4), ("LDSM.16.MT88.2", 2), ("LDSM.16.M88", 1), ("LDTM.x64", 1)),
     ],
 )
-def test_words_of_an_access(instruction: str, words: int) -> None:
+def test_access_words_returns_words(instruction: str, words: int) -> None:
     assert sass.access_words(instruction) == words
 
 
-def test_multiply_adds_of_matrix_instructions() -> None:
-    """HGMMA is shared by four warps; a UTCHMMA has its shape in a descriptor."""
+def test_multiply_adds_matrix_instructions() -> None:
+    """Four warps share an HGMMA; the shape of a UTCHMMA is in a descriptor."""
     assert sass.multiply_adds(Counter({"HMMA.16816.F32": 2, "HMMA.1688.F32.TF32": 1})) == 2 * 2048 + 1024
     assert sass.multiply_adds(Counter({"HGMMA.64x64x16.F32.BF16": 1, "BRA": 1})) == 64 * 64 * 16 // 4
     assert sass.multiply_adds(Counter({"UTCHMMA": 4})) is None
 
 
-def test_counts_and_cycles_of_a_tile() -> None:
-    """A loop of 64 x 64 with 4 warps is issued once a scheduler; 8 warps on 128 x 64 share twice the scores."""
+def test_cycles_by_pipe_of_tile() -> None:
+    """Cycles are per scheduler: 4 warps on 64 x 64 equal 8 warps on 128 x 64."""
     loop = Counter({"HGMMA.64x64x16.F32.BF16": 8, "MUFU.EX2": 32, "FFMA": 40, "LDG.E.128.CONSTANT": 8, "FMNMX": 30})
     products = 2 * 64 * 64 * 64
     work = sass.Work(90, 4, 64 * 64, products, False)
@@ -121,7 +121,7 @@ def test_counts_and_cycles_of_a_tile() -> None:
     assert sass.cycles_by_pipe(loop, fewer_warps)["issue"] == 59
 
 
-def test_tensor_cycles_without_shapes_and_in_tf32() -> None:
+def test_cycles_by_pipe_without_shapes_and_in_tf32() -> None:
     products = 2 * 64 * 64 * 64
     work = sass.Work(100, 4, 64 * 64, products, False)
     assert sass.cycles_by_pipe(Counter({"UTCHMMA": 8}), work)["mma"] == 128
@@ -179,8 +179,8 @@ def slice_of(layout: str) -> str:
         (MMA_3, ".v8", False),
     ],
 )
-def test_vector_loads_are_checked_against_the_layout(layout: str, width: str, is_right: bool) -> None:
-    """A load that nothing uses is passed over: the first one of the module, which would be wrong everywhere."""
+def test_misplaced_vector_loads_against_layout(layout: str, width: str, is_right: bool) -> None:
+    """Ignore unused loads: the first load of the module, which no layout fits."""
     shape = "64" if "slice" in layout else "64x64"
     (load,) = ttgir_layouts.bias_loads(MODULE.format(layout=layout, width=width, shape=shape), 90)
     assert load.vector == int(width.removeprefix(".v") or 1)
