@@ -1,4 +1,4 @@
-"""The backends of attention compute the same."""
+"""Parity of the attention backends."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from ..support.oracle import attention_oracle
 @pytest.mark.parametrize("backend", ATTENTION_IMPLEMENTATIONS)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-def test_every_backend_computes_the_same(backend, biased, masked):
-    """The last sample of a masked case masks every key: zeros and finite gradients, never NaN."""
+def test_attend_every_backend_matches_oracle(backend, biased, masked):
+    """The last sample masks every key, and must give zeros and finite gradients."""
     case = attention_case((3, 5), batch=3, dtype=torch.float64, biased=biased, masked=masked)
     inputs = (case.q, case.k, case.v, case.table, case.window, case.key_mask)
     out = attend(*inputs, implementation=backend)
@@ -28,7 +28,7 @@ def test_every_backend_computes_the_same(backend, biased, masked):
 
 
 @pytest.mark.parametrize("backend", ATTENTION_IMPLEMENTATIONS)
-def test_dropout_follows_torchs_seed_and_keeps_the_mean(backend):
+def test_attend_dropout_follows_seed_and_preserves_mean(backend):
     case = attention_case((4, 4), batch=4, heads=4)
 
     def run(seed):
@@ -42,7 +42,7 @@ def test_dropout_follows_torchs_seed_and_keeps_the_mean(backend):
     assert (average - plain).norm() / plain.norm() < 3 * (0.25 / 0.75 / 400) ** 0.5 * 2
 
 
-def test_attention_weights_are_those_that_mix_the_values():
+def test_eager_attention_weights_times_values_equal_output():
     case = attention_case((3, 4))
     out, weights = eager_attention(case.q, case.k, case.v)
     mixed = torch.einsum("bhij,bjhd->bihd", weights, case.v)

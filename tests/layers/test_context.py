@@ -1,4 +1,4 @@
-"""One choice of kernels for each forward pass, handed down to the blocks."""
+"""One choice of kernels for each forward pass, passed to the blocks."""
 
 import pytest
 import torch
@@ -15,7 +15,10 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 @pytest.fixture
 def choices(monkeypatch):
-    """The calls of the dispatchers: (device type, dtype) for attention, the resolved name for patch embedding."""
+    """Record the calls of the dispatchers.
+
+    Attention records (device type, dtype), patch embedding the resolved name.
+    """
     calls = {"attention": [], "patch_embed": []}
     choose, resolve = attention.choose, patch_embed.resolve
 
@@ -38,7 +41,7 @@ CASES = [*((name, "both") for name in CLASSES), *(("BeitModel", position) for po
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("name", "position"), dict.fromkeys(CASES))
-def test_forward_any_model_asks_the_dispatchers_once(choices, name, position, training):
+def test_forward_any_model_calls_dispatchers_once(choices, name, position, training):
     model = build(name, position, patch_embed_implementation="conv")
     inputs = random_inputs(name, model)
     inputs["pixel_values"] = inputs["pixel_values"].float()
@@ -55,9 +58,9 @@ def test_forward_any_model_asks_the_dispatchers_once(choices, name, position, tr
         assert choices == {"attention": [("cpu", torch.float32)], "patch_embed": ["conv"]}
 
 
-def test_forward_optimized_model_asks_the_dispatchers_once(choices):
+def test_forward_optimized_model_calls_dispatchers_once(choices):
     model = beit_fast.optimize_for_inference(build(patch_embed_implementation="conv"))
-    model(images())  # makes the biases of this window
+    model(images())  # caches the biases of this window
     for calls in choices.values():
         calls.clear()
     model(images())
@@ -65,16 +68,16 @@ def test_forward_optimized_model_asks_the_dispatchers_once(choices):
 
 
 @pytest.mark.parametrize("optimized", [False, True])
-def test_forward_patch_embedding_follows_attention_asks_once(choices, optimized):
+def test_forward_default_patch_embed_calls_dispatchers_once(choices, optimized):
     model = beit_fast.optimize_for_inference(build()) if optimized else build()
-    model(images())  # makes the biases of this window
+    model(images())  # caches the biases of this window
     for calls in choices.values():
         calls.clear()
     model(images())
     assert choices == {"attention": [("cpu", torch.float32)], "patch_embed": ["fused"]}
 
 
-def test_forward_autocast_chooses_for_the_dtype_of_the_queries(choices):
+def test_forward_autocast_chooses_for_dtype_of_queries(choices):
     with torch.autocast("cpu", torch.bfloat16):
         build(patch_embed_implementation="conv")(images())
     assert choices["attention"] == [("cpu", torch.bfloat16)]

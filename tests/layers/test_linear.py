@@ -1,4 +1,4 @@
-"""The linears of CPU training: oneDNN's products and ours against fp64, and modules called wherever they must be."""
+"""Linear layers of CPU training: oneDNN and split-bf16 GEMMs against fp64, and calls of the module."""
 
 import copy
 import dataclasses
@@ -24,14 +24,14 @@ SHAPES = [((1,), 768, 768), ((197,), 768, 96), ((4, 197), 64, 192), ((5,), 7, 3)
 
 @pytest.fixture(params=["onednn", "split_bf16"])
 def products(monkeypatch, request):
-    """What is named multiplies whatever the CPU and however few the rows; yields the list of its products' shapes."""
-    refusals = {
+    """Use the named GEMM on any CPU and for any rows; return the list of operand shapes."""
+    reasons = {
         "onednn": onednn.unsupported_reason("cpu", torch.float32),
         "split_bf16": split_bf16.unsupported_reason(),
     }
     functions = {"onednn": choice.gemm_onednn, "split_bf16": choice.gemm_split_bf16}
-    if refusals[request.param] is not None:
-        pytest.skip(refusals[request.param])
+    if reasons[request.param] is not None:
+        pytest.skip(reasons[request.param])
     products = []
 
     def multiply(left, right, bias):
@@ -44,12 +44,12 @@ def products(monkeypatch, request):
 
 
 def gemm_for(x, kernel):
-    """The choice of a forward pass whose queries are like `x`."""
+    """Choose the GEMM of a forward pass whose queries are like `x`."""
     return linear.choose_training_gemm(kernel, x.device, x.dtype)
 
 
 def applied(module, x):
-    """`module(x)` as a layer with `attn_implementation="triton"` calls it."""
+    """Call `module(x)` like a layer with `attn_implementation="triton"`."""
     return linear.apply_linear(module, x, gemm_for(x, CPU_ATTENTION))
 
 
@@ -59,7 +59,7 @@ def gradients_of(out, leaves, grad):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "inner", "columns"), SHAPES)
-def test_outputs_and_gradients_are_as_exact_as_autograds(products, rows, inner, columns, bias):
+def test_apply_linear_outputs_and_gradients_are_as_exact_as_eager(products, rows, inner, columns, bias):
     module = nn.Linear(inner, columns, bias=bias)
     x, grad = torch.randn(*rows, inner, requires_grad=True), torch.randn(*rows, columns)
     actual = gradients_of(applied(module, x), [x, *module.parameters()], grad)
@@ -72,7 +72,7 @@ def test_outputs_and_gradients_are_as_exact_as_autograds(products, rows, inner, 
 
 
 @pytest.mark.parametrize("kind", ["transposed", "sliced", "expanded"])
-def test_strided_inputs_and_gradients(products, kind):
+def test_apply_linear_strided_tensors_are_within_budget(products, kind):
     module = nn.Linear(24, 40)
     x = {"transposed": torch.randn(24, 9).t(), "sliced": torch.randn(2, 5, 2, 24)[:, :, 1]}.get(kind)
     x = torch.randn(1, 24).expand(6, 24) if x is None else x
@@ -92,7 +92,7 @@ def test_strided_inputs_and_gradients(products, kind):
 
 
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])
-def test_no_rows(products, shape):
+def test_apply_linear_empty_rows_return_empty(products, shape):
     module, x = nn.Linear(24, 8), torch.randn(shape, requires_grad=True)
     out = applied(module, x)
     assert out.shape == (*shape[:-1], 8)
@@ -103,7 +103,7 @@ def test_no_rows(products, shape):
 
 
 @pytest.mark.parametrize("frozen", [{"weight", "bias"}, {"x", "bias"}, {"x", "weight"}, {"x"}])
-def test_only_what_needs_a_gradient_is_multiplied(products, frozen):
+def test_apply_linear_frozen_tensors_skip_products(products, frozen):
     module, x = nn.Linear(24, 8), torch.randn(6, 24)
     tensors = {"x": x, "weight": module.weight, "bias": module.bias}
     for name, tensor in tensors.items():
@@ -113,7 +113,7 @@ def test_only_what_needs_a_gradient_is_multiplied(products, frozen):
     assert len(products) == 1 + ("x" not in frozen) + ("weight" not in frozen)
 
 
-def test_all_frozen_or_no_grad_calls_the_module(products):
+def test_apply_linear_without_gradients_calls_module(products):
     module = nn.Linear(24, 8).requires_grad_(False)
     applied(module, torch.randn(6, 24))
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_all_frozen_or_no_grad_calls_the_module(products):
     assert products == []
 
 
-def test_retain_graph_gives_the_same_bits_twice(products):
+def test_apply_linear_retain_graph_returns_same_bits(products):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     out = applied(module, x).square().sum()
     first = torch.autograd.grad(out, [x, module.weight, module.bias], retain_graph=True)
@@ -134,7 +134,7 @@ def test_retain_graph_gives_the_same_bits_twice(products):
 
 
 @pytest.mark.parametrize("changed", ["weight", "x"])
-def test_a_change_in_place_before_backward_is_an_error(products, changed):
+def test_apply_linear_inplace_change_before_backward_raises(products, changed):
     module, x = nn.Linear(24, 8), torch.randn(6, 24)
     out = applied(module, x)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_a_change_in_place_before_backward_is_an_error(products, changed):
     assert len(products) == 1
 
 
-def test_the_second_derivative_is_autograds(products):
+def test_apply_linear_double_backward_matches_autograd(products):
     module, x = nn.Linear(6, 5), torch.randn(4, 6, requires_grad=True)
 
     def penalty(call):
@@ -157,7 +157,7 @@ def test_the_second_derivative_is_autograds(products):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(products, reentrant):
+def test_apply_linear_gradient_checkpointing_matches_module(products, reentrant):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     checkpoint(lambda x: applied(module, x).square(), x, use_reentrant=reentrant).sum().backward()
     actual = [t.grad.clone() for t in (x, module.weight, module.bias)]
@@ -167,7 +167,7 @@ def test_gradient_checkpointing(products, reentrant):
     assert len(products) >= 4 - reentrant
 
 
-def test_hooks_on_parameters_and_saved_tensors_are_called(products):
+def test_apply_linear_tensor_hooks_are_called(products):
     module, x, seen = nn.Linear(24, 8), torch.randn(6, 24), []
     module.weight.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
     module.weight.register_hook(lambda grad: seen.append("gradient"))
@@ -179,14 +179,14 @@ def test_hooks_on_parameters_and_saved_tensors_are_called(products):
 
 
 class Adapted(nn.Linear):
-    """A linear of somebody else, as adapters and quantisation put them in."""
+    """A subclass of `nn.Linear`, as adapters and quantisation use."""
 
     def forward(self, x):
         return super().forward(x) + 1
 
 
 class Holder(nn.Module):
-    """A module that holds a linear and calls it as the layers do."""
+    """A module that calls its linear layer like the layers of the model."""
 
     def __init__(self, dense):
         super().__init__()
@@ -196,7 +196,7 @@ class Holder(nn.Module):
         return applied(self.dense, x)
 
 
-def test_replaced_and_hooked_modules_are_called(products):
+def test_apply_linear_replaced_or_hooked_module_is_called(products):
     x = torch.randn(6, 24, requires_grad=True)
     calls = []
 
@@ -231,7 +231,7 @@ def test_replaced_and_hooked_modules_are_called(products):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-def test_what_is_not_plain_fp32_training_calls_the_module(products):
+def test_apply_linear_unlike_fp32_training_calls_module(products):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert applied(module, x).dtype == torch.bfloat16
@@ -257,14 +257,14 @@ def test_what_is_not_plain_fp32_training_calls_the_module(products):
     assert products == []
 
 
-def test_compiled_code_holds_the_module(products):
+def test_apply_linear_compiled_calls_module(products):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     compiled = torch.compile(lambda x: applied(module, x), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), module(x))
     assert products == []
 
 
-def test_few_rows_call_the_module(products, monkeypatch):
+def test_apply_linear_few_rows_calls_module(products, monkeypatch):
     preferred = dataclasses.replace(choice.choose_gemm(), min_rows=5)
     monkeypatch.setattr(choice, "_preferred", lambda requested: preferred)
     module = nn.Linear(24, 8)
@@ -285,10 +285,10 @@ def train(model, inputs):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_training_step_is_within_eagers_budget(products, name):
+def test_training_step_is_within_budget(products, name):
     model = build(name, "per layer", drop_path_rate=0.0).train()
     if name == "BeitForSemanticSegmentation":
-        model.eval()  # batch norm on maps of one pixel has nothing to normalise
+        model.eval()  # maps of one pixel have no variance for batch norm
     inputs = random_inputs(name, model)
     exact_model = copy.deepcopy(model).double()
     exact_model.set_attn_implementation("eager")
@@ -307,7 +307,7 @@ def test_a_training_step_is_within_eagers_budget(products, name):
         assert_within_budget(key, *tensors, 3)
 
 
-def test_a_model_with_gradient_checkpointing_and_hooks_in_one_layer(products):
+def test_training_step_with_checkpointing_and_hook_runs_products(products):
     model = build("BeitForImageClassification").train()
     model.set_attn_implementation("triton")
     model.gradient_checkpointing_enable()
@@ -315,12 +315,12 @@ def test_a_model_with_gradient_checkpointing_and_hooks_in_one_layer(products):
     model.beit.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *args: calls.append(1))
     model(images(), labels=torch.tensor([0, 1])).loss.backward()
     layers = model.config.num_hidden_layers
-    assert len(calls) == 2  # forward and again before backward
+    assert len(calls) == 2  # once in forward and once in recomputation
     assert len(products) == 4 * (6 * layers - 1)
     assert all(p.grad is not None for name, p in model.named_parameters() if "mask_token" not in name)
 
 
-def test_a_failed_check_leaves_the_modules_at_work(products, monkeypatch):
+def test_training_step_failed_check_calls_modules(products, monkeypatch):
     model = build("BeitForImageClassification").train()
     model.set_attn_implementation("triton")
     inputs = {"pixel_values": images(), "labels": torch.tensor([0, 1])}
