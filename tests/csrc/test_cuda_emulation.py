@@ -1,7 +1,7 @@
-"""The CUDA patch embedding without a GPU: the kernel's own source, run by an emulator of its 128 threads.
+"""CUDA patch embedding without a GPU: the kernel source runs on an emulator of 128 threads.
 
-Every access to global memory is checked, each byte of the result is written once, and a barrier or a wait that was
-forgotten gives wrong numbers. What it cannot show is how fast it is, or that NVIDIA's compiler takes it as we do.
+The emulator checks every access to global memory, and that each byte of the result is written once.
+A missing barrier or wait gives wrong numbers. Speed and the code of nvcc are not tested here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..support.oracle import assert_within_budget
 from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_inputs
 
 if cuda_emulation.compiler() is None:
-    pytest.skip("there is no C++ compiler to build the emulator with", allow_module_level=True)
+    pytest.skip("a C++ compiler for the emulator was not found", allow_module_level=True)
 
 TILES = {"large": LARGE, "small": SMALL}
 HALVES = (torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ OPTIONAL = ("bias", "cls", "mask", "pos", "mean")
 
 
 def check(arguments: dict[str, Any], **options: Any) -> Tensor:
-    """Tokens of the kernel, which are as near to those in fp64 as a convolution in the weight's dtype comes."""
+    """Return the tokens, checked against fp64 within the error of a convolution in the weight dtype."""
     tokens = embed(arguments, **options)
     reference, eager = convolution(**in_precision(arguments, torch.float64)), convolution(**arguments)
     assert tokens.dtype == eager.dtype
@@ -46,7 +46,9 @@ def check(arguments: dict[str, Any], **options: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pixel_dtype", PIXEL_DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_pixels_read_by_vectors(tile: str, dtype: torch.dtype, pixel_dtype: torch.dtype, layout: str) -> None:
+def test_kernel_aligned_pixels_are_read_by_vectors(
+    tile: str, dtype: torch.dtype, pixel_dtype: torch.dtype, layout: str
+) -> None:
     arguments = make_inputs((24, 48), (4, 8), pixel_dtype=pixel_dtype, dtype=dtype, layout=layout)
     check(arguments, num_sms=TILES[tile])
     assert reads_vectors()
@@ -56,8 +58,8 @@ def test_pixels_read_by_vectors(tile: str, dtype: torch.dtype, pixel_dtype: torc
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pixel_dtype", PIXEL_DTYPES)
-def test_pixels_read_one_by_one(tile: str, dtype: torch.dtype, pixel_dtype: torch.dtype) -> None:
-    """Patches of 3 x 5 leave rows at any address, a depth of 45 no multiple of 16 bytes, 37 columns neither."""
+def test_kernel_odd_patches_are_read_one_by_one(tile: str, dtype: torch.dtype, pixel_dtype: torch.dtype) -> None:
+    """Patches of 3 x 5 and 37 columns are not aligned to 16 bytes."""
     arguments = make_inputs((11, 17), (3, 5), embed=37, pixel_dtype=pixel_dtype, dtype=dtype)
     check(arguments, num_sms=TILES[tile])
     assert not reads_vectors()
@@ -66,7 +68,7 @@ def test_pixels_read_one_by_one(tile: str, dtype: torch.dtype, pixel_dtype: torc
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.bfloat16, torch.float32])
-def test_both_ways_to_read_give_the_same_bits(tile: str, dtype: torch.dtype, pixel_dtype: torch.dtype) -> None:
+def test_kernel_both_ways_to_read_return_same_bits(tile: str, dtype: torch.dtype, pixel_dtype: torch.dtype) -> None:
     arguments = make_inputs((16, 32), (8, 16), pixel_dtype=pixel_dtype, dtype=dtype)
     by_vectors = embed(arguments, TILES[tile])
     assert reads_vectors()
@@ -76,27 +78,27 @@ def test_both_ways_to_read_give_the_same_bits(tile: str, dtype: torch.dtype, pix
 
 
 def make_unaligned(pixels: Tensor) -> Tensor:
-    """The same pixels one element further on in memory."""
+    """Copy pixels to an address that is offset by one element."""
     return pixels.new_zeros(pixels.numel() + 1)[1:].view(pixels.shape).copy_(pixels)
 
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_several_tiles_and_many_steps(tile: str, dtype: torch.dtype) -> None:
-    """300 patches, 200 columns and a depth of 192: tiles that are cut short, the pipeline's start, run and end."""
+def test_kernel_several_tiles_and_steps_match_convolution(tile: str, dtype: torch.dtype) -> None:
+    """300 patches, 200 columns and a depth of 192 cover partial tiles and all pipeline stages."""
     check(make_inputs((80, 80), (8, 8), batch=3, embed=200, dtype=dtype), num_sms=TILES[tile])
 
 
 @pytest.mark.parametrize("patch", [(1, 1), (2, 2), (4, 4), (7, 3), (16, 16), (14, 14)])
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_patch_sizes(patch: tuple[int, int], channels: int) -> None:
-    """From a depth of one number to more steps than the pipeline has stages."""
+def test_kernel_patch_sizes_match_convolution(patch: tuple[int, int], channels: int) -> None:
+    """Depths range from one number to more steps than pipeline stages."""
     for tile, dtype in itertools.product(TILES.values(), (torch.bfloat16, torch.float32)):
         check(make_inputs((29, 31), patch, channels=channels, embed=24, dtype=dtype, batch=1), num_sms=tile)
 
 
 @pytest.mark.parametrize("count", range(len(OPTIONAL) + 1))
-def test_every_set_of_options(count: int) -> None:
+def test_kernel_every_set_of_options_matches_convolution(count: int) -> None:
     for absent in itertools.combinations(OPTIONAL, count):
         absent += ("mask_token",) if "mask" in absent else ()
         absent += ("std",) if "mean" in absent else ()
@@ -104,7 +106,7 @@ def test_every_set_of_options(count: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "token_dtype"), list(itertools.permutations(DTYPES, 2)))
-def test_mixed_dtypes_give_the_widest(dtype: torch.dtype, token_dtype: torch.dtype) -> None:
+def test_kernel_mixed_dtypes_return_widest(dtype: torch.dtype, token_dtype: torch.dtype) -> None:
     for embed_size in (40, 37):
         tokens = check(make_inputs((8, 16), (4, 4), embed=embed_size, dtype=dtype, token_dtype=token_dtype))
         assert tokens.dtype == torch.float32
@@ -124,7 +126,9 @@ def test_mixed_dtypes_give_the_widest(dtype: torch.dtype, token_dtype: torch.dty
     seed=st.integers(0, 9),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_drawn_shapes(image, patch, batch, channels, embed_size, dtype, pixel_dtype, layout, absent, tile, seed):
+def test_kernel_drawn_shapes_match_convolution(
+    image, patch, batch, channels, embed_size, dtype, pixel_dtype, layout, absent, tile, seed
+):
     image = tuple(max(pair) for pair in zip(image, patch, strict=True))
     options = {"batch": batch, "channels": channels, "embed": embed_size, "dtype": dtype, "pixel_dtype": pixel_dtype}
     arguments = make_inputs(image, patch, layout=layout, absent=tuple(absent), seed=seed, **options)
@@ -133,7 +137,7 @@ def test_drawn_shapes(image, patch, batch, channels, embed_size, dtype, pixel_dt
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_neither_the_order_of_threads_nor_the_time_of_copies_matters(tile: str, dtype: torch.dtype) -> None:
+def test_kernel_any_order_of_threads_and_copies_returns_same_bits(tile: str, dtype: torch.dtype) -> None:
     arguments = make_inputs((16, 48), (8, 16), dtype=dtype, pixel_dtype=torch.uint8)
     expected = embed(arguments, TILES[tile])
     for seed, early in itertools.product(range(1, 4), (False, True)):
@@ -141,8 +145,8 @@ def test_neither_the_order_of_threads_nor_the_time_of_copies_matters(tile: str, 
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_tf32_rounds_both_operands(tile: str) -> None:
-    """Against a convolution of operands that were rounded to TF32 before, which is what tensor cores are given."""
+def test_kernel_tf32_rounds_both_operands(tile: str) -> None:
+    """Compare with a convolution of operands rounded to TF32, as tensor cores read them."""
     arguments = make_inputs((16, 48), (8, 16))
     tokens = embed(arguments, TILES[tile], allow_tf32=True)
     reference = convolution(**in_precision(arguments, torch.float64))
@@ -156,11 +160,11 @@ def test_tf32_rounds_both_operands(tile: str) -> None:
 
 
 def to_tf32(numbers: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, ties away from zero."""
+    """Round to 10 bits of mantissa, ties away from zero."""
     return ((numbers.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def test_pixels_that_are_not_finite_stay_in_their_patch() -> None:
+def test_kernel_nonfinite_pixels_stay_in_their_patch() -> None:
     arguments = make_inputs((8, 16), (4, 8), absent=("mask", "mask_token"))
     expected = embed(arguments)
     arguments["pixels"][0, 1, 5, 9] = float("nan")  # patch 3
@@ -172,7 +176,7 @@ def test_pixels_that_are_not_finite_stay_in_their_patch() -> None:
     assert torch.equal(tokens[~bad], expected[~bad])
 
 
-def test_inputs_are_not_written() -> None:
+def test_kernel_leaves_inputs_unchanged() -> None:
     arguments = make_inputs((11, 17), (3, 5), embed=37)
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
     embed(arguments)
@@ -180,15 +184,15 @@ def test_inputs_are_not_written() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"embed": 0}])
-def test_an_empty_result(sizes: dict[str, int]) -> None:
+def test_kernel_empty_sizes_return_empty(sizes: dict[str, int]) -> None:
     arguments = make_inputs((8, 8), (4, 4), **sizes)
     tokens = embed(arguments)
     assert tokens.shape == (arguments["pixels"].shape[0], 5, arguments["weight"].shape[0])
     assert tokens.numel() == 0
 
 
-def test_weights_stored_elsewhere() -> None:
-    """As channels-last weights of channels-last pixels, in part of a larger tensor, and at an odd address."""
+def test_kernel_strided_weights_return_same_bits() -> None:
+    """Weights are channels-last, a slice, unaligned, or transposed."""
     arguments = make_inputs((16, 32), (4, 8), layout="channels_last", dtype=torch.bfloat16)
     expected = embed(arguments)
     weight = arguments["weight"]
@@ -215,13 +219,13 @@ def test_weights_stored_elsewhere() -> None:
         ({"mask": torch.zeros(2, 3, dtype=torch.bool)}, "expected mask"),
     ],
 )
-def test_refusals(changes: dict[str, Any], reason: str) -> None:
+def test_operator_bad_arguments_raise_with_reason(changes: dict[str, Any], reason: str) -> None:
     load()
     with pytest.raises(ValueError, match=reason):
         torch.ops.beit_fast._patch_embed_cuda(*(make_inputs((8, 8), (4, 4)) | changes).values(), False)
 
 
-def test_more_channels_than_the_kernel_has_room_for() -> None:
+def test_kernel_too_many_channels_raise() -> None:
     check(make_inputs((2, 2), (1, 1), channels=128))
     arguments = make_inputs((2, 2), (1, 1), channels=129)
     with pytest.raises(ValueError, match="expected at most 128 channels with mean and std"):
@@ -229,7 +233,7 @@ def test_more_channels_than_the_kernel_has_room_for() -> None:
     check(arguments | {"mean": None, "std": None})
 
 
-def test_division_by_multiplication() -> None:
+def test_quotient_matches_integer_division() -> None:
     divide = load().quotient
     largest = 2**31 - 1
     divisors = [*range(1, 70), 196, 255, 577, 1000, 65535, 65536, 65537, 2**30 - 1, 2**30, 2**30 + 1, largest]
@@ -247,8 +251,8 @@ def test_division_by_multiplication() -> None:
     image=st.integers(0, 2**20),
 )
 @settings(max_examples=100, deadline=None)
-def test_offsets_of_pixels_far_apart(patch, grid, channels, strides, image):
-    """Strides as only expanded or enormous tensors have them: offsets pass 2**31 and 2**32."""
+def test_pixel_offset_of_large_strides_matches_integers(patch, grid, channels, strides, image):
+    """Strides of expanded or huge tensors, with offsets beyond 2**31 and 2**32."""
     sizes = (image + 1, channels, grid[0] * patch[0], grid[1] * patch[1])
     last = channels > 1 and strides[1] < strides[3]
 
@@ -266,11 +270,11 @@ def test_offsets_of_pixels_far_apart(patch, grid, channels, strides, image):
 
 
 def banks(places: list[int]) -> set[int]:
-    """The banks of shared memory under 16 bytes at each of these places."""
+    """Return the shared memory banks of 16 bytes at each place."""
     return {(place // 4 + word) % 32 for place in places for word in range(4)}
 
 
-def test_eight_rows_of_a_matrix_load_fall_on_all_banks() -> None:
+def test_place_of_eight_rows_covers_all_banks() -> None:
     place, column = load().place_of, load().column_of
     for chunk, first in itertools.product(range(4), range(0, 128, 8)):
         assert len(banks([place(False, first + row, chunk) for row in range(8)])) == 32
@@ -278,7 +282,7 @@ def test_eight_rows_of_a_matrix_load_fall_on_all_banks() -> None:
         assert len(banks([place(True, first + column(product, n), chunk) for n in range(8)])) == 32
 
 
-def test_places_of_chunks_and_columns_are_all_different() -> None:
+def test_place_of_and_column_of_never_repeat() -> None:
     for of_weights in (False, True):
         places = {load().place_of(of_weights, row, chunk) for row in range(128) for chunk in range(4)}
         assert places == set(range(0, 128 * 64, 16))

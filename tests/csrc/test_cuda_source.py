@@ -1,7 +1,7 @@
-"""The CUDA sources through NVIDIA's compiler, without a GPU: for sm_80, 90 and 100, and what came out of it.
+"""CUDA kernels compiled by nvcc for sm_80, sm_90 and sm_100, without a GPU.
 
-No kernel keeps registers in local memory, each multiplies on tensor cores (or, in fp32, in the FMA pipes), and two
-blocks fit on a multiprocessor of any GPU from sm_80 on.
+No kernel spills registers to local memory. Each kernel multiplies on tensor cores, or with FMA in fp32.
+Two blocks fit on a multiprocessor of any GPU from sm_80 on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECONDS = 300
 
 
 def find_nvcc() -> str | None:
-    """nvcc on the path, or in the CUDA toolkit."""
+    """Find nvcc on the path or in the CUDA toolkit."""
     toolkits = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     folders = [f"{toolkit}/bin" for toolkit in toolkits if toolkit]
     return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
@@ -41,7 +41,7 @@ def find_nvcc() -> str | None:
 NVCC = find_nvcc()
 
 
-def test_nvcc_is_there_where_it_is_required() -> None:
+def test_nvcc_if_required_is_found() -> None:
     assert NVCC or os.environ.get("BEIT_FAST_REQUIRE_NVCC") != "1", (
         "BEIT_FAST_REQUIRE_NVCC=1 is set, and nvcc is missing"
     )
@@ -51,9 +51,9 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc, a part of the CUDA t
 
 
 class Kernel(NamedTuple):
-    """What one kernel has become for one architecture. Sizes in bytes."""
+    """One compiled kernel for one architecture. Sizes are in bytes."""
 
-    name: str  # arithmetic, and the tile's rows
+    name: str  # arithmetic and rows of the tile
     capability: int
     registers: int
     stack: int
@@ -64,7 +64,7 @@ class Kernel(NamedTuple):
 
 
 def compiled(file: str, capability: int) -> Path:
-    """The cubin of a source file, from the last run if nothing has changed."""
+    """Compile a source file to a cubin, unless it is cached."""
     assert NVCC is not None
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     key = content_key([SOURCES / "cuda"], version, *FLAGS)
@@ -86,7 +86,7 @@ def run_nvcc(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    """Every kernel for every architecture."""
+    """All kernels for all architectures."""
     jobs = [(file, capability) for capability in CAPABILITIES for file in FILES]
     with ThreadPoolExecutor(2) as pool:
         cubins = list(pool.map(lambda job: compiled(*job), jobs))
@@ -96,7 +96,7 @@ def kernels() -> list[Kernel]:
 
 
 def inspect(cubin: Path, capability: int) -> list[Kernel]:
-    """The kernels of a cubin, by the tools that come with Triton."""
+    """Read the kernels of a cubin with the tools of Triton."""
     from triton import knobs
 
     from beit_fast.kernels.aot import sass
@@ -119,7 +119,7 @@ def inspect(cubin: Path, capability: int) -> list[Kernel]:
 
 
 def names_of(kernel: Kernel) -> Counter[str]:
-    """Instructions without their modifiers."""
+    """Count instructions without their modifiers."""
     names: Counter[str] = Counter()
     for instruction, count in kernel.instructions.items():
         names[instruction.partition(".")[0]] += count
@@ -127,7 +127,7 @@ def names_of(kernel: Kernel) -> Counter[str]:
 
 
 @needs_nvcc
-def test_all_kernels_are_there(kernels: list[Kernel]) -> None:
+def test_kernels_of_every_arithmetic_and_tile_are_compiled(kernels: list[Kernel]) -> None:
     expected = {
         f"{arithmetic} {rows}" for arithmetic in ("float16", "bfloat16", "tf32", "float32") for rows in (64, 128)
     }
@@ -136,15 +136,15 @@ def test_all_kernels_are_there(kernels: list[Kernel]) -> None:
 
 
 @needs_nvcc
-def test_no_register_goes_to_local_memory(kernels: list[Kernel]) -> None:
+def test_kernels_do_not_spill_registers(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         assert (kernel.stack, kernel.local) == (0, 0), kernel
         assert not {"LDL", "STL"} & names_of(kernel).keys(), kernel
 
 
 @needs_nvcc
-def test_two_blocks_fit_on_every_multiprocessor(kernels: list[Kernel]) -> None:
-    """Four of the small tile's, by their registers; CUDA keeps 1 KiB of shared memory a block for itself."""
+def test_kernels_fit_two_blocks_on_every_multiprocessor(kernels: list[Kernel]) -> None:
+    """Registers allow four blocks of the small tile; CUDA reserves 1 KiB of shared memory for each block."""
     for kernel in kernels:
         blocks = 2 if kernel.name.endswith("128") else 4
         assert blocks * THREADS * -(-kernel.registers // 8) * 8 <= REGISTERS, kernel
@@ -156,8 +156,8 @@ def test_two_blocks_fit_on_every_multiprocessor(kernels: list[Kernel]) -> None:
     ("name", "instruction"),
     [("float16", "HMMA.16816.F32"), ("bfloat16", "HMMA.16816.F32.BF16"), ("tf32", "HMMA.1688.F32.TF32")],
 )
-def test_products_are_formed_on_tensor_cores(kernels: list[Kernel], name: str, instruction: str) -> None:
-    """All of a step's: a warp's quarter of the tile, times 64 bytes of depth for each of the tile's slabs."""
+def test_kernels_multiply_on_tensor_cores(kernels: list[Kernel], name: str, instruction: str) -> None:
+    """One step of a warp covers a quarter of the tile and 64 bytes of depth for each slab."""
     for kernel in kernels:
         arithmetic, rows = kernel.name.split()
         if arithmetic != name:
@@ -168,8 +168,8 @@ def test_products_are_formed_on_tensor_cores(kernels: list[Kernel], name: str, i
 
 
 @needs_nvcc
-def test_single_precision_is_not_rounded(kernels: list[Kernel]) -> None:
-    """The loop has four depths of a thread's sums, of both slabs in small tiles, and loads of four numbers."""
+def test_kernels_in_float32_do_not_round_operands(kernels: list[Kernel]) -> None:
+    """The loop adds four depths to the sums of a thread for each slab, and loads four numbers at once."""
     for kernel in kernels:
         if not kernel.name.startswith("float32"):
             continue
@@ -181,8 +181,8 @@ def test_single_precision_is_not_rounded(kernels: list[Kernel]) -> None:
 
 
 @needs_nvcc
-def test_memory_is_read_by_vectors(kernels: list[Kernel]) -> None:
-    """16 bytes of weights and pixels at a time; the chunks of uint8 pixels are half or a quarter of that."""
+def test_kernels_read_memory_by_vectors(kernels: list[Kernel]) -> None:
+    """Loads have 16 bytes, or 8 or 4 bytes for uint8 pixels."""
     for kernel in kernels:
         assert kernel.instructions["LDG.E.128.CONSTANT"] > 0, kernel
         assert any(name.startswith("LDGSTS") and "128" in name for name in kernel.loop | kernel.instructions), kernel
@@ -191,6 +191,6 @@ def test_memory_is_read_by_vectors(kernels: list[Kernel]) -> None:
 
 
 @needs_nvcc
-def test_the_operator_compiles_against_the_stable_abi(tmp_path: Path) -> None:
+def test_operator_compiles_against_stable_abi(tmp_path: Path) -> None:
     source = str(PATCH_EMBED / "operator.cu")
     run_nvcc("-c", "-arch=sm_90", "-Xcompiler", "-fPIC", "-o", str(tmp_path / "operator.o"), source)

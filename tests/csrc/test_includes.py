@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="runs from 
 
 
 def forbidden_includes(csrc: Path) -> list[str]:
-    """Each include of a file outside the includer's own folder and the shared ones, as `file includes file`."""
+    """List includes of files outside the own and the shared folders, as `file includes file`."""
     found = []
     for file in sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")):
         folder = file.parent.relative_to(csrc)
@@ -23,7 +23,7 @@ def forbidden_includes(csrc: Path) -> list[str]:
     return found
 
 
-def test_includes_in_checkout_follow_the_rule():
+def test_forbidden_includes_of_checkout_are_empty():
     assert forbidden_includes(ROOT / "csrc") == []
 
 
@@ -38,7 +38,7 @@ def test_includes_in_checkout_follow_the_rule():
         ("cpu/linear/operator.cpp", "params.h"),
     ],
 )
-def test_forbidden_include_is_found(tmp_path, file, included):
+def test_forbidden_includes_lists_bad_include(tmp_path, file, included):
     csrc = Path(shutil.copytree(ROOT / "csrc", tmp_path / "csrc"))
     source = csrc / file
     source.write_text(f'#include "{included}"\n{source.read_text()}')

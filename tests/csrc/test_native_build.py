@@ -1,4 +1,4 @@
-"""csrc/build.py on a few lines of C++: instruction sets and their order, what is compiled again, what fails."""
+"""csrc/build.py on a few lines of C++: instruction sets, incremental builds and errors."""
 
 import ctypes
 import importlib.util
@@ -16,9 +16,9 @@ pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="runs from a checkout"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
 ]
-needs_x86 = pytest.mark.skipif(not X86, reason="other machines have no instruction sets to choose from")
+needs_x86 = pytest.mark.skipif(not X86, reason="only x86 has instruction sets to choose from")
 
-# No call of the template is inlined or folded, so all of its copies stay, and the linker has to choose.
+# The template is not inlined or folded, so the linker must choose one of its copies.
 HEADER = """
 #pragma once
 template <typename T> __attribute__((noinline, noipa)) int copy_for(T) {
@@ -63,7 +63,7 @@ EXPORTED double fused(double a, double b, double c) { return a * b + c; }
 
 @pytest.fixture
 def native_build(monkeypatch, tmp_path):
-    """The module, in a project of three sources, with no variable set that it reads."""
+    """Build module in a project of three sources, with its environment variables unset."""
     module = load_native_build()
     for name in ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
@@ -85,19 +85,19 @@ def objects():
 
 
 @needs_x86
-def test_no_code_runs_a_copy_for_a_newer_instruction_set_than_its_own(native_build):
-    """A function in a header, compiled for each set, is one function for the linker: it must be the oldest copy."""
+def test_build_shared_function_is_copy_for_oldest_instruction_set(native_build):
+    """The linker merges the copies of a header function; the oldest instruction set must win."""
     result = build(native_build)
     isas = list(native_build.ISAS)
     assert result.note == ", ".join(isas)
     library = ctypes.CDLL(str(result.file.resolve()))
     assert [getattr(library, f"copy_in_{isa}")() for isa in isas] == [0, 0, 0, 0, 0]
-    # AVX-512 is the oldest set that has this copy, and the newer ones share it
+    # AVX-512 is the oldest set with this copy, and newer sets share it
     assert [getattr(library, f"only_in_{isa}")() for isa in isas] == [0, 0, 2, 2, 2]
 
 
 @needs_x86
-def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(native_build, monkeypatch, tmp_path):
+def test_build_unknown_instruction_set_is_left_out(native_build, monkeypatch, tmp_path):
     compiler = tmp_path / "older-c++"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec c++ "$@"\n')
     compiler.chmod(0o755)
@@ -109,12 +109,12 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(native_b
     assert not hasattr(library, "copy_in_amx")
 
 
-def test_a_machine_of_another_kind_gets_portable_code(native_build, monkeypatch):
+def test_build_other_machine_gets_portable_code(native_build, monkeypatch):
     monkeypatch.setattr(native_build.platform, "machine", lambda: "aarch64")
     assert build(native_build).note == "portable"
 
 
-def test_only_what_changed_is_compiled_again(native_build):
+def test_build_compiles_changed_sources_only(native_build):
     build(native_build)
     first = objects()
     build(native_build)
@@ -129,8 +129,8 @@ def test_only_what_changed_is_compiled_again(native_build):
     assert {name for name, time in objects().items() if time != second[name]} == {"plain.cpp"}
 
 
-def test_other_flags_are_other_objects(native_build, monkeypatch):
-    """Going back to flags that were used before compiles nothing: both stay."""
+def test_build_other_flags_make_other_objects(native_build, monkeypatch):
+    """Objects of both sets of flags stay cached."""
     plain = build(native_build).file
     monkeypatch.setenv("CXXFLAGS", "-O0")
     assert build(native_build).file != plain
@@ -140,7 +140,7 @@ def test_other_flags_are_other_objects(native_build, monkeypatch):
     assert plain.stat().st_mtime_ns == before
 
 
-def test_an_error_is_a_short_reason_and_the_compilers_own_words(native_build, capfd):
+def test_build_compiler_error_gives_short_reason_and_output(native_build, capfd):
     Path("csrc/plain.cpp").write_text("int wrong = unknown_name;\n")
     result = build(native_build)
     assert result.file is None
@@ -148,13 +148,13 @@ def test_an_error_is_a_short_reason_and_the_compilers_own_words(native_build, ca
     assert "unknown_name" in capfd.readouterr().err
 
 
-def test_a_function_that_nobody_defines_is_an_error_of_the_build_and_not_of_the_import(native_build, capfd):
+def test_build_undefined_function_fails(native_build, capfd):
     Path("csrc/plain.cpp").write_text("int missing();\nint call() { return missing(); }\n")
     assert build(native_build).file is None
     assert "missing" in capfd.readouterr().err
 
 
-def test_torch_has_to_be_there_with_its_headers(native_build, monkeypatch, tmp_path):
+def test_build_without_torch_headers_gives_reason(native_build, monkeypatch, tmp_path):
     monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: None)
     assert build(native_build).note == "torch is not installed in the build environment (use pip --no-build-isolation)"
     spec = importlib.util.spec_from_file_location("torch", tmp_path / "torch" / "__init__.py")
@@ -168,14 +168,14 @@ def test_torch_has_to_be_there_with_its_headers(native_build, monkeypatch, tmp_p
 
 @pytest.fixture
 def nvcc(tmp_path):
-    """Something that knows two architectures."""
+    """Fake nvcc that supports sm_75, sm_80 and sm_90."""
     script = tmp_path / "nvcc"
     script.write_text("#!/bin/sh\necho compute_75\necho compute_80\necho compute_90\n")
     script.chmod(0o755)
     return str(script)
 
 
-def test_cuda_architectures_are_those_that_nvcc_knows(native_build, nvcc):
+def test_cuda_targets_default_to_architectures_of_nvcc(native_build, nvcc):
     options, note = native_build._cuda_targets(nvcc)
     assert note == "sm_80, sm_90, compute_90"
     assert options[-1] == "-gencode=arch=compute_90,code=compute_90"
@@ -190,24 +190,24 @@ def test_cuda_architectures_are_those_that_nvcc_knows(native_build, nvcc):
         ("8.9, 12.0", "sm_89, sm_120"),
     ],
 )
-def test_cuda_architectures_can_be_chosen_as_torch_writes_them(native_build, monkeypatch, nvcc, given, expected):
+def test_cuda_targets_follow_torch_cuda_arch_list(native_build, monkeypatch, nvcc, given, expected):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
     assert native_build._cuda_targets(nvcc)[1] == expected
 
 
 @pytest.mark.parametrize("entry", ["Hopper", "7.5", "90", "9.0+SASS"])
-def test_cuda_architectures_that_cannot_be(native_build, monkeypatch, nvcc, entry):
+def test_cuda_targets_unsupported_architecture_raises(native_build, monkeypatch, nvcc, entry):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{entry}")
     with pytest.raises(native_build.BuildError, match=r"TORCH_CUDA_ARCH_LIST: '.*' is not supported \(expected 8\.0"):
         native_build._cuda_targets(nvcc)
 
 
-def test_cuda_is_left_out_where_nvcc_is_not(native_build, monkeypatch):
+def test_build_without_nvcc_leaves_cuda_out(native_build, monkeypatch):
     monkeypatch.setattr(native_build, "find_nvcc", lambda: None)
     assert native_build.build(["_C_cuda"], Path("build"))["_C_cuda"] == native_build.Result(None, "nvcc was not found")
 
 
-def test_nvcc_is_looked_for_in_cuda_home_first(native_build, monkeypatch, tmp_path):
+def test_find_nvcc_prefers_cuda_home(native_build, monkeypatch, tmp_path):
     own = tmp_path / "cuda" / "bin" / "nvcc"
     own.parent.mkdir(parents=True)
     own.write_text("#!/bin/sh\n")
@@ -217,7 +217,7 @@ def test_nvcc_is_looked_for_in_cuda_home_first(native_build, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("jobs", ["0", "-2", "many"])
-def test_max_jobs_is_a_positive_number(native_build, monkeypatch, jobs):
+def test_build_invalid_max_jobs_raises(native_build, monkeypatch, jobs):
     monkeypatch.setenv("MAX_JOBS", jobs)
     with pytest.raises(SystemExit, match=f"MAX_JOBS is '{jobs}'"):
         build(native_build)

@@ -35,7 +35,7 @@ struct Copy {
 struct Thread {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(kStackBytes);
-    std::vector<std::vector<Copy>> groups;  // of copies under way, the last one open
+    std::vector<std::vector<Copy>> groups;  // pending copies; the last group is open
     bool finished;
     int exchanges;
 };
@@ -47,7 +47,7 @@ struct Barrier {
 
 struct Block {
     std::array<Thread, kThreads> threads;
-    std::array<int, kThreads> order;  // in which threads get their turns
+    std::array<int, kThreads> order;  // order in which threads run
     ucontext_t scheduler;
     Barrier all;
     std::array<Barrier, kThreads / 32> warps;
@@ -61,16 +61,16 @@ std::vector<Range> readable;
 Range output;
 std::vector<bool> written;  // bytes of the output
 bool copies_end_early;
-std::string complaint;
+std::string first_error;
 
-void complain(const std::string& text) {
-    if (!complaint.empty()) return;
-    complaint = "block " + std::to_string(block_index.x) + ", thread " + std::to_string(thread_index.x) + ": " + text;
+void report_error(const std::string& text) {
+    if (!first_error.empty()) return;
+    first_error = "block " + std::to_string(block_index.x) + ", thread " + std::to_string(thread_index.x) + ": " + text;
 }
 
 void check_alignment(const void* address, int64_t bytes) {
     if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) == 0) return;
-    complain("an access to " + std::to_string(bytes) + " bytes at an address that is no multiple of them");
+    report_error("an access to " + std::to_string(bytes) + " bytes at an address that is not a multiple of them");
 }
 
 Thread& current() { return block.threads[thread_index.x]; }
@@ -91,7 +91,7 @@ void wait_at(Barrier& barrier, int threads) {
 
 void run_thread() {
     block.body();
-    if (current().groups.size() != 1 || !current().groups[0].empty()) complain("copies are under way at the end");
+    if (current().groups.size() != 1 || !current().groups[0].empty()) report_error("copies are pending at the end");
     current().finished = true;
     block.progress = true;
     yield();
@@ -118,7 +118,7 @@ void finish(const std::vector<Copy>& group) {
     }
 }
 
-// Whether all threads came to their end.
+// Returns whether all threads finished.
 bool run_block(void (*body)()) {
     block.body = body;
     block.all = {};
@@ -143,7 +143,7 @@ void synchronize_warp() { wait_at(block.warps[thread_index.x / 32], 32); }
 
 void copy_async(void* shared, const void* global, bool valid) {
     const Copy copy{shared, global, valid};
-    if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) complain("a copy to an address that is no multiple of 16");
+    if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) report_error("a copy to an address not aligned to 16 bytes");
     if (copies_end_early) {
         finish({copy});
     } else {
@@ -166,7 +166,7 @@ bool may_read(const void* address, int64_t bytes) {
     const bool allowed = std::any_of(readable.begin(), readable.end(), [&](const Range& range) {
         return range.begin <= begin && begin + bytes <= range.end;
     });
-    if (!allowed) complain("a read of " + std::to_string(bytes) + " bytes outside of every tensor");
+    if (!allowed) report_error("a read of " + std::to_string(bytes) + " bytes outside of all tensors");
     check_alignment(address, bytes);
     return allowed;
 }
@@ -174,12 +174,12 @@ bool may_read(const void* address, int64_t bytes) {
 bool may_write(const void* address, int64_t bytes) {
     const int64_t place = static_cast<const char*>(address) - output.begin;
     if (place < 0 || place + bytes > output.end - output.begin) {
-        complain("a write of " + std::to_string(bytes) + " bytes outside of the result");
+        report_error("a write of " + std::to_string(bytes) + " bytes outside of the result");
         return false;
     }
     check_alignment(address, bytes);
     for (int64_t i = place; i < place + bytes; ++i) {
-        if (written[static_cast<size_t>(i)]) complain("byte " + std::to_string(i) + " is written twice");
+        if (written[static_cast<size_t>(i)]) report_error("byte " + std::to_string(i) + " is written twice");
         written[static_cast<size_t>(i)] = true;
     }
     return true;
@@ -207,25 +207,25 @@ void expect_writes(void* address, int64_t bytes) {
 void run_blocks(int64_t blocks, void (*body)()) {
     for (int64_t index = 0; index < blocks; ++index) {
         block_index.x = static_cast<unsigned>(index);
-        if (!run_block(body)) return complain("threads wait for others that never come");
+        if (!run_block(body)) return report_error("threads wait at a barrier that others never reach");
     }
     const auto missing = std::find(written.begin(), written.end(), false);
-    if (missing != written.end()) complain("byte " + std::to_string(missing - written.begin()) + " is not written");
+    if (missing != written.end()) report_error("byte " + std::to_string(missing - written.begin()) + " is not written");
 }
 
 }  // namespace emulation
 
-// Before each call of the operator: `seed` chooses the order of the threads, and the kernel may read these pixels.
+// Call before the operator: `seed` chooses the order of the threads, and the kernel may read these pixels.
 BEIT_FAST_EXPORT void prepare(int num_sms, bool copies_end_early, unsigned seed, const void* pixels,
                               int64_t bytes) {
     emulation::num_sms = num_sms;
     emulation::copies_end_early = copies_end_early;
-    emulation::complaint.clear();
+    emulation::first_error.clear();
     std::iota(emulation::block.order.begin(), emulation::block.order.end(), 0);
     std::shuffle(emulation::block.order.begin(), emulation::block.order.end(), std::mt19937(seed));
     emulation::readable.clear();
     emulation::allow_reads(pixels, bytes);
 }
 
-// After it: what the kernel did wrong first, or an empty text.
-BEIT_FAST_EXPORT const char* complaint() { return emulation::complaint.c_str(); }
+// Call after the operator: the first error of the kernel, or an empty text.
+BEIT_FAST_EXPORT const char* first_error() { return emulation::first_error.c_str(); }

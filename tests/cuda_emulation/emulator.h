@@ -5,8 +5,9 @@
 
 #define BEIT_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
-// A block of 128 threads as coroutines on one processor. A thread runs until it meets the others, so that a missing
-// barrier shows; copies end as late, or as early, as they may; and every access to global memory is checked.
+// Emulates a block of 128 threads as coroutines on one CPU core. A thread runs until it reaches a barrier, so that a
+// missing barrier gives wrong results. Copies end as late or as early as possible. Every access to global memory is
+// checked.
 namespace emulation {
 
 struct Index {
@@ -19,7 +20,7 @@ extern int num_sms;
 inline int lane() { return static_cast<int>(thread_index.x % 32); }
 
 void allow_reads(const void* address, int64_t bytes);
-void expect_writes(void* address, int64_t bytes);  // of each byte, once
+void expect_writes(void* address, int64_t bytes);  // each byte once
 void run_blocks(int64_t blocks, void (*body)());
 
 void synchronize_block();
@@ -29,7 +30,7 @@ void copy_async(void* shared, const void* global, bool valid);
 void commit_copies();
 void wait_for_copies(int pending);
 
-// Whether so many bytes may be read there; if not, that is told at the end.
+// Returns whether `bytes` at `address` may be read; otherwise reports an error.
 bool may_read(const void* address, int64_t bytes);
 
 template <class T>
@@ -39,7 +40,7 @@ T load(const void* address) {
     return value;
 }
 
-// Whether so many bytes are to be written there, and were not before; if not, that is told at the end.
+// Returns whether `address` is in the output; reports an error if it is not, or if a byte is written twice.
 bool may_write(const void* address, int64_t bytes);
 
 template <class T>
@@ -47,8 +48,8 @@ void store(void* address, const T& value) {
     if (may_write(address, sizeof(T))) std::memcpy(address, &value, sizeof(T));
 }
 
-// The buffer of this warp in which `bytes` of every lane stand in a row, once all have come here. It is written again
-// at the exchange after the next, which no lane reaches before all have read.
+// Returns the buffer of this warp with `bytes` of every lane in order, after all lanes have arrived. Two buffers
+// alternate, so that all lanes have read one before it is written again.
 void* exchange_buffer(const void* own, int bytes);
 
 template <class T>

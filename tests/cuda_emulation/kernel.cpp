@@ -2,7 +2,7 @@
 #include "cuda/patch_embed/launch.cuh"
 #include "cuda/patch_embed/plan.cuh"
 
-// What half.cu and single.cu have, on the emulator; and index arithmetic for tests to look at.
+// The launchers of half.cu and single.cu on the emulator, and index arithmetic for tests.
 namespace beit_fast::cuda {
 namespace {
 
@@ -41,7 +41,7 @@ template void launch<Arithmetic::kTensorFloat32>(Arguments&, bool, int32_t);
 template void launch<Arithmetic::kFloat32>(Arguments&, bool, int32_t);
 
 BEIT_FAST_EXPORT bool last_read_vectors() { return read_vectors; }
-// Byte offset of depth k of a patch, in the order that the strides (of bytes) call for.
+// Byte offset of depth k of a patch, in the order that follows from the strides (in bytes).
 BEIT_FAST_EXPORT int64_t pixel_offset(const int64_t* sizes, const int64_t* strides, const int64_t* patch_size,
                                       int64_t image, uint32_t patch, uint32_t k) {
     Call call{};

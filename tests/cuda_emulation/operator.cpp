@@ -1,6 +1,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-// The operator as it is, registered for CPU tensors.
+// The unchanged operator, registered for CPU tensors.
 #define CUDA CPU
 #include "../../csrc/cuda/patch_embed/operator.cu"

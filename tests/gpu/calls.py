@@ -11,9 +11,9 @@ from torch import Tensor
 import beit_fast
 
 from ..kernels.cases import Case
-from ..support.devices import why_no_cuda
+from ..support.devices import cuda_unsupported_reason
 
-if _reason := why_no_cuda():
+if _reason := cuda_unsupported_reason():
     pytest.skip(_reason, allow_module_level=True)
 
 LONG = 10**9

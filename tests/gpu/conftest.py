@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from ..support.devices import why_no_cuda
+from ..support.devices import cuda_unsupported_reason
 
-collect_ignore_glob = ["test_*.py"] if why_no_cuda() else []
+collect_ignore_glob = ["test_*.py"] if cuda_unsupported_reason() else []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if reason := why_no_cuda():
+    if reason := cuda_unsupported_reason():
         terminalreporter.write_line(f"tests/gpu needs a GPU and was not collected: {reason}")

@@ -1,4 +1,4 @@
-"""Random inputs for attention: always N(0, 1), tables included, so that a missing bias cannot go unseen."""
+"""Random inputs for attention; tables are N(0, 1) too, so that a missing bias is detected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .oracle import attention_oracle
 
 @dataclass
 class AttentionCase:
-    """Inputs of one attention call; `grad_out` is what flows back."""
+    """Inputs of one attention call, and the gradient `grad_out` of its output."""
 
     q: Tensor
     k: Tensor
@@ -25,14 +25,14 @@ class AttentionCase:
     grad_out: Tensor
 
     def to(self, dtype: torch.dtype) -> AttentionCase:
-        """The same numbers in another dtype, as fresh leaves that require gradients."""
+        """Convert to another dtype, as new leaves that require gradients."""
         q, k, v, table = (
             None if x is None else x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v, self.table)
         )
         return AttentionCase(q, k, v, table, self.window, self.key_mask, self.grad_out.to(dtype))
 
     def leaves(self) -> list[Tensor]:
-        """q, k, v and, where there is one, the table."""
+        """Return q, k, v and, if present, the table."""
         return [x for x in (self.q, self.k, self.v, self.table) if x is not None]
 
 
@@ -46,7 +46,7 @@ def attention_case(
     biased: bool = True,
     seed: int = 0,
 ) -> AttentionCase:
-    """Draw a case; with `masked` about a third of the keys are masked, the last sample's all of them."""
+    """Draw a case; if `masked`, mask about a third of the keys and all keys of the last sample."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -63,6 +63,6 @@ def attention_case(
 
 
 def oracle_gradients(case: AttentionCase, **dropout: object) -> tuple[Tensor, list[Tensor]]:
-    """Output and gradients of the dense oracle in the case's own dtype."""
+    """Return output and gradients of the dense oracle in the dtype of the case."""
     out = attention_oracle(case.q, case.k, case.v, case.table, case.window, case.key_mask, **dropout)
     return out.detach(), list(torch.autograd.grad(out, case.leaves(), case.grad_out))

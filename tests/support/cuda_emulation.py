@@ -1,6 +1,6 @@
-"""The CUDA patch embedding on CPU tensors: its source, compiled by a C++ compiler against an emulator of a block.
+"""CUDA patch embedding on CPU tensors: its source, compiled against an emulator of a block.
 
-`tests/cuda_emulation` has the emulator. What runs is the operator as it is, from its checks to the last store.
+`tests/cuda_emulation` has the emulator. It runs the whole operator, from argument checks to the last store.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ LARGE, SMALL = 0, 2**31 - 1
 
 
 def compiler() -> str | None:
-    """The C++ compiler at hand."""
+    """Find the C++ compiler."""
     return next(
         (found for name in (os.environ.get("CXX"), "c++", "g++") if name and (found := shutil.which(name))), None
     )
 
 
 def content_key(folders: list[Path], *others: str) -> str:
-    """A name for what all C++ and CUDA sources in these folders, and other facts, amount to."""
+    """Hash all C++ and CUDA sources in the folders, and other strings."""
     digest = hashlib.sha256("\0".join(others).encode())
     for file in sorted(file for folder in folders for file in folder.rglob("*") if file.is_file()):
         if file.suffix in (".h", ".cuh", ".cu", ".cpp"):
@@ -45,14 +45,14 @@ def content_key(folders: list[Path], *others: str) -> str:
 
 
 def torch_includes() -> list[str]:
-    """Arguments that let a compiler find torch's headers, whose warnings are not ours."""
+    """Return compiler arguments for the PyTorch headers, as system headers without warnings."""
     include = TORCH / "include"
     return ["-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")]
 
 
 @functools.cache
 def build() -> tuple[Path, str]:
-    """The library, compiled unless it was from the same sources, and why it could not be, or an empty text."""
+    """Compile the library unless it is cached; return its path and the compiler error, or an empty text."""
     cxx = compiler()
     assert cxx is not None
     flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden"]
@@ -73,14 +73,14 @@ def build() -> tuple[Path, str]:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The emulator's own functions; from here on `torch.ops.beit_fast._patch_embed_cuda` takes CPU tensors."""
+    """Load the emulator, and register `_patch_embed_cuda` for CPU tensors."""
     path, failure = build()
     assert not failure, failure
     torch.ops.load_library(path)
     library = ctypes.CDLL(str(path))
     signatures = {
         "prepare": (None, ctypes.c_int, ctypes.c_bool, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int64),
-        "complaint": (ctypes.c_char_p,),
+        "first_error": (ctypes.c_char_p,),
         "last_read_vectors": (ctypes.c_bool,),
         "quotient": (ctypes.c_uint32, ctypes.c_uint32, ctypes.c_int64),
         "place_of": (ctypes.c_uint32, ctypes.c_bool, ctypes.c_uint32, ctypes.c_uint32),
@@ -105,20 +105,20 @@ def embed(
     copies_end_early: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """Tokens of the kernel, which has read nothing but its inputs and written each byte of its result once.
+    """Run the kernel, check its memory accesses, and return its tokens.
 
-    `seed` is of the order in which the threads of a block take turns; copies to shared memory end as late as they may,
-    or as early.
+    `seed` chooses the order of the threads in a block. Copies to shared memory end as late as possible, or as early as
+    possible with `copies_end_early`.
     """
     library = load()
     storage = arguments["pixels"].untyped_storage()
     library.prepare(num_sms, copies_end_early, seed, storage.data_ptr(), storage.nbytes())
     tokens = torch.ops.beit_fast._patch_embed_cuda(*arguments.values(), allow_tf32)
-    complaint = library.complaint().decode()
-    assert not complaint, complaint
+    error = library.first_error().decode()
+    assert not error, error
     return tokens
 
 
 def reads_vectors() -> bool:
-    """Whether the kernel read the pixels of the last call by vectors of adjacent ones."""
+    """Return whether the last call read pixels by vectors."""
     return bool(load().last_read_vectors())

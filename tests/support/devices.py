@@ -1,4 +1,4 @@
-"""Which attention kernels this process tests, and where: settled when the package and Triton are first imported."""
+"""Attention kernels and device of this process, fixed when the package and Triton are imported."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from beit_fast import native
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 
 CPU_ATTENTION = "cpp" if native.is_loaded("_C") else "torch"
-"""The kernel behind `"triton"` on CPU tensors in this process, where Triton does not interpret."""
+"""The kernel of `"triton"` on CPU tensors, if Triton does not interpret."""
 
 DEFAULT_ATTENTION = "cpp" if native.is_loaded("_C") else "sdpa"
-"""What `attn_implementation=None` comes to on the CPU in this process."""
+"""The kernel of `attn_implementation=None` on CPU tensors."""
 
 
-def why_no_cuda() -> str | None:
-    """The reason why this process cannot run compiled kernels, or None where it can."""
+def cuda_unsupported_reason() -> str | None:
+    """Return why this process cannot run compiled kernels, or None if it can."""
     if os.environ.get(INTERPRETER_VARIABLE, "0") not in ("", "0"):
         return f"{INTERPRETER_VARIABLE} is set: Triton interprets its kernels and compiles none"
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 def kernels_are_native() -> bool:
-    """Whether tests/kernels runs the kernels of the native library: if it is loaded and Triton has no CUDA device."""
-    return native.is_loaded("_C") and why_no_cuda() is not None
+    """Return whether tests/kernels runs the native library: it is loaded and Triton has no CUDA device."""
+    return native.is_loaded("_C") and cuda_unsupported_reason() is not None
 
 
 def kernel_device() -> torch.device | None:
-    """CPU for native and interpreted kernels, CUDA for compiled kernels, None if no kernel can run."""
+    """Return CPU for native and interpreted kernels, CUDA for compiled kernels, None if no kernel can run."""
     if os.environ.get(INTERPRETER_VARIABLE) == "1" or kernels_are_native():
         return torch.device("cpu")
-    return None if why_no_cuda() else torch.device("cuda", torch.cuda.current_device())
+    return None if cuda_unsupported_reason() else torch.device("cuda", torch.cuda.current_device())

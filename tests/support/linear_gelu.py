@@ -1,4 +1,4 @@
-"""Inputs for a linear layer with GELU, and how near its results have to be."""
+"""Inputs and error budget for a linear layer with GELU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_layer(
     *,
     biased: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x `[*rows, inputs]`, weight and bias, whose products are N(0, 1), the same on every device."""
+    """Draw x `[*rows, inputs]`, weight and bias with N(0, 1) products, equal on all devices."""
     generator = torch.Generator().manual_seed(99)
 
     def normal(*shape: int) -> Tensor:
@@ -32,12 +32,12 @@ def make_layer(
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the operator takes the place of."""
+    """Compute the two operations that the operator replaces."""
     return F.gelu(F.linear(x, weight, bias))
 
 
 def check_layer(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """`actual` against fp64, within the budget that the two operations in the inputs' dtype set."""
+    """Check `actual` against fp64, within the error of the two operations in the input dtype."""
     reference = plain(x.double(), weight.double(), None if bias is None else bias.double())
     assert_within_budget("linear_gelu", actual, reference, plain(x, weight, bias), FORWARD_FACTOR)
     assert actual.dtype == x.dtype

@@ -1,7 +1,7 @@
-"""The reference every kernel is held to: attention written out from the paper, in whatever precision it is given.
+"""Reference for all kernels: dense attention from the paper, in the precision of its inputs.
 
-Nothing here comes from `beit_fast`: the relative index is built by looping over token pairs, so a mistake in the
-package's index arithmetic cannot hide in its own oracle.
+The oracle does not import `beit_fast`. Its relative index loops over token pairs, so that it cannot share a mistake
+with the index arithmetic of the package.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def _paper_index(window: tuple[int, int]) -> Tensor:
 
 
 def paper_index(window: tuple[int, int]) -> Tensor:
-    """Row of the bias table for every (query, key) pair, int64 `[N, N]`, `N = height * width + 1`."""
+    """Return the bias table row of every (query, key) pair, int64 `[N, N]`, `N = height * width + 1`."""
     return _paper_index(tuple(window)).clone()
 
 
 def dense_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """The bias matrix `[H, N, N]` of a table `[(2Wh-1)(2Ww-1)+3, H]`."""
+    """Return the bias matrix `[H, N, N]` of a table `[(2Wh-1)(2Ww-1)+3, H]`."""
     return table[_paper_index(tuple(window)).to(table.device)].permute(2, 0, 1)
 
 
 def philox_keep(seed: int, dropout_p: float, batch: int, heads: int, tokens: int) -> Tensor:
-    """Which attention weights dropout keeps, bool `[B, H, N, N]`, by Philox4x32-10 (Salmon et al., SC 2011).
+    """Compute the dropout mask of Philox4x32-10 (Salmon et al., SC 2011), bool `[B, H, N, N]`; True is kept.
 
-    Written with Python integers, so that it shares nothing with the tensor or the Triton version.
+    It uses Python integers, so that it shares no code with the tensor and Triton versions.
     """
     threshold = int(dropout_p * 2**31)
     kept = [
@@ -77,10 +77,10 @@ def attention_oracle(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Dense, differentiable attention with the relative position bias, `[B, N, H, D]` in and out.
+    """Compute dense, differentiable attention with relative position bias, `[B, N, H, D]` in and out.
 
-    With fp64 inputs this is the reference; with inputs of the tested dtype its error is the error budget.
-    A query that may attend to no key gives zeros.
+    With fp64 inputs this is the reference. With inputs of the tested dtype, its error is the error budget.
+    A query whose keys are all masked gives zeros.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale  # [B, H, N, N]
@@ -100,7 +100,7 @@ def attention_oracle(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """`norm(actual - expected) / norm(expected)`, both taken in fp64; two empty or zero tensors agree."""
+    """Return `norm(actual - expected) / norm(expected)` in fp64; two empty or zero tensors give 0."""
     expected = expected.double()
     difference = torch.linalg.vector_norm(actual.double() - expected).item()
     size = torch.linalg.vector_norm(expected).item()
@@ -110,10 +110,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_within_budget(
     name: str, actual: Tensor, reference: Tensor, eager: Tensor, factor: float, dtype: torch.dtype | None = None
 ) -> None:
-    """`actual` may be `factor` times as far from the fp64 `reference` as same-dtype `eager`, plus a rounding floor.
+    """Assert that the error of `actual` is at most `factor` times the error of `eager`, plus a rounding floor.
 
-    The floor is four units of the machine epsilon of `dtype`, in which the arithmetic's inputs are rounded; without
-    one that of `eager`. NaN and infinity never pass.
+    Both errors are relative to the fp64 `reference`. The floor is four times the machine epsilon of `dtype`, the dtype
+    to which inputs are rounded (None: the dtype of `eager`). NaN and infinity always fail.
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(reference.shape)}"
     assert torch.isfinite(actual).all(), f"{name}: not finite"

@@ -1,4 +1,4 @@
-"""Inputs of `patch_embed`, and the chain of plain PyTorch operations that it stands for."""
+"""Inputs of `patch_embed`, and its reference in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def make_inputs(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Every argument by name, those in `absent` as None. CLS, mask token and positions have `token_dtype`, if given.
+    """Draw all arguments by name; those in `absent` are None.
 
-    Pixels are uint8, or about N(0.3, 1); mean and std are in their units.
+    CLS, mask token and positions have `token_dtype` (None: `dtype`). Pixels are uint8, or about N(0.3, 1), and mean and
+    std have the same units.
     """
     generator = torch.Generator().manual_seed(seed)
     patches = (image[0] // patch[0]) * (image[1] // patch[1])
@@ -56,10 +57,10 @@ def make_inputs(
 
 
 def arrange(pixels: Tensor, layout: str) -> Tensor:
-    """The same numbers in other memory. "expanded" repeats the first image."""
+    """Copy pixels to another memory layout; "expanded" repeats the first image."""
     if layout == "channels_last":
         return pixels.contiguous(memory_format=torch.channels_last)
-    if layout == "cropped":  # a window of larger images, at an address that is a multiple of nothing
+    if layout == "cropped":  # a window of larger images, at an unaligned address
         room = pixels.new_zeros(*pixels.shape[:2], pixels.shape[2] + 3, pixels.shape[3] + 5)
         window = room[:, :, 1:-2, 3:-2]
         return window.copy_(pixels)
@@ -71,7 +72,7 @@ def arrange(pixels: Tensor, layout: str) -> Tensor:
 
 
 def in_precision(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments with every floating-point tensor in `dtype`."""
+    """Convert all floating-point tensors to `dtype`."""
     return {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
@@ -89,7 +90,7 @@ def convolution(
     mean: list[float] | None,
     std: list[float] | None,
 ) -> Tensor:
-    """Normalise in fp32 at least, convolve in the weight's dtype, put in mask tokens, CLS and positions."""
+    """Normalise in fp32 or fp64, convolve in the weight dtype, then add mask tokens, CLS and positions."""
     precise = pixels.to(torch.promote_types(weight.dtype, torch.float32))
     if mean is not None:
         precise = precise - precise.new_tensor(mean)[:, None, None]
@@ -105,10 +106,10 @@ def convolution(
 
 
 def project(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution, `[B, P, E]`."""
+    """Convolve to `[B, P, E]`."""
     patch = weight.shape[2:]
     if weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16):
-        # With one channel, conv2d of torch 2.13 now and then gives NaN for bf16 on a CPU with AMX.
+        # With one channel, conv2d of PyTorch 2.13 sometimes returns NaN for bf16 on a CPU with AMX.
         patches = torch.nn.functional.unfold(pixels.float(), patch, stride=patch).transpose(1, 2)
         return torch.nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), bias)
     return torch.nn.functional.conv2d(pixels, weight, bias, stride=patch).flatten(2).transpose(1, 2)

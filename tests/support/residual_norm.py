@@ -1,4 +1,4 @@
-"""Inputs for residual, layer scale, drop path and LayerNorm, and what plain PyTorch makes of them."""
+"""Inputs and eager reference for residual, layer scale, drop path and LayerNorm."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .oracle import assert_within_budget
 FORWARD_FACTOR = 2
 BACKWARD_FACTOR = 3
 EPS = 1e-12
-"""That of BEiT's configurations."""
+"""The epsilon of BEiT configurations."""
 
 
 @dataclass
 class ResidualCase:
-    """Everything one call needs, and the gradients that come back into it."""
+    """Inputs of one call, and the gradients of its outputs."""
 
     residual: Tensor  # [B, N, E]
     branch: Tensor | None
@@ -37,11 +37,11 @@ class ResidualCase:
         return {name: value for name, value in values.items() if value is not None}
 
     def map(self, function: Callable[[Tensor], Tensor], *names: str) -> ResidualCase:
-        """A copy in which `function` has been applied to those of the named tensors that are there."""
+        """Copy the case with `function` applied to the named tensors that are not None."""
         return replace(self, **{name: function(x) for name, x in self.tensors().items() if name in names})
 
     def to(self, dtype: torch.dtype) -> ResidualCase:
-        """The same numbers in one dtype; `drop_path_scale` stays fp32."""
+        """Convert to one dtype; `drop_path_scale` stays fp32."""
         return self.map(lambda x: x.detach().to(dtype), *(name for name in self.tensors() if name != "drop_path_scale"))
 
 
@@ -58,7 +58,10 @@ def residual_case(
     without: tuple[str, ...] = (),
     seed: int = 0,
 ) -> ResidualCase:
-    """N(0, 1) everywhere, the same on every device; a third of the samples is dropped. `without` names fields."""
+    """Draw N(0, 1) inputs, equal on all devices, and drop a third of the samples.
+
+    Fields in `without` are None.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -72,12 +75,12 @@ def residual_case(
 
 
 def leaves_of(case: ResidualCase) -> dict[str, Tensor]:
-    """What requires a gradient, by name: as it is where it is strided, so that the operators see the strides."""
+    """Return the tensors that require gradients by name, with their strides."""
     return {name: x.detach().requires_grad_() for name, x in case.tensors().items() if name in LEAVES}
 
 
 def eager(case: ResidualCase) -> dict[str, Tensor]:
-    """What the modules of a block compute: sum and normalised rows, and the gradients of the leaves."""
+    """Compute sum, normalized rows and gradients like the modules of a block."""
     leaves = leaves_of(case)
     total = leaves["residual"]
     if "branch" in leaves:
@@ -91,7 +94,7 @@ def eager(case: ResidualCase) -> dict[str, Tensor]:
 
 
 def fused(case: ResidualCase, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The same by the operator."""
+    """Compute sum, normalized rows and gradients with the operator."""
     leaves = leaves_of(case)
     optional = [leaves.get(name) for name in ("branch", "scale")]
     vectors = [leaves.get(name) for name in ("weight", "bias")]
@@ -100,14 +103,14 @@ def fused(case: ResidualCase, dtype: torch.dtype | None = None) -> dict[str, Ten
 
 
 def eager_sum(case: ResidualCase) -> dict[str, Tensor]:
-    """The sum without the norm, in plain PyTorch."""
+    """Compute the sum without the norm in plain PyTorch."""
     results = eager(replace(case, grad_normalized=None, weight=None, bias=None))
     del results["normalized"]
     return results
 
 
 def fused_sum(case: ResidualCase) -> dict[str, Tensor]:
-    """The sum without the norm, by its operator."""
+    """Compute the sum without the norm with its operator."""
     leaves = leaves_of(replace(case, weight=None, bias=None))
     total = residual_add(leaves["residual"], leaves["branch"], leaves.get("scale"), case.drop_path_scale)
     gradients = torch.autograd.grad(total, list(leaves.values()), case.grad_sum)
@@ -117,7 +120,10 @@ def fused_sum(case: ResidualCase) -> dict[str, Tensor]:
 def _differentiate(
     case: ResidualCase, leaves: dict[str, Tensor], total: Tensor, normalized: Tensor
 ) -> dict[str, Tensor]:
-    """Without a branch the sum is the residual itself, and what comes back into it is added to what the norm gives."""
+    """Differentiate both outputs.
+
+    Without a branch the sum is the residual, and its gradient is added to the gradient of the norm.
+    """
     pairs = [(total, case.grad_sum), (normalized, case.grad_normalized)]
     pairs = [(out, grad.to(out.dtype)) for out, grad in pairs if grad is not None and out.requires_grad]
     outputs, incoming = zip(*pairs, strict=True)
@@ -133,9 +139,9 @@ def check_parity(
     reference: Callable[[ResidualCase], dict[str, Tensor]] = eager,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """`run` against `reference` in fp64, within the budgets that `reference` sets in the case's own dtypes.
+    """Check `run` against `reference` in fp64, within the error of `reference` in the dtypes of the case.
 
-    `dtype` is the coarsest one there is, where the case mixes several.
+    `dtype` is the coarsest dtype if the case mixes several.
     """
     results, exact, rounded = run(case), reference(case.to(torch.float64)), reference(case)
     assert results.keys() == exact.keys() == rounded.keys()

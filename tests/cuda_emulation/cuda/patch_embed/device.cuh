@@ -4,7 +4,7 @@
 
 #include "emulator.h"
 
-// Stands in for csrc/cuda/patch_embed/device.cuh.
+// Fake of csrc/cuda/patch_embed/device.cuh.
 namespace beit_fast::cuda {
 
 struct OnDevice {

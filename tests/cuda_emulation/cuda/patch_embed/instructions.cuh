@@ -7,8 +7,8 @@
 #include "emulator.h"
 #include "cuda/patch_embed/arguments.cuh"
 
-// Stands in for csrc/cuda/patch_embed/instructions.cuh when a C++ compiler builds the kernel for tests: the words of CUDA's
-// language, and each instruction as NVIDIA's PTX manual describes it.
+// Fake of csrc/cuda/patch_embed/instructions.cuh for a C++ compiler: the keywords of CUDA, and each instruction by the
+// PTX manual.
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -78,7 +78,7 @@ inline uint32_t half_bits(float number) {
     return bits;
 }
 
-// To the nearest number whose last `dropped` bits are 0.
+// Rounds to the nearest number whose last `dropped` bits are 0.
 inline uint32_t round_to_even(float number, int dropped) {
     const uint32_t bits = float_to_bits(number);
     if (std::isnan(number)) return 0x7fffffffu >> dropped << dropped;
@@ -99,7 +99,7 @@ struct Operands {
     uint32_t b[2];
 };
 
-// Number `place` of a register, of two halves or of one TF32, of which the product drops the last 13 bits.
+// Number `place` of a register with two halves or one TF32. The product drops the last 13 bits of a TF32.
 template <Arithmetic arithmetic>
 double operand(uint32_t word, int place) {
     if (arithmetic == Arithmetic::kTensorFloat32) return bits_to_float(word & ~0x1fffu);
@@ -107,8 +107,9 @@ double operand(uint32_t word, int place) {
     return arithmetic == Arithmetic::kFloat16 ? half_to_float(bits) : bits_to_float(bits << 16);
 }
 
-// PTX's fragments of mma.m16n8k16 and m16n8k8: lane 4 g + q has rows (of b: columns) g, and in a[1], a[3] g + 8; of
-// the depth the registers a[0], a[1], b[0] have the q-th pair (number) of the first half, the others of the second.
+// Fragments of mma.m16n8k16 and m16n8k8 in PTX: lane 4 g + q has row g of a (g + 8 in a[1] and a[3]) and column g of b.
+// Registers a[0], a[1] and b[0] have the q-th pair (TF32: number) of the first half of the depth, the others of the
+// second half.
 template <Arithmetic arithmetic>
 void multiply_matrices(float* upper, float* lower, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     constexpr int kPerWord = arithmetic == Arithmetic::kTensorFloat32 ? 1 : 2;
