@@ -1,4 +1,7 @@
-"""One thread a process: the suite's processes run side by side, and threads that spin starve each other."""
+"""Settings of the test suite: offline, one thread for each process, fixed seed.
+
+Test processes run in parallel, and spinning threads slow each other down.
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A package without native kernels says so: one warning at the first use, and a line of `beit-fast info`."""
+"""Warnings without native kernels: once at the first use, and in `beit-fast info`."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_first_use_with_native_disabled_does_not_warn(unbuilt: Path) -> None:
     assert run(unbuilt, "-c", CALLS, BEIT_FAST_NATIVE="0").strip() == "[]"
 
 
-def test_info_without_library_says_what_runs(unbuilt: Path) -> None:
+def test_info_without_library_warns(unbuilt: Path) -> None:
     lines = run(unbuilt, "-m", "beit_fast", "info").splitlines()
     assert sum(line.startswith("warning: attention on this CPU runs as PyTorch operations") for line in lines) == 1
     facts = json.loads(run(unbuilt, "-m", "beit_fast", "info", "--json", BEIT_FAST_NATIVE="0"))

@@ -1,4 +1,4 @@
-"""The native libraries at run time: which one is loaded and when, what serves without it, and what is said about it."""
+"""Loading of the native libraries, fallbacks without them, and reported reasons."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ needs_library = pytest.mark.skipif(not BUILT, reason="the native library was not
 
 
 def report(package=PACKAGE, *options, **environment):
-    """What a fresh process says that imports `package`, with the warnings it gave."""
+    """Import `package` in a new process; return its facts and warnings."""
     cleared = {
         name: value for name, value in os.environ.items() if name not in ("BEIT_FAST_NATIVE", "TRITON_INTERPRET")
     }
@@ -58,7 +58,7 @@ def report(package=PACKAGE, *options, **environment):
 
 @pytest.fixture
 def bare(tmp_path):
-    """A copy of the package without what was compiled."""
+    """A copy of the package without native libraries."""
     ignored = shutil.ignore_patterns("_C*.so", native.BUILD_NOTES, "__pycache__")
     return Path(shutil.copytree(PACKAGE, tmp_path / "beit_fast", ignore=ignored))
 
@@ -96,13 +96,13 @@ def test_kernels_without_libraries_are_fallbacks(bare):
 def test_unsupported_reason_includes_build_note(bare):
     notes = {"_C": {"built": False, "note": "the C++ compiler none was not found"}}
     (bare / native.BUILD_NOTES).write_text(json.dumps(notes))
-    refusals = report(bare)[0]["reasons"]
-    assert refusals["_C"] == f"{native.file_name('_C')} was not built: the C++ compiler none was not found"
-    assert refusals["_C_cuda"] == f"{native.file_name('_C_cuda')} was not built"
+    reasons = report(bare)[0]["reasons"]
+    assert reasons["_C"] == f"{native.file_name('_C')} was not built: the C++ compiler none was not found"
+    assert reasons["_C_cuda"] == f"{native.file_name('_C_cuda')} was not built"
 
 
 def test_load_of_another_interface_is_rejected(bare):
-    """One with the same number of arguments and another meaning would compute garbage."""
+    """A library with other argument meanings would compute wrong results."""
     stale = f"_C.{native.INTERFACE - 1}.so"
     (bare / stale).write_bytes(b"not even a library")
     facts, warnings = report(bare)
@@ -120,7 +120,7 @@ def test_load_failure_warns_and_gives_reason(bare):
 
 
 def test_interface_changes_with_schemas():
-    """Change both together: what was compiled for other arguments must have another name."""
+    """A change of the schemas needs a new interface number, which is in the file name."""
     schemas = (
         arguments.REL_POS_ATTENTION,
         arguments.REL_POS_ATTENTION_BACKWARD,
@@ -136,12 +136,12 @@ def test_patch_embed_kernel_per_device_has_reasons_for_others():
     assert availability.patch_embed_kernel(META) == "torch"
     assert availability.patch_embed_unsupported_reasons("torch", META) == ()
     assert availability.patch_embed_unsupported_reasons("cpp", META)[0] == "serves cpu tensors, not meta"
-    refused = [
+    unsupported = [
         kernel
         for kernel in availability.PATCH_EMBED_KERNELS
         if availability.patch_embed_unsupported_reasons(kernel, CPU)
     ]
-    assert [*refused, availability.patch_embed_kernel(CPU)] == sorted(
+    assert [*unsupported, availability.patch_embed_kernel(CPU)] == sorted(
         availability.PATCH_EMBED_KERNELS, key=lambda kernel: kernel == availability.patch_embed_kernel(CPU)
     )
 
@@ -157,7 +157,7 @@ def test_patch_embed_reasons_of_cuda_kernel():
 
 @pytest.mark.parametrize("built", [False, True])
 def test_patch_embed_on_cuda_runs_library_or_fallback(monkeypatch, built):
-    """The function that serves CUDA tensors, on CPU tensors: which of the two it calls."""
+    """Run the CUDA implementation on CPU tensors, and record the calls of the library."""
     calls = []
     library = torch.library.Library("beit_fast", "IMPL")
     library.impl("_patch_embed_cuda", lambda *arguments: calls.append(arguments) or arguments[0].sum(), "CPU")
@@ -176,7 +176,7 @@ def test_patch_embed_on_cuda_runs_library_or_fallback(monkeypatch, built):
         assert tokens.shape == (1, 4, 4)
 
 
-def test_info_describes_libraries_and_instruction_sets():
+def test_describe_matches_loaded_libraries():
     facts = {name: native.describe(name) for name in native.LIBRARIES}
     for name, fact in facts.items():
         assert fact["interface"] == native.INTERFACE
