@@ -1,5 +1,7 @@
-"""What people install: what wheel and sdist hold, that each way of installing builds and works, and what a missing
-compiler does. Everything is built in the folder that the sdist unpacks to, so that it is compiled once at most."""
+"""Contents of sdist and wheel, every way to install them, and builds without a compiler.
+
+Everything is built in the folder of the unpacked sdist, so that it is compiled at most once.
+"""
 
 import json
 import os
@@ -27,8 +29,8 @@ NATIVE_FILES = {
     for file in (ROOT / "csrc").rglob("*")
     if file.suffix in (".cpp", ".h", ".cu", ".cuh", ".py")
 }
-OUR_VARIABLES = ("BEIT_FAST_NATIVE", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "PYTHONPATH", "TRITON_INTERPRET")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OUR_VARIABLES}
+BUILD_VARIABLES = ("BEIT_FAST_NATIVE", "CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "PYTHONPATH", "TRITON_INTERPRET")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in BUILD_VARIABLES}
 HAS_COMPILER = shutil.which("c++") is not None
 CPU_LIBRARY = f"beit_fast/{native.file_name('_C')}"
 LIBRARIES = {f"beit_fast/{native.file_name(library)}" for library in native.LIBRARIES}
@@ -36,12 +38,12 @@ LIBRARIES = {f"beit_fast/{native.file_name(library)}" for library in native.LIBR
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="runs from a checkout"),
-    pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler"),
+    pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler"),
 ]
 
 
 def run(*command, cwd="/", check=True, **environment):
-    """A command with its output, in an environment that says nothing of how to build."""
+    """Run a command in an environment without build variables."""
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True
     )
@@ -50,7 +52,7 @@ def run(*command, cwd="/", check=True, **environment):
 
 
 def build(kind, tree, out, **environment):
-    """The path of a wheel or an sdist of `tree`, and what its build wrote to stderr."""
+    """Build a wheel or sdist of `tree`; return its path and the stderr of the build."""
     done = run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, tree, **environment)
     (made,) = Path(out).iterdir()
     return made, done.stderr
@@ -67,7 +69,7 @@ def tree(sdist, tmp_path_factory):
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     (unpacked,) = folder.iterdir()
-    # Objects that the checkout has are as good here as long as every file that they were made from is there and older.
+    # Reuse the objects of the checkout. The build recompiles those older than one of their sources.
     if (objects := ROOT / "build" / "native").exists():
         shutil.copytree(objects, unpacked / "build" / "native")
     return unpacked
@@ -80,7 +82,10 @@ def wheel(tree, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pure_wheel(tree, tmp_path_factory):
-    """A wheel made where no compiler works, and what its build wrote, in a folder where one was made that does."""
+    """Build a wheel without a working compiler, in a folder that contains a build.
+
+    Returns the wheel and the stderr of its build.
+    """
     return build("wheel", tree, tmp_path_factory.mktemp("pure"), CXX="/bin/false")
 
 
@@ -88,7 +93,7 @@ def names_in(wheel):
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_the_sdist_holds_all_sources_and_nothing_compiled(sdist):
+def test_sdist_contains_sources_and_nothing_compiled(sdist):
     with tarfile.open(sdist) as archive:
         members = {member.name.split("/", 1)[-1]: member for member in archive.getmembers()}
     assert all(members[f"beit_fast/kernels/attention/{name}"].isfile() for name in KERNEL_FILES)
@@ -97,7 +102,7 @@ def test_the_sdist_holds_all_sources_and_nothing_compiled(sdist):
     assert not [name for name in members if name.endswith((".so", ".o", native.BUILD_NOTES))]
 
 
-def test_the_wheel_holds_kernels_and_libraries_and_no_sources(wheel):
+def test_wheel_contains_kernels_and_libraries_and_no_sources(wheel):
     names = names_in(wheel)
     assert {f"beit_fast/kernels/attention/{name}" for name in KERNEL_FILES} <= names
     assert {
@@ -111,23 +116,23 @@ def test_the_wheel_holds_kernels_and_libraries_and_no_sources(wheel):
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/", "csrc/", "build/"))]
 
 
-def test_the_wheel_is_for_this_platform_and_any_python(wheel):
+def test_wheel_tag_is_this_platform_and_any_python(wheel):
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name == f"beit_fast-{beit_fast.__version__}-py3-none-{platform}.whl"
     metadata = zipfile.ZipFile(wheel).read(f"beit_fast-{beit_fast.__version__}.dist-info/WHEEL").decode()
     assert f"Root-Is-Purelib: false\nTag: py3-none-{platform}\n" in metadata.split("\n\n")[0] + "\n"
 
 
-def test_without_a_compiler_the_wheel_is_for_any_platform(pure_wheel):
-    wheel, said = pure_wheel
+def test_wheel_without_compiler_is_for_any_platform(pure_wheel):
+    wheel, message = pure_wheel
     assert wheel.name == f"beit_fast-{beit_fast.__version__}-py3-none-any.whl"
     assert not [name for name in names_in(wheel) if name.endswith((".so", ".cpp"))]
-    lines = [line for line in said.splitlines() if line.startswith("beit_fast native libraries")]
+    lines = [line for line in message.splitlines() if line.startswith("beit_fast native libraries")]
     assert len(lines) == 1
     assert "_C not built: the C++ compiler /bin/false" in lines[0]
 
 
-def test_without_a_compiler_the_package_works_and_info_says_what_is_missing(pure_wheel, tmp_path):
+def test_info_without_compiler_reports_missing_library(pure_wheel, tmp_path):
     zipfile.ZipFile(pure_wheel[0]).extractall(tmp_path)
     path = {"PYTHONPATH": str(tmp_path)}
     assert run(sys.executable, "-c", FORWARD, **path).stdout.strip() == "torch"
@@ -138,8 +143,8 @@ def test_without_a_compiler_the_package_works_and_info_says_what_is_missing(pure
     assert reason in run(sys.executable, "-m", "beit_fast", "info", **path).stdout
 
 
-def test_libraries_need_torchs_c_functions_and_neither_python_nor_each_other(wheel, tmp_path):
-    """That is what lets one file serve every Python, and every torch from the oldest that it was compiled for."""
+def test_libraries_link_only_c_functions_of_torch(wheel, tmp_path):
+    """One library then works with every Python and with every newer torch."""
     for library in sorted(LIBRARIES & names_in(wheel)):
         file = zipfile.ZipFile(wheel).extract(library, tmp_path)
         undefined = run("nm", "--dynamic", "--undefined-only", file).stdout.split()
@@ -149,8 +154,8 @@ def test_libraries_need_torchs_c_functions_and_neither_python_nor_each_other(whe
 
 
 @pytest.mark.usefixtures("wheel")
-def test_loading_a_library_runs_no_code_for_a_newer_machine(tree, monkeypatch):
-    """What an object does when it is loaded it does on every machine, so one for an instruction set does nothing."""
+def test_isa_objects_have_no_static_initializers(tree, monkeypatch):
+    """Static initializers run on every CPU, so ISA objects must have none."""
     monkeypatch.chdir(tree)
     monkeypatch.delenv("CXXFLAGS", raising=False)
     monkeypatch.delenv("CXX", raising=False)
@@ -159,13 +164,16 @@ def test_loading_a_library_runs_no_code_for_a_newer_machine(tree, monkeypatch):
     assert variants
     for file in variants:
         sections = run("readelf", "--section-headers", "--wide", file, cwd=tree).stdout
-        assert ".init_array" not in sections, f"{file.name} has a static initialiser"
-        assert ".ctors" not in sections, f"{file.name} has a static initialiser"
+        assert ".init_array" not in sections, f"{file.name} has a static initializer"
+        assert ".ctors" not in sections, f"{file.name} has a static initializer"
 
 
 @pytest.fixture
 def environment(tmp_path):
-    """A fresh environment: its interpreter, and its site-packages, which sees what this one has installed."""
+    """Create an environment; return its interpreter and site-packages.
+
+    It can import the packages that are installed for the tests.
+    """
     venv.create(tmp_path / "env", system_site_packages=False, with_pip=False)
     interpreter = tmp_path / "env" / "bin" / "python"
     site = Path(run(interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
@@ -179,7 +187,7 @@ def install(interpreter, *what, **environment):
     run(sys.executable, "-m", "pip", "--python", interpreter, "install", *options, *what, **environment)
 
 
-def test_a_wheel_installs(wheel, environment):
+def test_wheel_install_imports_from_site_packages(wheel, environment):
     interpreter, site = environment
     install(interpreter, wheel)
     where = run(interpreter, "-c", "import beit_fast; print(beit_fast.__file__)").stdout.strip()
@@ -187,31 +195,31 @@ def test_a_wheel_installs(wheel, environment):
     assert run(interpreter, "-c", FORWARD).stdout.strip() == "cpp"
 
 
-def test_an_installed_wheel_reads_digits(wheel, environment, tmp_path):
-    """In a folder of its own, beside the torch that the tests have."""
+def test_wheel_install_classifies_digits(wheel, environment, tmp_path):
+    """Run in an empty folder, with the torch of the tests."""
     interpreter, _ = environment
     install(interpreter, wheel)
     shutil.copytree(ROOT / "examples" / "digits", tmp_path / "digits")
     images = sorted((tmp_path / "digits" / "images").glob("*.png"))
     command = ["-m", "beit_fast", "classify", *images, "--model", "digits", "--top", "1", "--json"]
     results = json.loads(run(interpreter, *command, cwd=tmp_path).stdout)
-    assert right_digits(results) >= 19
+    assert count_correct_digits(results) >= 19
     assert len(images) == 20
 
 
-def right_digits(results):
-    """How many of the images, which are named after their digit, have the right class first."""
+def count_correct_digits(results):
+    """Count images whose top class is the digit in their name."""
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-    firsts = {Path(row["image"]).name: row["classes"][0]["label"] for row in results["results"]}
-    return sum(label == names[int(name[0])] for name, label in firsts.items())
+    predictions = {Path(row["image"]).name: row["classes"][0]["label"] for row in results["results"]}
+    return sum(label == names[int(name[0])] for name, label in predictions.items())
 
 
-def test_twine_accepts_sdist_and_wheel(sdist, wheel):
+def test_twine_check_accepts_sdist_and_wheel(sdist, wheel):
     run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
 
 
-def test_an_sdist_installs_without_libraries_if_told_so(sdist, environment):
-    """That it builds them is what the wheel shows, which comes from the same files."""
+def test_sdist_install_with_native_disabled_has_no_libraries(sdist, environment):
+    """The wheel, built from the same files, tests the build of libraries."""
     interpreter, site = environment
     install(interpreter, sdist, BEIT_FAST_NATIVE="0")
     code = "import beit_fast; print(beit_fast.__file__)\n"
@@ -224,7 +232,7 @@ def test_an_sdist_installs_without_libraries_if_told_so(sdist, environment):
 
 @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
 @pytest.mark.usefixtures("wheel")
-def test_a_checkout_installs_editable(tree, environment, mode):
+def test_editable_install_imports_from_checkout(tree, environment, mode):
     interpreter, _ = environment
     install(interpreter, "--config-settings", f"editable_mode={mode}", "--editable", tree)
     where = run(interpreter, "-c", "import beit_fast; print(beit_fast.__file__)").stdout.strip()
@@ -237,7 +245,7 @@ def build_in_place(tree, check=True, **environment):
 
 
 @pytest.mark.usefixtures("wheel")
-def test_building_in_place_replaces_what_is_there_and_removes_what_is_stale(tree):
+def test_build_in_place_replaces_current_and_removes_stale_library(tree):
     stale = tree / "beit_fast" / f"_C.{native.INTERFACE - 1}.so"
     stale.touch()
     build_in_place(tree)
@@ -252,7 +260,7 @@ def test_building_in_place_replaces_what_is_there_and_removes_what_is_stale(tree
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"BEIT_FAST_NATIVE": "1", "CXX": "/bin/false"}, "BEIT_FAST_NATIVE=1 needs _C"),
         ({"BEIT_FAST_NATIVE": "1", "CXX": "no-such-compiler"}, "the C++ compiler no-such-compiler was not found"),
@@ -260,24 +268,24 @@ def test_building_in_place_replaces_what_is_there_and_removes_what_is_stale(tree
         ({"MAX_JOBS": "many"}, "MAX_JOBS is 'many' (expected a positive number)"),
     ],
 )
-def test_what_stops_a_build(tree, variables, said):
+def test_build_in_place_invalid_setting_fails(tree, variables, message):
     done = build_in_place(tree, check=False, **variables)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def pythons_with_torch():
-    """Interpreters of other versions than this one's that can import torch."""
+    """Find interpreters of other Python versions that can import torch."""
     this = sys.version_info[:2]
     names = [f"python3.{minor}" for minor in range(11, 16) if (3, minor) != this]
     found = [path for path in map(shutil.which, names) if path is not None]
     return [path for path in found if run(path, "-c", "import torch, numpy, safetensors", check=False).returncode == 0]
 
 
-def test_the_wheel_serves_another_python(wheel, tmp_path):
+def test_wheel_works_in_other_python_versions(wheel, tmp_path):
     interpreters = pythons_with_torch()
     if not interpreters:
-        pytest.skip("no Python of another version has torch here")
+        pytest.skip("no other Python version has torch")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     for interpreter in interpreters:
         assert run(interpreter, "-c", FORWARD, PYTHONPATH=str(tmp_path)).stdout.strip() == "cpp"

@@ -1,4 +1,4 @@
-"""The import rule: import-linter holds it for the package, a check of the syntax tree for kernels/."""
+"""The import rule: import-linter for the package, syntax trees for kernels/."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORBIDDEN = {
     "inside a function": ("beit_fast/ops/validation.py", "def late():\n    from ..layers import block"),
     "models to integrations": ("beit_fast/models/outputs.py", "from ..integrations import report"),
 }
-"""Imports that the rule forbids: the file that gets one, and the lines."""
+"""Forbidden imports: the file to change and the lines to add."""
 
 FORBIDDEN_TO_KERNELS = {
     "kernel to kernel": ("kernels/linear_gelu/launch.py", "from ..attention import configs"),
@@ -35,7 +35,7 @@ FORBIDDEN_TO_KERNELS = {
 
 
 def kernel_import_errors(root: Path) -> list[str]:
-    """Imports of and from kernels/ that the rule forbids, one line each."""
+    """Return forbidden imports of and from kernels/, one line each."""
     errors = []
     for file in sorted((root / "kernels").rglob("*.py")):
         folder = file.parent.name
@@ -60,7 +60,7 @@ def kernel_import_errors(root: Path) -> list[str]:
 
 
 def imported_modules(file: Path, root: Path) -> list[tuple[str, bool]]:
-    """Absolute names that a file imports, and whether the import stands inside a function."""
+    """Return the imported absolute names, and whether each is inside a function."""
     tree = ast.parse(file.read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inner = {id(node) for function in functions for node in ast.walk(function)}
@@ -77,7 +77,7 @@ def imported_modules(file: Path, root: Path) -> list[tuple[str, bool]]:
 
 
 def copy_tree(folder: Path) -> Path:
-    """Copy what the linter reads: the package, the kernels and the rule."""
+    """Copy the package, the kernels and the configuration of the linter."""
     for name in ("beit_fast", "kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "kernels")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored if name == "beit_fast" else None)
@@ -111,23 +111,26 @@ def test_linter_copied_tree_passes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORBIDDEN_TO_KERNELS)
-def test_kernel_imports_forbidden_import_is_found(kind, tmp_path):
+def test_kernel_import_errors_forbidden_import_is_found(kind, tmp_path):
     file, lines = FORBIDDEN_TO_KERNELS[kind]
     add_lines(copy_tree(tmp_path) / file, lines)
     assert kernel_import_errors(tmp_path)
 
 
-def test_kernel_imports_follow_the_rule():
+def test_kernel_import_errors_of_checkout_is_empty():
     assert kernel_import_errors(ROOT) == []
 
 
-def test_folder_kernels_is_not_a_package():
+def test_kernels_folder_is_not_a_package():
     """A regular package would shadow the distribution `kernels`, which Transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_mypy_relaxes_only_files_of_kernels():
-    """Launches and their arguments are checked, so that a misspelt field is an error without a GPU."""
+def test_mypy_relaxes_only_kernel_files():
+    """Type-check launches and their arguments.
+
+    A misspelt field is then an error without a GPU.
+    """
     overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
     (relaxed,) = [entry["module"] for entry in overrides if entry.get("check_untyped_defs") is False]
     compiled = {

@@ -1,4 +1,4 @@
-"""The limits of the layout: entries of the package, lines of a file, lines of a function."""
+"""Limits of the layout: package entries, lines per file, lines per function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 def line_count(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring, which documents every argument of a public function."""
+    """Count the lines of a function without its docstring."""
     first = function.body[0]
     documented = ast.get_docstring(function) is not None and len(function.body) > 1
     docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0

@@ -21,14 +21,14 @@ def without_relative_links():
     return runpy.run_path(str(ROOT / "repository_links.py"))["without_relative_links"]
 
 
-def test_without_an_address_only_absolute_links_stay(without_relative_links):
+def test_relative_links_without_url_are_removed(without_relative_links):
     text = without_relative_links(README, repository_url="")
     assert [target for _, target in LINK.findall(text) if "://" not in target] == []
     assert "![" not in text
-    assert "first steps" in text  # the words of a link stay
+    assert "first steps" in text  # the text of a link remains
 
 
-def test_with_an_address_every_link_is_absolute(without_relative_links):
+def test_relative_links_with_url_become_absolute(without_relative_links):
     text = without_relative_links(README, repository_url=URL)
     assert len(LINK.findall(text)) == len(LINK.findall(README))
     assert all("://" in target for _, target in LINK.findall(text))
@@ -36,17 +36,17 @@ def test_with_an_address_every_link_is_absolute(without_relative_links):
     assert f"({URL}/blob/main/docs/training.md#torchcompile)" in text
 
 
-def test_links_of_a_page_in_a_folder_start_there(without_relative_links):
+def test_relative_links_of_page_in_folder_resolve_from_folder(without_relative_links):
     text = without_relative_links("[a](../kernels/README.md) [b](cli.md) [c](#d)", "docs", URL)
     assert text == f"[a]({URL}/blob/main/kernels/README.md) [b]({URL}/blob/main/docs/cli.md) [c](#d)"
 
 
-def test_code_blocks_stay_as_they_are(without_relative_links):
+def test_relative_links_in_code_blocks_are_unchanged(without_relative_links):
     block = "```python\nx = [a](b)\n```\n"
     assert without_relative_links(block, repository_url="") == block
 
 
-def test_citation_names_the_version_and_the_paper():
+def test_citation_has_version_and_paper():
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)

@@ -1,4 +1,4 @@
-"""The installed package: what wheel and sdist hold, where it imports from, and what importing it does not do."""
+"""The installed package: imports, side effects, types, exports and version."""
 
 import json
 import os
@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="
 
 
 def python(code, cwd="/", executable=sys.executable, **environment):
-    """Run code in a fresh process, away from the checkout unless told otherwise; returns what it printed."""
+    """Run code in a new process and return its output.
+
+    By default the process does not run in the checkout.
+    """
     run = subprocess.run(
         [str(executable), "-W", "error::UserWarning", "-c", code],
         cwd=cwd,
@@ -30,12 +33,12 @@ def python(code, cwd="/", executable=sys.executable, **environment):
 
 
 @pytest.mark.parametrize("cwd", ["/", str(ROOT)])
-def test_imports_from_anywhere(cwd):
+def test_import_from_any_folder_works(cwd):
     assert python(FORWARD, cwd=cwd).strip() == CPU_ATTENTION
 
 
-def test_importing_loads_nothing_but_the_package():
-    """No Triton, no Transformers, no image or hub library: nothing that `import torch` had not loaded."""
+def test_import_loads_only_the_package():
+    """Load no module that `import torch` has not loaded, such as Triton or Transformers."""
     code = """
 import json, sys, torch
 before = set(sys.modules)
@@ -45,12 +48,12 @@ print(json.dumps(sorted(name for name in set(sys.modules) - before if name.split
     assert json.loads(python(code)) == []
 
 
-def test_importing_initialises_no_gpu_and_prints_nothing():
+def test_import_initializes_no_gpu_and_prints_nothing():
     code = "import torch, beit_fast; assert not torch.cuda.is_initialized(); torch.ops.beit_fast.patch_embed.default"
     assert python(code) == ""
 
 
-def test_works_without_triton():
+def test_import_without_triton_works():
     code = "import sys; sys.modules['triton'] = None\n" + FORWARD
     code += "assert not any(name.startswith('triton.') for name in sys.modules)\n"
     code += "from beit_fast.ops.dispatch import attention\n"
@@ -59,13 +62,13 @@ def test_works_without_triton():
     assert python(code).strip() == CPU_ATTENTION
 
 
-def test_dir_of_the_package_is_its_public_names():
+def test_dir_returns_public_names():
     assert dir(beit_fast) == sorted(beit_fast.__all__)
     assert {"BeitImageProcessor", "BeitImageProcessorFast", "BeitFeatureExtractor"} <= set(dir(beit_fast))
 
 
-def test_type_checkers_editable_install_is_found(tmp_path):
-    """mypy and pyright read the entries of .pth files; the import hook of an editable install is invisible to them."""
+def test_mypy_finds_editable_install(tmp_path):
+    """mypy reads .pth files, but not the import hook of an editable install."""
     script = tmp_path / "script.py"
     script.write_text("from beit_fast import BeitConfig\nreveal_type(BeitConfig())\n")
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(script)]
@@ -73,8 +76,8 @@ def test_type_checkers_editable_install_is_found(tmp_path):
     assert 'Revealed type is "beit_fast.configuration.beit_config.BeitConfig"' in done.stdout, done.stdout + done.stderr
 
 
-def test_the_folder_kernels_does_not_hide_the_package_kernels(tmp_path):
-    """Transformers imports the package `kernels`; a regular package of that name in the checkout would shadow it."""
+def test_kernels_folder_does_not_shadow_kernels_package(tmp_path):
+    """A regular package `kernels` would shadow the one that Transformers imports."""
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text("genuine = True\n")
@@ -83,7 +86,7 @@ def test_the_folder_kernels_does_not_hide_the_package_kernels(tmp_path):
     python("from transformers import BeitModel; import beit_fast", cwd=str(ROOT))
 
 
-def test_an_exported_program_loads_with_the_import_alone(tmp_path):
+def test_exported_program_loads_after_import(tmp_path):
     config = beit_fast.BeitConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=32, patch_size=8,
         use_relative_position_bias=True,
@@ -101,7 +104,7 @@ torch.testing.assert_close(output.logits, logits)
     python(code, cwd=str(tmp_path))
 
 
-def test_the_version_is_that_of_the_distribution():
+def test_version_equals_distribution_version():
     from importlib.metadata import version
 
     assert version("beit-fast") == beit_fast.__version__
