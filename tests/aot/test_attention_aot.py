@@ -97,7 +97,10 @@ def test_attention_shipped_kernels_fit_registers_and_shared_memory(capability: i
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_attention_vector_loads_match_tensor_core_layout(kernel: str, capability: int) -> None:
-    """A thread holds two columns of rows m and m + 8, as `load_bias_tile` assumes."""
+    """Check the layout that `load_bias_tile` assumes.
+
+    A thread holds two columns of the rows m and m + 8.
+    """
     variant = shipped(Variant(kernel, capability, bias_layout=even_layout(capability)))
     (found,) = inspect_variants(variant)
     assert {load.vector for load in found.bias_loads} == {variant.bias_layout.vector} != {1}
@@ -138,7 +141,10 @@ def test_attention_forward_loop_instructions_below_limit(capability: int, limit:
 @pytest.mark.parametrize(("layout", "ratio"), [("paired", 1.05), ("plain", 1.25), ("extended", 1.4)])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_attention_bias_instructions_below_ratio(capability: int, layout: str, ratio: float) -> None:
-    """Use shipped tiles; even widths read the paired layout, odd widths the plain one."""
+    """Count instructions of the shipped tiles.
+
+    Windows of even width read the paired layout, those of odd width the plain layout.
+    """
     (found,) = [one for one in attention_variants.bias_layouts(capability, "bf16") if one.name == layout]
     with_bias = issued_instructions(shipped(Variant("forward", capability, bias_layout=found)))
     assert with_bias <= ratio * issued_instructions(shipped(Variant("forward", capability)))
@@ -146,7 +152,7 @@ def test_attention_bias_instructions_below_ratio(capability: int, layout: str, r
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_attention_main_loop_holds_one_tile(capability: int) -> None:
-    """The compiler has not unrolled the loop, so counts per iteration are per tile."""
+    """The compiler must not unroll the loop: counts are per tile."""
     for kernel in configs.KERNELS:
         variant = Variant(kernel, capability, REFERENCE_TILE, bias_layout=even_layout(capability))
         (found,) = inspect_variants(variant)
@@ -234,7 +240,7 @@ def test_inspect_cached_variant_does_not_compile(tmp_path: Path, monkeypatch: py
 
 
 def test_inspect_all_failed_variant_is_reported_and_not_cached(tmp_path: Path) -> None:
-    """48 rows are not a power of two; the other variant is still returned."""
+    """Compile a tile of 48 rows, not a power of two, and a valid variant."""
     bad = Variant("forward", 80, configs.TileConfig(48, 64, 4, 2))
     good = Variant("dtable_cls", 80)
     (_, failure), (_, found) = aot.inspect_all([bad, good], tmp_path)

@@ -19,7 +19,7 @@ from beit_fast.kernels.residual_norm import configs
 
 CACHE = aot.cache_folder(Path(__file__).resolve().parents[2] / "build" / "aot")
 LARGEST_SHARED_MEMORY = 16 * 1024
-"""Bytes for sums over the warps of a row and for layout conversions; every GPU has more."""
+"""Bytes for reductions and layout conversions; every GPU has more."""
 
 
 def find_errors(variants: Iterable[NormVariant], workers: int = 1) -> list[str]:

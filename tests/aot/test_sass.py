@@ -99,7 +99,7 @@ def test_access_words_returns_words(instruction: str, words: int) -> None:
 
 
 def test_multiply_adds_matrix_instructions() -> None:
-    """Four warps share an HGMMA; the shape of a UTCHMMA is in a descriptor."""
+    """Four warps share an HGMMA; a UTCHMMA has its shape in a descriptor."""
     assert sass.multiply_adds(Counter({"HMMA.16816.F32": 2, "HMMA.1688.F32.TF32": 1})) == 2 * 2048 + 1024
     assert sass.multiply_adds(Counter({"HGMMA.64x64x16.F32.BF16": 1, "BRA": 1})) == 64 * 64 * 16 // 4
     assert sass.multiply_adds(Counter({"UTCHMMA": 4})) is None

@@ -50,7 +50,7 @@ def run(
     dropout_p: float = 0.0,
     padding: int = 0,
 ) -> list[Tensor]:
-    """Return out and the gradients of q, k, v and the table, if any."""
+    """Return out and the gradients of its inputs."""
     table = None
     if window is not None:
         tokens = window[0] * window[1] + 1

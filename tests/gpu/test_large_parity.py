@@ -91,7 +91,7 @@ def test_attention_key_mask_matches_oracle(window: tuple[int, int] | None, dtype
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("tokens", [1025, 1601])
 def test_attention_few_programs_match_oracle(tokens: int, batch: int) -> None:
-    """The keys are split, since one head of one image leaves most SMs idle."""
+    """Keys are split, since one head alone leaves most SMs idle."""
     check_parity(make_case(WINDOWS[tokens], torch.bfloat16, batch=batch, heads=1, head_dim=64))
 
 

@@ -95,7 +95,7 @@ def test_linear_gelu_side_stream_waits_for_its_inputs() -> None:
 
 @pytest.mark.parametrize("inputs", [96, 97])
 def test_linear_gelu_captured_graph_uses_new_inputs(inputs: int) -> None:
-    """97 inputs are padded by a copy, which must be captured too."""
+    """Capture the copy that pads 97 inputs."""
     x, weight, bias = make_layer((50,), inputs, 64, torch.bfloat16, "cuda")
     linear_gelu(x, weight, bias)  # compiles the kernel, which is not possible during capture
     graph = torch.cuda.CUDAGraph()

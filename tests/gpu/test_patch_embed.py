@@ -286,7 +286,7 @@ def test_patch_embed_side_stream_does_not_wait_for_default_stream() -> None:
 
 @pytest.mark.parametrize("patch", [(16, 16), (5, 7)])
 def test_patch_embed_captured_graph_uses_new_inputs(patch: tuple[int, int]) -> None:
-    """The weight of 5 x 7 patches is padded by a copy, which must be captured too."""
+    """Capture the copy that pads the weight of 5 x 7 patches."""
     arguments = inputs(patch=patch, dtype=torch.bfloat16, pixel_dtype=torch.uint8)
     beit_fast.patch_embed(**arguments)  # loads the library, which is not possible during capture
     graph = torch.cuda.CUDAGraph()

@@ -179,7 +179,7 @@ def test_residual_norm_opcheck_passes() -> None:
 @pytest.mark.parametrize("value", [3.0, 0.1, 60000.1])
 @pytest.mark.parametrize("size", [768, 1000, 1024])
 def test_residual_norm_constant_rows_return_bias(size: int, value: float) -> None:
-    """An approximate division by 768 must not change the result, although eps is 1e-12.
+    """The division by the size must be exact, since eps is 1e-12.
 
     Bug elsewhere: pytorch/pytorch#41527.
     """

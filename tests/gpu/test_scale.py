@@ -67,7 +67,7 @@ def plane_elements(case: Case) -> int:
 
 
 def test_attention_peak_memory_below_scores() -> None:
-    """The limit is one byte per score, half the size of the smallest dtype."""
+    """Allow one byte per score, half the size of the smallest dtype."""
     case = case_of_640_pixels(batch=2)
     scores = 2 * plane_elements(case)
     without_table, with_table = peak_bytes(replace(case, table=None)), peak_bytes(case)

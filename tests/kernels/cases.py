@@ -169,7 +169,7 @@ def run_oracle(case: Case, dtype: torch.dtype) -> list[Tensor]:
 
 
 def dropout_mask(case: Case) -> Tensor | None:
-    """Return the weights that dropout keeps, bool [B, H, N, N]; None without dropout."""
+    """Return the dropout mask, bool [B, H, N, N]; None without dropout."""
     if case.dropout_p == 0.0:
         return None
     batch, tokens, heads, _ = case.query.shape

@@ -77,7 +77,7 @@ def test_packed_bias_equals_gather(window: tuple[int, int], flipped: bool, monke
 
 @pytest.mark.parametrize("layout", ["plain", "paired"])
 def test_packed_bias_vector_loads_aligned_and_in_bounds(layout: str) -> None:
-    """Every tile of 64 or 128 columns of every row, with the partial tile."""
+    """Cover all tiles of 64 and 128 columns, partial tiles included."""
     for window in [(height, width) for height in range(1, 9) for width in range(2, 9, 2)] + [
         (14, 14),
         (3, 40),

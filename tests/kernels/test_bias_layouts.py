@@ -145,7 +145,7 @@ def test_plan_backward_dbias_scratch_is_bounded(patches: int, batch: int) -> Non
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.5])
 def test_attention_scale_of_any_sign_matches_oracle(scale: float) -> None:
-    """The kernels apply the scale after the maximum and divide the bias by it."""
+    """The scale is applied after the maximum; the bias is divided by it."""
     case = make_case((5, 6), heads=2, head_dim=16)
     results, reference, eager = (
         run_scaled(case, scale),

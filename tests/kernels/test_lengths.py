@@ -1,4 +1,4 @@
-"""Every number of tokens from 1 to 70, and 197, in windows of every shape.
+"""Attention of 2 to 70 and of 197 tokens, in windows of every shape.
 
 NaN or wrong values at lengths that a block does not divide: Dao-AILab/flash-attention#334 and #443,
 pytorch/pytorch#153799, facebookresearch/xformers#631 and #813.

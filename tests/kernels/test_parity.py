@@ -35,7 +35,7 @@ def test_attention_batch_and_heads_match_oracle(window: tuple[int, int]) -> None
 
 
 def check_against_one_key(case: Case, position: int) -> None:
-    """Check a case in which every query attends to one key, with weight 1.
+    """Check a case whose queries attend to a single key.
 
     The gradient of its score is a difference of equal values, so its error is measured relative to these values.
     """

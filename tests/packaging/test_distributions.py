@@ -1,4 +1,4 @@
-"""Contents of sdist and wheel, every way to install them, and builds without a compiler.
+"""Contents of sdist and wheel, installation, and builds without a compiler.
 
 Everything is built in the folder of the unpacked sdist, so that it is compiled at most once.
 """
@@ -52,7 +52,7 @@ def run(*command, cwd="/", check=True, **environment):
 
 
 def build(kind, tree, out, **environment):
-    """Build a wheel or sdist of `tree`; return its path and the stderr of the build."""
+    """Build a wheel or sdist of `tree`; return its path and stderr."""
     done = run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, tree, **environment)
     (made,) = Path(out).iterdir()
     return made, done.stderr
@@ -82,7 +82,7 @@ def wheel(tree, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pure_wheel(tree, tmp_path_factory):
-    """Build a wheel without a working compiler, in a folder that contains a build.
+    """Build a wheel without a working compiler, over an earlier build.
 
     Returns the wheel and the stderr of its build.
     """

@@ -38,7 +38,7 @@ def test_import_from_any_folder_works(cwd):
 
 
 def test_import_loads_only_the_package():
-    """Load no module that `import torch` has not loaded, such as Triton or Transformers."""
+    """Load only modules of the package, besides those of torch."""
     code = """
 import json, sys, torch
 before = set(sys.modules)
