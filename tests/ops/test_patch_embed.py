@@ -11,7 +11,7 @@ from beit_fast.ops.arguments import PatchEmbedArguments
 from beit_fast.ops.fallback import patch_embed as fallback
 
 from ..support.oracle import assert_within_budget
-from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_inputs
+from ..support.patch_embedding import LAYOUTS, convolution, exact_convolution, in_precision, make_inputs
 
 operator = torch.ops.beit_fast.patch_embed.default
 
@@ -35,7 +35,7 @@ def with_leaves(arguments):
 
 
 def assert_right(arguments, implementation=beit_fast.patch_embed):
-    exact = convolution(**in_precision(arguments, torch.float64))
+    exact = exact_convolution(arguments)
     eager = convolution(**arguments)
     tokens = implementation(**arguments)
     assert tokens.dtype == eager.dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,3 +114,36 @@ def project(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         patches = torch.nn.functional.unfold(pixels.float(), patch, stride=patch).transpose(1, 2)
         return torch.nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), bias)
     return torch.nn.functional.conv2d(pixels, weight, bias, stride=patch).flatten(2).transpose(1, 2)
+
+
+def exact_convolution(arguments: dict[str, Any]) -> Tensor:
+    """Compute `convolution` in fp64, or for fp64 weights in extended precision, then round to fp64."""
+    if arguments["weight"].dtype != torch.float64:
+        return convolution(**in_precision(arguments, torch.float64))
+    wide = {name: as_longdouble(value) for name, value in arguments.items()}
+    pixels = wide["pixels"]
+    if wide["mean"] is not None:
+        pixels = pixels - wide["mean"][:, None, None]
+    if wide["std"] is not None:
+        pixels = pixels / wide["std"][:, None, None]
+    embed, channels, height, width = wide["weight"].shape
+    rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
+    patches = pixels[:, :, : rows * height, : columns * width].reshape(-1, channels, rows, height, columns, width)
+    patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(len(pixels), rows * columns, -1)  # [B, P, C * ph * pw]
+    tokens = patches @ wide["weight"].reshape(embed, -1).T
+    if wide["bias"] is not None:
+        tokens = tokens + wide["bias"]
+    if arguments["mask"] is not None and wide["mask_token"] is not None:
+        tokens = np.where(arguments["mask"].numpy()[..., None], wide["mask_token"], tokens)
+    if wide["cls"] is not None:
+        tokens = np.concatenate([np.broadcast_to(wide["cls"], (len(tokens), 1, embed)), tokens], axis=1)
+    tokens = tokens if wide["pos"] is None else tokens + wide["pos"]
+    return torch.from_numpy(tokens.astype(np.float64))
+
+
+def as_longdouble(value: Any) -> Any:
+    """Convert a tensor or a list to numpy's widest float; None stays None."""
+    if value is None:
+        return None
+    array = value.detach().double().numpy() if isinstance(value, Tensor) else np.array(value, dtype=np.float64)
+    return array.astype(np.longdouble)
