@@ -120,7 +120,7 @@ def test_load_failure_warns_and_gives_reason(bare):
 
 
 def test_interface_changes_with_schemas():
-    """A change of the schemas needs a new interface number, which is in the file name."""
+    """A change of the schemas needs a new interface number."""
     schemas = (
         arguments.REL_POS_ATTENTION,
         arguments.REL_POS_ATTENTION_BACKWARD,
@@ -157,7 +157,7 @@ def test_patch_embed_reasons_of_cuda_kernel():
 
 @pytest.mark.parametrize("built", [False, True])
 def test_patch_embed_on_cuda_runs_library_or_fallback(monkeypatch, built):
-    """Run the CUDA implementation on CPU tensors, and record the calls of the library."""
+    """The CUDA implementation runs on CPU tensors, with a fake library."""
     calls = []
     library = torch.library.Library("beit_fast", "IMPL")
     library.impl("_patch_embed_cuda", lambda *arguments: calls.append(arguments) or arguments[0].sum(), "CPU")

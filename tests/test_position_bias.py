@@ -63,7 +63,7 @@ def test_resize_table_keeps_cls_rows_and_constants():
 
 
 def test_resize_table_follows_rows_and_columns():
-    """A table that grows along its rows only detects a swap of height and width."""
+    """The table is constant in each row, to detect swapped axes."""
     window, target = (3, 5), (6, 4)
     rows = torch.arange(5.0)[:, None].expand(5, 9)
     table = torch.cat([rows.reshape(-1, 1), torch.zeros(3, 1)])

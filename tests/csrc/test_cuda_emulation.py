@@ -1,4 +1,4 @@
-"""CUDA patch embedding without a GPU: the kernel source runs on an emulator of 128 threads.
+"""CUDA patch embedding on an emulator of 128 threads, without a GPU.
 
 The emulator checks every access to global memory, and that each byte of the result is written once.
 A missing barrier or wait gives wrong numbers. Speed and the code of nvcc are not tested here.
@@ -32,7 +32,10 @@ OPTIONAL = ("bias", "cls", "mask", "pos", "mean")
 
 
 def check(arguments: dict[str, Any], **options: Any) -> Tensor:
-    """Return the tokens, checked against fp64 within the error of a convolution in the weight dtype."""
+    """Return the tokens after a check against fp64.
+
+    The error budget is the error of a convolution in the weight dtype.
+    """
     tokens = embed(arguments, **options)
     reference, eager = convolution(**in_precision(arguments, torch.float64)), convolution(**arguments)
     assert tokens.dtype == eager.dtype
@@ -59,7 +62,7 @@ def test_kernel_aligned_pixels_are_read_by_vectors(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pixel_dtype", PIXEL_DTYPES)
 def test_kernel_odd_patches_are_read_one_by_one(tile: str, dtype: torch.dtype, pixel_dtype: torch.dtype) -> None:
-    """Patches of 3 x 5 and 37 columns are not aligned to 16 bytes."""
+    """Rows, a depth of 45 and 37 columns are not aligned."""
     arguments = make_inputs((11, 17), (3, 5), embed=37, pixel_dtype=pixel_dtype, dtype=dtype)
     check(arguments, num_sms=TILES[tile])
     assert not reads_vectors()
@@ -85,7 +88,7 @@ def make_unaligned(pixels: Tensor) -> Tensor:
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_several_tiles_and_steps_match_convolution(tile: str, dtype: torch.dtype) -> None:
-    """300 patches, 200 columns and a depth of 192 cover partial tiles and all pipeline stages."""
+    """These sizes have partial tiles and fill the pipeline."""
     check(make_inputs((80, 80), (8, 8), batch=3, embed=200, dtype=dtype), num_sms=TILES[tile])
 
 
@@ -146,7 +149,7 @@ def test_kernel_any_order_of_threads_and_copies_returns_same_bits(tile: str, dty
 
 @pytest.mark.parametrize("tile", TILES)
 def test_kernel_tf32_rounds_both_operands(tile: str) -> None:
-    """Compare with a convolution of operands rounded to TF32, as tensor cores read them."""
+    """The reference is a convolution of operands rounded to TF32."""
     arguments = make_inputs((16, 48), (8, 16))
     tokens = embed(arguments, TILES[tile], allow_tf32=True)
     reference = convolution(**in_precision(arguments, torch.float64))

@@ -144,7 +144,10 @@ def test_kernels_do_not_spill_registers(kernels: list[Kernel]) -> None:
 
 @needs_nvcc
 def test_kernels_fit_two_blocks_on_every_multiprocessor(kernels: list[Kernel]) -> None:
-    """Registers allow four blocks of the small tile; CUDA reserves 1 KiB of shared memory for each block."""
+    """Registers allow four blocks of the small tile.
+
+    CUDA reserves 1 KiB of shared memory for each block.
+    """
     for kernel in kernels:
         blocks = 2 if kernel.name.endswith("128") else 4
         assert blocks * THREADS * -(-kernel.registers // 8) * 8 <= REGISTERS, kernel
@@ -157,7 +160,7 @@ def test_kernels_fit_two_blocks_on_every_multiprocessor(kernels: list[Kernel]) -
     [("float16", "HMMA.16816.F32"), ("bfloat16", "HMMA.16816.F32.BF16"), ("tf32", "HMMA.1688.F32.TF32")],
 )
 def test_kernels_multiply_on_tensor_cores(kernels: list[Kernel], name: str, instruction: str) -> None:
-    """One step of a warp covers a quarter of the tile and 64 bytes of depth for each slab."""
+    """A warp step covers a quarter of the tile and 64 bytes of depth."""
     for kernel in kernels:
         arithmetic, rows = kernel.name.split()
         if arithmetic != name:
@@ -169,7 +172,7 @@ def test_kernels_multiply_on_tensor_cores(kernels: list[Kernel], name: str, inst
 
 @needs_nvcc
 def test_kernels_in_float32_do_not_round_operands(kernels: list[Kernel]) -> None:
-    """The loop adds four depths to the sums of a thread for each slab, and loads four numbers at once."""
+    """The loop adds four depths for each slab, and loads four numbers."""
     for kernel in kernels:
         if not kernel.name.startswith("float32"):
             continue

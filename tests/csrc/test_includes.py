@@ -1,4 +1,7 @@
-"""The include rule of csrc/: operators share `errors.h` and `cpu/*.h`, and never include each other."""
+"""Include rule of csrc/: operators never include each other.
+
+They may include `errors.h` and `cpu/*.h`.
+"""
 
 import re
 import shutil
@@ -12,7 +15,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="runs from 
 
 
 def forbidden_includes(csrc: Path) -> list[str]:
-    """List includes of files outside the own and the shared folders, as `file includes file`."""
+    """List includes from other operators as `file includes file`."""
     found = []
     for file in sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")):
         folder = file.parent.relative_to(csrc)

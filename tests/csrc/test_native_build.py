@@ -14,7 +14,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="runs from a checkout"),
-    pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="a C++ compiler was not found"),
 ]
 needs_x86 = pytest.mark.skipif(not X86, reason="only x86 has instruction sets to choose from")
 
@@ -86,7 +86,7 @@ def objects():
 
 @needs_x86
 def test_build_shared_function_is_copy_for_oldest_instruction_set(native_build):
-    """The linker merges the copies of a header function; the oldest instruction set must win."""
+    """The linker must keep the oldest copy of a header function."""
     result = build(native_build)
     isas = list(native_build.ISAS)
     assert result.note == ", ".join(isas)

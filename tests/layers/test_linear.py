@@ -1,4 +1,4 @@
-"""Linear layers of CPU training: oneDNN and split-bf16 GEMMs against fp64, and calls of the module."""
+"""Linear layers of CPU training with oneDNN and split-bf16 GEMMs."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ SHAPES = [((1,), 768, 768), ((197,), 768, 96), ((4, 197), 64, 192), ((5,), 7, 3)
 
 @pytest.fixture(params=["onednn", "split_bf16"])
 def products(monkeypatch, request):
-    """Use the named GEMM on any CPU and for any rows; return the list of operand shapes."""
+    """Operand shapes of the named GEMM, used on any CPU and for any rows."""
     reasons = {
         "onednn": onednn.unsupported_reason("cpu", torch.float32),
         "split_bf16": split_bf16.unsupported_reason(),

@@ -1,4 +1,4 @@
-"""Attention on CPU tensors: numbers and gradients against the fp64 oracle, empty inputs, determinism."""
+"""Attention on CPU tensors against the fp64 oracle, and its determinism."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def check_against_oracle(case, dtype, dropout_p=0.0, seed=0):
 @pytest.mark.parametrize("window", [(1, 1), (2, 3), (5, 5), (7, 3), (14, 14)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_windows_matches_oracle(window, dtype, masked):
-    """Two tokens use a larger batch, because a few roundings would decide the error of a small one."""
+    """Two tokens use a larger batch, because few roundings vary too much."""
     check_against_oracle(attention_case(window, batch=12 if window == (1, 1) else 2, masked=masked), dtype)
 
 
@@ -154,7 +154,7 @@ def test_attention_gradcheck_passes():
 
 
 def test_fallback_with_head_groups_matches_oracle(monkeypatch):
-    """Many tokens split the heads into groups; the result stays the same, dropout included."""
+    """Head groups do not change the result, with and without dropout."""
     monkeypatch.setattr(attention, "_GROUP_ELEMENTS", 2 * 13 * 13)
     case = attention_case((3, 4), heads=5, masked=True)
     assert len(attention._head_groups(5, 13)) == 3
@@ -163,7 +163,7 @@ def test_fallback_with_head_groups_matches_oracle(monkeypatch):
 
 
 def test_fallback_first_exp_and_log_have_one_element():
-    """The first exp or log of oneMKL on several threads may be wrong by 1e-4 (pytorch/pytorch#188792)."""
+    """The first threaded exp or log of oneMKL may be wrong (pytorch/pytorch#188792)."""
     code = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -209,7 +209,7 @@ def test_attention_of_empty_batch_returns_empty():
 
 
 def test_attention_never_reads_uninitialized_memory():
-    """Deterministic mode fills new memory with NaN, so an unwritten output fails the check."""
+    """Deterministic mode fills new memory with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         check_against_oracle(attention_case((3, 4), masked=True), torch.float32)

@@ -212,7 +212,7 @@ torch.library.register_autograd("beit_fast::rel_pos_attention", _doubled, setup_
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
 def test_disk_cache_changed_backward_is_compiled_again(tmp_path):
-    """Cache keys ignore the Python code of an operator, so the source tag must change them."""
+    """The source tag adds the Python code of an operator to cache keys."""
     for name in ("before", "after"):
         shutil.copytree(PACKAGE, tmp_path / name / "beit_fast", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "after" / "beit_fast" / "ops" / "attention.py", "a") as changed:
@@ -263,7 +263,7 @@ torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), expect
 
 @pytest.fixture(scope="module")
 def packaged_model(tmp_path_factory):
-    """Package of a model for any batch size, with an input and its output."""
+    """Package of a model for any batch size, an input and its output."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("AOTInductor needs a C++ compiler")
     folder = tmp_path_factory.mktemp("aoti")

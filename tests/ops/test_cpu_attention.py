@@ -114,7 +114,7 @@ def test_attention_on_two_threads_returns_same_bits(window: tuple[int, int], dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("growth", [0.0, 300.0, -300.0])
 def test_attention_of_growing_logits_matches_oracle(dtype: torch.dtype, growth: float) -> None:
-    """Sums are relative to the first logits, and rescaled if later logits exceed them by 2^60."""
+    """Sums are rescaled if logits exceed the first logits by 2^60."""
     window = (9, 12)
     inputs = draw(window, dtype)
     ramp = torch.linspace(0, growth, table_rows(window) - 3)[:, None]

@@ -156,7 +156,7 @@ def test_attention_equals_one_process(results, name):
 
 
 def test_attention_table_gradient_is_sum_over_processes(results):
-    """A local gradient is only a part of the sum, so a rule without Partial fails."""
+    """A local gradient is only a part of the sum."""
     local, full = results["samples"]["local_grads"][3], results["samples"]["grads"][3]
     assert local.shape == full.shape
     assert (local - full).abs().max() > 0.1 * full.abs().max()

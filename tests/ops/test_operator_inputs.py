@@ -1,4 +1,4 @@
-"""Bad arguments of attention on every path, empty batches, and NaN in one sample."""
+"""Bad arguments of attention, empty batches, and NaN in one sample."""
 
 import subprocess
 import sys
@@ -92,7 +92,7 @@ def test_attention_bad_arguments_raise_with_reason(name):
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_operator_with_bad_arguments_raises(name):
-    """The C++ operator names the first error; the Python function lists all errors."""
+    """The C++ operator names the first error only."""
     call_operator(arguments({}))
     with pytest.raises(ValueError, match=r"^beit_fast::rel_pos_attention"):
         call_operator(arguments(BAD_INPUTS[name][0]))
@@ -170,7 +170,7 @@ def test_attention_of_empty_batch_has_empty_gradients(biased, masked, dropout_p)
 @pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_with_nan_keeps_it_in_its_sample(poisoned, masked):
-    """Only the table gradient, a sum over samples, may be NaN for other samples."""
+    """Only the table gradient, a sum over samples, may become NaN."""
     tensors = {name: torch.randn(3, 7, 2, 16) for name in ("q", "k", "v", "grad_out")}
     table = torch.randn(table_rows((2, 3)), 2)
     key_mask = torch.rand(3, 7) > 0.3 if masked else None

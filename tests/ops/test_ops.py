@@ -78,7 +78,7 @@ def test_attention_autocast_casts_projections_but_not_table():
 
 
 def test_attention_mixed_dtypes_raise():
-    """An fp32 mask with half q gave silent errors in the SDPA of cuDNN (pytorch/pytorch#191612)."""
+    """cuDNN was silently wrong for mixed dtypes (pytorch/pytorch#191612)."""
     case = attention_case((2, 3))
     with pytest.raises(ValueError, match="one floating-point dtype"):
         beit_fast.rel_pos_attention(case.q.bfloat16(), case.k, case.v, case.table, case.window)

@@ -18,7 +18,10 @@ OPTIONAL = ("branch", "scale", "drop_path_scale", "weight", "bias")
 
 
 def inputs_of(case: ResidualCase, *, trained: bool = False) -> list[Tensor | None]:
-    """Return the tensors of a call; if `trained`, all but `drop_path_scale` require gradients."""
+    """Return the tensors of an operator call.
+
+    If `trained`, all but `drop_path_scale` require gradients.
+    """
     names = ("residual", *OPTIONAL)
     tensors = [getattr(case, name) for name in names]
     return [
@@ -86,7 +89,7 @@ def test_residual_norm_backward_skips_unneeded_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_residual_norm_autocast_returns_normalized_in_low_precision(dtype: torch.dtype) -> None:
-    """The next matmul would round the fp32 LayerNorm of eager to the same numbers."""
+    """The next matmul would round the fp32 LayerNorm to these numbers."""
     case = residual_case().map(lambda x: x.to(dtype), "branch")
     residual, *others = inputs_of(case, trained=True)
     expected_sum, expected = residual_norm.residual_norm(residual, *others, EPS)

@@ -30,7 +30,7 @@ With three terms, the sum omits two products of at most 2**-8 * 2**-16 each and 
 
 
 def make(rows, depth, columns, seed=0):
-    """Draw x, weight, bias and residual, with results of one size at every depth."""
+    """Draw x, weight, bias and residual; results do not grow with depth."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (rows, depth), (columns, depth), (columns,), (rows, columns)
     x, weight, bias, residual = (torch.randn(*shape, generator=generator) for shape in shapes)
@@ -120,7 +120,7 @@ def test_linear_drawn_calls_are_within_error_bound(call):
 
 @needs_tiles
 def test_linear_gelu_over_whole_range_is_as_exact_as_fp32():
-    """A weight of 1 isolates GELU, whose error is compared with the fp32 GELU of PyTorch."""
+    """A weight of 1 isolates the error of GELU."""
     x = torch.cat(
         [torch.linspace(-30, 30, 200_001), torch.randn(50_000) * 1e-3, torch.tensor([0.0, -0.0, 1e30, -1e30])]
     )
@@ -256,7 +256,10 @@ def test_linear_of_infinities_returns_nan(terms):
 @needs_tiles
 @pytest.mark.parametrize("terms", [2, 3])
 def test_linear_at_ends_of_range_loses_last_bits(terms):
-    """Inputs up to 3.396e38 are accurate; they lose last bits below 2**-110 and are 0 below 2**-126."""
+    """Inputs up to 3.396e38 are accurate.
+
+    They lose last bits below 2**-110, and are 0 below 2**-126.
+    """
     one = split_bf16.pack(torch.ones(1, 1), terms)
     accuracy = {2: 2**-16, 3: 0.0}[terms]
     numbers = torch.tensor([3.396e38, -3.396e38, 1.2345678e-32, 1.2345678]).double()
@@ -298,7 +301,7 @@ def test_linear_gradients_are_within_budget():
 @pytest.mark.parametrize("terms", [2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matmul_returns_bits_of_packed_linear(terms, transposed):
-    """Sizes grow and shrink, so that the cached memory is too small and too large."""
+    """Sizes grow and shrink, so that cached memory is replaced and reused."""
     for rows, depth, columns in ((5, 40, 33), (3, 7, 2), (70, 96, 100), (0, 8, 4), (4, 0, 4), (6, 9, 0)):
         x = torch.randn(2, rows, depth)
         matrix = torch.randn(depth, columns).t() if transposed else torch.randn(columns, depth)

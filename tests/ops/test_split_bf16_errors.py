@@ -85,7 +85,7 @@ print(json.dumps([split_bf16.unsupported_reason(), errors]))
 
 
 def report_errors(**environment):
-    """Return the unsupported reason and the errors of both operators in a new process."""
+    """Return the unsupported reason and both errors in a new process."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", REPORT],
         env={**os.environ, **environment},

@@ -1,4 +1,7 @@
-"""Random inputs for attention; tables are N(0, 1) too, so that a missing bias is detected."""
+"""Random inputs for attention.
+
+Tables are N(0, 1) like q, k and v, so that a missing bias is detected.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ def attention_case(
     biased: bool = True,
     seed: int = 0,
 ) -> AttentionCase:
-    """Draw a case; if `masked`, mask about a third of the keys and all keys of the last sample."""
+    """Draw a case.
+
+    If `masked`, about a third of the keys and all keys of the last sample are masked.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""CUDA patch embedding on CPU tensors: its source, compiled against an emulator of a block.
+"""CUDA patch embedding on CPU tensors, compiled against an emulator of a block.
 
 `tests/cuda_emulation` has the emulator. It runs the whole operator, from argument checks to the last store.
 """
@@ -52,7 +52,11 @@ def torch_includes() -> list[str]:
 
 @functools.cache
 def build() -> tuple[Path, str]:
-    """Compile the library unless it is cached; return its path and the compiler error, or an empty text."""
+    """Compile the library unless it is cached.
+
+    Returns:
+        Path of the library, and the compiler error or an empty text.
+    """
     cxx = compiler()
     assert cxx is not None
     flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden"]

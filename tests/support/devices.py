@@ -1,4 +1,4 @@
-"""Attention kernels and device of this process, fixed when the package and Triton are imported."""
+"""Attention kernels and device of this process, fixed at import."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def cuda_unsupported_reason() -> str | None:
 
 
 def kernels_are_native() -> bool:
-    """Return whether tests/kernels runs the native library: it is loaded and Triton has no CUDA device."""
+    """Return whether tests/kernels runs the native library instead of Triton."""
     return native.is_loaded("_C") and cuda_unsupported_reason() is not None
 
 
 def kernel_device() -> torch.device | None:
-    """Return CPU for native and interpreted kernels, CUDA for compiled kernels, None if no kernel can run."""
+    """Return the device of the tested kernels, or None if no kernel can run."""
     if os.environ.get(INTERPRETER_VARIABLE) == "1" or kernels_are_native():
         return torch.device("cpu")
     return None if cuda_unsupported_reason() else torch.device("cuda", torch.cuda.current_device())

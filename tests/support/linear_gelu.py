@@ -20,7 +20,7 @@ def make_layer(
     *,
     biased: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw x `[*rows, inputs]`, weight and bias with N(0, 1) products, equal on all devices."""
+    """Draw x `[*rows, inputs]`, weight and bias, equal on all devices."""
     generator = torch.Generator().manual_seed(99)
 
     def normal(*shape: int) -> Tensor:
@@ -37,7 +37,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def check_layer(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check `actual` against fp64, within the error of the two operations in the input dtype."""
+    """Check `actual` against fp64, within the error of the two operations."""
     reference = plain(x.double(), weight.double(), None if bias is None else bias.double())
     assert_within_budget("linear_gelu", actual, reference, plain(x, weight, bias), FORWARD_FACTOR)
     assert actual.dtype == x.dtype

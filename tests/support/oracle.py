@@ -1,4 +1,4 @@
-"""Reference for all kernels: dense attention from the paper, in the precision of its inputs.
+"""Reference for all kernels: dense attention in the precision of its inputs.
 
 The oracle does not import `beit_fast`. Its relative index loops over token pairs, so that it cannot share a mistake
 with the index arithmetic of the package.
@@ -31,7 +31,7 @@ def _paper_index(window: tuple[int, int]) -> Tensor:
 
 
 def paper_index(window: tuple[int, int]) -> Tensor:
-    """Return the bias table row of every (query, key) pair, int64 `[N, N]`, `N = height * width + 1`."""
+    """Return the bias table row of every (query, key) pair, int64 `[N, N]`."""
     return _paper_index(tuple(window)).clone()
 
 
@@ -41,7 +41,7 @@ def dense_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def philox_keep(seed: int, dropout_p: float, batch: int, heads: int, tokens: int) -> Tensor:
-    """Compute the dropout mask of Philox4x32-10 (Salmon et al., SC 2011), bool `[B, H, N, N]`; True is kept.
+    """Compute the dropout mask of Philox4x32-10 (Salmon et al., SC 2011), bool `[B, H, N, N]`.
 
     It uses Python integers, so that it shares no code with the tensor and Triton versions.
     """
@@ -77,7 +77,7 @@ def attention_oracle(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Compute dense, differentiable attention with relative position bias, `[B, N, H, D]` in and out.
+    """Compute dense attention with relative position bias, `[B, N, H, D]` in and out.
 
     With fp64 inputs this is the reference. With inputs of the tested dtype, its error is the error budget.
     A query whose keys are all masked gives zeros.
@@ -100,7 +100,7 @@ def attention_oracle(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return `norm(actual - expected) / norm(expected)` in fp64; two empty or zero tensors give 0."""
+    """Return `norm(actual - expected) / norm(expected)` in fp64; 0 if both are empty or 0."""
     expected = expected.double()
     difference = torch.linalg.vector_norm(actual.double() - expected).item()
     size = torch.linalg.vector_norm(expected).item()
@@ -110,10 +110,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_within_budget(
     name: str, actual: Tensor, reference: Tensor, eager: Tensor, factor: float, dtype: torch.dtype | None = None
 ) -> None:
-    """Assert that the error of `actual` is at most `factor` times the error of `eager`, plus a rounding floor.
+    """Assert that the error of `actual` is within `factor` times the error of `eager`.
 
-    Both errors are relative to the fp64 `reference`. The floor is four times the machine epsilon of `dtype`, the dtype
-    to which inputs are rounded (None: the dtype of `eager`). NaN and infinity always fail.
+    Both errors are relative to the fp64 `reference`. A floor is added: four times the machine epsilon of `dtype`, the
+    dtype to which inputs are rounded (None: the dtype of `eager`). NaN and infinity always fail.
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(reference.shape)}"
     assert torch.isfinite(actual).all(), f"{name}: not finite"

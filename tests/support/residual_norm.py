@@ -37,7 +37,7 @@ class ResidualCase:
         return {name: value for name, value in values.items() if value is not None}
 
     def map(self, function: Callable[[Tensor], Tensor], *names: str) -> ResidualCase:
-        """Copy the case with `function` applied to the named tensors that are not None."""
+        """Apply `function` to the named tensors that are not None."""
         return replace(self, **{name: function(x) for name, x in self.tensors().items() if name in names})
 
     def to(self, dtype: torch.dtype) -> ResidualCase:
@@ -58,9 +58,9 @@ def residual_case(
     without: tuple[str, ...] = (),
     seed: int = 0,
 ) -> ResidualCase:
-    """Draw N(0, 1) inputs, equal on all devices, and drop a third of the samples.
+    """Draw N(0, 1) inputs, equal on all devices.
 
-    Fields in `without` are None.
+    Drop path drops a third of the samples. Fields in `without` are None.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -139,9 +139,10 @@ def check_parity(
     reference: Callable[[ResidualCase], dict[str, Tensor]] = eager,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Check `run` against `reference` in fp64, within the error of `reference` in the dtypes of the case.
+    """Check `run` against `reference` in fp64.
 
-    `dtype` is the coarsest dtype if the case mixes several.
+    The error budget is the error of `reference` in the dtypes of the case. `dtype` is the coarsest dtype if the case
+    mixes several.
     """
     results, exact, rounded = run(case), reference(case.to(torch.float64)), reference(case)
     assert results.keys() == exact.keys() == rounded.keys()
