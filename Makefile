@@ -83,9 +83,8 @@ test-triton-%: .venvs/triton-%/.done
 test-transformers-%: .venvs/transformers-%/.done
 	PYTHONPATH=$(CURDIR)/.venvs/transformers-$* $(BIN)/pytest tests/versions
 
-# The operators on a library that stops at a wrong address or at undefined behaviour, in a copy of the package. The
-# sanitizer must be there before Python is, and libstdc++ with it, or it meets exceptions that it does not know; what
-# Python and torch still hold at the end is no leak.
+# Test the operators with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package. Preload both
+# libraries, or exceptions are not intercepted. Leak detection is off: Python and torch do not free everything at exit.
 SANITIZED := build/sanitize
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
 sanitize: export PYTHONPATH := $(CURDIR)/$(SANITIZED)

@@ -1,4 +1,4 @@
-"""Adds the libraries of csrc/ to what pyproject.toml declares: those that can be built here, for any Python.
+"""Build the native libraries that this machine supports, for any Python version.
 
 `BEIT_FAST_NATIVE=0` builds none; `BEIT_FAST_NATIVE=1` makes it an error when one is missing for which there is a
 compiler, or when there is no C++ compiler. csrc/build.py has the commands, and what else can be set. The long

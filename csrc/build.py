@@ -4,8 +4,8 @@
 
 Every object that uses an inline function or a template has a copy of it, compiled for that object's instruction set.
 The linker keeps the first copy for all objects. So objects are linked from the oldest instruction set to the newest:
-each set contains the sets before it, and an object that needs a copy has one, so no object gets a copy for a newer set
-than its own. Link-time optimisation would mix the sets, so it is disabled.
+each object then links to a copy compiled for its own set or an older one. Link-time optimization would mix the sets,
+so it is disabled.
 """
 
 from __future__ import annotations

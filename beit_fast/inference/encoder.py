@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..layers.attention_backends import dense_bias, eager_attention, run_attention
 from ..layers.block import BeitEncoder, BeitLayer
 from ..layers.context import BlockContext, Kernels, choose_kernels, query_dtype
-from ..ops.dispatch import attention, availability
+from ..ops.dispatch import availability
 from ..ops.packed_bias import pack_bias, packed_bias_attention
 from ..ops.residual_norm import residual_norm
 from ..position_bias import Window, resize_table, token_count
@@ -33,25 +33,26 @@ Biases = tuple[LayerBias, ...]
 
 
 class BiasCache:
-    """Biases of the last `limit` windows."""
+    """Biases of the last `limit` windows, for the attention kernel of a forward pass."""
 
-    def __init__(self, make: Callable[[Window], Biases], limit: int = 8) -> None:
+    def __init__(self, make: Callable[[Window, str], Biases], limit: int = 8) -> None:
         self.limit = limit
         self._make = make
-        self._biases: OrderedDict[Window, Biases] = OrderedDict()
+        self._biases: OrderedDict[tuple[Window, str], Biases] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._biases)
 
-    def __call__(self, window: Window) -> Biases:
+    def __call__(self, window: Window, kernel: str) -> Biases:
+        key = (window, kernel)
         with self._lock:
-            biases = self._biases.pop(window, None)
+            biases = self._biases.pop(key, None)
             if biases is None:
-                biases = self._make(window)
+                biases = self._make(window, kernel)
                 while len(self._biases) >= self.limit:
                     self._biases.popitem(last=False)
-            self._biases[window] = biases
+            self._biases[key] = biases
             return biases
 
     def held(self) -> list[Biases]:
@@ -166,15 +167,16 @@ class FoldedEncoder(nn.Module):
 
     def _run(self, hidden_states: Tensor, context: BlockContext) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the output and the attention weights of each block."""
-        for block, bias in zip(self.blocks(), self.biases(context.window), strict=True):
+        biases = self.biases(context.window, context.kernels.name)
+        for block, bias in zip(self.blocks(), biases, strict=True):
             hidden_states, weights = block(hidden_states, bias, context)
             yield hidden_states, weights
 
     def _run_fused(self, hidden_states: Tensor, context: BlockContext) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the same, with each residual and the norm after it in one kernel."""
-        blocks = list(self.blocks())
+        blocks, biases = list(self.blocks()), self.biases(context.window, context.kernels.name)
         normalized = blocks[0].norm(hidden_states, 0)
-        for block, bias, following in zip(blocks, self.biases(context.window), [*blocks[1:], None], strict=True):
+        for block, bias, following in zip(blocks, biases, [*blocks[1:], None], strict=True):
             attended, weights = block.self_attention(normalized, bias, context)
             hidden_states, normalized = residual_norm(hidden_states, block.out(attended), eps=block.eps[1])
             branch = block.down(block.up(normalized))
@@ -215,18 +217,17 @@ class FoldedEncoder(nn.Module):
         tables = {id(table): table for table in self._native_tables if table is not None}.values()
         return sum(linear.weight_bytes() for linear in self.linears()) + sum(t.nbytes for t in tables)
 
-    def _biases_for(self, window: Window) -> Biases:
+    def _biases_for(self, window: Window, kernel: str) -> Biases:
         """Build the bias of every layer, once for layers that share a table."""
         made: dict[int, LayerBias] = {}
         for table in self._native_tables:
             if id(table) not in made:
-                made[id(table)] = self._bias_for(table, window)
+                made[id(table)] = self._bias_for(table, window, kernel)
         return tuple(made[id(table)] for table in self._native_tables)
 
-    def _bias_for(self, table: Tensor | None, window: Window) -> LayerBias:
+    def _bias_for(self, table: Tensor | None, window: Window, kernel: str) -> LayerBias:
         if table is not None and self._native_window is not None:
             table = resize_table(table, self._native_window, window)
-        kernel = attention.kernel_name(self.attn_implementation, self.device, self.dtype, self.head_dim)
         if kernel not in availability.TRITON_KERNELS:
             return LayerBias(table, None)
         like = torch.empty(1, token_count(window), self.num_heads, self.head_dim, dtype=self.dtype, device=self.device)

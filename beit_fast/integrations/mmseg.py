@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..checkpoint.key_mapping import TRUNK_PREFIX, to_hub_names
 from ..configuration.beit_config import BeitConfig
 from ..models.backbone import BeitBackbone
+from ..utils.messages import join_choices, raise_value_error
 from ..utils.names import POSITION_INTERPOLATIONS
 
 _ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu"}
@@ -95,7 +96,8 @@ class MmsegBeit(nn.Module):
         fixed = {"qv_bias": qv_bias, "patch_norm": patch_norm, "final_norm": final_norm, "num_fcs": num_fcs}
         errors = _fixed_errors(fixed) + _layer_errors(norm, activation, init_values)
         errors += _index_errors(indices, num_layers, feature_pyramid)
-        _raise_errors(errors + _pretrained_errors(pretrained, init_cfg, position_interpolation))
+        errors += _pretrained_errors(pretrained, init_cfg, position_interpolation)
+        raise_value_error("MmsegBeit cannot be built", errors)
         self.out_indices = [index % num_layers for index in indices]
         self.embed_dims, self.norm_eval = embed_dims, norm_eval
         self.pretrained = init_cfg["checkpoint"] if init_cfg else pretrained
@@ -155,11 +157,6 @@ def _fixed_errors(given: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _raise_errors(errors: Sequence[str]) -> None:
-    if errors:
-        raise ValueError("MmsegBeit cannot be built:\n" + "\n".join(f"- {error}" for error in errors))
-
-
 def _set_norms_trainable(trunk: nn.Module, trainable: bool) -> None:
     for module in trunk.modules():
         if isinstance(module, nn.LayerNorm):
@@ -171,7 +168,7 @@ def _layer_errors(norm: Mapping[str, Any], activation: Mapping[str, Any], init_v
     if norm["type"] != "LN" or set(norm) - {"type", "eps", "requires_grad"}:
         errors.append(f"norm_cfg={dict(norm)} is not supported (expected type 'LN' with eps and requires_grad)")
     if set(activation) != {"type"} or activation["type"] not in _ACTIVATIONS:
-        accepted = " or ".join(map(repr, _ACTIVATIONS))
+        accepted = join_choices(_ACTIVATIONS)
         errors.append(f"act_cfg={dict(activation)} is not supported (expected type {accepted})")
     if not init_values > 0:
         errors.append(f"init_values={init_values} is not supported (expected a number above 0)")
@@ -196,7 +193,7 @@ def _pretrained_errors(pretrained: Any, init_cfg: Any, interpolation: str) -> li
     if init_cfg and not (is_mapping and init_cfg.get("type") == "Pretrained" and "checkpoint" in init_cfg):
         errors.append(f"init_cfg={init_cfg} is not supported (expected dict(type='Pretrained', checkpoint=...))")
     if interpolation not in POSITION_INTERPOLATIONS:
-        accepted = " or ".join(map(repr, POSITION_INTERPOLATIONS))
+        accepted = join_choices(POSITION_INTERPOLATIONS)
         errors.append(f"position_interpolation={interpolation!r} is not supported (expected {accepted})")
     return errors
 

@@ -26,8 +26,8 @@ class ModelOutput(OrderedDict[str, Any]):
 
     Iterating gives the keys, as for any dict; unpack with `loss, logits = output.to_tuple()`. Subclasses are
     dataclasses and pytree nodes (serialised under `module.ClassName`).
-    `torch.jit.trace(strict=False)` makes a plain dict of one, whose values must then be of one type: trace
-    with `return_dict=False` where hidden states or attentions are asked for.
+    `torch.jit.trace(strict=False)` converts an output to a dict, which must have values of one type. Pass
+    `return_dict=False` if hidden states or attentions are requested.
 
     Two fields mean the same in every output here (B images, N = 1 + patches tokens, E channels, H heads):
 
@@ -40,7 +40,7 @@ class ModelOutput(OrderedDict[str, Any]):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclass(cls, repr=False, eq=False)
-        for name in ("__eq__", "__repr__"):  # its own ones, or a second @dataclass would put in others
+        for name in ("__eq__", "__repr__"):  # pin both methods: a second @dataclass would replace them
             setattr(cls, name, getattr(cls, name))
         cls._field_names = tuple(field.name for field in fields(cls))  # type: ignore[arg-type]
         required = [field.name for field in fields(cls) if field.default is not None]  # type: ignore[arg-type]

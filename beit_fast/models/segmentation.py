@@ -60,9 +60,9 @@ class BeitConvModule(nn.Module):
 class BeitAdaptivePool(nn.Module):
     """Means over a grid of cells that may overlap, `[B, E, h, w]` to `[B, E, cells, cells]`.
 
-    torch decomposes its own operator by whether the cells divide the map and writes that into a graph: one for every
-    size then computes something else at other sizes, under ONNX without an error. For symbolic sizes the means are
-    therefore two matrix products.
+    PyTorch decomposes `adaptive_avg_pool2d` differently if `cells` divides the size. An exported graph fixes one case
+    and gives wrong results for other sizes, under ONNX without an error. For symbolic sizes the means are therefore two
+    matrix products.
     """
 
     def __init__(self, cells: int) -> None:

@@ -85,7 +85,7 @@ def _window_errors(q: Tensor, table: Tensor | None, window: Window) -> list[str]
 
 
 def _known(*sizes: int) -> list[int]:
-    """The sizes that are numbers: comparing a symbolic one would bind a traced program to it."""
+    """Return the sizes that are ints: comparing a symbolic size would add a guard."""
     return [size for size in sizes if isinstance(size, int)]
 
 
@@ -150,7 +150,7 @@ def _token_errors(tensors: dict[str, Tensor | None], pixels: Tensor, weight: Ten
     if (mask is None) != (tensors["mask_token"] is None):
         errors.append("mask and mask_token go together: give both or neither")
     patches = (pixels.shape[2] // weight.shape[2]) * (pixels.shape[3] // weight.shape[3])
-    if 0 in _known(patches):  # said before; what must have a token each is not judged
+    if 0 in _known(patches):  # already reported; mask and pos cannot be checked without patches
         return errors
     shape = [pixels.shape[0], patches]
     if mask is not None and (mask.dtype != torch.bool or shapes_differ(mask, shape)):

@@ -30,14 +30,20 @@ def raise_errors(owner: str, errors: Sequence[FieldError]) -> None:
     raise kind(f"{owner} has {count}:\n" + "\n".join(f"- {error.text}" for error in errors))
 
 
+def raise_value_error(heading: str, errors: Sequence[str]) -> None:
+    """Raise one ValueError that lists all `errors` under `heading`, or return if there are none."""
+    if errors:
+        raise ValueError(f"{heading}:\n" + "\n".join(f"- {error}" for error in errors))
+
+
 def describe(name: str, value: Any) -> str:
     """`name=value` with a shortened value."""
     return f"{name}={reprlib.repr(value)}"
 
 
-def join_some(items: Iterable[str], limit: int = _LIST_LIMIT) -> str:
+def join_some(items: Iterable[object], limit: int = _LIST_LIMIT) -> str:
     """Join the first `limit` items by commas and count the others."""
-    shown = list(items)
+    shown = [str(item) for item in items]
     more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
     return ", ".join(shown[:limit]) + more
 

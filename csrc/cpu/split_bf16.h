@@ -1,5 +1,5 @@
-// fp32 as a sum of bf16 terms: each term is what the terms before it leave, rounded to nearest even. Three terms hold
-// every bit of fp32 (bf16x3), two hold fp16 and 17 bits of fp32 (bf16x2).
+// fp32 as a sum of bf16 terms: each term is the remainder after the previous terms, rounded to nearest even. Three
+// terms hold every bit of fp32 (bf16x3), two hold fp16 and 17 bits of fp32 (bf16x2).
 #pragma once
 
 #include "cpu/simd.h"

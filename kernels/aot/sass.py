@@ -99,8 +99,8 @@ def _run_on(cubin: bytes, *command: str) -> str:
 
 def main_loop(disassembly: str) -> Counter[str]:
     """Count the instructions, with modifiers, of the loop that multiplies matrices; empty if there is none."""
-    # Of the loops around a matrix instruction, the one that ends first: on sm_100, waits for barriers are behind the
-    # code, and branch back over the loop as well. Without tensor cores, the shortest loop with the most FFMA.
+    # Choose the innermost loop around a matrix instruction: on sm_100, barrier waits after the code branch back as
+    # well. Without tensor cores, choose the shortest loop with the most FFMA.
     instructions, loops = _instructions_and_loops(disassembly)
     bodies = [instructions[first : last + 1] for first, last in loops]
     with_matrices = [body for body in bodies if any(MATRIX.match(name) for name in body)]

@@ -15,6 +15,7 @@ from beit_fast.inference.cuda_graphs import GraphCache
 from beit_fast.inference.linear import InferenceLinear, PackedLinear, SplitBf16Linear
 from beit_fast.ops.cpu_linear import onednn, split_bf16
 
+from ..support.devices import DEFAULT_ATTENTION
 from ..support.models import MEAN, STD, build, byte_images, images
 from ..support.oracle import relative_error
 from ..support.transformers_reference import CLASSES, POSITIONS
@@ -385,7 +386,7 @@ def test_optimized_model_graphs_capture_pixel_calls(graphs):
     assert optimized(images(), labels=torch.tensor([0, 1])).loss is not None
     assert optimized.graph_report() == report
     held = [graph.held for graph in optimized._graphs._graphs.values()]
-    assert held[0][0] is biases((4, 4)), "a graph keeps the biases of its window"
+    assert held[0][0] is biases((4, 4), DEFAULT_ATTENTION), "a graph keeps the biases of its window"
     optimized.set_attn_implementation("eager")
     assert optimized.graph_report().graphs == ()
     assert_same_outputs(optimized, model, images())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...checkpoint.key_mapping import to_hub_names, to_timm_names
 from ...configuration.beit_config import BeitConfig
 from ...models.beit import BeitForImageClassification
+from ...utils.messages import join_choices, join_some, raise_value_error
 
 try:
     from timm import create_model
@@ -44,7 +45,7 @@ def to_timm(model: BeitForImageClassification) -> timm_beit.Beit:
     if not isinstance(model, BeitForImageClassification):
         raise TypeError(f"to_timm takes a BeitForImageClassification, not a {type(model).__name__}")
     config = model.config
-    _raise_errors("timm's Beit", _errors_to_timm(model))
+    raise_value_error("this model cannot be converted to timm's Beit", _errors_to_timm(model))
     created = create_model(
         "beit_large_patch16_224" if config.num_hidden_layers == _LARGE_LAYERS else "beit_base_patch16_224",
         pretrained_cfg=_pretrained_options(config),
@@ -54,7 +55,7 @@ def to_timm(model: BeitForImageClassification) -> timm_beit.Beit:
         block.mlp.drop1.p = 0.0  # our MLP has no dropout here
     created = created.to(model.device, model.dtype).train(model.training)
     state = to_timm_names(model.state_dict())
-    _raise_errors("timm's Beit", _parameter_errors(created.state_dict(), state))
+    raise_value_error("this model cannot be converted to timm's Beit", _parameter_errors(created.state_dict(), state))
     created.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
     return created
 
@@ -77,11 +78,13 @@ def from_timm(
     """
     if not isinstance(model, timm_beit.Beit):
         raise TypeError(f"from_timm takes a Beit of timm.models.beit, not a {type(model).__name__}")
-    _raise_errors("BeitForImageClassification", _errors_from_timm(model))
+    raise_value_error("this model cannot be converted to BeitForImageClassification", _errors_from_timm(model))
     with torch.device("meta"):
         ours = BeitForImageClassification(_config_of(model), attn_implementation, patch_embed_implementation)
     state, _ = to_hub_names(model.state_dict())
-    _raise_errors("BeitForImageClassification", _parameter_errors(ours.state_dict(), state))
+    raise_value_error(
+        "this model cannot be converted to BeitForImageClassification", _parameter_errors(ours.state_dict(), state)
+    )
     ours.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
     return ours.train(model.training)
 
@@ -92,9 +95,7 @@ def _errors_to_timm(model: BeitForImageClassification) -> list[str]:
     if config.attention_head_dim * config.num_attention_heads != config.hidden_size:
         errors.append(f"head_dim={config.head_dim} is not supported (expected hidden_size / num_attention_heads)")
     if config.hidden_act not in _EXACT_GELU:
-        errors.append(
-            f"hidden_act={config.hidden_act!r} is not supported (expected {' or '.join(map(repr, _EXACT_GELU))})"
-        )
+        errors.append(f"hidden_act={config.hidden_act!r} is not supported (expected {join_choices(_EXACT_GELU)})")
     if config.use_mask_token:
         errors.append("a mask token, which timm does not have: from_pretrained(..., use_mask_token=False) drops it")
     return errors + _meta_errors(model)
@@ -192,10 +193,10 @@ def _errors_from_timm(model: timm_beit.Beit) -> list[str]:
         f"blocks.{index}.mlp ({block.mlp})" for index, block in enumerate(model.blocks) if not _is_plain(block.mlp)
     ]
     if unlike:
-        errors.append(f"{_listed(unlike)}: not supported (expected Mlp with GELU())")
+        errors.append(f"{join_some(unlike, _SHOWN)}: not supported (expected Mlp with GELU())")
     eps = sorted({module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)})
     if len(eps) > 1:
-        errors.append(f"norms with eps {_listed(eps)}: not supported (expected one eps)")
+        errors.append(f"norms with eps {join_some(eps, _SHOWN)}: not supported (expected one eps)")
     return errors + _dropout_errors(model)
 
 
@@ -217,11 +218,11 @@ def _dropout_errors(model: timm_beit.Beit) -> list[str]:
     for name, rate in accepted.items():
         found = sorted({module.p for path, module in model.named_modules() if path.endswith(name)} - {rate})
         if found:
-            errors.append(f"{name} with p={_listed(found)} is not supported (expected {rate})")
+            errors.append(f"{name} with p={join_some(found, _SHOWN)} is not supported (expected {rate})")
     rates = _drop_path_rates(model)
     last = max(len(rates) - 1, 1)
     if any(abs(rate - rates[-1] * index / last) > 1e-6 for index, rate in enumerate(rates)):
-        errors.append(f"drop path rates {_listed(rates)} are not supported (expected linear from 0)")
+        errors.append(f"drop path rates {join_some(rates, _SHOWN)} are not supported (expected linear from 0)")
     return errors
 
 
@@ -237,7 +238,7 @@ def _pooling_of(model: timm_beit.Beit) -> tuple[str, ...]:
 
 def _meta_errors(model: nn.Module) -> list[str]:
     on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    return [f"parameters on the meta device have no values: {_listed(on_meta)}"] if on_meta else []
+    return [f"parameters on the meta device have no values: {join_some(on_meta, _SHOWN)}"] if on_meta else []
 
 
 def _parameter_errors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -254,15 +255,4 @@ def _parameter_errors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor])
         "has unexpected parameters": left_over,
         "has parameters of another shape": shapes,
     }
-    return [f"the model {what}: {_listed(names)}" for what, names in groups.items() if names]
-
-
-def _raise_errors(target: str, errors: list[str]) -> None:
-    if errors:
-        raise ValueError(f"this model cannot be converted to {target}:\n" + "\n".join(f"- {error}" for error in errors))
-
-
-def _listed(items: Iterable[object]) -> str:
-    shown = [str(item) for item in items]
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + more
+    return [f"the model {what}: {join_some(names, _SHOWN)}" for what, names in groups.items() if names]

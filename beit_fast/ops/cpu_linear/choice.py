@@ -33,8 +33,8 @@ Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A function like `F.linear`: left `[..., inner]`, right `[columns, inner]` and bias `[columns]`, of any strides."""
 
 _REQUESTED = os.environ.get("BEIT_FAST_CPU_LINEAR")
-_MIN_ROWS_ONEDNN = 320  # below, packing the weights costs what an oneDNN 1.5 times as fast as MKL saves
-_MIN_ROWS_SPLIT_BF16 = 128  # below, packing costs what the tiles save
+_MIN_ROWS_ONEDNN = 320  # with fewer, packing costs more than oneDNN saves (1.5 times as fast as MKL)
+_MIN_ROWS_SPLIT_BF16 = 128  # with fewer, packing costs more than the tiles save
 _WIDE_AVX512_FAMILY = 26  # AMD's Zen 5
 
 

@@ -138,8 +138,8 @@ BEIT_FAST_HOST_DEVICE constexpr uint32_t weight_place(uint32_t column, uint32_t 
     return column * kSlabBytes + ((chunk ^ ((column >> 3) & 3)) << 4);
 }
 
-// Column, of 32, that column n of the product of 8 columns number `product` (0 to 3) stands for: so a thread, which
-// holds columns 2q and 2q + 1 of each of the four, has eight adjacent ones, 8q to 8q + 7.
+// Map column n (0 to 7) of product `product` (0 to 3) to one of 32 columns. A thread holds columns 2q and 2q + 1 of each
+// product, so it owns eight adjacent columns, 8q to 8q + 7.
 BEIT_FAST_HOST_DEVICE constexpr uint32_t fragment_column(uint32_t product, uint32_t n) {
     return 8 * (n >> 1) + 2 * product + (n & 1);
 }
