@@ -1,7 +1,7 @@
 """Pixels to tokens on a CPU, each baseline in its own process: `pytest benchmarks/bench_patch_embed.py`.
 
 The timed function returns tokens `[B, 1 + P, E]`: the projection with CLS before it. For uint8 pixels it includes the
-normalisation and the position embeddings.
+normalization and the position embeddings.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _compiled_last(item: pytest.Item) -> str:
     """Sort key that moves slow compilations to the end, where a budget cuts them first."""
-    callspec = getattr(item, "callspec", None)  # only parametrised tests have one
+    callspec = getattr(item, "callspec", None)  # only parametrized tests have one
     baseline = callspec.params.get("baseline") if callspec is not None else None
     return baseline.name if baseline is not None and baseline.compiles else ""
 

@@ -1,4 +1,4 @@
-"""Classify images with a checkpoint, as it is and optimised for inference.
+"""Classify images with a checkpoint, as it is and optimized for inference.
 
 python examples/classification.py [IMAGE ...] [--model FOLDER_OR_ID]
 
@@ -20,7 +20,7 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each image and the difference of the optimised model; return the exit code."""
+    """Print a line for each image and the difference of the optimized model; return the exit code."""
     parser = argparse.ArgumentParser(description="Classify images with BEiT.")
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="default: the digits")
     parser.add_argument("--model", default=str(DIGITS), help="a checkpoint for classification (default: the digits')")

@@ -25,7 +25,7 @@ from beit_fast.position_bias import Window, gather_bias
 from beit_fast.testing import environment, latency, memory_unsupported_reason, peak_memory
 
 BACKENDS = ("eager", "sdpa", "triton")
-COLOURS = ("#8d99ae", "#457b9d", "#d1495b")
+COLORS = ("#8d99ae", "#457b9d", "#d1495b")
 SEED = 0
 REPEATS = 7
 FIGURE_INCHES = (13.6, 8.4)
@@ -341,7 +341,7 @@ def _draw_bars(axis: Any, results: list[Result], field: str, scale: float, title
     known = [getattr(result, field) for result in results]
     lengths = [0.0 if value is None else value * scale for value in known]
     longest = max(lengths) or 1.0
-    axis.barh(rows, lengths, color=COLOURS[: len(results)], height=0.66)
+    axis.barh(rows, lengths, color=COLORS[: len(results)], height=0.66)
     for row, (value, length) in enumerate(zip(known, lengths, strict=True)):
         text = "not measured" if value is None else f"{length:.1f}"
         axis.text(length + 0.015 * longest, row, text, va="center", fontsize=10)

@@ -114,13 +114,13 @@ def draw_scenes(count: int, random: np.random.Generator) -> tuple[Tensor, Tensor
     pictures, maps = [], []
     for _ in range(count):
         nearness = np.full((SIDE, SIDE), 0.1)
-        colours = np.full((3, SIDE, SIDE), 0.1)
+        colors = np.full((3, SIDE, SIDE), 0.1)
         for near in np.sort(random.uniform(0.2, 1, DISCS)):  # the nearest is drawn last
             centre = random.uniform(0, SIDE, 2)
             disc = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < (near * SIDE / 4) ** 2
             nearness[disc] = near
-            colours[:, disc] = near * random.uniform(0.5, 1, (3, 1))
-        pictures.append(2 * colours - 1 + random.normal(0, 0.05, colours.shape))
+            colors[:, disc] = near * random.uniform(0.5, 1, (3, 1))
+        pictures.append(2 * colors - 1 + random.normal(0, 0.05, colors.shape))
         maps.append(nearness)
     return torch.from_numpy(np.stack(pictures)).float(), torch.from_numpy(np.stack(maps)).float()
 
@@ -132,7 +132,7 @@ def held_out_scenes() -> tuple[Tensor, Tensor]:
 def of_scenes(model: DPTForDepthEstimation) -> Image.Image:
     """Held-out scenes, their nearness, and the predictions, one row each."""
     pixels, nearness = held_out_scenes()
-    lines = [(pixels.permute(0, 2, 3, 1) + 1) / 2, grey(nearness), grey(predict(model, pixels))]
+    lines = [(pixels.permute(0, 2, 3, 1) + 1) / 2, gray(nearness), gray(predict(model, pixels))]
     sheet = torch.cat([torch.cat(list(line), dim=1) for line in lines])  # [3 * 64, B * 64, 3]
     picture = Image.fromarray((sheet.clamp(0, 1) * 255).byte().numpy())
     return picture.resize((picture.width * TILE // SIDE, picture.height * TILE // SIDE), Image.Resampling.NEAREST)
@@ -144,15 +144,15 @@ def of_photograph(model: DPTForDepthEstimation, photograph: Image.Image) -> Imag
     small = torch.from_numpy(np.array(photograph.resize((side, side)))).permute(2, 0, 1)[None] / 127.5 - 1
     depth = predict(model, small)[0]
     depth = (depth - depth.min()) / (depth.max() - depth.min()).clamp(min=1e-6)
-    shown = Image.fromarray((grey(depth) * 255).byte().numpy()).resize(photograph.size)
+    shown = Image.fromarray((gray(depth) * 255).byte().numpy()).resize(photograph.size)
     both = Image.new("RGB", (2 * photograph.width, photograph.height))
     both.paste(photograph)
     both.paste(shown, (photograph.width, 0))
     return both
 
 
-def grey(numbers: Tensor) -> Tensor:
-    """`[..., H, W]` as a grey picture `[..., H, W, 3]`."""
+def gray(numbers: Tensor) -> Tensor:
+    """`[..., H, W]` as a gray picture `[..., H, W, 3]`."""
     return numbers.unsqueeze(-1).expand(*numbers.shape, 3)
 
 

@@ -2,9 +2,9 @@
 
 python examples/segmentation_overlay.py [--out overlay.png] [--model FOLDER_OR_ID --image PATH]
 
-With --model, a checkpoint for semantic segmentation colours a photograph. Without it, the digits classifier beside this
+With --model, a checkpoint for semantic segmentation colors a photograph. Without it, the digits classifier beside this
 script gets a new UPerNet head, which is trained for some seconds to classify the ink of scikit-learn's handwritten
-digits. Then it colours twenty held-out digits.
+digits. Then it colors twenty held-out digits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--model and --image go together")
     if options.model is not None:
         model = BeitForSemanticSegmentation.from_pretrained(options.model, attn_implementation=options.attn)
-        picture = colour(model, BeitImageProcessor.from_pretrained(options.model), [Image.open(options.image)])[0]
+        picture = color(model, BeitImageProcessor.from_pretrained(options.model), [Image.open(options.image)])[0]
     else:
         try:
             digits = load_digits(seed=0)
@@ -107,7 +107,7 @@ def ink_accuracy(model: BeitForSemanticSegmentation, digits: Digits) -> float:
 
 
 @torch.inference_mode()
-def colour(
+def color(
     model: BeitForSemanticSegmentation,
     processor: BeitImageProcessor,
     pictures: list[Image.Image],
@@ -120,20 +120,20 @@ def colour(
     maps = processor.post_process_semantic_segmentation(outputs, sizes)  # [height, width] each
     hues = [(0.618 * index) % 1.0 for index in range(model.config.num_labels)]  # neighbours differ most
     palette = torch.tensor([colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]).mul(255).byte()
-    coloured = []
+    colored = []
     for picture, classes in zip(pictures, maps, strict=True):
         tint = Image.fromarray(palette[classes].numpy())
         tinted = Image.blend(picture, tint, OPACITY)
         if background is not None:
             tinted = Image.composite(tinted, picture, Image.fromarray((classes != background).numpy()))
-        coloured.append(tinted)
-    return coloured
+        colored.append(tinted)
+    return colored
 
 
 def digit_sheet(model: BeitForSemanticSegmentation, digits: Digits) -> Image.Image:
     """Two held-out digits of each class, one column per class."""
     images = [Image.fromarray(image).resize((TILE, TILE)) for image in digits.images[shown_indices(digits)]]
-    tiles = colour(model, BeitImageProcessor.from_pretrained(DIGITS), images, background=0)
+    tiles = color(model, BeitImageProcessor.from_pretrained(DIGITS), images, background=0)
     sheet = Image.new("RGB", (COLUMNS * TILE, len(tiles) // COLUMNS * TILE))
     for number, tile in enumerate(tiles):
         column, row = divmod(number, len(tiles) // COLUMNS)

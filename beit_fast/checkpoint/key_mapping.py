@@ -132,8 +132,8 @@ def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Chec
     else:
         # Names of version 4 match no rule. Data2VecVision mixes both versions.
         state = _renamed(state, ((r"^data2vec_vision\.", TRUNK_PREFIX), *_TRANSFORMERS_5))
-    masked_modelling = any(key.startswith("lm_head.") for key in state)
-    return {full_name(key, masked_modelling): tensor for key, tensor in state.items()}, checkpoint_format
+    masked_modeling = any(key.startswith("lm_head.") for key in state)
+    return {full_name(key, masked_modeling): tensor for key, tensor in state.items()}, checkpoint_format
 
 
 def to_timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,12 +174,12 @@ def format_of(keys: Iterable[str]) -> CheckpointFormat:
     )
 
 
-def full_name(key: str, masked_modelling: bool = False) -> str:
+def full_name(key: str, masked_modeling: bool = False) -> str:
     """Add the prefix of the trunk to names of a bare trunk or backbone.
 
     `layernorm` belongs to the head of masked image modeling if there is one, and to the trunk otherwise.
     """
-    trunk = key.startswith(_TRUNK_PARTS) or (key.startswith("layernorm.") and not masked_modelling)
+    trunk = key.startswith(_TRUNK_PARTS) or (key.startswith("layernorm.") and not masked_modeling)
     return TRUNK_PREFIX + key if trunk else key
 
 

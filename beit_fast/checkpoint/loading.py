@@ -197,10 +197,10 @@ def _compare(model: PretrainedModel, state: Mapping[str, Tensor]) -> tuple[KeyRe
     Returns:
         The report, and the tensors that fit, by their names in `model`.
     """
-    head_is_modelling = hasattr(model, "lm_head")
+    head_is_modeling = hasattr(model, "lm_head")
     expected = model.state_dict()
-    stored = {key: state.get(full_name(key, head_is_modelling)) for key in expected}
-    used = {full_name(key, head_is_modelling) for key in expected}
+    stored = {key: state.get(full_name(key, head_is_modeling)) for key in expected}
+    used = {full_name(key, head_is_modeling) for key in expected}
     found = {key: tensor for key, tensor in stored.items() if tensor is not None}
     report = KeyReport(
         missing={key: list(expected[key].shape) for key, tensor in stored.items() if tensor is None},
@@ -224,8 +224,8 @@ def _check(report: KeyReport, name: str, model: PretrainedModel, ignore_mismatch
 
     A head may be missing as a whole. Parameters of other heads may be unexpected.
     """
-    head_is_modelling = hasattr(model, "lm_head")
-    heads = {key: _head_of(full_name(key, head_is_modelling)) for key in model.state_dict()}
+    head_is_modeling = hasattr(model, "lm_head")
+    heads = {key: _head_of(full_name(key, head_is_modeling)) for key in model.state_dict()}
     present = {heads[key] for key in heads if key not in report.missing}
     missing = {k: shape for k, shape in report.missing.items() if heads[k] is None or heads[k] in present}
     unexpected = {key: shape for key, shape in report.unexpected.items() if _head_of(key) is None}

@@ -152,16 +152,16 @@ def class_shares(classes: Tensor, id2label: dict[int, str]) -> list[dict[str, An
 
 
 def overlay(photograph: Any, classes: Tensor, count: int, opacity: float) -> Any:
-    """Tint every pixel of the photograph by the colour of its class."""
+    """Tint every pixel of the photograph by the color of its class."""
     from PIL import Image
 
-    palette = torch.tensor([class_colour(index) for index in range(count)], dtype=torch.float32)
+    palette = torch.tensor([class_color(index) for index in range(count)], dtype=torch.float32)
     tint = Image.fromarray(palette[classes].mul(255).round().to(torch.uint8).numpy())
     return Image.blend(photograph, tint, opacity)
 
 
-def class_colour(index: int) -> tuple[float, float, float]:
-    """The colour of a class: the hues of consecutive classes are a golden angle apart."""
+def class_color(index: int) -> tuple[float, float, float]:
+    """The color of a class: the hues of consecutive classes are a golden angle apart."""
     return colorsys.hsv_to_rgb((index * 0.6180339887) % 1.0, 0.85, 1.0 - 0.25 * (index // 8 % 3))
 
 

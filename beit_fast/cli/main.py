@@ -76,8 +76,8 @@ def _add_segment(commands: Any) -> None:
     parser = commands.add_parser("segment", help="draw the class of every pixel over an image")
     parser.add_argument("image", metavar="IMAGE", help="an image file")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument("--labels", type=Path, metavar="PNG", help="also write the classes as a 16-bit grey picture")
-    parser.add_argument("--opacity", type=_fraction, default=0.5, help="of the colours, 0 to 1 (default: 0.5)")
+    parser.add_argument("--labels", type=Path, metavar="PNG", help="also write the classes as a 16-bit gray picture")
+    parser.add_argument("--opacity", type=_fraction, default=0.5, help="of the colors, 0 to 1 (default: 0.5)")
     _add_model_options(parser)
 
 

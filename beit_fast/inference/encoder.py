@@ -1,4 +1,4 @@
-"""The encoder of an optimised model: folded blocks and a cache of biases."""
+"""The encoder of an optimized model: folded blocks and a cache of biases."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class FoldedBlock(nn.Module):
         return self.down.add(self.up(self.norm(hidden_states, 1)), hidden_states), weights
 
     def norm(self, hidden_states: Tensor, number: int) -> Tensor:
-        """Normalise before attention (0) or before the MLP (1)."""
+        """Normalize before attention (0) or before the MLP (1)."""
         return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps[number])
 
     def self_attention(

@@ -50,7 +50,7 @@ def optimize_for_inference(
 
     Raises:
         TypeError: If `model` is not a model of this package, or `dtype` is not a floating-point dtype.
-        ValueError: If `model` is already optimised, or has adapters, quantised layers or hooks. Every reason is listed,
+        ValueError: If `model` is already optimized, or has adapters, quantized layers or hooks. Every reason is listed,
             and `model` does not change.
     """
     _check(model, dtype)
@@ -71,13 +71,13 @@ def _check(model: Any, dtype: torch.dtype | None) -> None:
     if not isinstance(model, BeitPreTrainedModel):
         raise TypeError(f"{type(model).__name__} is not supported (expected a model of beit_fast)")
     if isinstance(model, OptimizedModel):
-        raise ValueError("this model is already optimised; pass the model that it was made from")
+        raise ValueError("this model is already optimized; pass the model that it was made from")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype or None, not {dtype!r}")
     errors = folding_errors(getattr(model.base_model, "encoder", model))
     if errors:
         raise ValueError(
-            f"{type(model).__name__} cannot be optimised: {'; '.join(errors)}. Merge adapters and remove hooks first."
+            f"{type(model).__name__} cannot be optimized: {'; '.join(errors)}. Merge adapters and remove hooks first."
         )
 
 
@@ -106,7 +106,7 @@ def _optimized_class(base: Any) -> type[BeitPreTrainedModel]:
 
 @dataclass(frozen=True)
 class InferenceReport:
-    """Libraries and memory of an optimised model; `str()` returns a readable summary.
+    """Libraries and memory of an optimized model; `str()` returns a readable summary.
 
     Attributes:
         dtype: dtype of weights and arithmetic.
@@ -125,7 +125,7 @@ class InferenceReport:
     def __str__(self) -> str:
         megabytes = [f"{count / 2**20:.0f} MiB" for count in (self.optimized_bytes, self.original_bytes)]
         return (
-            f"optimised for inference in {str(self.dtype).removeprefix('torch.')}: {self.linears} linear layers, "
+            f"optimized for inference in {str(self.dtype).removeprefix('torch.')}: {self.linears} linear layers, "
             f"{megabytes[0]} of weights beside {megabytes[1]} of the original, cached biases of {self.windows} windows"
         )
 
@@ -153,9 +153,9 @@ class OptimizedModel(BeitPreTrainedModel):
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "an optimised model does not support torch.compile or torch.export: pass the model it was made from"
+                "an optimized model does not support torch.compile or torch.export: pass the model it was made from"
             )
-        # A loss may select masked patches, which synchronises and cannot be captured.
+        # A loss may select masked patches, which synchronizes and cannot be captured.
         graphs = self._graphs if len(args) < 2 and kwargs.get("labels") is None else None
         function = self._function if graphs is None else graphs
         device = self.device.type
@@ -235,7 +235,7 @@ class OptimizedModel(BeitPreTrainedModel):
 
     def init_weights(self) -> NoReturn:
         """Raise RuntimeError: the weights are folded."""
-        _refuse("be initialised", "initialise the model that it was made from")
+        _refuse("be initialized", "initialize the model that it was made from")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the original's `state_dict`; RuntimeError if it was freed."""
@@ -262,4 +262,4 @@ class OptimizedModel(BeitPreTrainedModel):
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
-    raise RuntimeError(f"an optimised model cannot {what}: {instead}, and call beit_fast.optimize_for_inference again")
+    raise RuntimeError(f"an optimized model cannot {what}: {instead}, and call beit_fast.optimize_for_inference again")

@@ -128,7 +128,7 @@ class MmsegBeit(nn.Module):
         return self.trunk(inputs, return_dict=True).feature_maps
 
     def init_weights(self, pretrained: str | os.PathLike[str] | None = None) -> None:
-        """Load `pretrained` or the constructor's file; without a file initialise all parameters.
+        """Load `pretrained` or the constructor's file; without a file initialize all parameters.
 
         Bias tables are resized to `img_size`. Parameters change in place, as mmengine requires.
 

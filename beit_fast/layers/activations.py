@@ -32,7 +32,7 @@ def quick_gelu(values: Tensor) -> Tensor:
 
 
 def clipped_gelu(values: Tensor) -> Tensor:
-    """GELU limited to [-10, 10] for quantisation (arXiv 2004.09602)."""
+    """GELU limited to [-10, 10] for quantization (arXiv 2004.09602)."""
     return functional.gelu(values).clamp(-10, 10)
 
 

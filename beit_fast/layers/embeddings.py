@@ -160,7 +160,7 @@ def unsupported_reasons(patch_embeddings: nn.Module, expected: type[nn.Module]) 
 
 
 def float_pixels(pixels: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:
-    """Convert pixels to `dtype` for the convolution; uint8 pixels are normalised."""
+    """Convert pixels to `dtype` for the convolution; uint8 pixels are normalized."""
     if normalization is None:
         return pixels.to(dtype)
     return normalize_pixels(pixels, *normalization, dtype)
@@ -178,11 +178,11 @@ def normalization_of(
         return None
     if pixels.dtype != torch.uint8:
         raise ValueError(
-            f"pixel_values must be normalised floating point, or uint8, not {str(pixels.dtype).removeprefix('torch.')}"
+            f"pixel_values must be normalized floating point, or uint8, not {str(pixels.dtype).removeprefix('torch.')}"
         )
     if mean is None or std is None:
         raise ValueError(
             "uint8 pixel_values need a mean and standard deviation: call model.set_pixel_normalization(mean, std) with "
-            "the image_mean and image_std of an image processor, or pass normalised floating-point pixels"
+            "the image_mean and image_std of an image processor, or pass normalized floating-point pixels"
         )
     return [_LARGEST_PIXEL * number for number in mean], [_LARGEST_PIXEL * number for number in std]

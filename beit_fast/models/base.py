@@ -1,4 +1,4 @@
-"""Base class of the models: construction, initialisation, choice of kernels, gradient checkpointing."""
+"""Base class of the models: construction, initialization, choice of kernels, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class BeitPreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Build an initialised model in `dtype`, by default that of the config or of torch."""
+        """Build an initialized model in `dtype`, by default that of the config or of torch."""
         model = cls(config, attn_implementation=attn_implementation, **kwargs)
         dtype = model.config.dtype if dtype is None else dtype
         if isinstance(dtype, str):
@@ -102,7 +102,7 @@ class BeitPreTrainedModel(nn.Module):
 
         The checkpoint may be of Transformers 4 or 5 (BEiT, DiT, Data2VecVision), timm, unilm or mmsegmentation. The
         configuration of the latter three is inferred from shapes. The checkpoint may have another head: missing
-        parameters are initialised, with one warning, and parameters of the other head are ignored. If the checkpoint
+        parameters are initialized, with one warning, and parameters of the other head are ignored. If the checkpoint
         has one bias table for all layers and the configuration one for each, every layer gets a copy, as in unilm.
 
         Args:
@@ -120,7 +120,7 @@ class BeitPreTrainedModel(nn.Module):
             revision, cache_dir, token, local_files_only: Passed to `huggingface_hub`.
             num_labels: Number of classes. If the head of the file has another number, `ignore_mismatched_sizes` is
                 required.
-            ignore_mismatched_sizes: Initialise parameters whose shape differs, with a warning, instead of raising.
+            ignore_mismatched_sizes: Initialize parameters whose shape differs, with a warning, instead of raising.
             image_size: Resize bias tables and position embeddings to images of this size.
             position_interpolation: `"bilinear"` (Transformers, MiDaS) or `"geometric"` (timm, unilm).
             output_loading_info: Return `(model, info)` with missing, unexpected and mismatched keys.
@@ -254,11 +254,11 @@ class BeitPreTrainedModel(nn.Module):
     def set_pixel_normalization(
         self, mean: Sequence[float] | float | None, std: Sequence[float] | float | None
     ) -> None:
-        """Accept uint8 pixels, normalised as `(pixels / 255 - mean) / std`.
+        """Accept uint8 pixels, normalized as `(pixels / 255 - mean) / std`.
 
         Mean and standard deviation are those of pixels in 0..1, as in image processors:
         `model.set_pixel_normalization(processor.image_mean, processor.image_std)`. They are stored in `config`, which
-        models may share, and saved with it. Floating-point pixels are expected to be normalised.
+        models may share, and saved with it. Floating-point pixels are expected to be normalized.
 
         Args:
             mean, std: One number for each channel, or one for all. None for both rejects uint8 pixels.
@@ -312,11 +312,11 @@ class BeitPreTrainedModel(nn.Module):
         return any(isinstance(m, BeitEncoder) and m.gradient_checkpointing for m in self.modules())
 
     def init_weights(self) -> None:
-        """Initialise every parameter, as after `to_empty` on a model built on the meta device."""
+        """Initialize every parameter, as after `to_empty` on a model built on the meta device."""
         self.apply(self._init_weights)
 
     def _finish_construction(self) -> None:
-        """Initialise the modules outside nested models, and set the implementations."""
+        """Initialize the modules outside nested models, and set the implementations."""
         for child in self.children():
             if not isinstance(child, BeitPreTrainedModel):
                 child.apply(self._init_weights)
@@ -325,7 +325,7 @@ class BeitPreTrainedModel(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as Transformers: weights N(0, initializer_range); biases, tokens and tables 0; norms 1."""
+        """Initialize as Transformers: weights N(0, initializer_range); biases, tokens and tables 0; norms 1."""
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             module.weight.normal_(0.0, self.config.initializer_range)
             if module.bias is not None:

@@ -1,4 +1,4 @@
-"""The trunk of BEiT, masked image modelling and image classification."""
+"""The trunk of BEiT, masked image modeling and image classification."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class BeitModel(BeitPreTrainedModel):
         """Run the trunk.
 
         Args:
-            pixel_values: `[B, C, H, W]` of any size, cropped to whole patches. Floating point, normalised by an image
+            pixel_values: `[B, C, H, W]` of any size, cropped to whole patches. Floating point, normalized by an image
                 processor, or uint8 after `set_pixel_normalization`.
             bool_masked_pos: `[B, P]`, True where a patch is replaced by the mask token.
             interpolate_pos_encoding: Ignored: positions always fit the image.

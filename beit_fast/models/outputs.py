@@ -25,7 +25,7 @@ class ModelOutput(OrderedDict[str, Any]):
       `torch.nn.parallel.gather` and Accelerate do.
 
     Iterating gives the keys, as for any dict; unpack with `loss, logits = output.to_tuple()`. Subclasses are
-    dataclasses and pytree nodes (serialised under `module.ClassName`).
+    dataclasses and pytree nodes (serialized under `module.ClassName`).
     `torch.jit.trace(strict=False)` converts an output to a dict, which must have values of one type. Pass
     `return_dict=False` if hidden states or attentions are requested.
 
@@ -203,7 +203,7 @@ class BeitModelOutputWithPooling(ModelOutput):
     Attributes:
         last_hidden_state: `[B, N, E]`, tokens after the last block and the trunk's LayerNorm if it has one;
             token 0 is CLS.
-        pooler_output: `[B, E]`, the normalised mean of the patch tokens, or CLS without mean pooling.
+        pooler_output: `[B, E]`, the normalized mean of the patch tokens, or CLS without mean pooling.
         hidden_states, attentions: as in `ModelOutput`.
     """
 

@@ -33,7 +33,7 @@ def patch_embed(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """Embed pixels as tokens: normalise, project patches, insert mask tokens, CLS and positions.
+    """Embed pixels as tokens: normalize, project patches, insert mask tokens, CLS and positions.
 
     Args:
         pixels: `[B, C, H, W]`, uint8 or floating point, any strides; incomplete patches are cropped.

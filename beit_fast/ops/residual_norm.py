@@ -55,13 +55,13 @@ def residual_norm(
             1. It has no gradient.
         weight, bias: `[E]`, or None for 1 and 0.
         eps: added to the variance.
-        dtype: of the normalised rows; that of the sum if None. Autocast sets the dtype of matrix products: eager's
+        dtype: of the normalized rows; that of the sum if None. Autocast sets the dtype of matrix products: eager's
             LayerNorm returns fp32 there, which the next product rounds to that dtype.
 
     Returns:
-        The sum, in the dtype that PyTorch promotes residual, branch and scale to, and the normalised rows. Both are
+        The sum, in the dtype that PyTorch promotes residual, branch and scale to, and the normalized rows. Both are
         `[B, N, E]` and contiguous, but the sum is residual itself without a branch. Arithmetic is fp32 (fp64 for fp64,
-        on CPU), and the rounded sum is what is normalised.
+        on CPU), and the rounded sum is what is normalized.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, or no kernel serves them; the error lists every reason.
@@ -94,7 +94,7 @@ _FLOATS = ("branch", "scale", "weight", "bias", "grad_sum", "grad_normalized")  
 
 
 def _empty_norm(arguments: ResidualNormArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty sum, normalised rows, mean and inverse deviation. Without a branch the sum has no elements."""
+    """Empty sum, normalized rows, mean and inverse deviation. Without a branch the sum has no elements."""
     residual, branch, scale = arguments[:3]
     promoted = sum_dtype(residual, branch, scale)
     total = residual.new_empty(0 if branch is None else residual.shape, dtype=promoted)
@@ -262,7 +262,7 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 def _autocast(arguments: ResidualNormArguments, dtype: torch.dtype) -> ResidualNormArguments:
-    """Write the normalised rows in the dtype of the matrix products that read them."""
+    """Write the normalized rows in the dtype of the matrix products that read them."""
     chosen = arguments.dtype is not None or arguments.residual.dtype == torch.float64
     return arguments if chosen else arguments._replace(dtype=dtype)
 

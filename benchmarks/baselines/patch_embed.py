@@ -11,7 +11,7 @@ from torch import Tensor
 
 import beit_fast
 
-from ..harness.patch_cases import BYTES, FLOAT, MEAN, STD, PatchInputs, convolution, normalised, with_cls_and_positions
+from ..harness.patch_cases import BYTES, FLOAT, MEAN, STD, PatchInputs, convolution, normalized, with_cls_and_positions
 
 
 def _ours(inputs: PatchInputs) -> Callable[[], Tensor]:
@@ -45,8 +45,8 @@ def _unfold(inputs: PatchInputs) -> Callable[[], Tensor]:
     return run
 
 
-def _normalise_and_convolve(inputs: PatchInputs) -> Callable[[], Tensor]:
-    return lambda: convolution(normalised(inputs.pixels, inputs.weight.dtype), inputs)
+def _normalize_and_convolve(inputs: PatchInputs) -> Callable[[], Tensor]:
+    return lambda: convolution(normalized(inputs.pixels, inputs.weight.dtype), inputs)
 
 
 OURS = "beit_fast fused"
@@ -58,5 +58,5 @@ BASELINES: dict[str, dict[str, Callable[[PatchInputs], Callable[[], Tensor]]]] =
         "conv channels_last": _channels_last,
         "unfold + linear": _unfold,
     },
-    BYTES: {OURS: _ours, "normalise + conv": _normalise_and_convolve},
+    BYTES: {OURS: _ours, "normalize + conv": _normalize_and_convolve},
 }

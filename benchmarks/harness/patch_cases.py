@@ -89,8 +89,8 @@ def convolution(pixels: Tensor, inputs: PatchInputs) -> Tensor:
     return with_cls_and_positions(maps.flatten(2).transpose(1, 2), inputs)
 
 
-def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalise uint8 pixels as an image processor does; compute in fp32 or wider, in place."""
+def normalized(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalize uint8 pixels as an image processor does; compute in fp32 or wider, in place."""
     wide = pixels.to(torch.promote_types(dtype, torch.float32))
     mean, std = (wide.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (MEAN, STD))
     return wide.sub_(mean).div_(std).to(dtype)
@@ -101,8 +101,8 @@ def reference(case: PatchCase) -> Reference:
     inputs = draw(case)
     wide = PatchInputs(*(None if x is None else x.double() for x in vars(inputs).values()))  # type: ignore[arg-type]
     is_bytes = case.mode == BYTES
-    pixels = normalised(inputs.pixels, torch.float64) if is_bytes else wide.pixels
+    pixels = normalized(inputs.pixels, torch.float64) if is_bytes else wide.pixels
     exact = convolution(pixels, wide)
-    rounded = convolution(normalised(inputs.pixels, inputs.weight.dtype) if is_bytes else inputs.pixels, inputs)
+    rounded = convolution(normalized(inputs.pixels, inputs.weight.dtype) if is_bytes else inputs.pixels, inputs)
     budget = 2 * relative_error(rounded, exact) + 4 * torch.finfo(DTYPES[case.dtype]).eps
     return Reference({"tokens": exact}, {"tokens": budget})

@@ -57,7 +57,7 @@ def training_table(rows: list[Row]) -> str:
 
 
 def inference_table(rows: list[Row]) -> str:
-    """Format the inference table, with columns for `triton` and the optimised model."""
+    """Format the inference table, with columns for `triton` and the optimized model."""
     baselines = tuple(HEADINGS)
     head = ["Image batch size", "dtype"]
     for baseline in baselines:

@@ -23,7 +23,7 @@ from .plot_image_size import draw_image_sizes, has_image_sizes
 from .plot_models import draw_models
 from .plot_patches import draw_patches
 
-STYLES = {  # baseline: colour, line, marker
+STYLES = {  # baseline: color, line, marker
     "beit_fast triton": ("#d1495b", "-", "o"),
     "beit_fast triton without bias": ("#d1495b", ":", "o"),
     "beit_fast sdpa": ("#edae49", "-", "s"),
@@ -184,10 +184,10 @@ def _draw_lines(axis: Any, rows: list[Row], value: Any) -> dict[str, Any]:
     handles = {}
     for baseline in dict.fromkeys(row["baseline"] for row in rows):
         points = sorted((row["tokens"], value(row)) for row in rows if row["baseline"] == baseline)
-        colour, line, marker = STYLES.get(baseline, ("#000000", "-.", "."))
+        color, line, marker = STYLES.get(baseline, ("#000000", "-.", "."))
         (handles[baseline],) = axis.plot(
             *zip(*points, strict=True),
-            color=colour,
+            color=color,
             linestyle=line,
             marker=marker,
             markersize=5,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..harness.results import Row, read_results
-from .plot_models import COLOURS, model_panels
+from .plot_models import COLORS, model_panels
 
 LABELS = {
     "beit_fast optimized": "beit_fast optimized",
@@ -88,9 +88,9 @@ def _draw(axis: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
     heights = _spread(ends, 0.075 * highest)
     for name, points in lines.items():
         ours = name.startswith("beit_fast")
-        axis.plot(*zip(*points, strict=True), color=COLOURS[name], marker="o", linewidth=2.4 if ours else 1.5)
+        axis.plot(*zip(*points, strict=True), color=COLORS[name], marker="o", linewidth=2.4 if ours else 1.5)
         axis.annotate(
-            f"{LABELS[name]}  {ends[name]:,.0f}", (sizes[-1] + 18, heights[name]), color=COLOURS[name], fontsize=9,
+            f"{LABELS[name]}  {ends[name]:,.0f}", (sizes[-1] + 18, heights[name]), color=COLORS[name], fontsize=9,
             va="center", weight="bold" if ours else "normal", annotation_clip=False,
         )  # fmt: skip
     axis.set_xticks(sizes, [f"{size} px" for size in sizes])

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..harness.results import Row
 
-COLOURS = {  # by baseline
+COLORS = {  # by baseline
     "beit_fast optimized": "#b02a37",
     "beit_fast optimized high": "#7d1a25",
     "beit_fast triton": "#d1495b",
@@ -95,7 +95,7 @@ def _draw_speed(axis: Any, rows: list[Row]) -> None:
     for place, row in enumerate(rows):
         speed, batch = row["images_per_second"], row["batch"]
         slowest, fastest = batch / row["range"][1], batch / row["range"][0]
-        axis.barh(place, speed, color=COLOURS[row["baseline"]], height=0.78)
+        axis.barh(place, speed, color=COLORS[row["baseline"]], height=0.78)
         axis.plot([slowest, fastest], [place, place], color="#333333", linewidth=0.9)
         axis.annotate(
             f"{speed:.3g}  ({row['median'] * 1e3:.4g} ms)",
@@ -120,7 +120,7 @@ def _draw_memory(axis: Any, rows: list[Row]) -> None:
             continue
         loaded, added = row["loaded_memory"] / _GIB, row["peak_memory"] / _GIB
         axis.barh(place, loaded, color="#d5d8dc", height=0.78)
-        axis.barh(place, added, left=loaded, color=COLOURS[row["baseline"]], height=0.78)
+        axis.barh(place, added, left=loaded, color=COLORS[row["baseline"]], height=0.78)
         label = f"{_amount(row['loaded_memory'])} + {_amount(row['peak_memory'])}"
         axis.annotate(
             label, (loaded + added, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5

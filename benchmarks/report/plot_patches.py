@@ -8,12 +8,12 @@ from typing import Any
 
 from ..harness.results import Row
 
-COLOURS = {  # by baseline
+COLORS = {  # by baseline
     "beit_fast fused": "#d1495b",
     "conv": "#30638e",
     "conv channels_last": "#00798c",
     "unfold + linear": "#edae49",
-    "normalise + conv": "#8d6a9f",
+    "normalize + conv": "#8d6a9f",
 }
 
 
@@ -61,15 +61,13 @@ def patch_panels(rows: list[Row]) -> list[list[list[Row]]]:
 
 def _draw_panel(axis: Any, rows: list[Row]) -> dict[str, Any]:
     runs = sorted({(row["batch"], row["threads"]) for row in rows})
-    baselines = sorted(
-        {row["baseline"] for row in rows}, key=lambda baseline: (list(COLOURS).index(baseline), baseline)
-    )
+    baselines = sorted({row["baseline"] for row in rows}, key=lambda baseline: (list(COLORS).index(baseline), baseline))
     handles = {}
     for place, baseline in enumerate(baselines):
         speeds = {(row["batch"], row["threads"]): 1e3 * row["tflops"] for row in rows if row["baseline"] == baseline}
         left = [group + (place + 0.5) / (len(baselines) + 1) for group in range(len(runs))]
         known = [speeds.get(run, 0.0) for run in runs]
-        handles[baseline] = axis.bar(left, known, width=0.9 / (len(baselines) + 1), color=COLOURS[baseline])
+        handles[baseline] = axis.bar(left, known, width=0.9 / (len(baselines) + 1), color=COLORS[baseline])
     axis.set_title(f"{rows[0]['mode']}, {rows[0]['dtype']}", loc="left", fontsize=10)
     axis.set_ylabel("GFLOP/s (higher is better)")
     middle = 0.5 * len(baselines) / (len(baselines) + 1)
@@ -93,7 +91,7 @@ def patch_caption(results: dict[str, Any], width: int) -> str:
         *([f"beit_fast fused ran {', '.join(kernels)}"] if kernels else []),
     ]
     meanings = (
-        "Timed from pixels to tokens: projection and CLS; for uint8 pixels also normalisation and positions. "
+        "Timed from pixels to tokens: projection and CLS; for uint8 pixels also normalization and positions. "
         "Speed counts the projection only. Each baseline runs in its own process, in turns. The pixels and the weight "
         "of 'conv channels_last' are converted before the clock starts."
     )

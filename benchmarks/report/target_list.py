@@ -148,12 +148,12 @@ _OF_OPERATORS = (
         **_OF_PATCHES,
     ),
     Target(
-        "patch embedding of bytes 1.3x normalise + conv + cat + add",
+        "patch embedding of bytes 1.3x normalize + conv + cat + add",
         "uint8 pixels",
         1.3,
-        _named("normalise + conv"),
+        _named("normalize + conv"),
         where=lambda row: row["dtype"] in ("fp32", "bf16"),
-        baseline="normalise + conv",
+        baseline="normalize + conv",
         **_OF_PATCHES,
     ),
 )

@@ -75,7 +75,7 @@ class Variant(NamedTuple):
 
     def compile_spec(self) -> CompileSpec:
         constants = _constants(self)
-        return CompileSpec(KERNELS[self.kernel], constants, _specialisation(self, constants), _options(self))
+        return CompileSpec(KERNELS[self.kernel], constants, _specialization(self, constants), _options(self))
 
     def __str__(self) -> str:
         words = [self.kernel, f"sm_{self.capability}", self.dtype, f"D={self.head_dim}", layout_name(self.bias_layout)]
@@ -162,7 +162,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in KERNELS[variant.kernel].arg_names}
 
 
-def _specialisation(variant: Variant, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
+def _specialization(variant: Variant, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
     """Return signature, constants and attributes of a typical launch."""
     # Triton specializes on divisibility by 16, here of pointers and strides. The stride of heads is head_dim, which may
     # be an odd multiple of 8.

@@ -35,7 +35,7 @@ class CompileSpec(NamedTuple):
 
     function: Any  # triton.JITFunction
     constants: dict[str, Any]
-    specialisation: tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
+    specialization: tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
     options: dict[str, int]
 
 
@@ -106,7 +106,7 @@ def compile_variant(variant: Compilable) -> Compiled:
     """
     require_compiler()
     spec = variant.compile_spec()
-    source = ASTSource(spec.function, *spec.specialisation)
+    source = ASTSource(spec.function, *spec.specialization)
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
         knobs.cache.dir = folder
         try:

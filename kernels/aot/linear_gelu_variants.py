@@ -30,7 +30,7 @@ class LinearVariant(NamedTuple):
     def compile_spec(self) -> CompileSpec:
         constants = self._constants()
         options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
-        return CompileSpec(linear_gelu_kernel, constants, self._specialisation(constants), options)
+        return CompileSpec(linear_gelu_kernel, constants, self._specialization(constants), options)
 
     def _constants(self) -> dict[str, Any]:
         """Return the compile-time arguments as the launcher passes them."""
@@ -45,7 +45,7 @@ class LinearVariant(NamedTuple):
             **({} if self.bias else {"bias": None}),
         }
 
-    def _specialisation(self, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
+    def _specialization(self, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
         """Return signature, constants and attributes of a launch."""
         # Triton specializes on divisibility by 16, here of pointers, strides and inputs, and on a stride of 1 of the
         # bias.

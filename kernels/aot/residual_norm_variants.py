@@ -60,7 +60,7 @@ class NormVariant(NamedTuple):
     def compile_spec(self) -> CompileSpec:
         constants = self._constants()
         return CompileSpec(
-            KERNELS[self.kernel], constants, self._specialisation(constants), {"num_warps": self._warps()}
+            KERNELS[self.kernel], constants, self._specialization(constants), {"num_warps": self._warps()}
         )
 
     def _warps(self) -> int:
@@ -80,7 +80,7 @@ class NormVariant(NamedTuple):
         }
         return {name: value for name, value in constants.items() if name in KERNELS[self.kernel].arg_names}
 
-    def _specialisation(self, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
+    def _specialization(self, constants: dict[str, Any]) -> tuple[dict, dict, dict]:
         """Return signature, constants and attributes of a launch; 16 divides pointers."""
         signature: dict[str, Any] = {}
         constexprs: dict[tuple[int, ...], Any] = {}

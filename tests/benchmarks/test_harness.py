@@ -76,7 +76,7 @@ def test_baselines_have_unique_names_and_looks_and_targets_name_them() -> None:
     of_patches = {name for of_mode in bench_patch_embed.BASELINES.values() for name in of_mode}
     assert unique(attention.BASELINES)
     assert unique(models.MODEL_BASELINES)
-    for declared, looks in ((names, plot.STYLES), (of_models, plot_models.COLOURS), (of_patches, plot_patches.COLOURS)):
+    for declared, looks in ((names, plot.STYLES), (of_models, plot_models.COLORS), (of_patches, plot_patches.COLORS)):
         assert declared == set(looks)
         assert unique(looks.values())
     named = {name for target in targets.TARGETS for name in (target.ours, target.baseline) if name is not None}

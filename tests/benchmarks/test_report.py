@@ -242,7 +242,7 @@ def test_targets_of_models(device: str, missed: list[str]) -> None:
 
 def test_targets_of_patches() -> None:
     speeds = {"beit_fast fused": 1.2, "unfold + linear": 1.25, "conv": 1.0, "conv channels_last": 0.8}
-    speeds["normalise + conv"] = 0.8
+    speeds["normalize + conv"] = 0.8
     rows = [
         row("cpu patch embedding", case.mode, case.batch, 197, name, case.flops / speeds[name]) | {"dtype": case.dtype}
         for case, threads in bench_patch_embed.runs(full=False)

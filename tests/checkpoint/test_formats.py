@@ -132,7 +132,7 @@ def test_resize_positions_keeps_the_dtype(tmp_path):
 def test_from_pretrained_with_unilm_pretraining_loads(tmp_path):
     """The file has argparse options, an index buffer, a mask token, `norm`, `lm_head` and a shared table."""
     theirs = timm_reference.build(use_shared_rel_pos_bias=True)
-    state = timm_reference.masked_modelling_state(theirs)
+    state = timm_reference.masked_modeling_state(theirs)
     assert any(key.endswith("relative_position_index") for key in state)
     torch.save({"model": state, "args": argparse.Namespace(lr=0.1), "epoch": 1}, tmp_path / "pretrain.pth")
     model, info = beit_fast.BeitForMaskedImageModeling.from_pretrained(
@@ -157,7 +157,7 @@ def test_from_pretrained_with_unilm_pretraining_loads(tmp_path):
 
 
 def test_from_pretrained_with_a_shared_table_of_unilm_copies_it(tmp_path):
-    state = timm_reference.masked_modelling_state(timm_reference.build(use_shared_rel_pos_bias=True))
+    state = timm_reference.masked_modeling_state(timm_reference.build(use_shared_rel_pos_bias=True))
     torch.save({"model": state}, tmp_path / "pretrain.pth")
     with pytest.warns(UserWarning, match=r"classifier\.weight"):
         model = Classifier.from_pretrained(

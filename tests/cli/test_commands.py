@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForSemanticSegmentation
 from beit_fast.cli import main
-from beit_fast.cli.commands import class_colour
+from beit_fast.cli.commands import class_color
 from beit_fast.image_processing import BeitImageProcessor
 
 from ..support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
@@ -110,7 +110,7 @@ def test_segment_writes_overlay_and_classes(tmp_path, photographs, capsys):
     assert np.array_equal(np.array(Image.open(tmp_path / "labels.png")), expected)
     overlay = np.array(Image.open(tmp_path / "new" / "overlay.png"))
     assert overlay.shape == (40, 30, 3)
-    palette = np.array([class_colour(index) for index in range(5)])
+    palette = np.array([class_color(index) for index in range(5)])
     assert np.abs(overlay / 255 - palette[expected]).max() < 1 / 255
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
 

@@ -132,9 +132,9 @@ def test_preprocess_with_another_number_of_means_raises(class_):
 
 
 def test_do_convert_rgb_true_converts_arrays(processor):
-    grey, clear = np.full((1, 2), 7, np.uint8), np.array([[[1, 2, 3, 0], [1, 2, 3, 255]]], np.uint8)
-    assert pixels_of(processor, grey, do_convert_rgb=True) == [[[7] * 3] * 2]
-    assert pixels_of(processor, torch.tensor(grey), do_convert_rgb=True) == [[[7] * 3] * 2]
+    gray, clear = np.full((1, 2), 7, np.uint8), np.array([[[1, 2, 3, 0], [1, 2, 3, 255]]], np.uint8)
+    assert pixels_of(processor, gray, do_convert_rgb=True) == [[[7] * 3] * 2]
+    assert pixels_of(processor, torch.tensor(gray), do_convert_rgb=True) == [[[7] * 3] * 2]
     over_white = pixels_of(processor, clear, do_convert_rgb=True, input_data_format="channels_last")
     assert over_white == [[[255, 255, 255], [1, 2, 3]]]
     half = torch.tensor([0.0, 0.5, 1.0, 0.5]).view(4, 1, 1).expand(4, 2, 2)

@@ -234,7 +234,7 @@ def test_optimize_keep_original_false_frees_weights(tmp_path):
         (lambda model: model.to_empty(device="cpu"), "cannot be emptied"),
         (lambda model: model.share_memory(), "cannot be shared"),
         (lambda model: model.gradient_checkpointing_enable(), "cannot be trained"),
-        (lambda model: model.init_weights(), "cannot be initialised"),
+        (lambda model: model.init_weights(), "cannot be initialized"),
     ],
 )
 def test_optimized_model_unsupported_call_raises(call, message):
@@ -339,7 +339,7 @@ def test_optimize_unsupported_layers_lists_every_reason():
     layers[2].layernorm_before = nn.RMSNorm(32)
     pixels = images()
     before = model(pixels).logits
-    with pytest.raises(ValueError, match="cannot be optimised") as raised:
+    with pytest.raises(ValueError, match="cannot be optimized") as raised:
         optimize_for_inference(model, keep_original=False)
     for reason in (
         "encoder.layer.0.attention.attention.query is a Adapter, not a Linear",
@@ -359,7 +359,7 @@ def test_optimize_bad_arguments_raises():
         optimize_for_inference(model, torch.int8)
     with pytest.raises(ValueError, match=r"example must be pixels .*, not \[3, 32, 32\]"):
         optimize_for_inference(model, example=images(3, 32, 32))
-    with pytest.raises(ValueError, match="already optimised"):
+    with pytest.raises(ValueError, match="already optimized"):
         optimize_for_inference(optimize_for_inference(model))
     with pytest.raises(ValueError, match="meta device"):
         optimize_for_inference(copy.deepcopy(model).to("meta"))

@@ -21,7 +21,7 @@ NETWORKS = {
     "rectangular": {"use_rel_pos_bias": True, "img_size": (24, 40)},
     "cls pooling": {"use_rel_pos_bias": True, "global_pool": "token"},
     "without layer scale": {"use_rel_pos_bias": True, "init_values": None},
-    "grey": {"use_rel_pos_bias": True, "in_chans": 1},
+    "gray": {"use_rel_pos_bias": True, "in_chans": 1},
     "without a head": {"use_rel_pos_bias": True, "num_classes": 0},
     "one layer": {"use_rel_pos_bias": True, "depth": 1},
     "other norms": {"use_rel_pos_bias": True, "norm_layer": lambda size, **_: torch.nn.LayerNorm(size, eps=1e-3)},

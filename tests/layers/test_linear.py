@@ -179,7 +179,7 @@ def test_apply_linear_tensor_hooks_are_called(products):
 
 
 class Adapted(nn.Linear):
-    """A subclass of `nn.Linear`, as adapters and quantisation use."""
+    """A subclass of `nn.Linear`, as adapters and quantization use."""
 
     def forward(self, x):
         return super().forward(x) + 1

@@ -56,7 +56,7 @@ def test_pixels_wrong_dtype_or_shape_raise(implementation):
         model(byte_images())
     model.set_pixel_normalization(MEAN, STD)
     model(byte_images())
-    with pytest.raises(ValueError, match="normalised floating point, or uint8, not int64"):
+    with pytest.raises(ValueError, match="normalized floating point, or uint8, not int64"):
         model(byte_images().long())
     for wrong in (byte_images(2, 1, 32, 32), images(2, 4, 32, 32), images(3, 32, 32)):
         with pytest.raises(ValueError, match=r"must be \[batch, 3, height, width\], not"):

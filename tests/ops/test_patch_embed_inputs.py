@@ -165,8 +165,8 @@ def test_patch_embed_strided_arguments_match_contiguous():
     channels_last = arguments | {"weight": arguments["weight"].contiguous(memory_format=torch.channels_last)}
     torch.testing.assert_close(beit_fast.patch_embed(**channels_last), expected)
     one_position = arguments | {"pos": arguments["pos"][:, :1].expand(-1, 7, -1)}
-    materialised = arguments | {"pos": one_position["pos"].contiguous()}
-    assert torch.equal(beit_fast.patch_embed(**one_position), beit_fast.patch_embed(**materialised))
+    materialized = arguments | {"pos": one_position["pos"].contiguous()}
+    assert torch.equal(beit_fast.patch_embed(**one_position), beit_fast.patch_embed(**materialized))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

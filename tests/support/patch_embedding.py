@@ -91,7 +91,7 @@ def convolution(
     mean: list[float] | None,
     std: list[float] | None,
 ) -> Tensor:
-    """Normalise in fp32 or fp64, convolve, and add the other tokens."""
+    """Normalize in fp32 or fp64, convolve, and add the other tokens."""
     precise = pixels.to(torch.promote_types(weight.dtype, torch.float32))
     if mean is not None:
         precise = precise - precise.new_tensor(mean)[:, None, None]

@@ -50,7 +50,7 @@ def build(**options: object) -> torch.nn.Module:
     return model
 
 
-def masked_modelling_state(model: torch.nn.Module, vocabulary: int = 11) -> dict[str, Tensor]:
+def masked_modeling_state(model: torch.nn.Module, vocabulary: int = 11) -> dict[str, Tensor]:
     """Convert timm's state to unilm's pre-training names.
 
     It adds a mask token, `norm`, `lm_head` and the index buffers.

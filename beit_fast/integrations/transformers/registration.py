@@ -85,7 +85,7 @@ def _enter_backbones(undo: ExitStack) -> None:
     _enter_config(undo)
     _enter_class(undo, transformers.AutoBackbone, auto_classes.BeitBackbone)
     draw = transformers.PreTrainedModel._initialize_weights
-    replace_attribute(undo, transformers.PreTrainedModel, "_initialize_weights", _initialising_our_modules(draw))
+    replace_attribute(undo, transformers.PreTrainedModel, "_initialize_weights", _initializing_our_modules(draw))
 
 
 _ENTRANCES = {"models": _enter_models, "backbones": _enter_backbones, "attention": enter_attention}
@@ -102,17 +102,17 @@ def _enter_class(undo: ExitStack, auto_class: Any, model_class: type) -> None:
         set_item(undo, auto_class._model_mapping._extra_content, config_class, model_class)
 
 
-def _initialising_our_modules(draw: Callable[..., None]) -> Callable[..., None]:
-    """Patch Transformers' initialisation of missing parameters to cover this package's modules.
+def _initializing_our_modules(draw: Callable[..., None]) -> Callable[..., None]:
+    """Patch Transformers' initialization of missing parameters to cover this package's modules.
 
-    Transformers builds a model without values, loads the checkpoint, and initialises the rest only in submodels of its
-    own classes. Missing parameters of our backbone would stay uninitialised memory.
+    Transformers builds a model without values, loads the checkpoint, and initializes the rest only in submodels of its
+    own classes. Missing parameters of our backbone would stay uninitialized memory.
     """
 
     def initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         if isinstance(module, _PARAMETER_OWNERS) and not getattr(module, "_is_hf_initialized", False):
             for owner in _models_around(module, self):
-                _initialise_missing(owner, module)
+                _initialize_missing(owner, module)
         draw(self, module, *args, **kwargs)
 
     return initialize_weights
@@ -124,8 +124,8 @@ def _models_around(module: nn.Module, outermost: nn.Module) -> Iterator[BeitPreT
 
 
 @torch.no_grad()
-def _initialise_missing(owner: BeitPreTrainedModel, module: nn.Module) -> None:
-    """Initialise a module's own parameters, except those that Transformers marks as loaded."""
+def _initialize_missing(owner: BeitPreTrainedModel, module: nn.Module) -> None:
+    """Initialize a module's own parameters, except those that Transformers marks as loaded."""
     loaded = [
         (parameter, parameter.clone())
         for parameter in module.parameters(recurse=False)

@@ -1,6 +1,6 @@
 """Choose the attention implementation and its kernel, or list why none can serve.
 
-`"eager"` and `"sdpa"` are references that materialise the bias; `"triton"` is the operator
+`"eager"` and `"sdpa"` are references that materialize the bias; `"triton"` is the operator
 `beit_fast::rel_pos_attention`. None means `"triton"` if a fused kernel serves the device and dtype, else `"sdpa"`. In
 an export to ONNX, which has no such operator, None means `"sdpa"`.
 """

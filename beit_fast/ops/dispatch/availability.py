@@ -131,7 +131,7 @@ def patch_embed_kernel(
 def residual_norm_unsupported_reasons(
     device: torch.device, dtypes: Sequence[torch.dtype], row_size: int, row_count: int
 ) -> tuple[str, ...]:
-    """List why the Triton kernels cannot add a residual to, or normalise, `row_count` rows of `row_size` numbers."""
+    """List why the Triton kernels cannot add a residual to, or normalize, `row_count` rows of `row_size` numbers."""
     reasons = _triton_place_reasons(device) + _triton_type_reasons(dtypes)
     if row_size > LARGEST_ROW_SIZE:
         reasons += (f"rows of {row_size} numbers are longer than {LARGEST_ROW_SIZE}",)

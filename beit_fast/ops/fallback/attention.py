@@ -36,7 +36,7 @@ def attention_forward(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:
             scores = _scores(query, key, bias, None if key_mask is None else key_mask[sample], scale)
             highest = scores.amax(-1, keepdim=True)
             highest = highest.masked_fill(highest == float("-inf"), 0.0)
-            weights = scores.sub_(highest).exp_()  # [G, N, N], not yet normalised
+            weights = scores.sub_(highest).exp_()  # [G, N, N], not yet normalized
             total = weights.sum(-1, keepdim=True)
             lse[sample, group] = (highest + total.log()).squeeze(-1)
             if dropout_p > 0:

@@ -7,7 +7,7 @@
 #include "cpu/half.h"
 #include "cpu/patch_embed/params.h"
 
-// Patches from the pixels into rows [C * patch height * patch width], normalised and converted on the way.
+// Patches from the pixels into rows [C * patch height * patch width], normalized and converted on the way.
 
 namespace beit_fast::patch_embed {
 namespace {

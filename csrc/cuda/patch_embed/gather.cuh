@@ -65,7 +65,7 @@ class PixelGather {
         });
     }
 
-    // Normalise, round and store what `load(first)` has loaded.
+    // Normalize, round and store what `load(first)` has loaded.
     __device__ __forceinline__ void store(char* stage, uint32_t first) const {
         const bool copied = pixels_.vector && !pixels_.normalized && is_operand<arithmetic>(pixels_.type);
 #pragma unroll
