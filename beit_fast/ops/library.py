@@ -35,12 +35,12 @@ class Autograd(NamedTuple):
 
 
 def call_op(op: Callable[..., Any], name: str, arguments: Arguments, errors: Callable[[Arguments], list[str]]) -> Any:
-    """Call an operator, and list every error of its arguments if it raises ValueError: C++ names only the first."""
+    """Call an operator, and list every error of its arguments if the native library raises its first one."""
     try:
         return op(*arguments)
     except ValueError as error:
         first_error = error
-    found = errors(arguments)
+    found = errors(arguments) if f"beit_fast::{name}: expected" in str(first_error) else []
     if found:
         raise_errors(name, found, arguments)
     raise first_error
