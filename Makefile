@@ -24,7 +24,7 @@ MODEL ?=
 OUT ?= demo.png
 BENCH_OPTIONS ?=
 
-.PHONY: demo test test-compiled test-beyond test-interpreted test-fallback test-full test-slow-compiled test-slow-beyond test-slow-interpreted
+.PHONY: demo test test-fallback test-full
 .PHONY: sanitize bench lint docs wheel format clean
 .PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench gpu-bench-models
 
@@ -35,43 +35,41 @@ demo: $(VENV)/.demo $(NATIVE)
 # Two processes at a time, each on one thread; what one of them prints is held back until it ends.
 SIDE_BY_SIDE := $(MAKE) --jobs=2 --output-sync=target --no-print-directory
 
-# The suite: separate processes, since Triton's interpreter and its compiler cannot share one. What goes beyond the
-# package is a part of its own, so that both cores have work to the end.
+# The suite runs as separate processes, because Triton's interpreter and its compiler cannot share one. The parts take
+# about equal time, so that both cores are busy to the end; `make test-part-models` runs one of them.
+PARTS := interpreted-long interpreted models compilers integrations package commands
+SLOW_PARTS := $(PARTS)
+INTERPRETED_LONG := $(addprefix tests/kernels/test_,bias_layouts.py drawn_cases.py launcher.py layouts.py)
+MODELS_ELSEWHERE := tests/models/test_model_export.py tests/models/test_scale_out.py
+PART_interpreted-long := $(INTERPRETED_LONG)
+PART_interpreted := tests/kernels $(INTERPRETED_LONG:%=--ignore=%)
+PART_models := tests/models $(MODELS_ELSEWHERE:%=--ignore=%)
+PART_compilers := tests/aot tests/csrc tests/docs tests/packaging
+PART_integrations := tests/integrations
+PART_commands := tests/benchmarks tests/cli tests/examples tests/testing $(MODELS_ELSEWHERE)
+PART_package := tests $(patsubst %,--ignore=%,$(filter tests/%,$(PART_compilers) $(PART_integrations) $(PART_commands)) tests/models)
+
 test: $(VENV)/.test $(NATIVE)
-	$(SIDE_BY_SIDE) test-interpreted test-compiled test-beyond test-fallback
+	$(SIDE_BY_SIDE) $(PARTS:%=test-part-%) test-fallback
 
-BEYOND := tests/benchmarks tests/cli tests/examples tests/integrations tests/models/test_model_export.py \
-  tests/models/test_scale_out.py
+test-part-interpreted-long test-part-interpreted test-slow-interpreted-long test-slow-interpreted: export TRITON_INTERPRET := 1
+test-part-%:
+	$(BIN)/pytest -m "not slow" $(PART_$*)
 
-test-compiled:
-	$(BIN)/pytest -m "not slow" $(BEYOND:%=--ignore=%)
-
-# Other projects, other formats, several processes, benchmarks.
-test-beyond:
-	$(BIN)/pytest -m "not slow" $(BEYOND)
-
-test-interpreted:
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" tests/kernels
-
-# The operators again, as they are where nothing was compiled.
+# The operators again, as in an installation without the native library.
 test-fallback:
 	BEIT_FAST_NATIVE=0 $(BIN)/pytest -m "not slow" \
 	  $(addprefix tests/ops/test_,attention.py attention_dispatch.py ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py)
 
-# The long sweeps, and other versions of what we build on.
+# The long tests, and other versions of Triton and Transformers.
 test-full: $(OTHER_TRITONS:%=.venvs/triton-%/.done) $(OTHER_TRANSFORMERS:%=.venvs/transformers-%/.done)
 test-full: $(VENV)/.test $(NATIVE)
-	$(SIDE_BY_SIDE) test-slow-compiled test-slow-interpreted test-slow-beyond sanitize \
+	$(SIDE_BY_SIDE) $(SLOW_PARTS:%=test-slow-%) sanitize \
 	  $(OTHER_TRITONS:%=test-triton-%) $(OTHER_TRANSFORMERS:%=test-transformers-%)
 
-test-slow-compiled:
-	$(BIN)/pytest -m slow $(BEYOND:%=--ignore=%)
-
-test-slow-beyond:
-	$(BIN)/pytest -m slow $(BEYOND)
-
-test-slow-interpreted:
-	TRITON_INTERPRET=1 $(BIN)/pytest -m slow tests/kernels
+# A part without slow tests is not an error.
+test-slow-%:
+	$(BIN)/pytest -m slow $(PART_$*) || test $$? -eq 5
 
 # Another Triton: the compiled kernels, and the files that cover every code path in its interpreter.
 test-triton-%: .venvs/triton-%/.done

@@ -259,13 +259,17 @@ def test_predict_ctrl_c_stops_the_workers_too(arguments, whole, tmp_path, capsys
 
     def run():
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT
         stop_at("batch", 3, reached)
         return main_predict(*arguments, "--workers", 2)
 
     process = fork(run, tmp_path / "stopped")
-    assert reached.wait(60)
-    os.killpg(process.pid, signal.SIGINT)
-    process.join(60)
+    try:
+        assert reached.wait(60)
+        os.killpg(process.pid, signal.SIGINT)
+        process.join(60)
+    finally:
+        process.kill()
     assert process.exitcode == 130
     assert "rerun the same command to resume" in (tmp_path / "stopped.err").read_text()
     assert "Traceback" not in (tmp_path / "stopped.err").read_text()

@@ -18,7 +18,7 @@ from .cases import (
 from .strategies import attention_cases, output_masks
 
 # On a GPU nearly every example compiles its kernels; the interpreter does not compile.
-FEW, MANY = (12, 100) if device().type == "cuda" else (40, 120)
+FEW, MANY = (12, 100) if device().type == "cuda" else (20, 120)
 
 
 def check(case: Case, wanted: OutputMask) -> None:

@@ -42,9 +42,16 @@ def train_step(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, dict[str
     return output.logits.detach(), gradients
 
 
-@pytest.mark.parametrize("position", ["per layer", "shared", "none"])
-@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("position", "size", "dtype"),
+    [
+        ("per layer", (32, 32), torch.float32),
+        ("shared", (24, 40), torch.float32),
+        ("none", (32, 32), torch.float32),
+        ("per layer", (24, 40), torch.bfloat16),
+        ("shared", (32, 32), torch.bfloat16),
+    ],
+)
 def test_model_triton_attention_matches_fp64(position: str, size: tuple[int, int], dtype: torch.dtype) -> None:
     model = build(**POSITIONS[position]).to(dtype)
     pixels = torch.randn(2, 3, *size).to(device(), dtype)

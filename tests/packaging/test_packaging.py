@@ -67,6 +67,7 @@ def test_dir_returns_public_names():
     assert {"BeitImageProcessor", "BeitImageProcessorFast", "BeitFeatureExtractor"} <= set(dir(beit_fast))
 
 
+@pytest.mark.slow
 def test_mypy_finds_editable_install(tmp_path):
     """mypy reads .pth files, but not the import hook of an editable install."""
     script = tmp_path / "script.py"

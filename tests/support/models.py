@@ -36,3 +36,13 @@ def normalized(pixels: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normalize uint8 pixels as an image processor with `MEAN` and `STD`."""
     mean, std = (torch.tensor(numbers, dtype=dtype, device=pixels.device).view(1, 3, 1, 1) for numbers in (MEAN, STD))
     return (pixels.to(dtype) / 255 - mean) / std
+
+
+def align_parameters(model: torch.nn.Module) -> torch.nn.Module:
+    """Copy the parameters and buffers to aligned memory, and return the model.
+
+    Tensors that were read from a file are not aligned, and a GEMM or a convolution may then round differently.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
