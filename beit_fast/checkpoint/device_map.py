@@ -46,7 +46,7 @@ def dispatch(
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Place the layers of a model on devices, with hooks that move tensors.
+    """Place a model's layers on devices, with hooks that move tensors.
 
     `model.hf_device_map` is the device of every module afterwards. Modules with hooks are called as modules, so
     operators that replace several modules, such as patch embedding, are not used.

@@ -39,9 +39,10 @@ class CheckpointFiles:
 
 
 def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> CheckpointFiles:
-    """Find the files of a folder, a weights file or a hub repository (`"org/name"`).
+    """Find the files of a checkpoint.
 
-    Files of a repository are downloaded if they are not in the cache.
+    The name is that of a folder, a weights file or a hub repository (`"org/name"`). Files of a repository are
+    downloaded if they are not in the cache.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
@@ -117,7 +118,9 @@ def _read_pickle(file: Path, device: torch.device | str) -> Iterator[tuple[str, 
 
 
 def check_pickle_is_safe(file: Path) -> None:
-    """Check the suffix of a pickle and that this torch reads pickles safely.
+    """Check the suffix of a pickle and the version of torch.
+
+    Versions of torch before 2.10 do not read pickles safely.
 
     Raises:
         ValueError: If the file is not a weights file, or torch is too old.

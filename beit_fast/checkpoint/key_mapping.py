@@ -1,4 +1,4 @@
-"""Map the parameter names of every checkpoint format to those of the hub.
+"""Map parameter names of every checkpoint format to those of the hub.
 
 Full hub names have the prefix `beit.` for the trunk and none for heads. Formats: Transformers 4.x (files on the hub)
 and 5.x (in memory), Data2VecVision, DiT (plain BEiT), timm and unilm, mmsegmentation and unilm's ADE20k.
@@ -137,7 +137,10 @@ def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Chec
 
 
 def to_timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename tensors from full hub names to timm's, with packed query, key and value."""
+    """Rename tensors from full hub names to timm's.
+
+    Query, key and value are packed into one tensor.
+    """
     state = dict(tensors)
     for key in [key for key in state if key.endswith(".attention.attention.query.weight")]:
         parts = [state.pop(key.replace("query", name)) for name in ("query", "key", "value")]
@@ -175,9 +178,10 @@ def format_of(keys: Iterable[str]) -> CheckpointFormat:
 
 
 def full_name(key: str, masked_modeling: bool = False) -> str:
-    """Add the prefix of the trunk to names of a bare trunk or backbone.
+    """Return the full hub name of a parameter.
 
-    `layernorm` belongs to the head of masked image modeling if there is one, and to the trunk otherwise.
+    A name of a bare trunk or backbone gets the prefix of the trunk. `layernorm` belongs to the head of masked image
+    modeling if there is one, and to the trunk otherwise.
     """
     trunk = key.startswith(_TRUNK_PARTS) or (key.startswith("layernorm.") and not masked_modeling)
     return TRUNK_PREFIX + key if trunk else key

@@ -160,7 +160,7 @@ def _target_config(config: BeitConfig | None, overrides: Mapping[str, Any], opti
 def _dtype_to_load(
     requested: torch.dtype | str | None, config: BeitConfig, state: Mapping[str, Tensor]
 ) -> torch.dtype | None:
-    """The requested dtype, or that of the configuration, or that of the checkpoint."""
+    """Return the requested dtype, or else the configuration's or the checkpoint's."""
     if requested is not None and requested != "auto":
         return BeitConfig(dtype=requested).dtype
     stored = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
@@ -168,7 +168,7 @@ def _dtype_to_load(
 
 
 def _stored_window(state: Mapping[str, Tensor], native: BeitConfig, name: str) -> Window | None:
-    """The window of the position parameters in `state`, or None if there are none."""
+    """Return the window of the position parameters in `state`, if any."""
     positions = {key: tensor for key, tensor in state.items() if is_position(key)}
     if not positions:
         return None
@@ -273,7 +273,10 @@ def _fill(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    """Assign tensors to a model on the meta device and initialize the parameters in `uninitialized`."""
+    """Assign tensors to a model on the meta device.
+
+    The parameters in `uninitialized` are initialized.
+    """
     empty = {key: tensor for key, tensor in model.state_dict().items() if key in set(uninitialized)}
     state = dict(tensors) | {key: torch.empty(t.shape, dtype=t.dtype, device=device) for key, t in empty.items()}
     state = {key: t.to(dtype) if dtype is not None and t.is_floating_point() else t for key, t in state.items()}

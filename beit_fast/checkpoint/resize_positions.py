@@ -20,7 +20,10 @@ def is_position(key: str) -> bool:
 
 
 def fits_window(key: str, tensor: Tensor, window: Window) -> bool:
-    """Whether a table `[rows, H]` or embeddings `[1, N, E]` have the shape for `window`."""
+    """Return whether a position parameter has the shape for `window`.
+
+    The parameter is a table `[rows, H]` or embeddings `[1, N, E]`.
+    """
     return tensor.shape[0] == table_rows(window) if key.endswith(TABLE) else tensor.shape[1] == token_count(window)
 
 
@@ -57,10 +60,11 @@ def resize_positions(
 
 
 def resize_table_geometric(table: Tensor, old_window: Window, new_window: Window) -> Tensor:
-    """Resize a table `[rows(old), H]` by placing its rows in geometric progression around the center.
+    """Resize a table `[rows(old), H]` with rows in geometric progression.
 
-    Neighboring offsets stay one patch apart and distant ones spread out, so the bias of short distances does not
-    change (microsoft/unilm, `beit/run_class_finetuning.py`). Interpolation is linear, as in timm.
+    The rows are placed around the center. Neighboring offsets stay one patch apart and distant ones spread out, so the
+    bias of short distances does not change (microsoft/unilm, `beit/run_class_finetuning.py`). Interpolation is linear,
+    as in timm.
     """
     if tuple(old_window) == tuple(new_window):
         return table
@@ -74,7 +78,10 @@ def resize_table_geometric(table: Tensor, old_window: Window, new_window: Window
 
 
 def _interpolation_matrix(old: int, new: int) -> Tensor:
-    """Matrix `[new, old]` that interpolates values in geometric progression at evenly spaced positions."""
+    """Return the interpolation matrix `[new, old]` at evenly spaced positions.
+
+    The positions of the interpolated values are in geometric progression.
+    """
     known = torch.tensor(_geometric_coordinates(old, new), dtype=torch.float64)
     if old == 1:
         return known.new_ones(new, 1)
@@ -89,7 +96,10 @@ def _interpolation_matrix(old: int, new: int) -> Tensor:
 
 
 def _geometric_coordinates(old: int, new: int) -> list[float]:
-    """`old` coordinates around 0 whose steps grow by a constant ratio, up to about `new // 2`."""
+    """Return `old` coordinates around 0 in geometric progression.
+
+    Their steps grow by a constant ratio. The largest coordinate is about `new // 2`.
+    """
     low, high, ratio = 1.01, 1.5, 1.255
     while high - low > 1e-6:
         ratio = (low + high) / 2

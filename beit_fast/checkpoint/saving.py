@@ -92,9 +92,10 @@ def _free_names(folder: Path, planned: list[str]) -> dict[str, str]:
 
 
 def _replace_checkpoint(unfinished: Path, folder: Path, weights: Sequence[str], sharded: bool) -> None:
-    """Move complete files into `folder`, which contains one whole set of weights at every moment.
+    """Move complete files into `folder`.
 
-    New shards are not read before the index is replaced. A single file takes precedence over an index.
+    The folder contains one whole set of weights at every moment. New shards are not read before the index is replaced.
+    A single file takes precedence over an index.
     """
     replaced = _shards_in(folder) - set(weights)
     order = [*weights, INDEX_NAME, CONFIG_NAME] if sharded else [WEIGHTS_NAME, CONFIG_NAME]
