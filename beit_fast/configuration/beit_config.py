@@ -267,7 +267,10 @@ class BeitConfig(LabelsAndStages):
         return {name: getattr(self, name) for name in IMPLEMENTATION_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
-        """Copy every field, with JSON's types except for the int keys of `id2label`."""
+        """Copy every field, with JSON's types.
+
+        The keys of `id2label` remain ints.
+        """
         hidden = {*IMPLEMENTATION_FIELDS, *_PRIVATE_STATE}
         hidden |= {name for name in _OPTIONAL_FIELDS if getattr(self, name) is None}
         values = {name: value for name, value in vars(self).items() if name not in hidden}
@@ -301,7 +304,10 @@ class BeitConfig(LabelsAndStages):
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
-        """Read a configuration from a JSON file of Transformers 4 or 5 or of this package."""
+        """Read a configuration from a JSON file.
+
+        Files of Transformers 4 and 5 are also supported.
+        """
         return cls.from_dict(read_json_object(Path(path)), **overrides)
 
     @classmethod
@@ -316,7 +322,9 @@ class BeitConfig(LabelsAndStages):
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Read a configuration from a folder, a JSON file or a hub repository such as "org/name".
+        """Read a configuration from a folder, a JSON file or the hub.
+
+        A hub repository has a name such as "org/name".
 
         Raises:
             FileNotFoundError: If there is no `config.json`.
@@ -327,7 +335,10 @@ class BeitConfig(LabelsAndStages):
         return config
 
     def __eq__(self, other: object) -> bool:
-        """Whether class and fields are equal, except for the implementations and the path."""
+        """Return whether class and fields are equal.
+
+        The implementations and the path are not compared.
+        """
         if not isinstance(other, BeitConfig):
             return NotImplemented
         return type(self) is type(other) and self._comparable() == other._comparable()

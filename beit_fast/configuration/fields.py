@@ -69,7 +69,7 @@ class Rule:
     coerce: Callable[[Any], Any] = _unchanged
 
     def error(self, name: str, value: Any) -> FieldError | None:
-        """The error for a field `name` with this value, or None if it is valid."""
+        """Return the error of `value` for the field `name`, if any."""
         if not self.right_type(value):
             text = f"{describe(name, value)} is of type {type(value).__name__} (expected {self.expected})"
             return FieldError(text, wrong_type=True)

@@ -132,7 +132,10 @@ def resolve_labels(
 
 
 def labels_agree(id2label: dict[int, str], label2id: dict[str, int]) -> bool:
-    """Whether both label maps have the same names, and `label2id` has an index of each."""
+    """Return whether both label maps have the same names.
+
+    Each index in `label2id` must also have the same name in `id2label`.
+    """
     same_names = set(id2label.values()) == set(label2id)
     return same_names and all(id2label.get(index) == name for name, index in label2id.items())
 
@@ -172,7 +175,10 @@ def _index_from_json(index: Any) -> Any:
 def resolve_stages(
     stage_names: Sequence[str], out_features: Any, out_indices: Any
 ) -> tuple[list[int] | None, list[FieldError]]:
-    """Indices of the selected stages, or None if none are selected, and the errors."""
+    """Return the indices of the selected stages and the errors.
+
+    The indices are None if no stages are selected.
+    """
     indices = to_list(out_indices)
     features = to_list(out_features)
     errors = []
