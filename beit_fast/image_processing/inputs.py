@@ -25,7 +25,9 @@ _EXPECTED = "a Pillow image, a numpy array, a torch tensor, the path of a file, 
 
 
 def read_images(images: Any, convert_rgb: bool | None, input_data_format: str | None) -> Iterator[Array]:
-    """Yield every image as an array or tensor `[C, H, W]`, with its dtype and on its device.
+    """Yield every image as an array or tensor `[C, H, W]`.
+
+    The dtype and device of an array or tensor do not change.
 
     Args:
         images: A Pillow image, a path, an array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]`, a batch of the latter
@@ -148,7 +150,10 @@ def _upright(image: PillowImage, name: str) -> PillowImage:
 
 
 def _to_rgb(image: PillowImage, name: str) -> PillowImage:
-    """Convert any mode to RGB, with transparent pixels over white and 16 bits scaled to 8."""
+    """Convert an image of any mode to RGB.
+
+    Transparent pixels are placed over white, and 16 bits are scaled to 8.
+    """
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -213,7 +218,10 @@ def _find_format(image: Array, name: str) -> str:
 
 
 def _array_to_rgb(pixels: Array, name: str) -> Array:
-    """Convert `[C, H, W]` with 1, 3 or 4 channels (gray, RGB, RGBA over white) to `[3, H, W]`."""
+    """Convert pixels `[C, H, W]` to RGB `[3, H, W]`.
+
+    The 1, 3 or 4 channels are gray, RGB or RGBA. RGBA is placed over white.
+    """
     if len(pixels) == 3:
         return pixels
     if len(pixels) == 1:
@@ -272,5 +280,8 @@ def as_tensor(pixels: Array, device: torch.device | str | None) -> Tensor:
 
 
 def is_unit_range(pixels: Array) -> bool:
-    """Whether an image has floating-point values from 0 to 1 and is not black."""
+    """Return whether an image has floating-point values from 0 to 1.
+
+    The result is False for a black image.
+    """
     return "float" in str(pixels.dtype) and bool(0 < pixels.max() <= 1)

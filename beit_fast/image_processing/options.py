@@ -28,7 +28,10 @@ _SIZE_KEYS = (
 
 
 def _enum_value(value: Any) -> Any:
-    """Convert a member of a string enumeration of Transformers or torchvision to its string."""
+    """Convert a member of a string enumeration to its string.
+
+    Transformers and torchvision have such enumerations.
+    """
     inner = getattr(value, "value", value)
     return inner if isinstance(inner, str) else value
 
@@ -42,7 +45,10 @@ def _to_resample(value: Any) -> Any:
 
 
 def _to_size(value: Any) -> Any:
-    """Convert an int, a (height, width) pair or a `SizeDict` of Transformers 5 to a dict."""
+    """Convert a size to a dict.
+
+    The size is an int, a (height, width) pair or a `SizeDict` of Transformers 5.
+    """
     if isinstance(value, (list, tuple)):
         return dict(zip(("height", "width"), map(to_integer, value), strict=True)) if len(value) == 2 else value
     if isinstance(value, Mapping) or hasattr(value, "keys"):
@@ -161,7 +167,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def checked(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert options to their stored forms (`size` to a dict, filters to numbers).
+    """Convert options to their stored forms.
+
+    `size` is converted to a dict, and filters are converted to numbers.
 
     Raises:
         TypeError, ValueError: If options are not valid; the error lists all of them.

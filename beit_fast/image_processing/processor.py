@@ -1,4 +1,4 @@
-"""Image processor based on Pillow and NumPy, with the options and files of Transformers."""
+"""Pillow and NumPy image processor with Transformers' options and files."""
 
 from __future__ import annotations
 
@@ -150,7 +150,10 @@ class BeitImageProcessor:
         return checked(owner, {name: getattr(self, name) for name in DEFAULTS} | given)
 
     def _pixel_values(self, images: Iterable[Array], options: Options) -> Sequence[Any] | Tensor:
-        """Process arrays or tensors `[C, H, W]` of any size and dtype to a list or one batch."""
+        """Process images `[C, H, W]` to a list or one batch.
+
+        The images are arrays or tensors of any size and dtype.
+        """
         if options["device"] is not None and options["return_tensors"] != "pt":
             raise ValueError(f"device={options['device']} requires return_tensors='pt'")
         return [self._process(as_array(image), options) for image in images]
@@ -226,7 +229,10 @@ class BeitImageProcessor:
         return [BatchFeature(segmentation=m, segmentation_scores=s) for m, s in zip(maps, scores, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Copy every option that is not None, and the other fields, with JSON's types."""
+        """Copy the options and the other fields, with JSON's types.
+
+        Options that are None are left out.
+        """
         values = {name: getattr(self, name) for name in DEFAULTS}
         values = {name: value for name, value in values.items() if value is not None}
         if values["default_to_square"]:
@@ -256,7 +262,9 @@ class BeitImageProcessor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], /, **overrides: Any) -> Self:
-        """Create a processor from `to_dict()` of this package or of Transformers 4 or 5, with `overrides`.
+        """Create a processor from the result of `to_dict()`, with `overrides`.
+
+        Results of Transformers 4 and 5 are also supported.
 
         Raises:
             ValueError: If another class wrote the fields, whose steps may differ.
@@ -274,7 +282,10 @@ class BeitImageProcessor:
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
-        """Read a processor from a JSON file of Transformers 4 or 5 or of this package."""
+        """Read a processor from a JSON file.
+
+        Files of Transformers 4 and 5 are also supported.
+        """
         return cls.from_dict(read_json_object(Path(path)), **overrides)
 
     @classmethod
@@ -289,7 +300,9 @@ class BeitImageProcessor:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Read a processor from a folder, a JSON file or a hub repository such as "org/name".
+        """Read a processor from a folder, a JSON file or the hub.
+
+        A hub repository has a name such as "org/name".
 
         Raises:
             FileNotFoundError: If there is no `preprocessor_config.json`.
@@ -320,7 +333,9 @@ def reduce_labels(labels: Tensor) -> Tensor:
 
 
 def affine(options: Options, channels: int, was_unit_range: bool) -> tuple[list[float], list[float]] | None:
-    """Scale and shift of each channel that rescale and normalize in one step; None if neither is done.
+    """Return the scale and shift of each channel.
+
+    They rescale and normalize in one step. The result is None if neither is done.
 
     Raises:
         ValueError: If the number of means or standard deviations is not the number of channels.

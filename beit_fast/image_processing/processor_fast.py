@@ -68,7 +68,10 @@ def _resize_batch(batch: Tensor, options: Options) -> Tensor:
 
 
 def _finish(images: Sequence[Tensor], options: Options, was_unit_range: bool) -> Tensor:
-    """Rescale and normalize images of one size to `[B, C, H, W]` in one step."""
+    """Rescale and normalize images of one size in one step.
+
+    The result has the shape `[B, C, H, W]`.
+    """
     first = images[0]
     scale_and_shift = affine(options, len(first), was_unit_range)
     if scale_and_shift is None:

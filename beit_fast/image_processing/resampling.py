@@ -21,7 +21,10 @@ _INTERPOLATE_MODES = {RESAMPLING_NAMES.index(mode): mode for mode in ("bilinear"
 
 
 def resized_size(height: int, width: int, size: Mapping[str, int]) -> Size:
-    """(height, width) of an image after resizing, by the rules of Transformers for the keys of `size`."""
+    """Return the (height, width) of an image after resizing.
+
+    The keys of `size` select the rule, as in Transformers.
+    """
     if "height" in size:
         return size["height"], size["width"]
     if "max_height" in size:
@@ -39,7 +42,10 @@ def resized_size(height: int, width: int, size: Mapping[str, int]) -> Size:
 
 
 def nearest_positions(source: int, target: int, device: torch.device | None = None) -> Tensor:
-    """Source index int64 `[target]` at the center of each pixel of a resized axis."""
+    """Return the source index of each pixel of a resized axis.
+
+    The indices are int64 `[target]` and belong to the centers of the pixels.
+    """
     steps = np.full(target, source / target)
     steps[0] /= 2
     centres = np.add.accumulate(steps)  # Pillow sums, and rounding decides between two pixels
@@ -47,7 +53,10 @@ def nearest_positions(source: int, target: int, device: torch.device | None = No
 
 
 def resize_nearest(images: Tensor, size: Size) -> Tensor:
-    """Resize `[..., H, W]` of any dtype to `[..., *size]` by nearest neighbor."""
+    """Resize images `[..., H, W]` by nearest neighbor.
+
+    The result has the shape `[..., *size]`. All dtypes are supported.
+    """
     rows = nearest_positions(images.shape[-2], size[0], images.device)
     columns = nearest_positions(images.shape[-1], size[1], images.device)
     return images[..., rows[:, None], columns]
@@ -68,7 +77,10 @@ def resize_array(pixels: np.ndarray, size: Size, resample: int) -> np.ndarray:
 
 
 def resize_tensor(images: Tensor, size: Size, resample: int) -> Tensor:
-    """Resize uint8 `[B, C, H, W]` to `[B, C, *size]`, within 2 levels of Pillow."""
+    """Resize uint8 `[B, C, H, W]` to `[B, C, *size]`.
+
+    Values are within 2 levels of Pillow's.
+    """
     if tuple(images.shape[-2:]) == size:
         return images
     if resample == NEAREST:
@@ -96,7 +108,10 @@ def is_resized_vertically_first(height: int, width: int, size: Size) -> bool:
 
 
 def resize_by_matrices(images: Tensor, size: Size, resample: int) -> Tensor:
-    """`resize_tensor` by two matrix products, with the order and the intermediate rounding of Pillow."""
+    """Resize as in `resize_tensor`, by two matrix products.
+
+    The order and the intermediate rounding are those of Pillow.
+    """
     height, width = images.shape[-2:]
     rows = resampling_matrix(height, size[0], resample, images.device)  # [h, H]
     columns = resampling_matrix(width, size[1], resample, images.device)  # [w, W]
@@ -157,9 +172,10 @@ _FILTERS: dict[int, tuple[Callable[[Tensor], Tensor], float]] = {
 
 
 def center_crop(images: Pixels, size: Size, fill: int = 0) -> Pixels:
-    """Crop the center of `[..., H, W]` to `[..., *size]`, padded with `fill`.
+    """Crop the center of `[..., H, W]` to `[..., *size]`.
 
-    If the margin is odd, the additional row or column is cut at the end or padded at the start.
+    Smaller images are padded with `fill`. If the margin is odd, the additional row or column is cut at the end or
+    padded at the start.
     """
     top, left = ((image - crop) // 2 for image, crop in zip(images.shape[-2:], size, strict=True))
     inside = images[..., max(top, 0) : max(top, 0) + size[0], max(left, 0) : max(left, 0) + size[1]]
