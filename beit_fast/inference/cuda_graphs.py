@@ -56,7 +56,10 @@ class GraphReport:
 
 @dataclass
 class _Graph:
-    """A captured graph, its static inputs and outputs, and the tensors that it reads."""
+    """A captured graph with its static inputs and outputs.
+
+    `held` keeps references to the other tensors that the graph reads.
+    """
 
     graph: Any
     inputs: list[Tensor]
@@ -75,12 +78,12 @@ class _Graph:
 
 
 class GraphCache:
-    """A function of tensors that is captured as a CUDA graph for each shape of its inputs, and replayed.
+    """A function of tensors that is replayed as a CUDA graph.
 
-    The key of a graph holds shapes, dtypes, devices and memory formats of all tensors, the values of other arguments,
-    autocast and the precision of fp32 GEMMs. Calls that no graph can serve run the function, and `report` counts them
-    with the reason. All graphs share one memory pool, so replays on different streams wait for each other. Copies and
-    pickles take the function and the limit, not the graphs.
+    One graph is captured for each shape of the inputs. The key of a graph holds shapes, dtypes, devices and memory
+    formats of all tensors, the values of other arguments, autocast and the precision of fp32 GEMMs. Calls that no graph
+    can serve run the function, and `report` counts them with the reason. All graphs share one memory pool, so replays
+    on different streams wait for each other. Copies and pickles take the function and the limit, not the graphs.
 
     Args:
         function: a function whose arguments and result may be nested in tuples, lists, dicts and model outputs.
@@ -182,7 +185,10 @@ class GraphCache:
 
     @contextlib.contextmanager
     def _after_last_replay(self, device: torch.device) -> Iterator[None]:
-        """Order the work inside after the last replay, which uses the same buffers on any stream."""
+        """Order the work inside the block after the last replay.
+
+        Replays use the same buffers on every stream.
+        """
         with torch.cuda.device(device):
             stream, event = torch.cuda.current_stream(), torch.cuda.Event()
             if self._last is not None and self._last[0] != stream:
@@ -195,7 +201,10 @@ class GraphCache:
 
 
 def warm_up(run: Callable[[], Any], device: torch.device) -> None:
-    """Run once on a side stream, so that kernels are loaded and workspaces allocated before the capture."""
+    """Run once on a side stream before the capture.
+
+    This call loads the kernels and allocates the workspaces.
+    """
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -223,7 +232,7 @@ def is_capturing() -> bool:
 
 
 def _unsupported_reason(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> str | None:
-    """The reason why a call cannot be served by a graph, or None."""
+    """Return the reason why a graph cannot serve a call, or None."""
     if torch.is_grad_enabled():
         return "gradients are enabled: call under torch.inference_mode() or torch.no_grad()"
     if torch._C._are_functorch_transforms_active():

@@ -33,7 +33,10 @@ Biases = tuple[LayerBias, ...]
 
 
 class BiasCache:
-    """Biases of the last `limit` windows, for the attention kernel of a forward pass."""
+    """A cache of the biases for the last `limit` windows.
+
+    Each bias is for the attention kernel of a forward pass.
+    """
 
     def __init__(self, make: Callable[[Window, str], Biases], limit: int = 8) -> None:
         self.limit = limit
@@ -79,7 +82,10 @@ class FoldedBlock(nn.Module):
         self.down = build_linear(folded.down, rows)
 
     def forward(self, hidden_states: Tensor, bias: LayerBias, context: BlockContext) -> tuple[Tensor, Tensor | None]:
-        """Return `[B, N, E]`, and the attention weights `[B, H, N, N]` if requested."""
+        """Return `[B, N, E]`, and the attention weights if requested.
+
+        The weights have the shape `[B, H, N, N]`.
+        """
         attended, weights = self.self_attention(self.norm(hidden_states, 0), bias, context)
         hidden_states = self.out.add(attended, hidden_states)
         return self.down.add(self.up(self.norm(hidden_states, 1)), hidden_states), weights
@@ -173,7 +179,10 @@ class FoldedEncoder(nn.Module):
             yield hidden_states, weights
 
     def _run_fused(self, hidden_states: Tensor, context: BlockContext) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the same, with each residual and the norm after it in one kernel."""
+        """Yield the output and the attention weights of each block.
+
+        One kernel computes each residual and the norm after it.
+        """
         blocks, biases = list(self.blocks()), self.biases(context.window, context.kernels.name)
         normalized = blocks[0].norm(hidden_states, 0)
         for block, bias, following in zip(blocks, biases, [*blocks[1:], None], strict=True):
@@ -218,7 +227,10 @@ class FoldedEncoder(nn.Module):
         return sum(linear.weight_bytes() for linear in self.linears()) + sum(t.nbytes for t in tables)
 
     def _biases_for(self, window: Window, kernel: str) -> Biases:
-        """Build the bias of every layer, once for layers that share a table."""
+        """Build the bias of every layer.
+
+        Layers that share a table share one bias.
+        """
         made: dict[int, LayerBias] = {}
         for table in self._native_tables:
             if id(table) not in made:

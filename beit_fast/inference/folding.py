@@ -107,7 +107,10 @@ def folding_errors(encoder: nn.Module) -> list[str]:
 
 
 def _expected_modules(encoder: BeitEncoder) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """Yield the name, module and expected type of every module that folding reads or skips."""
+    """Yield every module that folding reads or skips.
+
+    Each item is the name, the module and its expected type.
+    """
     paths: dict[str, type[nn.Module]] = {
         "attention": BeitAttention,
         "attention.attention": BeitSelfAttention,

@@ -102,7 +102,10 @@ def is_exact_gelu(activation: nn.Module | None) -> bool:
 
 
 def build_linear(affine: Affine, rows: int, activation: nn.Module | None = None) -> InferenceLinear:
-    """Build the linear layer for the fastest library that supports its weight, packed for `rows` inputs."""
+    """Build the linear layer for the fastest library that supports its weight.
+
+    If the library packs the weight, it is packed for `rows` inputs.
+    """
     device, dtype = affine.weight.device, affine.weight.dtype
     if is_exact_gelu(activation) and not availability.linear_gelu_unsupported_reasons(
         device, dtype, affine.weight.shape[0]

@@ -28,12 +28,12 @@ def optimize_for_inference(
     graphs: bool = True,
     keep_original: bool = True,
 ) -> Any:
-    """Return a faster model for inference, with the same class, signature and outputs.
+    """Return a faster model with the same class, signature and outputs.
 
-    Layer scales, the gain and shift of LayerNorm and the softmax scale are folded into the linear layers, in fp32 and
-    rounded once. Query, key and value become one projection. Bias tables are resized once per window. On a CPU, weights
-    are packed for oneDNN, which fuses GELU and residuals. On CUDA, residual and LayerNorm are one kernel, GELU is fused
-    into the linear layer, and calls are captured as CUDA graphs.
+    The model is for inference only. Layer scales, the gain and shift of LayerNorm and the softmax scale are folded into
+    the linear layers, in fp32 and rounded once. Query, key and value become one projection. Bias tables are resized
+    once per window. On a CPU, weights are packed for oneDNN, which fuses GELU and residuals. On CUDA, residual and
+    LayerNorm are one kernel, GELU is fused into the linear layer, and calls are captured as CUDA graphs.
 
     The result copies the weights; later changes to `model` have no effect. Moving it, training it or loading weights
     into it raises an error. `state_dict` and `save_pretrained` return and write the original weights.
@@ -82,7 +82,10 @@ def _check(model: Any, dtype: torch.dtype | None) -> None:
 
 
 def _rows(model: BeitPreTrainedModel, example: Tensor | None) -> int:
-    """Return the tokens of the example's batch, or of one image of the native size."""
+    """Return the number of tokens in the example's batch.
+
+    If there is no example, return that of one image of the native size.
+    """
     if example is None:
         return token_count(model.config.window)
     if not isinstance(example, Tensor) or example.ndim != 4:
@@ -183,13 +186,19 @@ class OptimizedModel(BeitPreTrainedModel):
         return encoder
 
     def attention_report(self) -> attention.AttentionReport:
-        """Return the attention kernel that ran in each block, and why others cannot run."""
+        """Return the attention kernel that ran in each block.
+
+        The report also has the reasons why other kernels cannot run.
+        """
         kernels = [block.last_kernel for block in self._folded_encoder.blocks()]
         head_dim = self.config.attention_head_dim
         return attention.report(self.attn_implementation, kernels, self.device, self._optimized_dtype, head_dim)
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        """Choose `"eager"`, `"sdpa"`, `"triton"` or None (by device and dtype) for every block from now on."""
+        """Choose the attention implementation of every block from now on.
+
+        The choices are `"eager"`, `"sdpa"`, `"triton"` and None (by device and dtype).
+        """
         super().set_attn_implementation(attn_implementation)
         if self._graphs is not None:
             self._graphs.clear()
