@@ -47,7 +47,7 @@ class ClassSwap(ABC):
 
     @abstractmethod
     def library_class(self, module: nn.Module) -> type[nn.Module]:
-        """Return the class of the library that a module is an instance of."""
+        """Return the library's class that a module is an instance of."""
 
     @abstractmethod
     def replacement(self, module: nn.Module, found: Modules) -> type[nn.Module]:
@@ -62,7 +62,7 @@ class ClassSwap(ABC):
         """Return why an accelerated module cannot be restored, or an empty string."""
 
     def already_fast(self, module: nn.Module) -> str | None:
-        """Return a note on a module that needs no replacement, or None if it needs one."""
+        """Return a note if a module needs no replacement, otherwise None."""
         return "" if isinstance(module, tuple(self.originals)) else None
 
     def accelerate(self, model: nn.Module, attn_implementation: str | None) -> AccelerationReport:
@@ -106,7 +106,10 @@ class ClassSwap(ABC):
 
 
 def exchange_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Set a module's class, and rebind the copies of its forward that hooks of the library accelerate hold."""
+    """Set a module's class and rebind the copies of its forward.
+
+    Hooks of the library accelerate store these copies.
+    """
     held = held_forwards(module)
     module.__class__ = cls
     for name in held:
@@ -114,7 +117,7 @@ def exchange_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def held_forwards(module: nn.Module) -> list[str]:
-    """Return the attributes of a module that hold the forward of its class."""
+    """Return the module's attributes that hold the forward of its class."""
     return [
         name
         for name in ("forward", "_old_forward")

@@ -124,7 +124,10 @@ class MmsegBeit(nn.Module):
         self.register_load_state_dict_pre_hook(_take_other_names)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return one contiguous map `[B, E, h, w]` per block of `out_indices` for images `[B, C, H, W]`."""
+        """Return one contiguous map `[B, E, h, w]` per block of `out_indices`.
+
+        The inputs are images `[B, C, H, W]`.
+        """
         return self.trunk(inputs, return_dict=True).feature_maps
 
     def init_weights(self, pretrained: str | os.PathLike[str] | None = None) -> None:
@@ -199,7 +202,10 @@ def _pretrained_errors(pretrained: Any, init_cfg: Any, interpolation: str) -> li
 
 
 def _take_other_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Rename parameters of mmsegmentation, unilm, timm or the hub to those of `MmsegBeit`."""
+    """Rename parameters of other formats to those of `MmsegBeit`.
+
+    The formats are those of mmsegmentation, unilm, timm and the hub.
+    """
     given = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     if any(key.startswith("trunk.") for key in given):
         return

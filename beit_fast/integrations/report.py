@@ -20,7 +20,10 @@ _IMPLEMENTATIONS = ("triton", None)
 
 @dataclass(frozen=True)
 class ModuleChange:
-    """The name of a module, its library class, the change, and the reason if there was none."""
+    """The name, library class and change of a module.
+
+    If there was no change, `reason` is the reason.
+    """
 
     name: str
     kind: str
@@ -43,7 +46,9 @@ class AccelerationReport:
     kernels: tuple[str, ...] = ()
 
     def named(self, change: str) -> dict[str, str]:
-        """Return the reason, or an empty string, of each module with a given change.
+        """Return the reasons of the modules with a given change.
+
+        Each name has a reason or an empty string.
 
         Args:
             change: `"replaced"`, `"restored"`, `"already fast"` or `"left alone"`.

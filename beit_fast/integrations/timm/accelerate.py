@@ -61,7 +61,10 @@ class FusedAttention(timm_beit.Attention):
         return self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
 
     def _table(self, shared: SharedTable | None) -> tuple[Tensor | None, Window | None]:
-        """Return the sum of the tables, since the gather is linear, and its window."""
+        """Return the sum of the tables and its window.
+
+        The gather is linear, so tables can be added in place of biases.
+        """
         if isinstance(shared, Tensor):
             raise ValueError(
                 f"an accelerated Attention got a dense shared_rel_pos_bias {list(shared.shape)}: accelerate the whole "
@@ -81,7 +84,7 @@ _REPLACEMENTS = {original: replacement for replacement, original in _ORIGINALS.i
 
 
 def accelerate(model: nn.Module, attn_implementation: str | None = None) -> AccelerationReport:
-    """Make the attention of timm's BEiT read its bias inside the kernel, in place.
+    """Make timm's BEiT attention read its bias inside the kernel, in place.
 
         model = timm.create_model("beit_base_patch16_224", pretrained=True)
         print(accelerate(model))
@@ -184,7 +187,10 @@ def _check_version() -> None:
 
 
 def _unsupported_reason(module: nn.Module) -> str:
-    """Return how a module differs from its timm class, so that it cannot be replaced."""
+    """Return the reason why a module cannot be replaced.
+
+    The reason is a difference from the timm class, or an empty string.
+    """
     if type(module) in _ORIGINALS:
         return ""
     if type(module) not in _REPLACEMENTS:

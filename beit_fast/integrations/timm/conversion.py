@@ -33,10 +33,11 @@ _SHOWN = 8
 
 
 def to_timm(model: BeitForImageClassification) -> timm_beit.Beit:
-    """Convert to timm's `Beit` with copied parameters, on the same device, in the same dtype and mode.
+    """Convert to timm's `Beit`, with copied parameters.
 
-    Its `pretrained_cfg` has the image size and the configuration's mean and standard deviation (BEiT's 0.5 by default).
-    Names of classes are dropped, because timm does not store them.
+    The device, dtype and mode are those of `model`. The result's `pretrained_cfg` has the image size and the
+    configuration's mean and standard deviation (BEiT's 0.5 by default). Names of classes are dropped, because timm does
+    not store them.
 
     Raises:
         TypeError: If `model` is not a `BeitForImageClassification`.
@@ -63,10 +64,10 @@ def to_timm(model: BeitForImageClassification) -> timm_beit.Beit:
 def from_timm(
     model: timm_beit.Beit, attn_implementation: str | None = None, patch_embed_implementation: str | None = None
 ) -> BeitForImageClassification:
-    """Convert to `BeitForImageClassification` with copied parameters, on the same device, in the same dtype and mode.
+    """Convert to `BeitForImageClassification`, with copied parameters.
 
-    An accelerated model is accepted. timm's network does not hold mean and standard deviation: for uint8 images pass
-    those of its `pretrained_cfg` to `set_pixel_normalization`.
+    The device, dtype and mode are those of `model`. An accelerated model is accepted. timm's network does not hold mean
+    and standard deviation: for uint8 images pass those of its `pretrained_cfg` to `set_pixel_normalization`.
 
     Args:
         model: a `timm.models.beit.Beit`.

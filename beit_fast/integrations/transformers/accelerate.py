@@ -26,7 +26,7 @@ _OWN = (BeitSelfAttention, BeitRelativePositionBias)
 
 
 def accelerate(model: nn.Module, attn_implementation: str | None = None) -> AccelerationReport:
-    """Make a Transformers model's BEiT layers read the bias inside the attention kernel.
+    """Make Transformers' BEiT layers read the bias inside the attention kernel.
 
     The classes of attention and bias modules are exchanged for subclasses with another forward, in place. Parameters,
     hooks, names in the `state_dict`, the configuration, `isinstance`, `deepcopy`, `pickle` and `save_pretrained` do not
@@ -131,7 +131,11 @@ def _instances(model: nn.Module, *classes: type[nn.Module]) -> Modules:
 
 
 def _unsupported_reason(module: nn.Module) -> str:
-    """Return how a module differs from its Transformers class, so that it can neither be replaced nor take a table."""
+    """Return the reason why a module cannot be replaced.
+
+    The reason is a difference from the Transformers class, or an empty string. A module with such a difference cannot
+    take a table either.
+    """
     known = _known_class(module)
     if isinstance(module, tuple(ORIGINALS)):
         return ""

@@ -1,4 +1,7 @@
-"""This package's models with the arguments and output classes that Transformers' Auto classes expect."""
+"""Subclasses of this package's models for Transformers' Auto classes.
+
+They have the arguments and output classes that the Auto classes expect.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +127,7 @@ class BeitBackbone(TransformersConventions, beit_fast.BeitBackbone):
 
 
 def adopt(model: Any) -> Any:
-    """Set a model's class to the one here that returns Transformers' output class."""
+    """Set a model's class to the subclass with Transformers' output class."""
     made: dict[type, type] = {
         cls.__bases__[-1]: cls
         for cls in (BeitModel, BeitForImageClassification, BeitForSemanticSegmentation, BeitBackbone)

@@ -1,7 +1,8 @@
-"""Subclasses of Transformers' BEiT attention and bias modules that read the bias from its table.
+"""Subclasses of Transformers' BEiT attention and bias modules.
 
-`accelerate` sets them as the class of existing modules, which keep their parameters, hooks and names. A bias module
-then returns its table (`TableBias`) in place of the dense bias. Attention passes the table to `rel_pos_attention`.
+They read the bias from its table. `accelerate` sets them as the class of existing modules, which keep their parameters,
+hooks and names. A bias module then returns its table (`TableBias`) in place of the dense bias. Attention passes the
+table to `rel_pos_attention`.
 
 Transformers has two layouts of these layers. Data2VecVision, and BEiT before 5.8, are "split": a `SelfAttention` inside
 an `Attention`, each with its own bias, and an encoder with the shared bias. BEiT since 5.8 is "joined": one
@@ -62,7 +63,10 @@ def dense(bias: TableBias | Tensor | None) -> Tensor | None:
 
 
 class TableMixin(nn.Module):
-    """A relative position bias that returns its table, resized to the window of the image."""
+    """A relative position bias that returns its table.
+
+    The table is resized to the window of the image.
+    """
 
     window_size: Window
     relative_position_bias_table: nn.Parameter

@@ -97,7 +97,10 @@ def _enter_config(undo: ExitStack) -> None:
 
 
 def _enter_class(undo: ExitStack, auto_class: Any, model_class: type) -> None:
-    """Register a class as `auto_class.register(exist_ok=True)` does, but so that it can be undone."""
+    """Register a class so that the registration can be undone.
+
+    Otherwise it is the same as `auto_class.register(exist_ok=True)`.
+    """
     for config_class in (transformers.BeitConfig, auto_classes.BeitFastConfig):
         set_item(undo, auto_class._model_mapping._extra_content, config_class, model_class)
 

@@ -1,4 +1,7 @@
-"""A relative position bias as its table, for layers of other libraries that pass biases on."""
+"""A relative position bias as its table.
+
+It is for layers of other libraries that pass biases on.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ _MASKED = -1e4
 
 
 class TableBias:
-    """A stand-in for a dense bias `[1, H, N, N]` in layers that only add biases and pass them on.
+    """A bias table that replaces a dense bias `[1, H, N, N]`.
 
-    The gather is linear, so the sum of two biases of one window is the bias of the sum of their tables. A padding mask
-    that is added becomes the key mask.
+    It is for layers that only add biases and pass them on. The gather is linear, so the sum of two biases of one window
+    is the bias of the sum of their tables. A padding mask that is added becomes the key mask.
 
     Attributes:
         table: `[(2 * height - 1) * (2 * width - 1) + 3, H]`.
@@ -44,12 +47,18 @@ class TableBias:
         return first.__add__(second) if isinstance(first, TableBias) else second.__add__(first)
 
     def to(self, *args: Any, **kwargs: Any) -> TableBias:
-        """Move or cast as `Tensor.to`, for libraries that place layers on several devices."""
+        """Move or cast the tensors, as in `Tensor.to`.
+
+        Libraries that place layers on several devices call this method.
+        """
         key_mask = None if self.key_mask is None else self.key_mask.to(*args, **kwargs)
         return TableBias(self.table.to(*args, **kwargs), self.window, key_mask)
 
     def dense(self) -> Tensor:
-        """Return the dense bias `[1, H, N, N]`, with a key mask `[B, H, N, N]`."""
+        """Return the dense bias `[1, H, N, N]`.
+
+        If there is a key mask, the shape is `[B, H, N, N]`.
+        """
         bias = gather_bias(self.table, self.window).unsqueeze(0)
         if self.key_mask is None:
             return bias
@@ -57,10 +66,10 @@ class TableBias:
 
 
 def key_mask_of(mask: Tensor) -> Tensor:
-    """Convert an attention mask `[B, 1, N, N]` to a key mask, bool `[B, N]`.
+    """Convert an attention mask `[B, 1, N, N]` to a key mask.
 
-    A bool mask is True for keys to attend to. A floating-point mask is added to scores: 0 for keys to attend to, -1e4
-    or less for others.
+    The key mask is bool `[B, N]`. A bool mask is True for keys to attend to. A floating-point mask is added to scores:
+    0 for keys to attend to, -1e4 or less for others.
 
     Raises:
         ValueError: If the shape or dtype is not supported, or the mask differs between queries or has other values.
