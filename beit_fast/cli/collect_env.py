@@ -84,7 +84,10 @@ def _ask_nvidia_smi(gpu: str, fields: Sequence[str]) -> dict[str, str | None]:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of a distribution, read without importing it, or None if it is not installed."""
+    """Return the version of a distribution, or None if not installed.
+
+    The distribution is not imported.
+    """
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -92,7 +95,10 @@ def installed_version(distribution: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The model name of the CPU, or its architecture if the system does not give a name."""
+    """Return the model name of the CPU.
+
+    If the system does not give a name, return the architecture.
+    """
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
@@ -102,7 +108,10 @@ def cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The short commit of the checkout, with `-dirty` if files differ, or None outside a checkout."""
+    """Return the short commit of the checkout, or None outside one.
+
+    The commit ends with `-dirty` if files differ.
+    """
     root = Path(__file__).resolve().parents[2]
     if not ((root / ".git").exists() and (root / "pyproject.toml").exists()):
         return None

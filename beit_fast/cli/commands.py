@@ -18,7 +18,10 @@ from .options import TASKS, ClassifyOptions, ConvertOptions, ExitCode, ModelOpti
 
 
 def classify(options: ClassifyOptions) -> int:
-    """Print the most probable classes of every image, and return the exit code."""
+    """Print the most probable classes of every image.
+
+    The result is the exit code.
+    """
     model, processor = load(options, TASKS["image-classification"])
     results, failures = [], []
     with tqdm(total=len(options.images), unit="image", disable=None if len(options.images) > 1 else True) as bar:
@@ -38,7 +41,10 @@ def classify(options: ClassifyOptions) -> int:
 
 
 def segment(options: SegmentOptions) -> int:
-    """Draw the classes over the image, print the share of each, and return the exit code."""
+    """Draw the classes over the image and print their shares.
+
+    The result is the exit code.
+    """
     from PIL import Image
 
     model, processor = load(options, TASKS["semantic-segmentation"])
@@ -57,7 +63,10 @@ def segment(options: SegmentOptions) -> int:
 
 
 def convert(options: ConvertOptions) -> int:
-    """Rewrite a checkpoint of any known format in the hub's layout, and return the exit code."""
+    """Rewrite a checkpoint of any known format in the hub's layout.
+
+    The result is the exit code.
+    """
     import beit_fast
 
     name = TASKS[options.task] if options.task else _architecture_of(options.source)
@@ -94,7 +103,10 @@ def load(options: ModelOptions, class_name: str) -> tuple[Any, Any]:
 
 
 def processor_of(name_or_path: str, config: Any, local_files_only: bool = False) -> Any:
-    """Load the checkpoint's image processor, or create one for the model's image size if it has none."""
+    """Load the checkpoint's image processor.
+
+    If there is none, create one for the model's image size.
+    """
     from ..image_processing.processor import BeitImageProcessor
 
     path = Path(name_or_path)
@@ -108,7 +120,10 @@ def processor_of(name_or_path: str, config: Any, local_files_only: bool = False)
 
 
 def read_image(path: str) -> Any:
-    """Read an image file as RGB bytes `[3, height, width]`, with its EXIF orientation applied."""
+    """Read an image file as RGB bytes `[3, height, width]`.
+
+    The EXIF orientation is applied.
+    """
     from ..image_processing.inputs import read_images
 
     return next(iter(read_images([path], convert_rgb=True, input_data_format=None)))

@@ -1,4 +1,4 @@
-"""What `beit-fast info` prints: versions, devices, kernels and native libraries."""
+"""Versions, devices, kernels and native libraries that `beit-fast info` prints."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def predict(options: PredictOptions) -> int:
 
 @dataclass
 class Progress:
-    """What this process has done.
+    """Progress of this process.
 
     Attributes:
         images: Images that it predicted.
@@ -88,7 +88,7 @@ class Progress:
 
 
 class Predictor:
-    """A model and its image processor, and what to record of an image.
+    """A model, its image processor and the outputs to record.
 
     Args:
         model: A model on its device.
@@ -133,7 +133,7 @@ class Predictor:
         return {"path": path, self.output: value, "error": None}
 
     def digest(self) -> str:
-        """A hash of the weights, the configuration and the image processor, in hexadecimal."""
+        """Return a hexadecimal hash of weights, configuration and image processor."""
         total = hashlib.sha256(self.model.config.to_json_string().encode())
         total.update(self.processor.to_json_string().encode())
         for name, tensor in self.model.state_dict().items():
@@ -143,7 +143,9 @@ class Predictor:
 
 
 def load_predictor(options: PredictOptions, device: torch.device) -> Predictor:
-    """Load the checkpoint's model on `device`, with the head that the options need.
+    """Load the checkpoint's model on `device`.
+
+    The model has the head that the options need.
 
     Raises:
         ValueError: If the checkpoint does not contain this head, or its outputs are not probabilities of classes.

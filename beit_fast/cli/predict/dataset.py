@@ -1,4 +1,4 @@
-"""The images of a data set, and reading them as batches of pixels."""
+"""The images of a data set, read as batches of pixels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Dataset:
 
 
 def find_images(source: str | os.PathLike[str]) -> Dataset:
-    """Find the images below a folder, or those that a text file lists.
+    """Find the images below a folder or in a list file.
 
     Hidden files of a folder are left out. A list has one path per line, relative to its own folder; empty lines are
     ignored.
@@ -130,7 +130,7 @@ class ImageBatch(NamedTuple):
 
 
 class ImageBatches(TorchDataset[ImageBatch]):
-    """Batches of a data set by number, for the workers of a DataLoader.
+    """Batches of a data set by number, for a DataLoader's workers.
 
     Args:
         dataset: The images.
@@ -161,7 +161,10 @@ class ImageBatches(TorchDataset[ImageBatch]):
         return ImageBatch(number, groups, errors)
 
     def read(self, file: Path) -> Tensor | str:
-        """Read an image as pixels `[1, C, H, W]`, or return the reason why it cannot be read."""
+        """Read an image as pixels `[1, C, H, W]`.
+
+        If it cannot be read, return the reason.
+        """
         try:
             return self.processor(file, do_convert_rgb=True, return_tensors="pt")["pixel_values"]
         except MemoryError:
@@ -170,7 +173,10 @@ class ImageBatches(TorchDataset[ImageBatch]):
             return _reason(error, file)
 
     def read_ahead(self, numbers: Sequence[int], workers: int) -> DataLoader[ImageBatch]:
-        """Read the batches `numbers` in this order, the next ones in `workers` processes."""
+        """Read the batches `numbers` in this order.
+
+        The next batches are read in `workers` processes.
+        """
         workers = min(workers, max(len(numbers) - 1, 0))  # a single batch has nothing to read ahead of
         return DataLoader(
             self,
@@ -188,7 +194,10 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def _reason(error: Exception, file: Path) -> str:
-    """The error without the folder of the data set, so that results do not depend on its location."""
+    """Return the error without the folder of the data set.
+
+    The results then do not depend on the location of the data set.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     name = os.fspath(file)

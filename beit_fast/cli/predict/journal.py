@@ -1,4 +1,6 @@
-"""The progress of a run of `beit-fast predict` on disk, so that it can resume after a kill.
+"""The progress of a run of `beit-fast predict` on disk.
+
+The run can resume after a kill.
 
 Beside OUT is the folder OUT.run:
 
@@ -115,7 +117,9 @@ class Run:
                     _batch_file(self.folder / _BATCHES, number).unlink()
 
     def join(self, rank: int, world: int) -> Share | Outcome:
-        """Start or resume the run as one rank, or return its outcome if it is complete.
+        """Start or resume the run as one rank.
+
+        If the run is complete, return its outcome.
 
         Raises:
             BlockingIOError: If other processes are running that are not ranks of the same `world`.

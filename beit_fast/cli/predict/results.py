@@ -18,7 +18,9 @@ _ROW_GROUP = 8192
 
 
 def format_of(out: Path, requested: Format | None) -> Format:
-    """Infer the format of `out` from its name, or check that it matches the requested one.
+    """Infer the format of `out` from its name.
+
+    If a format is requested, check that they match.
 
     Raises:
         ImportError: If the format is Parquet and pyarrow is not installed.
