@@ -41,7 +41,10 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def replace_files(moves: Sequence[tuple[Path, Path]]) -> None:
-    """Move complete files to their final paths, in this order, after all of them are on disk."""
+    """Move complete files to their final paths, in this order.
+
+    All of them are on disk before the first is moved.
+    """
     for source, _ in moves:
         flush_to_disk(source)
     for source, target in moves:
@@ -51,7 +54,10 @@ def replace_files(moves: Sequence[tuple[Path, Path]]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on disk."""
+    """Wait until a file or folder is on disk.
+
+    For a folder, only the list of names is flushed.
+    """
     is_folder = path.is_dir()
     if is_folder and os.name != "posix":
         return  # Windows cannot open a folder.
@@ -64,9 +70,10 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def unfinished_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder inside `folder`, removed with its contents when the block ends.
+    """Yield a new folder inside `folder`.
 
-    This also removes folders that killed processes of this machine left behind.
+    It is removed with its contents when the block ends. Folders that killed processes of this machine left behind are
+    also removed.
     """
     prefix = f".unfinished-{platform.node()}-"
     for left in folder.glob(f"{prefix}*"):
@@ -122,7 +129,9 @@ def _fits_json(value: Any) -> bool:
 
 
 def find_json_file(path: Path, file_name: str, what: str) -> Path:
-    """Find `file_name` in the folder `path`, or return `path` if it is a file.
+    """Find `file_name` in the folder `path`.
+
+    If `path` is a file, return it.
 
     Raises:
         FileNotFoundError: If there is no such file. `what` names its contents in the message.

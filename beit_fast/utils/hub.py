@@ -46,7 +46,10 @@ def find_options(name_or_path: str | os.PathLike[str], file_name: str, what: str
 
 
 def is_repository_name(name: str) -> bool:
-    """Whether `name` can be a hub repository (`"name"` or `"org/name"`) rather than a path."""
+    """Return whether `name` can be a hub repository.
+
+    The name of a repository is `"name"` or `"org/name"` and not a path to a file.
+    """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

@@ -10,14 +10,17 @@ _LIST_LIMIT = 20
 
 
 class FieldError(NamedTuple):
-    """Why a field is rejected; `wrong_type` if the type is wrong, not the value."""
+    """The reason why a field is rejected.
+
+    `wrong_type` is True if the type is wrong, not the value.
+    """
 
     text: str
     wrong_type: bool = False
 
 
 def raise_errors(owner: str, errors: Sequence[FieldError]) -> None:
-    """Raise one error that lists all `errors`, or return if there are none.
+    """Raise one error that lists all `errors`, if there are any.
 
     Raises:
         TypeError: If all errors are about types.
@@ -31,7 +34,10 @@ def raise_errors(owner: str, errors: Sequence[FieldError]) -> None:
 
 
 def raise_value_error(heading: str, errors: Sequence[str]) -> None:
-    """Raise one ValueError that lists all `errors` under `heading`, or return if there are none."""
+    """Raise one ValueError that lists all `errors` under `heading`.
+
+    If there are none, return.
+    """
     if errors:
         raise ValueError(f"{heading}:\n" + "\n".join(f"- {error}" for error in errors))
 
