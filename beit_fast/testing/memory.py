@@ -65,7 +65,7 @@ def loaded_memory(device: torch.device | str = "cpu") -> int | None:
 
 
 def memory_unsupported_reason(device: torch.device | str = "cpu") -> str | None:
-    """The reason why `peak_memory` cannot measure on `device`, or None if it can."""
+    """Return the reason why `peak_memory` cannot measure on `device`, or None."""
     device = torch.device(device)
     if device.type == "cuda":
         return None
@@ -85,10 +85,10 @@ def _peak_on_cuda(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def _peak_resident(function: Callable[[], Any]) -> int:
-    """Growth of the resident set at its peak during one call of `function`, in bytes.
+    """Return the peak growth of the resident set in bytes.
 
-    Requires that `_resident_unsupported_reason` returns None. It leaves glibc's thresholds at their maximum, as a long
-    run does.
+    It is measured during one call of `function`. Requires that `_resident_unsupported_reason` returns None. It leaves
+    glibc's thresholds at their maximum, as a long run does.
     """
     gc.collect()
     with _large_blocks_from_system():
@@ -99,7 +99,10 @@ def _peak_resident(function: Callable[[], Any]) -> int:
 
 
 def _idle_resident() -> int:
-    """Resident set in bytes, after glibc (if this is glibc) has returned its free pages."""
+    """Return the resident set in bytes, without glibc's free pages.
+
+    If the C library is glibc, it returns these pages first.
+    """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
@@ -107,7 +110,10 @@ def _idle_resident() -> int:
 
 
 def _resident_unsupported_reason() -> str | None:
-    """The reason why this system cannot reset and read a peak, or None if it can."""
+    """Return the reason why a peak cannot be reset and read.
+
+    The result is None if this system can do both.
+    """
     if not sys.platform.startswith("linux"):
         return f"peak resident memory can be reset on Linux only, this is {sys.platform}"
     try:
@@ -169,9 +175,9 @@ def _large_blocks_from_system() -> Iterator[None]:
 
 
 def _occupy_holes(library: ctypes.CDLL) -> list[int]:
-    """Allocate blocks that fill the heap's holes of a MiB or more, and return their addresses.
+    """Allocate blocks that fill the heap's holes and return their addresses.
 
-    The blocks are not touched, so they use no pages.
+    The holes have a size of a MiB or more. The blocks are not touched, so they use no pages.
     """
     occupied = []
     for size in (_LARGEST_THRESHOLD >> step for step in range(6)):  # 32 MiB down to 1 MiB

@@ -21,7 +21,9 @@ def synchronize(device: torch.device | str) -> None:
 def latency(
     function: Callable[[], Any], device: torch.device | str = "cpu", repeats: int = 20, warmup: int = 3
 ) -> Measurement:
-    """Time `repeats` calls of `function` one by one, each from idle device to idle device.
+    """Time `repeats` calls of `function` one by one.
+
+    The device is idle before and after each call.
 
     Args:
         function: The call to time.
