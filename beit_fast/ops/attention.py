@@ -39,7 +39,7 @@ def rel_pos_attention(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """Attention with a learned 2-D relative position bias, `softmax(scale * q k^T + bias) v`.
+    """Compute attention with a learned 2-D relative position bias. The result is `softmax(scale * q k^T + bias) v`.
 
     Args:
         q, k, v: `[B, N, H, D]`, one dtype, any strides; slices of one packed projection are not copied.
@@ -117,7 +117,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradient(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward function that calls `op`, the backward operator or its `autograd.Function`."""
+    """Return the backward function that calls `op`. `op` is the backward operator or its `autograd.Function`."""
 
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         others = (None,) * (len(AttentionArguments._fields) - _GRADIENTS)

@@ -1,4 +1,4 @@
-"""Add a digest of this package's operators to the cache keys of `torch.compile`.
+"""Add a digest of the operators' source to `torch.compile` cache keys.
 
 AOTAutograd keys a compiled graph by the operators' names and stores the traced backward with it. After a change to the
 autograd, fake or autocast functions here it would silently reuse the old backward (seen in torch 2.13). Its keys

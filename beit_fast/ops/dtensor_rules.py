@@ -1,4 +1,4 @@
-"""Sharding rules of the operators for `torch.distributed.tensor`, registered when that module is imported.
+"""Sharding rules of the operators for `torch.distributed.tensor`. They are registered when that module is imported.
 
 Attention needs no communication if samples or heads are sharded over a mesh dimension:
 
@@ -45,7 +45,7 @@ class _Placements(NamedTuple):
     grad_table: Any  # [rows, H]
 
     def inputs(self, table: Any, key_mask: Any) -> list[Any]:
-        """Placements of q, k, v, and of table and key_mask unless they are None."""
+        """Placements of the inputs: q, k, v, and table and key_mask unless they are None."""
         optional = ((table, self.table), (key_mask, self.key_mask))
         return [self.tokens] * 3 + [placement for tensor, placement in optional if tensor is not None]
 

@@ -17,7 +17,10 @@ from .patch_embed import patch_embed_op
 
 
 def attention_flops(batch: int, tokens: int, heads: int, head_dim: int, matmuls: int = 2) -> int:
-    """Operations of `matmuls` products of `[N, D]` with `[D, N]` (or `[N, N]` with `[N, D]`) per head and sample."""
+    """Count the operations of attention, with `matmuls` products per head and sample.
+
+    A product is `[N, D]` with `[D, N]`, or `[N, N]` with `[N, D]`.
+    """
     return 2 * matmuls * batch * heads * tokens * tokens * head_dim
 
 

@@ -1,4 +1,4 @@
-"""What the operators need under `torch.func` transforms and forward-mode differentiation."""
+"""Support for `torch.func` transforms and forward-mode differentiation of the operators."""
 
 from __future__ import annotations
 

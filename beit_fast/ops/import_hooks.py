@@ -18,7 +18,7 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
 
 
 class _ActAfterImport(importlib.abc.MetaPathFinder):
-    """Finder that locates one module as Python would, and runs the action after executing it."""
+    """Finder that runs the action after one module is executed. It locates the module as Python would."""
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name = name

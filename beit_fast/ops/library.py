@@ -1,4 +1,4 @@
-"""The operator library `beit_fast`, and the one helper that registers an operator in it."""
+"""Operator library `beit_fast` and the helper that registers an operator in it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,27 @@ def _no_reasons(arguments: Any) -> Sequence[str]:
 
 
 class Kernel(NamedTuple):
-    """A function of an operator's argument tuple, and the reasons why it cannot serve these arguments."""
+    """Kernel function of an operator, and the reasons why it cannot serve.
+
+    Both are functions of the operator's argument tuple.
+    """
 
     run: Callable[[Any], Any]
     unsupported_reasons: Callable[[Any], Sequence[str]] = _no_reasons
 
 
 class Autograd(NamedTuple):
-    """The backward function of an operator and what it saves, as `torch.library.register_autograd` takes them."""
+    """Backward function of an operator and what it saves.
+
+    Both are functions as `torch.library.register_autograd` takes them.
+    """
 
     backward: Callable[..., Any]
     setup_context: Callable[..., None] | None = None
 
 
 def call_op(op: Callable[..., Any], name: str, arguments: Arguments, errors: Callable[[Arguments], list[str]]) -> Any:
-    """Call an operator, and list every error of its arguments if the native library raises its first one."""
+    """Call an operator and list every error of its arguments. The native library raises only the first error."""
     try:
         return op(*arguments)
     except ValueError as error:
@@ -64,7 +70,7 @@ def register_op(
     Args:
         schema: `name(arguments) -> results`.
         arguments: tuple type with the schema's names, order and defaults. Every function below takes one.
-        errors: what is wrong with the arguments; checked before each kernel and in the fake.
+        errors: returns the errors of the arguments; checked before each kernel and in the fake.
         fallback: PyTorch operations for any device without a kernel of its own.
         fake: empty results, for tracing.
         triton: kernel for CUDA; also for CPU in Triton's interpreter.

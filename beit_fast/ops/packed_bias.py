@@ -1,4 +1,4 @@
-"""Triton attention with a bias that is packed once and reused, for inference."""
+"""Triton attention with a packed bias, for inference. The bias is packed once and reused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def packed_bias_attention(
     scale: float,
     packed_bias: Any,
 ) -> Tensor:
-    """Compute attention `[B, N, H, D]` with the result of `pack_bias`, without gradients or dropout."""
+    """Compute attention `[B, N, H, D]` with a packed bias.
+
+    `packed_bias` is the result of `pack_bias`. Gradients and dropout are not supported.
+    """
     from ..kernels.attention import launch
 
     return launch.attention_forward(q, k, v, table, key_mask, window, scale, 0.0, 0, bias=packed_bias)[0]

@@ -57,7 +57,7 @@ def patch_embed(
 
 
 def _run_cuda(arguments: PatchEmbedArguments) -> Tensor:
-    """Run the kernel of `_C_cuda`, or the fallback if that kernel cannot serve."""
+    """Run the kernel of `_C_cuda` if it can serve, else the fallback."""
     pixels, weight, bias, cls, _, mask_token, pos, mean, std = arguments
     tensors = (weight, bias, cls, mask_token, pos, None if pixels.dtype == torch.uint8 else pixels)
     dtypes = [x.dtype for x in tensors if x is not None]

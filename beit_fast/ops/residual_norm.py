@@ -46,7 +46,9 @@ def residual_norm(
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`sum = residual + drop_path_scale * scale * branch` and `LayerNorm(sum) * weight + bias`.
+    """Add a residual branch and apply LayerNorm to the sum.
+
+    The results are `sum = residual + drop_path_scale * scale * branch` and `LayerNorm(sum) * weight + bias`.
 
     Args:
         residual, branch: `[B, N, E]` in any float dtypes, any strides; without a branch residual is the sum.
@@ -81,7 +83,10 @@ def residual_add(
 
 
 def _unsupported_reasons(arguments: Any) -> Sequence[str]:
-    """Why the Triton kernels cannot serve these arguments of any of the four operators."""
+    """Return the reasons why the Triton kernels cannot serve these arguments.
+
+    The arguments are those of any of the four operators.
+    """
     named = arguments._asdict()
     rows = next(named[name] for name in ("residual", "sum", "grad") if name in named)  # [B, N, E]
     vectors_and_rows = (named.get(name) for name in _FLOATS)
@@ -124,7 +129,7 @@ def _empty_row_gradients(like: Tensor, dtypes: Sequence[torch.dtype], needed: Se
 
 
 def _empty_vector_gradients(rows: Tensor, vectors: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor]:
-    """Contiguous tensors in the dtypes of the vectors, without elements if not needed."""
+    """Contiguous tensors like the vectors, without elements if not needed."""
     return [
         rows.new_empty(0) if x is None else rows.new_empty(x.shape if flag else 0, dtype=x.dtype)
         for x, flag in zip(vectors, needed, strict=True)
@@ -262,7 +267,10 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 def _autocast(arguments: ResidualNormArguments, dtype: torch.dtype) -> ResidualNormArguments:
-    """Write the normalized rows in the dtype of the matrix products that read them."""
+    """Set the dtype of the normalized rows to that of autocast.
+
+    It is the dtype of the matrix products that read them.
+    """
     chosen = arguments.dtype is not None or arguments.residual.dtype == torch.float64
     return arguments if chosen else arguments._replace(dtype=dtype)
 

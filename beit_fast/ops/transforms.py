@@ -26,7 +26,7 @@ def cast_first(count: int) -> Callable[[tuple[Any, ...], torch.dtype], tuple[Any
 
 
 def map_entries(op: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
-    """Call `op` for each of the `size` entries of the mapped dimension and stack the results."""
+    """Call `op` for each mapped entry and stack the results. The mapped dimension has `size` entries."""
     results = [op(*(_entry(x, dim, place) for x, dim in zip(args, in_dims, strict=True))) for place in range(size)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0

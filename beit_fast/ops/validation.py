@@ -22,7 +22,7 @@ from .arguments import (
 
 
 def attention_errors(arguments: AttentionArguments) -> list[str]:
-    """What is wrong with the arguments of `rel_pos_attention`. Symbolic sizes are checked at run time."""
+    """Return the errors of the arguments of `rel_pos_attention`. Symbolic sizes are checked at run time."""
     q, k, v, table, key_mask, window, _, dropout_p, seed = arguments
     errors = attention_tensor_errors(q, k, v, table, key_mask) + _window_errors(q, table, window)
     if not 0.0 <= dropout_p < 1.0:
@@ -33,7 +33,7 @@ def attention_errors(arguments: AttentionArguments) -> list[str]:
 
 
 def attention_backward_errors(arguments: AttentionBackwardArguments) -> list[str]:
-    """What is wrong with the arguments of `rel_pos_attention_backward`."""
+    """Return the errors of the arguments of `rel_pos_attention_backward`."""
     errors = attention_errors(arguments.forward)
     grad_out, q, out, lse = arguments.grad_out, arguments.q, arguments.out, arguments.lse
     for name, tensor in (("grad_out", grad_out), ("out", out)):
@@ -50,7 +50,7 @@ def attention_backward_errors(arguments: AttentionBackwardArguments) -> list[str
 def attention_tensor_errors(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, key_mask: Tensor | None
 ) -> list[str]:
-    """What is wrong with the tensors of attention: ranks, sizes, dtypes, devices and heads."""
+    """Return the errors of the attention tensors: ranks, sizes, dtypes, devices and heads."""
     errors = []
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
         errors.append("q, k and v must have one shape [B, N, H, D]")
@@ -90,7 +90,7 @@ def _known(*sizes: int) -> list[int]:
 
 
 def patch_embed_errors(arguments: PatchEmbedArguments) -> list[str]:
-    """What is wrong with the arguments of `patch_embed`. Symbolic sizes are checked at run time."""
+    """Return the errors of the arguments of `patch_embed`. Symbolic sizes are checked at run time."""
     pixels, weight, *_, mean, std = arguments
     tensors: dict[str, Tensor | None] = dict(zip(arguments._fields[:-2], arguments[:-2], strict=True))
     if pixels.ndim != 4 or weight.ndim != 4:
@@ -162,7 +162,7 @@ def _token_errors(tensors: dict[str, Tensor | None], pixels: Tensor, weight: Ten
 
 
 def linear_gelu_errors(arguments: LinearGeluArguments) -> list[str]:
-    """What is wrong with the arguments of `linear_gelu`. Symbolic sizes are checked at run time."""
+    """Return the errors of the arguments of `linear_gelu`. Symbolic sizes are checked at run time."""
     x, weight, bias = arguments
     others = (weight,) if bias is None else (weight, bias)
     errors = []
@@ -185,12 +185,12 @@ def _differ(size: int, other: int) -> bool:
 
 
 def shapes_differ(tensor: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a tensor has another shape, as far as both sizes of a dimension are numbers."""
+    """Whether a tensor has another shape. Sizes are compared if both are numbers."""
     return tensor.ndim != len(shape) or any(map(_differ, tensor.shape, shape))
 
 
 def residual_norm_errors(arguments: ResidualNormArguments) -> list[str]:
-    """What is wrong with the arguments of `residual_norm`. Symbolic sizes are checked at run time."""
+    """Return the errors of the arguments of `residual_norm`. Symbolic sizes are checked at run time."""
     residual, branch, scale, drop_path_scale, weight, bias, eps, dtype = arguments
     rows = {"residual": residual, "branch": branch}
     errors = _row_errors(rows, {"scale": scale, "weight": weight, "bias": bias}, drop_path_scale)
@@ -204,7 +204,7 @@ def residual_norm_errors(arguments: ResidualNormArguments) -> list[str]:
 
 
 def residual_norm_backward_errors(arguments: ResidualNormBackwardArguments) -> list[str]:
-    """What is wrong with the arguments of `residual_norm_backward`."""
+    """Return the errors of the arguments of `residual_norm_backward`."""
     total, grad_normalized, needed = arguments.sum, arguments.grad_normalized, arguments.output_mask
     rows = {"sum": total, "grad_sum": arguments.grad_sum, "grad_normalized": grad_normalized}
     rows["branch"] = arguments.branch
@@ -223,13 +223,13 @@ def residual_norm_backward_errors(arguments: ResidualNormBackwardArguments) -> l
 
 
 def residual_add_errors(arguments: ResidualAddArguments) -> list[str]:
-    """What is wrong with the arguments of `residual_add`."""
+    """Return the errors of the arguments of `residual_add`."""
     residual, branch, scale, drop_path_scale = arguments
     return _row_errors({"residual": residual, "branch": branch}, {"scale": scale}, drop_path_scale)
 
 
 def residual_add_backward_errors(arguments: ResidualAddBackwardArguments) -> list[str]:
-    """What is wrong with the arguments of `residual_add_backward`."""
+    """Return the errors of the arguments of `residual_add_backward`."""
     grad, branch, scale, drop_path_scale, _, needed = arguments
     errors = _row_errors({"grad": grad, "branch": branch}, {"scale": scale}, drop_path_scale)
     return errors + _missing_input_errors({"branch": branch, "scale": scale}, needed[1:])
@@ -238,7 +238,10 @@ def residual_add_backward_errors(arguments: ResidualAddBackwardArguments) -> lis
 def _row_errors(
     rows: dict[str, Tensor | None], vectors: dict[str, Tensor | None], drop_path_scale: Tensor | None
 ) -> list[str]:
-    """What is wrong with rows `[B, N, E]` (the first is not None), vectors `[E]` and `drop_path_scale` `[B]`."""
+    """Return the errors of rows, vectors and `drop_path_scale`.
+
+    Rows are `[B, N, E]` and the first is not None. Vectors are `[E]`, and `drop_path_scale` is `[B]`.
+    """
     (first, leader), *others = rows.items()
     assert leader is not None
     if leader.ndim != 3 or 0 in _known(leader.shape[2]):
@@ -264,7 +267,10 @@ def _row_errors(
 
 
 def _missing_input_errors(inputs: dict[str, Tensor | None], needed: Sequence[bool]) -> list[str]:
-    """Which of `inputs` (branch first) are None although the `needed` gradients of the others read them."""
+    """Return an error for each missing input of the `needed` gradients.
+
+    `inputs` are the branch, then the tensors whose gradients are `needed`. A missing input is None.
+    """
     (_, branch), *vectors = inputs.items()
     errors = [
         f"the gradient of {name} needs {name}"
@@ -277,7 +283,7 @@ def _missing_input_errors(inputs: dict[str, Tensor | None], needed: Sequence[boo
 
 
 def raise_errors(operator: str, errors: Sequence[str], arguments: Any) -> NoReturn:
-    """Raise one ValueError that describes the tensors among an operator's arguments and lists every error."""
+    """Raise one ValueError that lists every error. It also describes the tensors among the operator's arguments."""
     given = ", ".join(
         f"{name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
         for name, tensor in arguments._asdict().items()

@@ -1,1 +1,1 @@
-"""GEMM of fp32 linear layers on CPUs, and the choice among BLAS, oneDNN and split bf16."""
+"""GEMMs for fp32 linear layers on CPU. `choice` selects BLAS, oneDNN or split bf16."""

@@ -1,4 +1,4 @@
-"""The GEMM for fp32 linear layers in training on CPU, chosen by CPU model and not by autotuning.
+"""Choice of the GEMM for fp32 linear layers in training on CPU. The GEMM is chosen by CPU model and not by autotuning.
 
 `F.linear` on CPU is BLAS, usually MKL, which runs AVX2 kernels on AMD CPUs. oneDNN runs AVX-512 kernels there, but it
 packs the right operand of each of the three products of a step: the weight forward, the transposed weight for the
@@ -111,7 +111,7 @@ def gemm_split_bf16(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _preferred(requested: str | None) -> GemmChoice:
-    """The GEMM by request, otherwise by CPU model, before checking that it can serve."""
+    """Return the requested GEMM, or else that of the CPU model. `choose_gemm` then checks that it can serve."""
     if requested and requested not in GEMMS:
         expected = ", ".join(map(repr, GEMMS))
         raise ValueError(f"BEIT_FAST_CPU_LINEAR={requested!r} is not supported (expected {expected}, or unset)")
@@ -127,7 +127,7 @@ def _preferred(requested: str | None) -> GemmChoice:
 
 
 def _reason_for_blas() -> str | None:
-    """Why oneDNN is not faster than BLAS on this machine; None if it is."""
+    """Return the reason to prefer BLAS to oneDNN on this machine; None if oneDNN is faster."""
     if not torch.backends.mkl.is_available():
         return "torch's BLAS is not MKL"
     if torch.backends.cpu.get_cpu_capability() != "AVX512":

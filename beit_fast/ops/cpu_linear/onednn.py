@@ -1,8 +1,8 @@
-"""Linear layers on oneDNN with packed weights, by private operators of PyTorch that are checked before use.
+"""Linear layers on oneDNN with packed weights.
 
-Inductor's freezing uses `torch.ops.mkldnn._reorder_linear_weight` and `_linear_pointwise`. They may change in any
-release of torch, so `unsupported_reason` runs them once on small matrices, and every caller falls back to public
-operators if it returns a reason. The operators have no derivative.
+They call private operators of PyTorch, which Inductor's freezing also uses: `torch.ops.mkldnn._reorder_linear_weight`
+and `_linear_pointwise`. The operators may change in any release of torch, so `unsupported_reason` checks them once on
+small matrices. Every caller falls back to public operators if it returns a reason. The operators have no derivative.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHECK_TOLERANCE = 64  # eps of the dtype, of the largest output; a wrong layout
 
 
 def unsupported_reason(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why weights of `dtype` cannot be packed for oneDNN on `device`; None if they can.
+    """Return the reason why oneDNN cannot pack weights of `dtype` on `device`; None if it can.
 
     Call it before the other functions here. The first call for a dtype runs the operators once.
     """
@@ -44,10 +44,11 @@ def unsupported_reason(device: torch.device | str, dtype: torch.dtype) -> str | 
 
 
 def pack(weight: Tensor, rows: int) -> Tensor:
-    """Copy `weight`, `[out, in]` with any strides, to oneDNN's layout for inputs of about `rows` rows.
+    """Copy `weight` to oneDNN's layout for inputs of about `rows` rows.
 
-    The copy is opaque: it has the shape and dtype of the weight, but it cannot be deep-copied or saved. It accepts
-    inputs with any number of rows and is fastest for `rows`. Later changes to `weight` have no effect on it.
+    The weight is `[out, in]` with any strides. The copy is opaque: it has the shape and dtype of the weight, but it
+    cannot be deep-copied or saved. It accepts inputs with any number of rows and is fastest for `rows`. Later changes
+    to `weight` have no effect on it.
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be [out, in] and not empty, not of shape {list(weight.shape)}")
@@ -103,7 +104,7 @@ def _check_arguments(x: Tensor, packed: Tensor, bias: Tensor | None, residual: T
 
 @functools.cache
 def _operators() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """(pack, linear, linear with a residual).
+    """Return the operators (pack, linear, linear with a residual).
 
     Raises:
         AttributeError: If this version of torch lacks one.

@@ -28,7 +28,7 @@ _STEP_BYTES = 2 * _SIDE * _DEPTH  # of one term
 
 
 def unsupported_reason() -> str | None:
-    """Why the operators cannot serve in this process; None if they can."""
+    """Return the reason why the operators cannot serve in this process; None if they can."""
     reason = native.unsupported_reason("_C")
     if reason is not None or not native.is_loaded("_C"):
         return reason or f"{native.file_name('_C')} is not loaded"
@@ -44,11 +44,11 @@ def terms_for_precision() -> int:
 
 
 def pack(matrix: Tensor, terms: int, *, transposed: bool = False) -> Tensor:
-    """Lay out the right operand of a fp32 product for `linear`, in `terms` (2 or 3) bf16 terms.
+    """Lay out the right operand of an fp32 product for `linear`.
 
     Args:
         matrix: `[N, K]` as the weight of a linear layer, or `[K, N]` if `transposed`; any strides.
-        terms: bf16 terms per number.
+        terms: bf16 terms per number, 2 or 3.
         transposed: whether `matrix` is `[K, N]`.
 
     Returns:
@@ -68,7 +68,9 @@ def linear(
     *,
     gelu: bool = False,
 ) -> Tensor:
-    """`act(x @ matrix.T + bias) + residual` for the `[N, K]` matrix that was packed with the same `terms`.
+    """Compute `act(x @ matrix.T + bias) + residual` with a packed matrix.
+
+    The `[N, K]` matrix was packed with the same `terms`.
 
     Args:
         x: fp32 `[..., K]`. Rows of any stride and a transposed view of a matrix are read in place; other layouts of
@@ -88,9 +90,10 @@ def linear(
 
 
 def matmul(x: Tensor, matrix: Tensor, terms: int, bias: Tensor | None = None) -> Tensor:
-    """`x @ matrix.T + bias` for a `[N, K]` matrix of any strides, which is packed for this product alone.
+    """Compute `x @ matrix.T + bias` with a temporary packed matrix.
 
-    The thread keeps the memory of the packed matrix for its next product: 1.5 times the matrix's for three terms.
+    The matrix is `[N, K]` with any strides and is packed for this product alone. The thread keeps the memory of the
+    packed matrix for its next product: 1.5 times the matrix's for three terms.
     """
     arguments = _MatmulArguments(x, matrix, terms, bias)
     return call_op(matmul_op, "_matmul_split_bf16", arguments, _with_unsupported(_matmul_errors))
@@ -124,7 +127,7 @@ def _pack_errors(arguments: _PackArguments) -> list[str]:
 
 
 def _matrix_errors(matrix: Tensor, terms: int) -> list[str]:
-    """What is wrong with a right operand."""
+    """Return the errors of a right operand."""
     errors = [] if matrix.ndim == 2 else ["matrix must be [N, K], or [K, N] where it is transposed"]
     if matrix.dtype != torch.float32:
         errors.append("matrix must be float32")
@@ -132,7 +135,7 @@ def _matrix_errors(matrix: Tensor, terms: int) -> list[str]:
 
 
 def _linear_errors(arguments: _LinearArguments) -> list[str]:
-    """What is wrong with the arguments of `linear`. Symbolic sizes are checked at run time."""
+    """Return the errors of the arguments of `linear`. Symbolic sizes are checked at run time."""
     x, packed, out_features, terms, bias, residual, _ = arguments
     errors = [] if x.ndim else ["x must be [..., K]"]
     for name, tensor in (("x", x), ("bias", bias), ("residual", residual)):
@@ -193,14 +196,14 @@ def _fake_matmul(arguments: _MatmulArguments) -> Tensor:
 
 
 def _unsupported_reasons(arguments: Any) -> Sequence[str]:
-    """Why no kernel serves: the native library has the only kernels, for CPU."""
+    """Return the reasons why no kernel serves. The native library has the only kernels, for CPU."""
     device, reason = arguments[0].device.type, unsupported_reason()
     reasons = [] if device == "cpu" else [f"serves cpu tensors, not {device}"]
     return [*reasons, reason or "the native library has no such kernel"]
 
 
 def _with_unsupported(errors: Callable[[Any], list[str]]) -> Callable[[Any], list[str]]:
-    """The errors of the arguments, and why no kernel is supported in this process."""
+    """Return a function that appends `unsupported_reason()` to the errors of the arguments."""
 
     def all_errors(arguments: Any) -> list[str]:
         reason = unsupported_reason()

@@ -1,1 +1,1 @@
-"""Which kernel serves an operator on a device, and why another one does not."""
+"""Choice of kernels by device, and the reasons against the other kernels."""

@@ -1,8 +1,8 @@
-"""Choose the attention implementation and its kernel, or list why none can serve.
+"""Choose the attention implementation and its kernel.
 
-`"eager"` and `"sdpa"` are references that materialize the bias; `"triton"` is the operator
-`beit_fast::rel_pos_attention`. None means `"triton"` if a fused kernel serves the device and dtype, else `"sdpa"`. In
-an export to ONNX, which has no such operator, None means `"sdpa"`.
+If none can serve, the error lists the reasons. `"eager"` and `"sdpa"` are references that materialize the bias;
+`"triton"` is the operator `beit_fast::rel_pos_attention`. None means `"triton"` if a fused kernel serves the device and
+dtype, else `"sdpa"`. In an export to ONNX, which has no such operator, None means `"sdpa"`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def kernel_name(implementation: str | None, device: torch.device | str, dtype: t
 
 
 def choose(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """(implementation, kernel) to run: constant within a process, except in an export to ONNX."""
+    """Return the (implementation, kernel) to run. Both are constant within a process, except in an export to ONNX."""
     reasons = availability.onnx_unsupported_reasons()
     if not reasons or implementation in ("eager", "sdpa"):
         return _decide(implementation, device, dtype, head_dim)
@@ -84,9 +84,10 @@ def _decide(implementation: str | None, device: torch.device, dtype: torch.dtype
 def describe_kernels(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32, head_dim: int = 64
 ) -> list[tuple[str, bool, tuple[str, ...]]]:
-    """List the kernels of `"triton"` as (name, whether it can serve, reasons why not).
+    """List the kernels of `"triton"` and whether each can serve.
 
-    If `device` is None, each kernel is described on its own device type.
+    An entry is (name, whether it can serve, reasons why not). If `device` is None, each kernel is described on its own
+    device type.
     """
 
     def device_of(kernel: str) -> torch.device:
@@ -101,7 +102,7 @@ def describe_kernels(
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """Which attention kernels ran in a model, and why others cannot. `str()` returns a readable summary.
+    """Attention kernels that ran in a model, and reasons against the others. `str()` returns a readable summary.
 
     Attributes:
         requested: `attn_implementation`, None if device and dtype decide.

@@ -1,4 +1,6 @@
-"""Which kernel serves an operator on a device, and why the others cannot.
+"""Availability of each operator's kernels on a device.
+
+The functions return the kernel that serves, or the reasons why a kernel cannot.
 
 `attn_implementation="triton"` names one operator; its kernel depends on the device and is one of `KERNELS`. Patch
 embedding has `PATCH_EMBED_KERNELS`.
@@ -59,7 +61,7 @@ def has_triton() -> bool:
 def attention_unsupported_reasons(
     kernel: KernelName, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> tuple[str, ...]:
-    """List why `kernel` cannot serve attention on `device` with this dtype and head dimension."""
+    """List why `kernel` cannot serve attention on `device`. `dtype` and `head_dim` are those of the queries."""
     if kernel == "triton":
         return _cuda_reasons(device) + _triton_reasons(dtype, head_dim)
     if kernel == "triton-interpret":
@@ -72,7 +74,7 @@ def attention_unsupported_reasons(
 
 
 def serving_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelName | None:
-    """The kernel of `"triton"` on `device`, or None if no kernel can serve."""
+    """Return the kernel of `"triton"` on `device`; None if no kernel can serve."""
     for kernel in KERNELS:
         if not attention_unsupported_reasons(kernel, device, dtype, head_dim):
             return kernel
@@ -80,7 +82,10 @@ def serving_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> K
 
 
 def onnx_unsupported_reasons() -> tuple[str, ...]:
-    """Why no operator of this package can serve on any device: the model is being exported to ONNX."""
+    """Return the reasons why no operator can serve in an ONNX export.
+
+    They hold on every device. Outside an export the result is empty.
+    """
     captured = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if not captured or not torch.onnx.is_in_onnx_export():
         return ()
@@ -92,7 +97,7 @@ onnx_unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-def
 
 
 def is_fused(kernel: str | None) -> bool:
-    """Whether `kernel` is a fast kernel that never stores a `[N, N]` matrix."""
+    """Return whether `kernel` is fast and never stores a `[N, N]` matrix."""
     return kernel in _FUSED
 
 
@@ -131,7 +136,10 @@ def patch_embed_kernel(
 def residual_norm_unsupported_reasons(
     device: torch.device, dtypes: Sequence[torch.dtype], row_size: int, row_count: int
 ) -> tuple[str, ...]:
-    """List why the Triton kernels cannot add a residual to, or normalize, `row_count` rows of `row_size` numbers."""
+    """List why the Triton kernels cannot add or normalize these rows.
+
+    There are `row_count` rows of `row_size` numbers.
+    """
     reasons = _triton_place_reasons(device) + _triton_type_reasons(dtypes)
     if row_size > LARGEST_ROW_SIZE:
         reasons += (f"rows of {row_size} numbers are longer than {LARGEST_ROW_SIZE}",)
@@ -141,12 +149,12 @@ def residual_norm_unsupported_reasons(
 
 
 def triton_takes_rows(row_size: int, dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether the Triton kernels support this row size and these dtypes, on a device that they serve."""
+    """Whether the Triton kernels support this row size and these dtypes. The device is not checked."""
     return row_size <= LARGEST_ROW_SIZE and all(dtype in _GPU_DTYPES for dtype in dtypes)
 
 
 def linear_gelu_unsupported_reasons(device: torch.device, dtype: torch.dtype, output_count: int) -> tuple[str, ...]:
-    """List why the Triton kernel cannot serve a linear layer with GELU on `device`."""
+    """List why the Triton kernel cannot serve `linear_gelu` on `device`."""
     reasons = _triton_place_reasons(device) + _triton_type_reasons([dtype])
     if output_count > LARGEST_OUTPUT_COUNT:
         reasons += (f"{output_count} outputs are more than {LARGEST_OUTPUT_COUNT}",)

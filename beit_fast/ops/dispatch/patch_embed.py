@@ -1,7 +1,8 @@
-"""Choose between the convolution and the operator for patch embedding, or list why the operator cannot serve.
+"""Choose between the convolution and the operator for patch embedding.
 
-`"conv"` is the reference, `nn.Conv2d` and the steps after it; `"fused"` is the operator `beit_fast::patch_embed`, from
-pixels to tokens in one call. None means `"fused"` if attention runs `"triton"`, else `"conv"`.
+If the operator cannot serve, the error lists the reasons. `"conv"` is the reference, `nn.Conv2d` and the steps after
+it; `"fused"` is the operator `beit_fast::patch_embed`, from pixels to tokens in one call. None means `"fused"` if
+attention runs `"triton"`, else `"conv"`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def kernel_name(resolved: str, pixels: Tensor, weight: Tensor) -> str:
 
 @dataclass(frozen=True)
 class PatchEmbedReport:
-    """Which patch embedding ran in a model, and why others cannot. `str()` returns a readable summary.
+    """Patch embedding that ran in a model, and reasons against the others. `str()` returns a readable summary.
 
     Attributes:
         requested: `patch_embed_implementation`, None if it follows attention.
@@ -89,7 +90,7 @@ class PatchEmbedReport:
 
     @property
     def kernel(self) -> str:
-        """What ran; if nothing has run, what would run."""
+        """The kernel that ran; if none has run, the kernel that would run."""
         return self.would_run if self.ran is None else self.ran
 
     def __str__(self) -> str:

@@ -100,7 +100,10 @@ def _resolve_vector_math() -> None:
 
 
 def _head_groups(heads: int, tokens: int) -> list[slice]:
-    """Group the heads so that the `[G, N, N]` scores of a group stay close to a core's cache in size."""
+    """Group the heads to limit the size of their scores.
+
+    The `[G, N, N]` scores of a group are about as large as a core's cache.
+    """
     size = max(1, min(heads, _GROUP_ELEMENTS // (tokens * tokens)))
     return [slice(start, min(start + size, heads)) for start in range(0, heads, size)]
 
@@ -114,7 +117,10 @@ def _heads_first(tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
-    """`scale * query @ key^T + bias`, minus infinity at masked keys, a new `[H, N, N]`."""
+    """Compute the masked scores `scale * query @ key^T + bias`.
+
+    They are minus infinity at masked keys. The result is a new `[H, N, N]`.
+    """
     if bias is None:
         scores = torch.bmm(query * scale, key.transpose(1, 2))
     else:
@@ -123,7 +129,10 @@ def _scores(query: Tensor, key: Tensor, bias: Tensor | None, key_mask: Tensor | 
 
 
 def _dropout_factor(seed: int, dropout_p: float, first_plane: int, like: Tensor) -> Tensor:
-    """`1 / (1 - p)` where a weight is kept and 0 where it is dropped, `[G, N, N]`; planes count `b * H + h`."""
+    """Compute the dropout factor of each attention weight, `[G, N, N]`.
+
+    It is `1 / (1 - p)` if the weight is kept and 0 if it is dropped. Planes count `b * H + h`.
+    """
     heads, queries, keys = like.shape
     planes = torch.arange(first_plane, first_plane + heads, device=like.device)
     counter = torch.meshgrid(
@@ -137,7 +146,10 @@ def _dropout_factor(seed: int, dropout_p: float, first_plane: int, like: Tensor)
 
 
 def _philox_first_word(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """First output word of Philox4x32-10 (Salmon et al., SC 2011) for counter (c0, c1, c2, 0), int64 in `[0, 2^32)`."""
+    """First output word of Philox4x32-10 for counter (c0, c1, c2, 0).
+
+    The result is int64 in `[0, 2^32)` (Salmon et al., SC 2011).
+    """
     low = 0xFFFFFFFF
     c3 = torch.zeros_like(c0)
     key_low, key_high = seed & low, (seed >> 32) & low

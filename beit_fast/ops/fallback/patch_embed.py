@@ -1,4 +1,4 @@
-"""Fallback of patch embedding in PyTorch operations, and the backward pass on every device."""
+"""Fallback of patch embedding in PyTorch operations. Its backward pass serves every device."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def patch_embed(arguments: PatchEmbedArguments) -> Tensor:
 def normalize_pixels(
     pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
 ) -> Tensor:
-    """`(pixels - mean) / std` per channel, computed in at least fp32 and returned in `dtype`.
+    """Compute `(pixels - mean) / std` per channel.
 
-    `mean` and `std` are in the units of the pixels.
+    The arithmetic is in at least fp32, and the result is in `dtype`. `mean` and `std` are in the units of the pixels.
     """
     if mean is None and std is None:
         return pixels.to(dtype)
@@ -45,7 +45,10 @@ def normalize_pixels(
 
 
 def extract_patches(pixels: Tensor, patch: tuple[int, int] | torch.Size) -> Tensor:
-    """Non-overlapping patches as rows, `[B, C, H, W]` to `[B, P, C * ph * pw]`; incomplete patches are cropped."""
+    """Extract non-overlapping patches as rows: `[B, C, H, W]` to `[B, P, C * ph * pw]`.
+
+    Incomplete patches are cropped.
+    """
     batch, channels, height, width = pixels.shape
     rows, columns = height // patch[0], width // patch[1]
     cropped = pixels[:, :, : rows * patch[0], : columns * patch[1]]

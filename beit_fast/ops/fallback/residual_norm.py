@@ -31,7 +31,10 @@ def residual_add(residual: Tensor, branch: Tensor, scale: Tensor | None, drop_pa
 def layer_norm(
     total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of the rows in `dtype`, their mean and their inverse standard deviation, `[B, N]`."""
+    """Compute LayerNorm of the rows in `dtype`.
+
+    Return also the mean and the inverse standard deviation of the rows, `[B, N]`.
+    """
     wide = _wide(total.dtype)
     variance, mean = torch.var_mean(total.to(wide), -1, correction=0, keepdim=True)
     rstd = (variance + eps).rsqrt()
@@ -47,7 +50,7 @@ def layer_norm(
 def layer_norm_backward(
     grad_normalized: Tensor, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input rows, of weight and of bias, not yet rounded."""
+    """Compute the gradients of the input rows, weight and bias. They are not yet rounded."""
     grad = grad_normalized.to(mean.dtype)
     x = (total.to(mean.dtype) - mean[..., None]) * rstd[..., None]
     weighted = grad if weight is None else grad * weight.to(mean.dtype)
@@ -63,7 +66,10 @@ def branch_backward(
     drop_path_scale: Tensor | None,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of branch and of scale from that of the sum, not yet rounded; None if not needed."""
+    """Compute the gradients of branch and scale from that of the sum.
+
+    They are not yet rounded, and None if not needed.
+    """
     grad = _scaled(grad.to(_wide(grad.dtype)), None, drop_path_scale)
     needs_branch, needs_scale = output_mask
     grad_scale = (grad * branch).sum((0, 1)) if needs_scale and branch is not None else None
