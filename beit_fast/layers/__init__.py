@@ -1,4 +1,4 @@
-"""Layers of BEiT, under the module and parameter names of the checkpoints on the hub."""
+"""Layers of BEiT. Modules and parameters have the names of the checkpoints on the hub."""
 
 from .attention import BeitAttention, BeitRelativePositionBias, BeitSelfAttention, BeitSelfOutput
 from .block import BeitEncoder, BeitLayer

@@ -37,7 +37,7 @@ def clipped_gelu(values: Tensor) -> Tensor:
 
 
 def laplace(values: Tensor) -> Tensor:
-    """The Laplace attention function, 0.5 (1 + erf((x - mu) / (sigma sqrt(2)))) (arXiv 2209.10655)."""
+    """Laplace attention function (arXiv 2209.10655): 0.5 (1 + erf((x - mu) / (sigma sqrt(2))))."""
     return 0.5 * (1 + torch.erf((values - 0.707107) / (0.282095 * math.sqrt(2))))
 
 

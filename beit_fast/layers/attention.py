@@ -18,7 +18,10 @@ from .module_hooks import clone_if_hooked
 
 
 class BeitRelativePositionBias(nn.Module):
-    """A bias table `[(2 * height - 1) * (2 * width - 1) + 3, H]`, resized to the window of the image."""
+    """Relative position bias table, resized to the window of the image.
+
+    The table is `[(2 * height - 1) * (2 * width - 1) + 3, H]`.
+    """
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ def _drop_relative_position_index(module: nn.Module, state_dict: dict[str, Any],
 
 
 class BeitSelfAttention(nn.Module):
-    """Multi-head self-attention with relative position bias, `[B, N, E]` to `[B, N, H * D]`.
+    """Multi-head self-attention with relative position bias: `[B, N, E]` to `[B, N, H * D]`.
 
     `last_kernel` is the name of the kernel that ran last, None before the first call outside `torch.compile`.
     """

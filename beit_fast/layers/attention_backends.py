@@ -63,7 +63,7 @@ def run_attention(
 
 
 def dense_bias(table: Tensor, window: Window) -> Tensor:
-    """Gather the bias `[H, N, N]` in at least fp32, so that its gradient is summed in fp32."""
+    """Gather the bias `[H, N, N]` in at least fp32. Its gradient is then summed in fp32."""
     return gather_bias(table.to(torch.promote_types(table.dtype, torch.float32)), window)
 
 

@@ -41,7 +41,7 @@ class BeitLayer(nn.Module):
         self.lambda_2 = nn.Parameter(torch.full((size,), initial)) if initial > 0 else None
 
     def forward(self, hidden_states: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
-        """`[B, N, E]` to `[B, N, E]`, and the attention weights `[B, H, N, N]` if requested."""
+        """Run the block, `[B, N, E]` to `[B, N, E]`. The attention weights `[B, H, N, N]` are returned if requested."""
         context = context.serving(hidden_states)
         branch, weights = self.attention(self.layernorm_before(hidden_states), context)
         if context.kernels.fuse_residual_norm and self._can_fuse(hidden_states, branch):
@@ -51,7 +51,10 @@ class BeitLayer(nn.Module):
         return hidden_states + self.drop_path(_scaled(branch, self.lambda_2)), weights
 
     def unsupported_reasons(self) -> list[str]:
-        """Why operators cannot take the place of `layernorm_after` and `drop_path` here; empty where they can."""
+        """Return the reasons why operators cannot replace `layernorm_after` and `drop_path` here.
+
+        The list is empty if they can.
+        """
         modules = {"layernorm_after": self.layernorm_after, "drop_path": self.drop_path}
         accepted = {"layernorm_after": (nn.LayerNorm,), "drop_path": (BeitDropPath, nn.Identity)}
         replaced = [
@@ -62,7 +65,7 @@ class BeitLayer(nn.Module):
         return replaced + hook_reasons(modules)
 
     def _can_fuse(self, hidden_states: Tensor, branch: Tensor) -> bool:
-        """Whether the Triton kernels can compute residual, drop path and LayerNorm of this block."""
+        """Whether the Triton kernels can fuse residual, drop path and LayerNorm here."""
         self_attention = getattr(self.attention, "attention", None)
         if not isinstance(self_attention, BeitSelfAttention) or hasattr(branch, "device_mesh"):
             return False  # a DTensor has a mesh, and the operators have no rules for it
@@ -113,7 +116,9 @@ class BeitEncoder(nn.Module):
         output_hidden_states: bool = False,
         kernels: Kernels | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """Run the blocks, with the kernels of this forward pass if the model has chosen them.
+        """Run the blocks.
+
+        `kernels` are those of this forward pass if the model has chosen them. If None, they are chosen here.
 
         Returns:
             The last block's output `[B, N, E]` and, if requested, all states (the input first) and all attention
@@ -143,7 +148,7 @@ class BeitEncoder(nn.Module):
     def _context(
         self, kernels: Kernels, window: Window, key_mask: Tensor | None, output_attentions: bool
     ) -> BlockContext:
-        """Make the context, with the shared dense bias if every block would gather the same one."""
+        """Make the context of the blocks. It holds the shared dense bias if every block would gather the same one."""
         table = None if self.relative_position_bias is None else self.relative_position_bias(window)
         bias = None
         if table is not None and kernels.attention != "triton" and not self._layers_have_own_bias():

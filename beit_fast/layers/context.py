@@ -1,4 +1,4 @@
-"""What every block of one forward pass shares, the choice of kernels included."""
+"""Shared inputs and kernels of all blocks of one forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .linear import choose_training_gemm
 
 
 class Kernels(NamedTuple):
-    """The kernels of one forward pass, for queries of one device and dtype.
+    """Kernels of one forward pass. The queries have one device and dtype.
 
     Attributes:
         requested: The requested `attn_implementation`, or None.
@@ -37,7 +37,7 @@ class Kernels(NamedTuple):
     fuse_residual_norm: bool
 
     def eager(self) -> Kernels:
-        """The kernels of a forward pass that returns attention weights, which requires `"eager"`."""
+        """Kernels of a forward pass that returns attention weights. Such a pass requires `"eager"`."""
         return self._replace(requested="eager", attention="eager", name="eager", gemm=None, fuse_residual_norm=False)
 
     def serving(self, device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -69,7 +69,7 @@ class BlockContext(NamedTuple):
     output_attentions: bool = False
 
     def serving(self, hidden_states: Tensor) -> BlockContext:
-        """The context for the input of a block, which may be on another device than the first block's."""
+        """Context for the input of a block. The input may be on another device than that of the first block."""
         kernels = self.kernels.serving(hidden_states.device, query_dtype(hidden_states))
         if kernels is self.kernels:
             return self

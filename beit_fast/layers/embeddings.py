@@ -19,7 +19,9 @@ _LARGEST_PIXEL = 255
 
 
 def window_of(pixel_values: Tensor, patch_size: int) -> Window:
-    """Count the whole patches of an image `[B, C, H, W]`, as `(height, width)`; the rest is cropped.
+    """Count the whole patches of an image `[B, C, H, W]`.
+
+    The result is `(height, width)`; the rest of the image is cropped.
 
     Raises:
         ValueError: If the image is smaller than one patch.
@@ -45,7 +47,9 @@ class BeitPatchEmbeddings(nn.Module):
 
 
 class BeitEmbeddings(nn.Module):
-    """CLS, patches (some replaced by the mask token) and optional absolute positions, `[B, 1 + P, E]`.
+    """Embeddings of CLS, patches and optional absolute positions: `[B, 1 + P, E]`.
+
+    The mask token replaces some patches.
 
     `patch_embed_implementation` is `"conv"`, `"fused"` or None, which follows `attn_implementation`. `"fused"` is one
     operator for all steps. It reads the parameters of `patch_embeddings.projection` and calls neither module. If one of
@@ -102,7 +106,7 @@ class BeitEmbeddings(nn.Module):
         return self.dropout(tokens)
 
     def unsupported_reasons(self) -> list[str]:
-        """Why the operator cannot take the place of the modules here; empty where it can."""
+        """Return the reasons why the operator cannot replace the modules here. The list is empty if it can."""
         return unsupported_reasons(self.patch_embeddings, BeitPatchEmbeddings)
 
     def _fuse(
@@ -127,7 +131,7 @@ class BeitEmbeddings(nn.Module):
         return tokens if positions is None else tokens + positions
 
     def _mask(self, bool_masked_pos: Tensor | None, accepted: tuple[int, int]) -> Tensor | None:
-        """Convert `bool_masked_pos`, `[B, P]` or `[B, h, w]` of any dtype, to bool `[B, P]`."""
+        """Convert `bool_masked_pos` to bool `[B, P]`. The argument is `[B, P]` or `[B, h, w]` of any dtype."""
         if bool_masked_pos is None:
             return None
         if self.mask_token is None:
@@ -141,7 +145,10 @@ class BeitEmbeddings(nn.Module):
 
 
 def unsupported_reasons(patch_embeddings: nn.Module, expected: type[nn.Module]) -> list[str]:
-    """List why the operator, which reads a plain convolution's parameters, cannot replace `patch_embeddings`."""
+    """List why the operator cannot replace `patch_embeddings`.
+
+    The operator reads the parameters of a plain convolution.
+    """
     if type(patch_embeddings) is not expected:
         return [f"patch_embeddings is a {type(patch_embeddings).__name__}, not a {expected.__name__}"]
     projection = patch_embeddings.projection
@@ -169,7 +176,9 @@ def float_pixels(pixels: Tensor, normalization: Normalization | None, dtype: tor
 def normalization_of(
     pixels: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Normalization | None:
-    """Scale the mean and standard deviation of pixels in 0..1 to uint8 pixels; None for float pixels.
+    """Scale the mean and standard deviation to uint8 pixels.
+
+    They are those of pixels in 0..1. The result is None for float pixels.
 
     Raises:
         ValueError: If uint8 pixels come without mean and std, or pixels are of another integer dtype.

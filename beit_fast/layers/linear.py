@@ -13,7 +13,7 @@ _CPU_KERNELS = ("cpp", "torch")
 
 
 def choose_training_gemm(kernel: str, device: torch.device, dtype: torch.dtype) -> GemmChoice | None:
-    """Choose the GEMM for the fp32 linear layers of a forward pass that trains on CPU.
+    """Choose the GEMM for fp32 linear layers in training on CPU.
 
     Args:
         kernel: The attention kernel of this forward pass.
@@ -34,7 +34,9 @@ def choose_training_gemm(kernel: str, device: torch.device, dtype: torch.dtype) 
 
 
 def apply_linear(module: nn.Module, x: Tensor, gemm: GemmChoice | None) -> Tensor:
-    """Compute `module(x)`, by `gemm` if the module is a plain `nn.Linear` whose output needs a gradient.
+    """Compute `module(x)`, by `gemm` if possible.
+
+    `gemm` serves a plain `nn.Linear` whose output needs a gradient.
 
     Args:
         module: Any module of one tensor. Modules that were replaced or have hooks are called.
@@ -49,7 +51,7 @@ def apply_linear(module: nn.Module, x: Tensor, gemm: GemmChoice | None) -> Tenso
 
 
 def _is_plain(module: nn.Module, x: Tensor) -> bool:
-    """Whether `module(x)` is `F.linear` of fp32 tensors on CPU and the result needs a gradient."""
+    """Whether `module(x)` is `F.linear` of fp32 tensors on CPU. The result must also need a gradient."""
     if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.is_grad_enabled():
         return False
     if type(module) is not nn.Linear or not runs_as_written(module) or nn.modules.module._has_any_global_hook():

@@ -31,7 +31,7 @@ def clone_if_hooked(module: nn.Module, tensor: Tensor) -> Tensor:
 
 
 def hook_reasons(modules: Mapping[str, nn.Module]) -> list[str]:
-    """List the modules that must be called because they have hooks or their own forward."""
+    """List the modules that have hooks or their own forward. They must be called."""
     return [
         f"{name} has hooks or its own forward, which would be skipped"
         for name, module in modules.items()
