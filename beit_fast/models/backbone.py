@@ -46,7 +46,7 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
 
     @property
     def stage_names(self) -> list[str]:
-        """`["stem", "stage1", ...]`."""
+        """Stage names, `["stem", "stage1", ...]`."""
         return self.config.stage_names
 
     @property
@@ -90,7 +90,10 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """Maps of the chosen stages, a tuple of `[B, E, h, w]` or `[B, N, E]`; arguments as in `BeitModel.forward`."""
+        """Return the maps of the chosen stages.
+
+        The maps are a tuple of `[B, E, h, w]` or `[B, N, E]`. The arguments are those of `BeitModel.forward`.
+        """
         keep_states = self._flag(output_hidden_states, "output_hidden_states")
         window = window_of(pixel_values, self.config.patch_size)
         kernels = self._kernels_for(pixel_values)

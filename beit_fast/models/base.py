@@ -66,7 +66,7 @@ class BeitPreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Build an initialized model in `dtype`, by default that of the config or of torch."""
+        """Build an initialized model. Its dtype is `dtype`, by default that of the config or of torch."""
         model = cls(config, attn_implementation=attn_implementation, **kwargs)
         dtype = model.config.dtype if dtype is None else dtype
         if isinstance(dtype, str):
@@ -163,10 +163,10 @@ class BeitPreTrainedModel(nn.Module):
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write `config.json` and safetensors under the names of the hub, which Transformers 4 and 5 read.
+        """Write `config.json` and safetensors under the names of the hub.
 
-        All files are written next to the old ones and flushed before any is replaced. A process that is killed leaves
-        either the old or the new weights.
+        Transformers 4 and 5 read these files. All files are written next to the old ones and flushed before any is
+        replaced. A process that is killed leaves either the old or the new weights.
 
         Args:
             save_directory: The folder, created if missing.
@@ -200,7 +200,7 @@ class BeitPreTrainedModel(nn.Module):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """False: the models do not generate text."""
+        """Return False: the models do not generate text."""
         return False
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -212,11 +212,11 @@ class BeitPreTrainedModel(nn.Module):
         return self._embeddings().patch_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the patch embeddings with a module from `[B, C, H, W]` to `[B, P, E]`."""
+        """Replace the patch embeddings. `value` is a module from `[B, C, H, W]` to `[B, P, E]`."""
         self._embeddings().add_module("patch_embeddings", value)
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        """Set `"eager"`, `"sdpa"`, `"triton"` or None (by device and dtype) for every layer."""
+        """Set `"eager"`, `"sdpa"`, `"triton"` or None for every layer. None chooses by device and dtype."""
         attention.check_implementation(attn_implementation)
         for module in self.modules():
             if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings, BeitEncoder)):
@@ -225,7 +225,7 @@ class BeitPreTrainedModel(nn.Module):
                 module.last_kernel = None
 
     def attention_report(self) -> attention.AttentionReport:
-        """Report which attention kernel ran in each layer, and why others cannot serve."""
+        """Report which attention kernel ran in each layer. The report lists the reasons why others cannot serve."""
         layers = self._attention_layers()
         head_dim = self.config.attention_head_dim
         kernels = [layer.last_kernel for layer in layers]
@@ -312,7 +312,7 @@ class BeitPreTrainedModel(nn.Module):
         return any(isinstance(m, BeitEncoder) and m.gradient_checkpointing for m in self.modules())
 
     def init_weights(self) -> None:
-        """Initialize every parameter, as after `to_empty` on a model built on the meta device."""
+        """Initialize every parameter. Call it after `to_empty` on a model that was built on the meta device."""
         self.apply(self._init_weights)
 
     def _finish_construction(self) -> None:
@@ -350,14 +350,17 @@ class BeitPreTrainedModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, BeitSelfAttention)]
 
     def _kernels_for(self, pixel_values: Tensor) -> Kernels:
-        """Choose the kernels of a forward pass, once for the embeddings and all blocks of this trunk."""
+        """Choose the kernels of a forward pass.
+
+        The choice is made once for the embeddings and all blocks of this trunk.
+        """
         trunk: Any = self
         dtype = query_dtype(trunk.embeddings.cls_token)
         encoder = trunk.encoder
         return choose_kernels(encoder.attn_implementation, pixel_values.device, dtype, encoder.head_dim)
 
     def _flag(self, value: bool | None, name: str) -> bool:
-        """The argument of a forward, or the value of the config if it is None."""
+        """Return a forward argument, or the config's value if it is None."""
         return bool(getattr(self.config, name) if value is None else value)
 
 

@@ -100,7 +100,10 @@ class BeitModel(BeitPreTrainedModel):
 
 
 class BeitForMaskedImageModeling(BeitPreTrainedModel):
-    """BEiT with a linear layer that predicts the visual token of every patch (the paper's section 2.3)."""
+    """BEiT with a linear layer that predicts visual tokens.
+
+    It predicts the visual token of every patch (section 2.3 of the paper).
+    """
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         self._finish_construction()
 
     def get_output_embeddings(self) -> None:
-        """None: the head is not tied to an embedding."""
+        """Return None: the head is not tied to an embedding."""
         return None
 
     def forward(

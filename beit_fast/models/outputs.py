@@ -107,7 +107,7 @@ class ModelOutput(OrderedDict[str, Any]):
     __delattr__ = __delitem__ = clear = move_to_end = pop = popitem = setdefault = update = __ior__ = _refuse
 
     def __eq__(self, other: object) -> bool:
-        """Same class, same fields, equal values; tensors compare by shape, dtype, device and elements."""
+        """Compare class, fields and values. Tensors are compared by shape, dtype, device and elements."""
         return type(self) is type(other) and _equal(dict(self), dict(other))
 
     __hash__ = None  # type: ignore[assignment]
@@ -123,7 +123,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
 
 def _holds_fields(value: Any) -> bool:
-    """Whether the only argument is a mapping or pairs of fields, not the first field."""
+    """Whether the only argument holds fields, as a mapping or as pairs. Otherwise it is the first field."""
     if isinstance(value, (dict, Iterator)):
         return True
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_pair, value))

@@ -58,11 +58,11 @@ class BeitConvModule(nn.Module):
 
 
 class BeitAdaptivePool(nn.Module):
-    """Means over a grid of cells that may overlap, `[B, E, h, w]` to `[B, E, cells, cells]`.
+    """Means over a grid of cells: `[B, E, h, w]` to `[B, E, cells, cells]`.
 
-    PyTorch decomposes `adaptive_avg_pool2d` differently if `cells` divides the size. An exported graph fixes one case
-    and gives wrong results for other sizes, under ONNX without an error. For symbolic sizes the means are therefore two
-    matrix products.
+    The cells may overlap. PyTorch decomposes `adaptive_avg_pool2d` differently if `cells` divides the size. An exported
+    graph fixes one case and gives wrong results for other sizes, under ONNX without an error. For symbolic sizes the
+    means are therefore two matrix products.
     """
 
     def __init__(self, cells: int) -> None:
@@ -81,7 +81,7 @@ class BeitAdaptivePool(nn.Module):
 
 
 def _cell_means(size: int, cells: int, like: Tensor) -> Tensor:
-    """The matrix `[cells, size]` that takes numbers to their means over overlapping cells, as torch's pooling does."""
+    """Matrix `[cells, size]` that computes means over overlapping cells. The cells are those of torch's pooling."""
     cell = torch.arange(cells, device=like.device).unsqueeze(1)
     place = torch.arange(size, device=like.device)
     first, last = cell * size // cells, ((cell + 1) * size - 1) // cells
@@ -105,7 +105,10 @@ class BeitUperHead(nn.Module):
         self.classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Four maps, fine to coarse, to logits `[B, num_labels, h, w]` at the finest map's size."""
+        """Predict logits `[B, num_labels, h, w]` from four maps, fine to coarse.
+
+        The logits have the size of the finest map.
+        """
         pooled = [_resize(module(features[-1]), features[-1].shape[2:]) for module in self.psp_modules]
         levels = [conv(feature) for conv, feature in zip(self.lateral_convs, features[:-1], strict=True)]
         levels.append(self.bottleneck(torch.cat([features[-1], *pooled], dim=1)))
@@ -132,7 +135,7 @@ class BeitFCNHead(nn.Module):
         self.classifier = nn.Conv2d(channels if self.conv_cat else out, config.num_labels, kernel_size=1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Four maps to logits `[B, num_labels, h, w]` at the size of map `in_index`."""
+        """Predict logits `[B, num_labels, h, w]` from four maps. The logits have the size of map `in_index`."""
         feature = features[self.in_index]
         output = self.convs(feature)
         if self.conv_cat is not None:
