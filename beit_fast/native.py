@@ -1,8 +1,8 @@
-"""Load the native libraries compiled from csrc/, and report why one cannot be loaded.
+"""Load the native libraries compiled from csrc/.
 
-`_C` is loaded when `beit_fast` is imported and `_C_cuda` at the first call on CUDA. They only add kernels to operators
-that `beit_fast.ops` has defined, so the package works without them. `BEIT_FAST_NATIVE=0` loads neither. This module
-does not import torch.
+`unsupported_reason` returns the reason if one cannot be loaded. `_C` is loaded when `beit_fast` is imported and
+`_C_cuda` at the first call on CUDA. They only add kernels to operators that `beit_fast.ops` has defined, so the package
+works without them. `BEIT_FAST_NATIVE=0` loads neither. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def is_loaded(library: str) -> bool:
 
 
 def unsupported_reason(library: str) -> str | None:
-    """Why `library` cannot be used, as far as known without loading it; None if no reason is known."""
+    """Return the reason why `library` cannot be used; None if none is known. The library is not loaded for this."""
     if library in _loaded:
         return None
     if _DISABLED:
@@ -80,7 +80,10 @@ def missing_kernels() -> str | None:
 
 @functools.cache
 def warn_of_missing_kernels() -> None:
-    """Warn once per process if `missing_kernels()`, except if it was asked for or `load` has warned."""
+    """Warn once per process if `missing_kernels()` returns a reason.
+
+    There is no warning if `BEIT_FAST_NATIVE=0` is set or `load` has warned.
+    """
     message = missing_kernels()
     if message is not None and not _DISABLED and "_C" not in _failures:
         remedy = "install with a C++ compiler and --no-build-isolation, or set BEIT_FAST_NATIVE=0 to accept this"
@@ -96,7 +99,10 @@ def _build_failure(library: str) -> str:
 
 
 def _build_note(library: str, built: bool) -> str | None:
-    """The installation's note on `library` if that was `built` or not as given, else None."""
+    """Return the installation's note on `library`.
+
+    The result is None if there is no note, or if the note is not for this `built`.
+    """
     try:
         notes = json.loads((FOLDER / BUILD_NOTES).read_text())
     except (OSError, ValueError):
@@ -119,7 +125,10 @@ def describe(library: str) -> dict[str, Any]:
 
 
 def instruction_sets() -> tuple[str | None, tuple[str, ...]]:
-    """The instruction set that `_C` uses, and all of its sets that this CPU can run; (None, ()) without `_C`."""
+    """Return the instruction set that `_C` uses, and all usable sets.
+
+    A usable set is one of `_C` that this CPU can run. Without `_C` the result is (None, ()).
+    """
     if "_C" not in _loaded:
         return None, ()
     used, usable = ask("beit_fast_cpu_isa"), ask("beit_fast_cpu_isas")

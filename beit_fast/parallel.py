@@ -28,7 +28,7 @@ _BY_ROWS = ("attention.output.dense", "output.dense")
 
 
 def tensor_parallel_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelStyle]:
-    """Plan how `parallelize_module(model, mesh, plan)` shards the heads and the MLP of every block.
+    """Plan how `parallelize_module` shards the heads and the MLP of every block.
 
     Query, key, value and the first half of the MLP are sharded by columns, the two linear layers after them by rows,
     and all bias tables by heads. A block needs two all-reduces in the forward pass and two in the backward pass, none

@@ -31,7 +31,9 @@ def token_count(window: Window) -> int:
 
 
 def relative_position_index(window: Window, device: torch.device | str | None = None) -> Tensor:
-    """Index of the table row for every pair of tokens, int64 `[N, N]` (query, key).
+    """Index of the table row for every pair of tokens.
+
+    The result is int64 `[N, N]` (query, key).
 
     The index of two patches is affine: `a(i) - a(j) + const` with `a = row * (2 * width - 1) + column`. Each call
     computes it, because a cached index would be stale after a change of size or device.
@@ -48,7 +50,7 @@ def relative_position_index(window: Window, device: torch.device | str | None = 
 
 
 def gather_bias(table: Tensor, window: Window, index: Tensor | None = None) -> Tensor:
-    """Gather the dense bias `[H, N, N]` from a table `[rows, H]`, for eager attention and SDPA.
+    """Gather the dense bias `[H, N, N]` from a table. Eager attention and SDPA use the dense bias.
 
     Args:
         table: `[rows, H]`.
@@ -61,12 +63,12 @@ def gather_bias(table: Tensor, window: Window, index: Tensor | None = None) -> T
 
 
 def resize_table(table: Tensor, old_window: Window, new_window: Window) -> Tensor:
-    """Resize a table from `old_window` to `new_window`, `[rows(old), H]` to `[rows(new), H]`, same dtype.
+    """Resize a table from `old_window` to `new_window`.
 
-    The patch rows are resized as an image of `(2 * height - 1, 2 * width - 1)` pixels, bilinearly with
-    `align_corners=False` (MiDaS v3.1, arXiv 2307.14460); the CLS rows are kept. Differentiable. If both windows are
-    equal and plain integers, the table itself is returned. Symbolic sizes are always resized, so that an exported
-    program has no guard on its size.
+    The shape `[rows(old), H]` becomes `[rows(new), H]`. The dtype is kept. The patch rows are resized as an image of
+    `(2 * height - 1, 2 * width - 1)` pixels, bilinearly with `align_corners=False` (MiDaS v3.1, arXiv 2307.14460); the
+    CLS rows are kept. Differentiable. If both windows are equal and plain integers, the table itself is returned.
+    Symbolic sizes are always resized, so that an exported program has no guard on its size.
     """
     if _same_window(old_window, new_window):
         return table
@@ -108,7 +110,10 @@ def reduce_bias(dense: Tensor, window: Window) -> Tensor:
 
 
 def _diagonal_sums(square: Tensor) -> Tensor:
-    """Sums of `square[..., i, j]` over `i - j + n - 1 = d`, `[..., n, n]` to `[..., 2n - 1]`."""
+    """Sum the diagonals of `square`: `[..., n, n]` to `[..., 2n - 1]`.
+
+    Sum `d` is over `square[..., i, j]` with `i - j + n - 1 = d`.
+    """
     side = square.shape[-1]
     padded = F.pad(square.flip(-1), (0, side))  # [..., n, 2n]
     # Reading rows of 2n numbers as rows of 2n - 1 shifts each row one further right: diagonals become columns.
