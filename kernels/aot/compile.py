@@ -1,7 +1,8 @@
-"""Compile kernels without a GPU, as a launch would, and inspect the result: resources, main loop, register layouts.
+"""Compile kernels without a GPU, as a launch would, and inspect them.
 
-Variants to compile are in the other files of this folder, one for each folder of kernels. This needs Triton alone.
-Results are cached as JSON under a hash of the kernels' source, Triton's version and all arguments of the compiler.
+An inspection covers resources, the main loop and register layouts. Variants to compile are in the other files of this
+folder, one for each folder of kernels. This needs Triton alone. Results are cached as JSON under a hash of the kernels'
+source, Triton's version and all arguments of the compiler.
 """
 
 import concurrent.futures
@@ -64,12 +65,12 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """Resources of one program of a compiled variant, and the instructions of its main loop."""
+    """Resources of a compiled variant, and the instructions of its main loop."""
 
     registers: int  # of a thread
     stack: int  # bytes of a thread; stack and local memory hold spilled registers
     local: int
-    shared: int  # bytes
+    shared: int  # bytes of a program
     loop: Counter[str]  # instructions of the main loop, see sass.main_loop
     bias_loads: list[ttgir_layouts.BiasLoad]
 
@@ -173,7 +174,7 @@ def _sources() -> str:
 def inspect_all(
     variants: Iterable[AnyVariant], cache: Path, workers: int = 1
 ) -> Iterator[tuple[AnyVariant, Inspection | str]]:
-    """Yield each variant with its inspection, or with the error of the compiler, in order.
+    """Yield each variant, in order, with its inspection or the compiler's error.
 
     Args:
         variants: Variants of one kind.

@@ -76,7 +76,7 @@ class LinearVariant(NamedTuple):
 
 
 def shipped(capability: int, dtype: str = "bf16", precision: str = "ieee") -> list[LinearVariant]:
-    """Return the variants that the launcher chooses from by the number of rows."""
+    """Return the variants from which the launcher chooses by row count."""
     architecture = gpu.architecture_class(*divmod(capability, 10))
     multiplies = gpu.arithmetic(DTYPES[dtype], precision)
     tiles = dict.fromkeys(configs.TILES[multiplies, architecture])

@@ -1,9 +1,9 @@
-"""Resources of a cubin, the instructions of its main loop, and a lower bound of their cycles.
+"""Resources of a cubin, and instructions and cycles of its main loop.
 
 The unit is one 64 x 64 tile of scores on one streaming multiprocessor (SM). An iteration of the main loop computes a
 tile of BLOCK_M x BLOCK_N with `warps` warps, which all execute every instruction of the loop. An instruction is
-therefore issued `warps / (BLOCK_M * BLOCK_N / 4096)` times per unit. The bound is the largest of the cycles of issue
-and of each pipe; dependencies and latencies add to it.
+therefore issued `warps / (BLOCK_M * BLOCK_N / 4096)` times per unit. Cycles are a lower bound: the largest of the
+cycles of issue and of each pipe. Dependencies and latencies add to it.
 """
 
 import re
@@ -79,7 +79,7 @@ class Work(NamedTuple):
 
 
 def resources(cubin: bytes) -> Resources:
-    """Return registers, stack and local memory of the only kernel of a cubin."""
+    """Return registers, stack and local memory of a cubin's only kernel."""
     usage = _run_on(cubin, knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
     fields = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(fields["REG"], fields["STACK"], fields["LOCAL"])
@@ -148,7 +148,7 @@ def is_known(instruction: str) -> bool:
 
 
 def instructions_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
-    """Return the warp instructions per scheduler and 64 x 64 tile, by pipe."""
+    """Return warp instructions per scheduler and 64 x 64 tile, by pipe."""
     counts = dict.fromkeys(PIPES, 0.0)
     for instruction, count in loop.items():
         counts[pipe_of(instruction)] += count * _issues(work) / SCHEDULERS
@@ -156,7 +156,7 @@ def instructions_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
 
 
 def cycles_by_pipe(loop: Counter[str], work: Work) -> dict[str, float]:
-    """Return a lower bound of cycles per 64 x 64 tile, by pipe."""
+    """Return lower bounds of cycles per 64 x 64 tile, by pipe."""
     rates = RATES[work.capability]
     lanes = {"xu": XU_LANES, "alu": rates.alu, "fma": rates.fma}
     cycles = dict.fromkeys(("issue", "mma", "xu", "lsu", "alu", "fma"), 0.0)
@@ -180,7 +180,7 @@ def bound(cycles: dict[str, float]) -> str:
 
 
 def _issues(work: Work) -> float:
-    """Return how often an instruction of the loop is issued per 64 x 64 scores."""
+    """Return the issues of a loop instruction per 64 x 64 scores."""
     return work.warps / (work.scores / 4096)
 
 

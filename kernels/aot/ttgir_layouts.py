@@ -33,7 +33,7 @@ class BiasLoad(NamedTuple):
 
 
 def bias_loads(ttgir: str, capability: int) -> list[BiasLoad]:
-    """Return the distinct loads of a module that are written as inline assembly."""
+    """Return a module's distinct loads that are written as inline assembly."""
     context = ir.context()
     ir.load_dialects(context)
     make_backend(GPUTarget("cuda", capability, 32)).load_dialects(context)
@@ -87,7 +87,7 @@ def _bases(builder: Any, layout: Any, shape: list[int]) -> tuple[Bases, Bases]:
 
 
 def misplaced(load: BiasLoad) -> str | None:
-    """Return the error in the register layout of a vector load, or None."""
+    """Return the register layout error of a vector load, or None."""
     if load.vector not in (1, 2, 4):
         return f"vectors of {load.vector} are not supported (expected 1, 2 or 4): {load.assembly}"
     is_row = len(load.registers[0]) == 1 if load.registers else False

@@ -81,7 +81,7 @@ class GradientArguments(NamedTuple):
 
 
 class ChunkArguments(NamedTuple):
-    """Heads and rows of the bias gradient in one launch, and their scratch."""
+    """Heads and rows of one launch of the bias gradient, with scratch."""
 
     scratch: Tensor
     scratch_stride: int

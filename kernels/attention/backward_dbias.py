@@ -71,7 +71,7 @@ def backward_dbias_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Sum the score gradient of one [BLOCK_M, BLOCK_N] tile of one head over samples, in registers.
+    """Sum the score gradient of one tile of one head over samples. The [BLOCK_M, BLOCK_N] sum is in registers.
 
     Grid: (key blocks, query blocks of the launch, heads of the launch, splits of the batch) flattened.
     """
@@ -197,7 +197,7 @@ def dtable_patches_kernel(
     BLOCK_P: tl.constexpr,  # query patches of a step
     BLOCK_V: tl.constexpr,  # column differences of a program
 ):
-    """Sum the scratch along diagonals into BLOCK_V column differences of one row difference of the table.
+    """Sum the scratch along diagonals into the table: BLOCK_V column differences of one row difference.
 
     Grid: (blocks of column differences, row differences, heads of this launch) flattened, the first fastest.
     """

@@ -1,6 +1,7 @@
-"""Delta and lse of every row, which the backward kernels read, and the gradient of the scores.
+"""Delta and lse of every row, and the gradient of the scores.
 
-One program sums each element of each gradient, in a fixed order and without atomics: results are deterministic.
+The backward kernels read delta and lse. One program sums each element of each gradient, in a fixed order and without
+atomics: results are deterministic.
 """
 
 import triton
@@ -19,7 +20,7 @@ def score_gradient(
     drop_scale,
     DROPOUT: tl.constexpr,
 ):
-    """Return the fp32 gradient of the scores, which is that of the bias too."""
+    """Return the fp32 gradient of the scores. It is the gradient of the bias too."""
     if DROPOUT:
         dp = tl.where(keep, dp * drop_scale, 0.0)
     return p * (dp - delta)

@@ -99,6 +99,6 @@ def load_column_offsets(addresses, BIAS_VECTOR: tl.constexpr):
 
 @triton.jit
 def load_cls_bias(packed_bias, head, rows, patch_count, packed_size):
-    """Return the [BLOCK] fp32 bias of each row with the CLS column, divided by the scale."""
+    """Return the [BLOCK] fp32 bias of each row with the CLS column. It is divided by the scale."""
     # The last two entries of a head: one for patches, one for CLS.
     return tl.load(packed_bias + head * packed_size + packed_size - 2 + tl.where(rows < patch_count, 0, 1))

@@ -1,4 +1,4 @@
-"""Choose tiles, bias layout and splits of the attention kernels from plain tables. Nothing is tuned at run time."""
+"""Choose tiles, bias layout and splits of the attention kernels from tables. Nothing is tuned at run time."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from .tiles import TILES, TileConfig
 
 
 class BiasLayout(NamedTuple):
-    """How a kernel reads the bias: see bias.load_bias_tile."""
+    """Layout in which a kernel reads the bias: see bias.load_bias_tile."""
 
     name: str  # "paired", "plain", "extended" or "none"
     vector: int  # entries that one instruction loads; 0 for tl.load
@@ -78,7 +78,7 @@ def bias_layout(architecture: str, element_size: int, window: tuple[int, int]) -
 
 
 def packed_patch_bytes(window: tuple[int, int]) -> int:
-    """Return the bytes of one head's patches in the layouts paired and plain."""
+    """Return the bytes of one head's patches. The layout is paired or plain."""
     height, width = window
     return 4 * (2 * height - 1) * width * width
 

@@ -1,4 +1,4 @@
-"""Attention forward with an online softmax in base 2, and the combination of splits."""
+"""Attention forward with an online softmax, and the combination of splits. The softmax is in base 2."""
 
 import triton
 import triton.language as tl

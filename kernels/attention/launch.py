@@ -1,6 +1,6 @@
-"""Launch the attention kernels on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1.
+"""Launch the attention kernels on CUDA tensors.
 
-The caller validates shapes, dtypes and devices.
+CPU tensors need TRITON_INTERPRET=1. The caller validates shapes, dtypes and devices.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class _Shared(NamedTuple):
 
 
 def _launch_forward(inputs: AttentionInputs, bias: BiasArguments, out: Tensor, lse: Tensor) -> None:
-    """Fill `out` and `lse`, by way of partial results if the keys are split."""
+    """Fill `out` and `lse`. If the keys are split, combine partial results."""
     batch, tokens, heads, _ = out.shape
     tile = tile_config("forward", inputs)
     programs = batch * triton.cdiv(tokens, tile.block_m) * heads
@@ -311,7 +311,7 @@ def _launch_dbias(
 
 
 def _launch_dtable_patches(bias: BiasArguments, chunk: ChunkArguments, num_splits: int, total: Tensor) -> None:
-    """Sum the scratch along its diagonals into the patch rows of the table."""
+    """Sum the scratch along diagonals into the patch rows of the table."""
     height, width = bias.window_height, bias.window_width
     arguments = DtablePatchesArguments(
         chunk=chunk,
@@ -348,7 +348,7 @@ def _launch_dtable_cls(
 
 
 def _launch_cls_column(shared: _Shared, bias: BiasArguments) -> Tensor:
-    """Return the `[B, H, N]` fp32 gradient of scores with the CLS key."""
+    """Return the fp32 gradient of scores with the CLS key. It is `[B, H, N]`."""
     scores = shared.scores
     batch, tokens, heads = scores.batch_size, scores.patch_count + 1, scores.head_count
     column = torch.empty((batch, heads, tokens), dtype=torch.float32, device=scores.query.device)

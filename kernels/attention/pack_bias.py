@@ -1,4 +1,4 @@
-"""Pack the bias table into the fp32 layout that the attention kernels read. See ../README.md for the layouts."""
+"""Pack the bias table into the fp32 layout of the attention kernels. See ../README.md for the layouts."""
 
 import triton
 import triton.language as tl

@@ -71,7 +71,7 @@ def token_stride(strides, dtype: tl.constexpr):
 
 @triton.jit
 def patch_base(base, start, strides):
-    """Return a pointer to patch `start`, given one to token 0 of the head."""
+    """Return the pointer to patch `start`. `base` points to token 0 of the head."""
     return base + tl.cast(start + 1, tl.int64) * token_stride(strides, tl.int64)
 
 

@@ -1,4 +1,4 @@
-"""Tiles of the attention kernels, chosen by instruction counts and not by timing: see ../README.md."""
+"""Tiles of the attention kernels, chosen by instruction counts, not by timing: see ../README.md."""
 
 from typing import NamedTuple
 

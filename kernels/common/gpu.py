@@ -1,4 +1,4 @@
-"""GPU architecture classes, their limits, and the arithmetics that tiles are chosen by. Imports nothing."""
+"""GPU architecture classes, their limits, and arithmetics. Class and arithmetic decide the tiles. Imports nothing."""
 
 SMALL = "small"
 SM80 = "sm80"

@@ -12,7 +12,7 @@ class Arguments(Protocol):
 
 
 def by_name(arguments: Arguments) -> dict[str, Any]:
-    """Map the name of each kernel parameter to its value, nested NamedTuples included."""
+    """Map the name of each kernel parameter to its value. Nested NamedTuples are included."""
     named: dict[str, Any] = {}
     for name, value in arguments._asdict().items():
         if hasattr(value, "_asdict"):

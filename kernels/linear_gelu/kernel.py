@@ -1,4 +1,4 @@
-"""A matrix product whose epilogue adds the bias and applies the exact GELU, in fp32."""
+"""A matrix product whose epilogue adds the bias and applies exact GELU. The epilogue is in fp32."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 @triton.jit
 def exact_gelu(values):
-    """Return x * Phi(x) by the error function, as torch's GELU with approximate="none"."""
+    """Return x * Phi(x) by the error function. This is torch's GELU with approximate="none"."""
     return 0.5 * values * (1.0 + tl.erf(values * SQRT_HALF))
 
 

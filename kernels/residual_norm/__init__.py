@@ -1,4 +1,5 @@
-"""Residual, layer scale, drop path and LayerNorm as one Triton kernel, forward and backward, and a launcher (`launch`).
+"""Residual, layer scale, drop path and LayerNorm as one Triton kernel.
 
-Importing this folder imports nothing: the kernels need Triton only, the launcher needs torch as well.
+The folder has the kernels (`forward`, `backward`) and a launcher (`launch`). Importing it imports nothing: the
+kernels need Triton only, the launcher needs torch as well.
 """

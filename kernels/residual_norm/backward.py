@@ -1,6 +1,7 @@
-"""Gradients of the rows, and of scale, weight and bias, which all rows share, in two stages.
+"""Gradients of the rows, and of scale, weight and bias.
 
-One program sums each element of each gradient, in a fixed order and without atomics: results are deterministic.
+All rows share scale, weight and bias, so their gradients are summed in two stages. One program sums each element of
+each gradient, in a fixed order and without atomics: results are deterministic.
 """
 
 import triton
@@ -50,7 +51,7 @@ def residual_norm_backward_kernel(
     BLOCK: tl.constexpr,  # SIZE rounded up to a power of two
     ROWS: tl.constexpr,  # rows of a step
 ):
-    """Compute the gradients of consecutive rows, and their part of the gradients of scale, weight and bias.
+    """Compute the gradients of consecutive rows. Sum their part of the gradients of scale, weight and bias.
 
     Grid: programs of configs.share_rows.
     """

@@ -1,4 +1,4 @@
-"""Warps and rows per program, and the number of programs, by plain arithmetic. Nothing is tuned at run time."""
+"""Warps and rows per program, and number of programs, by plain arithmetic. Nothing is tuned at run time."""
 
 from typing import NamedTuple
 

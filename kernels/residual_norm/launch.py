@@ -1,6 +1,7 @@
-"""Launch the kernels of residual and LayerNorm on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1.
+"""Launch the kernels of residual and LayerNorm on CUDA tensors.
 
-The caller validates shapes, dtypes and devices, and allocates the tensors that are filled here.
+CPU tensors need TRITON_INTERPRET=1. The caller validates shapes, dtypes and devices, and allocates the tensors that are
+filled here.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def fill_forward(
     mean: Tensor | None,
     rstd: Tensor | None,
 ) -> None:
-    """Fill `total` with `residual + drop_path_scale * scale * branch`, and `normalized` with its LayerNorm.
+    """Fill `total` with the residual sum, and `normalized` with its LayerNorm.
+
+    The sum is `residual + drop_path_scale * scale * branch`.
 
     Args:
         residual, branch: `[B, N, E]`, fp16, bf16 or fp32, any strides; copied unless the last stride is 1.
@@ -221,7 +224,7 @@ def _backward_rows(*tensors: Tensor | None) -> BackwardRows:
 
 
 def _sum_partials(partials: Partials, gradients: Sequence[Tensor | None], programs: int, size: int) -> None:
-    """Add up the programs' sums of the gradients of scale, weight and bias."""
+    """Sum the programs' partial gradients of scale, weight and bias."""
     grad_scale, grad_weight, grad_bias = gradients
     arguments = SumPartialsArguments(
         partials=partials,
