@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _compiled_last(item: pytest.Item) -> str:
-    """Sort key that moves slow compilations to the end, where a budget cuts them first."""
+    """Sort key that moves slow compilations to the end. A budget cuts the end first."""
     callspec = getattr(item, "callspec", None)  # only parametrized tests have one
     baseline = callspec.params.get("baseline") if callspec is not None else None
     return baseline.name if baseline is not None and baseline.compiles else ""
@@ -109,7 +109,7 @@ def clock(request: pytest.FixtureRequest) -> HostClock | DeviceClock:
 
 @pytest.fixture
 def time_workers(session: Session) -> Callable[..., None]:
-    """`Session.time_workers` that fails the test for wrong baselines and skips it for missing ones."""
+    """`Session.time_workers` for a test. Wrong baselines fail the test, and missing ones skip it."""
 
     def run(*arguments: Any, **options: Any) -> None:
         outcome = session.time_workers(*arguments, **options)

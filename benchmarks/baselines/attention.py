@@ -103,9 +103,9 @@ def _sdpa(inputs: Inputs, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _prebuilt_bias(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    """Build the dense bias `[1, H, N, N]` once, with rows padded to 8 elements.
+    """Build the dense bias `[1, H, N, N]` once, with padded rows.
 
-    Memory-efficient SDPA would otherwise pad them in each call.
+    Rows are padded to a multiple of 8 elements. Memory-efficient SDPA would otherwise pad them in each call.
     """
     with torch.no_grad():
         bias = gather_bias(inputs.table, case.window)[None]
@@ -114,7 +114,10 @@ def _prebuilt_bias(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def _gathered_bias(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    """Gather the dense bias `[1, H, N, N]` in each call, as training has to; only the index is cached."""
+    """Gather the dense bias `[1, H, N, N]` in each call.
+
+    Training has to gather it in each step. Only the index is cached.
+    """
     index = relative_position_index(case.window, case.device)
     return lambda: gather_bias(inputs.table, case.window, index)[None]
 
@@ -131,7 +134,7 @@ _BIASES: dict[str, tuple[Callable[[Case, Inputs], Callable[[], Tensor | None]], 
 
 
 def _sdpa_baseline(kind: str, backend: SDPBackend | None = None) -> Baseline:
-    """Declare SDPA for a kind of bias with one backend, or with the choice of PyTorch."""
+    """Declare SDPA for a kind of bias. PyTorch chooses the backend if it is None."""
     bias_of, what = _BIASES[kind]
     biased = kind != "without bias"
     label = backend.name.removesuffix("_ATTENTION").lower() if backend else "chosen"
@@ -162,7 +165,7 @@ def _sdpa_baseline(kind: str, backend: SDPBackend | None = None) -> Baseline:
 
 
 def _backend_error(case: Case, build: Callable[[Case, Inputs], Attention], biased: bool) -> str | None:
-    """Return the error of PyTorch if the backend does not support the case or its backward."""
+    """Return PyTorch's error if the backend does not support the case. The backward is included."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -228,7 +231,7 @@ def _flex_attention(name: str, row_by: Callable[[Case], RowOf], how: str) -> Bas
 
 
 def _allow_repeated_compiled_backward() -> None:
-    """Let a compiled backward run several times on one graph, without reusing the memory of its inputs."""
+    """Allow a compiled backward to run several times on one graph. It does not reuse the memory of its inputs."""
     import torch._functorch.config as functorch_config
 
     functorch_config.donated_buffer = False
@@ -236,7 +239,7 @@ def _allow_repeated_compiled_backward() -> None:
 
 
 class _Constant(nn.Module):
-    """Replaces a projection by a fixed tensor, so that only attention is timed."""
+    """Fixed tensor in place of a projection. Only attention is timed."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -277,7 +280,7 @@ def _transformers_config(case: Case, implementation: str) -> object:
 
 
 def _transformers_5(case: Case, inputs: Inputs, implementation: str) -> Attention:
-    """Build the attention of Transformers 5, which gets the bias as a mask."""
+    """Build the attention of Transformers 5. It gets the bias as a mask."""
     from transformers.models.beit.modeling_beit import BeitAttention, BeitRelativePositionBias
 
     config = _transformers_config(case, implementation)
@@ -296,7 +299,7 @@ def _transformers_5(case: Case, inputs: Inputs, implementation: str) -> Attentio
 
 
 def _transformers_4(case: Case, inputs: Inputs, implementation: str) -> Attention:
-    """Build the attention of Transformers 4, which owns the table and gathers the bias."""
+    """Build the attention of Transformers 4. It owns the table and gathers the bias."""
     from transformers.models.beit.modeling_beit import BEIT_SELF_ATTENTION_CLASSES
 
     attention_class = BEIT_SELF_ATTENTION_CLASSES[implementation]

@@ -53,7 +53,7 @@ def dense_biases(case: ModelCase) -> list[Tensor]:
 
 
 def export(path: str, **fields: Any) -> Prepared:
-    """Export Transformers' model in fp32 for the batch and image size of a case.
+    """Export Transformers' fp32 model for a case's batch and image size.
 
     The dense bias of each layer is an input. Otherwise ONNX Runtime folds the gathers when it opens the file, which
     takes more than 22 GiB for a base model at 640 pixels. The exporter traces, because capturing a graph fails on the

@@ -137,7 +137,7 @@ def prepare(baseline: str, expected: str, **fields: Any) -> Prepared:
 
 
 def run_hf_docs(case: HfDocsCase, time_workers: Callable[..., None], threads: int) -> None:
-    """Time the implementations on one line of a table, with one call per round."""
+    """Time the implementations on one line of a table. A round has one call."""
     missing = {baseline.name: why for baseline in BASELINES if (why := baseline.missing_reason(case)) is not None}
     with tempfile.TemporaryDirectory() as folder:
         expected = Path(folder) / "reference.pt"

@@ -1,4 +1,7 @@
-"""The baselines of whole models, all with the same weights, and the reasons why one cannot run a case."""
+"""Baselines of whole models, all with the same weights.
+
+`ModelBaseline.missing_reason` returns the reason why a baseline cannot run a case.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,7 @@ class ModelBaseline:
         return self.name
 
     def missing_reason(self, case: ModelCase, all_baselines: bool) -> str | None:
-        """Return why it cannot run a case, or None."""
+        """Return the reason why the baseline cannot run a case, or None."""
         if case.mode not in self.modes or case.dtype not in self.dtypes or case.device not in self.devices:
             return self.unsupported
         if absent := not_installed(self.packages):
@@ -96,7 +99,7 @@ class ModelBaseline:
         return None
 
     def bytes_needed(self, case: ModelCase) -> int:
-        """Estimate the bytes of its process, to decide which baselines fit into memory together."""
+        """Estimate the bytes of the baseline's process. They decide which baselines fit into memory together."""
         size = case.size
         tokens = case.batch * case.tokens * size.width * DTYPES[case.dtype].itemsize
         scores = self.scores * case.batch * size.heads * case.tokens**2 * 4

@@ -1,4 +1,4 @@
-"""Import timm without torchvision, which timm imports but its BEiT does not need."""
+"""Import timm without torchvision. timm imports torchvision, but its BEiT does not need it."""
 
 from __future__ import annotations
 

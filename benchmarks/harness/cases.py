@@ -55,7 +55,10 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Two products in the forward and five in the backward, which recomputes the scores."""
+        """Floating-point operations of the matrix products of one call.
+
+        The forward has two products. The backward has five, because it recomputes the scores.
+        """
         product = 2 * self.batch * self.heads * self.tokens**2 * self.head_dim
         return product * {FORWARD: 2, BACKWARD: 5}.get(self.mode, 7)
 
@@ -108,7 +111,9 @@ def draw(case: Case) -> Inputs:
 
 
 def textbook_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Compute softmax(scale * q k^T + bias) v in the dtype of q.
+    """Compute attention with an optional bias in the dtype of q.
+
+    The result is softmax(scale * q k^T + bias) v.
 
     Args:
         q: `[B, N, H, D]`.
@@ -125,7 +130,10 @@ def textbook_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
 
 @dataclass(frozen=True)
 class Reference:
-    """fp64 results by name ("out", or the input of a gradient), and the relative error allowed for each."""
+    """fp64 results by name, and the relative error allowed for each.
+
+    A name is "out" or the input of a gradient.
+    """
 
     results: dict[str, Tensor]
     budgets: dict[str, float]
@@ -147,7 +155,7 @@ def reference(case: Case, biased: bool) -> Reference:
 
 
 def checked_errors(results: dict[str, Tensor], expected: Reference, tolerance: float | None = None) -> dict[str, float]:
-    """Return the relative error of each result if all are within their budgets.
+    """Return the relative error of each result if all are within budget.
 
     Args:
         results: Tensors by name.
@@ -178,7 +186,7 @@ def _textbook(case: Case, inputs: Inputs, biased: bool) -> Callable[[], Tensor]:
 
 
 def _reference_results(case: Case, biased: bool) -> dict[str, Tensor]:
-    """Compute in fp64, one sample at a time, to hold only a few [H, N, N] matrices."""
+    """Compute the results in fp64, one sample at a time. Memory holds only a few [H, N, N] matrices."""
     inputs = draw(case)
     table = inputs.table.detach().double().requires_grad_(case.trains_table)
     parts: list[dict[str, Tensor]] = []
@@ -194,7 +202,7 @@ def _reference_results(case: Case, biased: bool) -> dict[str, Tensor]:
 
 
 def results_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased: bool) -> dict[str, Tensor]:
-    """Return the output of `attention` as "out", and the gradients of the case by name."""
+    """Return the output of `attention` and the case's gradients, by name. The output is "out"."""
     leaves = inputs.leaves(case, biased)
     with torch.set_grad_enabled(case.trains):
         out = attention()
@@ -226,7 +234,7 @@ def step_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased:
 
 
 def chosen_device(requested: str | None) -> str:
-    """Return the requested device, or "cuda" if there is a CUDA device, else "cpu"."""
+    """Return the requested device. The default is "cuda" if there is a CUDA device, else "cpu"."""
     return requested or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

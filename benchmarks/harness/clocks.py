@@ -103,7 +103,7 @@ def clock_of(device: str) -> HostClock | DeviceClock:
 
 
 def single_call(step: Step, device: str, repeats: int = 7) -> float:
-    """Return the median seconds of one call from idle to idle, including launches."""
+    """Return the median seconds of one call from idle to idle. Launches are included."""
     clock = HostClock(device)
     return statistics.median(_once(clock, step) for _ in range(repeats))
 

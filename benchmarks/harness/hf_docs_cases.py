@@ -55,7 +55,7 @@ class HfDocsCase:
         return (self.height // PATCH) * (self.width // PATCH) + 1
 
     def bytes_needed(self, scores: int) -> int:
-        """Estimate the bytes of a process that keeps `scores` matrices `[B, H, N, N]` per layer."""
+        """Estimate the bytes of a process. It keeps `scores` matrices `[B, H, N, N]` per layer."""
         size, item = self.native.size, DTYPES[self.dtype].itemsize
         tokens = 16 * self.batch * self.tokens * size.width * item
         matrices = scores * self.batch * size.heads * self.tokens**2 * item
@@ -92,7 +92,7 @@ def hf_docs_reference(case: HfDocsCase) -> Reference:
 
 
 def _eager_results(case: HfDocsCase, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Run one image at a time with activation checkpointing, to hold the scores of one layer."""
+    """Run one image at a time with activation checkpointing. Memory holds the scores of one layer."""
     model = our_model(case.native, "eager", dtype)
     model.gradient_checkpointing_enable()
     totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}

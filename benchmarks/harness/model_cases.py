@@ -41,7 +41,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model with a relative position bias in each layer, at its native image size.
+    """A model at its native image size. Each layer has a relative position bias.
 
     Attributes:
         mode: "inference" computes logits. "training" computes logits, cross-entropy and all gradients, without an
@@ -124,7 +124,7 @@ def parameters(case: ModelCase) -> dict[str, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def pixels_and_labels(case: ModelCase) -> tuple[Tensor, Tensor]:
-    """Draw pixels `[B, 3, H, W]`, N(0, 1) in the dtype of the case, and labels `[B]`."""
+    """Draw pixels `[B, 3, H, W]` and labels `[B]`. Pixels are N(0, 1) in the dtype of the case."""
     generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
     pixels = torch.randn(case.batch, 3, case.image, case.image, generator=generator).to(DTYPES[case.dtype])
     labels = torch.randint(case.size.labels, (case.batch,), generator=generator)
@@ -132,7 +132,7 @@ def pixels_and_labels(case: ModelCase) -> tuple[Tensor, Tensor]:
 
 
 def our_model(case: ModelCase, implementation: str, dtype: torch.dtype) -> BeitForImageClassification:
-    """Build our model with the weights of the case, on its device and in its mode."""
+    """Build our model with the weights, device and mode of the case."""
     with torch.device("meta"):
         model = BeitForImageClassification(BeitConfig(**case.options), attn_implementation=implementation)
     model.load_state_dict(parameters(case), assign=True)
@@ -176,7 +176,7 @@ def _eager_results(case: ModelCase, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def by_kind(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Concatenate gradients by hub name over layers, into a flat tensor for each kind of parameter."""
+    """Concatenate gradients over layers into one flat tensor per parameter kind. `gradients` has hub names."""
     kinds: dict[str, list[Tensor]] = {}
     for name in sorted(gradients):
         kind = re.sub(r"^beit\.(encoder\.layer\.\d+\.)?|attention\.attention\.|\.relative_position_bias(?=_)", "", name)

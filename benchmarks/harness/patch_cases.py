@@ -52,13 +52,13 @@ class PatchCase:
 
 @dataclass(frozen=True)
 class PatchInputs:
-    """pixels `[B, C, H, W]`, weight `[E, C, p, p]`, bias `[E]`, cls `[1, 1, E]`; for uint8 pos `[1, 1 + P, E]`."""
+    """Inputs of a patch embedding."""
 
-    pixels: Tensor
-    weight: Tensor
-    bias: Tensor
-    cls: Tensor
-    pos: Tensor | None
+    pixels: Tensor  # [B, C, H, W]
+    weight: Tensor  # [E, C, p, p]
+    bias: Tensor  # [E]
+    cls: Tensor  # [1, 1, E]
+    pos: Tensor | None  # [1, 1 + P, E] for uint8 pixels
 
 
 def draw(case: PatchCase) -> PatchInputs:

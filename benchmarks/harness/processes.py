@@ -136,7 +136,7 @@ def run_workers(
 
 
 def free_memory(device: str) -> int | None:
-    """Return 90 % of the free bytes of `device`, or None if the system does not report them."""
+    """Return 90 % of the free bytes of `device`. It is None if the system does not report them."""
     if device == "cuda":
         import torch
 
@@ -229,7 +229,7 @@ class _Process:
         self.result = dataclasses.replace(self.result, **changes)
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and return the answer, or {} after a failure, which discards all times."""
+        """Send a request and return the answer. A failure returns {} and discards all times."""
         if self.result.failure is not None or self.result.unavailable is not None:
             return {}
         assert self.process.stdin is not None
@@ -303,7 +303,7 @@ def main() -> None:
 
 
 def _calls_a_round(prepared: Prepared, round_seconds: float) -> int:
-    """Return the calls that fill a round, estimated from the fastest of three warm calls."""
+    """Return the calls that fill a round. The estimate uses the fastest of three warm calls."""
     once = _seconds(prepared, 1)
     if once < max(round_seconds, LONG_CALL):
         once = min(_seconds(prepared, 1) for _ in range(3))

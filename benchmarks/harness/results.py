@@ -66,7 +66,7 @@ def row_of_result(result: Result, per_call: Mapping[str, float], flops: int | No
 
 
 def rounded(value: Any) -> Any:
-    """Round all floats of a value to four digits, which is below the noise."""
+    """Round all floats of a value to four digits. The rounding error is below the noise."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
@@ -167,7 +167,7 @@ def write_results(results: dict[str, Any], path: Path) -> Path:
 
 
 def file_name(conditions: dict[str, Any], bench: str) -> str:
-    """Return the file name, without suffix, for the results and the picture of a benchmark.
+    """Return the file name, without suffix, of a benchmark's results and picture.
 
     Attention is named by its device alone: "amd-epyc-9b14-cpu-2-threads". The others have a thread count in each row
     and are named by benchmark: "amd-epyc-9b14-cpu-patch-embedding".

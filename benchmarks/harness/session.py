@@ -1,4 +1,4 @@
-"""The rows of one run of the benchmarks, logged as they are measured."""
+"""The rows of one benchmark run, logged as they are measured."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Session:
         self._started = time.monotonic()
 
     def over_budget(self) -> str | None:
-        """Return the reason to skip what is left, or None while there is time."""
+        """Return the reason to skip the remaining cases. It is None if there is time left."""
         if self._budget is None or time.monotonic() - self._started <= self._budget:
             return None
         return f"the run's budget of {self._budget:g} seconds is spent"
@@ -76,10 +76,10 @@ class Session:
         per_call: Mapping[str, float] = _NOTHING,
         **rules: Any,
     ) -> Outcome:
-        """Time workers, each in its own process and in turns, and keep a row for each.
+        """Time workers in turns, and keep a row for each.
 
-        Workers that do not fit into memory together run in several groups. The first worker is in every group, and the
-        rows name their group.
+        Each worker has its own process. Workers that do not fit into memory together run in several groups. The first
+        worker is in every group, and the rows name their group.
 
         Args:
             bench: Name of the benchmark.

@@ -1,4 +1,4 @@
-"""Write the two tables of Transformers' documentation of BEiT as Markdown, with our columns."""
+"""Write the two BEiT tables of Transformers' documentation as Markdown. Our columns are added."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Write a small results file and a picture for each benchmark of a run.
+"""Write a small results file and a picture for each benchmark.
 
     pytest benchmarks/ --rows=run.jsonl
     python -m benchmarks.report.plot run.jsonl --results benchmarks/results
 
-Reads a log of rows (`--rows`), the JSON of pytest-benchmark, or a results file.
+The input is a run: a log of rows (`--rows`), the JSON of pytest-benchmark, or a results file.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def panels_of(rows: list[Row]) -> list[list[list[Row]]]:
 
 
 def _panels_of_threads(rows: list[Row]) -> list[list[list[Row]]]:
-    """Split single images by mode and dtype, and then by number of threads."""
+    """Split single images by mode and dtype, then by number of threads."""
     singles = [row for row in rows if row["batch"] == 1]
     kinds = sorted({(_mode_order(row["mode"]), row["mode"], row["dtype"]) for row in singles})
     lines = []
@@ -201,7 +201,7 @@ def _draw_lines(axis: Any, rows: list[Row], value: Any) -> dict[str, Any]:
 
 
 def _scale_values(axis: Any, values: list[float]) -> None:
-    """Start the axis at zero if the values are within a factor of 10, else use a logarithmic axis."""
+    """Start the axis at zero. If the values are not within a factor of 10, make it logarithmic instead."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if max(values) < 10 * min(values):

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw_image_sizes(results: dict[str, Any], path: Path, dtype: str = "fp32") -> Path:
-    """Draw milliseconds and mebibytes of a forward of one image, with a line for each baseline."""
+    """Draw milliseconds and mebibytes of a forward of one image. Each baseline has a line."""
     import matplotlib
 
     matplotlib.use("Agg")

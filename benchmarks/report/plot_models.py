@@ -30,7 +30,7 @@ _GIB = 2**30
 
 
 def draw_models(results: dict[str, Any], path: Path) -> Path:
-    """Draw a pair of panels for each case, two pairs in a line."""
+    """Draw a pair of panels for each case. A line has up to two pairs."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -48,9 +48,9 @@ class Verdict:
 
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
-    """Judge every target of the device and of the benchmarks that ran, at all of its cases.
+    """Judge every target of the device and of the benchmarks that ran.
 
-    A target without a measurement of ours gets a verdict with `missing`.
+    A target is judged at all of its cases. A target without a measurement of ours gets a verdict with `missing`.
     """
     verdicts = []
     benches = {entry.get("bench", ATTENTION) for entry in [*results["rows"], *results.get("left_out", [])]}
@@ -68,7 +68,7 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
 
 
 def _comparable(target: Target, ours: list[Row], rows: list[Row]) -> list[Row]:
-    """Drop rows of ours whose group has no baseline to compare with, but keep one per case."""
+    """Drop our rows whose group has no baseline to compare with. At least one row per case is kept."""
     kept = []
     for row in ours:
         groups = [
