@@ -20,7 +20,7 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each image and the difference of the optimized model; return the exit code."""
+    """Print a line for each image, and return the exit code. The optimized model's difference is printed too."""
     parser = argparse.ArgumentParser(description="Classify images with BEiT.")
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="default: the digits")
     parser.add_argument("--model", default=str(DIGITS), help="a checkpoint for classification (default: the digits')")

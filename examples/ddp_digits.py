@@ -1,9 +1,9 @@
-"""Train a tiny BEiT on handwritten digits in several processes, by torch's DistributedDataParallel.
+"""Train a tiny BEiT on handwritten digits in several processes.
 
 torchrun --standalone --nproc-per-node 2 examples/ddp_digits.py [--out FOLDER] [--epochs 8] [--seed 0]
 
-Every process takes its share of each batch, and DistributedDataParallel averages the gradients; the model needs no
-changes. The data are scikit-learn's 1797 digits of 8x8 pixels, a fifth of which is held out.
+Every process takes its share of each batch, and torch's DistributedDataParallel averages the gradients. The model needs
+no changes. The data are scikit-learn's 1797 digits of 8x8 pixels, a fifth of which is held out.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def step(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """The share of the held-out digits that the model classifies correctly, over all processes."""
+    """The share of held-out digits that are classified correctly, over all processes."""
     model.eval()
     share = digits.held_out[dist.get_rank() :: dist.get_world_size()]
     right = (model(digits.pixels[share]).logits.argmax(-1) == digits.labels[share]).sum()

@@ -35,14 +35,14 @@ TABLE_SUFFIX = "relative_position_bias_table"
 
 @dataclass(frozen=True)
 class Result:
-    """A backend, its kernels, the logits `[1, num_labels]`, median seconds and peak bytes."""
+    """A backend, its kernels, and its logits, time and memory."""
 
     backend: str
     kernel: str
     patches: str
-    logits: Tensor
-    seconds: float
-    memory: int | None
+    logits: Tensor  # [1, num_labels]
+    seconds: float  # median
+    memory: int | None  # peak bytes
 
 
 def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -> int:
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def build_model(config: BeitConfig, device: torch.device) -> BeitForImageClassification:
-    """A model with seeded random weights and smooth bias tables of deviation 1."""
+    """A model with seeded random weights and smooth bias tables. The tables have deviation 1."""
     torch.manual_seed(SEED)
     model = BeitForImageClassification(config).eval()
     window = window_of(config)
@@ -129,7 +129,7 @@ def smooth_table(window: Window, heads: int) -> Tensor:
 
 
 def _blur(noise: Tensor, axis: int) -> Tensor:
-    """Gaussian blur along one axis of `[1, heads, h, w]`, with a width of 0.8 to 2.6 patches by head."""
+    """Gaussian blur along one axis of `[1, heads, h, w]`. Its width is 0.8 to 2.6 patches, by head."""
     heads = noise.shape[1]
     reach = 12
     distance = torch.arange(-reach, reach + 1, dtype=noise.dtype)
@@ -141,7 +141,7 @@ def _blur(noise: Tensor, axis: int) -> Tensor:
 
 
 def preprocess(photograph: Any, image_size: Any) -> Tensor:
-    """Convert an RGB photograph to pixels `[1, 3, H, W]` in [-1, 1], resized bicubically."""
+    """Resize an RGB photograph bicubically to pixels `[1, 3, H, W]`. They are in [-1, 1]."""
     from PIL import Image
 
     height, width = _pair(image_size)
@@ -200,7 +200,7 @@ def format_classes(logits: Tensor, id2label: dict[int, str]) -> list[str]:
 
 
 def classify_digits(folder: Path, device: torch.device) -> str:
-    """Classify the shipped images, which were held out, with the shipped digits model."""
+    """Classify the shipped images with the shipped digits model. These images were held out."""
     model = BeitForImageClassification.from_pretrained(folder, attn_implementation="triton", device=device)
     files = sorted((folder / "images").glob("*.png"))
     processor = BeitImageProcessor.from_pretrained(folder)
@@ -255,7 +255,7 @@ def format_table(results: list[Result]) -> str:
 def draw(
     photograph: Any, model: BeitForImageClassification, results: list[Result], conditions: dict[str, Any], path: Path
 ) -> None:
-    """Draw the photograph, the bias of one patch in some heads, and bars of time and memory."""
+    """Draw the photograph, one patch's bias, and bars of time and memory. The bias is that of some heads."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -304,7 +304,7 @@ def _draw_bias(figure: Any, photograph: Any, model: BeitForImageClassification) 
 
 
 def patch_bias(model: BeitForImageClassification, window: Window, query: tuple[int, int]) -> np.ndarray:
-    """The bias `[heads, Wh, Ww]` that the first layer adds to the scores of the patch at `query`."""
+    """The bias `[heads, Wh, Ww]` of the patch at `query`. The first layer adds it to the patch's scores."""
     table = next(parameter for name, parameter in model.named_parameters() if name.endswith(TABLE_SUFFIX))
     token = 1 + query[0] * window[1] + query[1]
     bias = gather_bias(table.detach().float().cpu(), window)[:, token, 1:]

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def small_dpt() -> DPTForDepthEstimation:
-    """A DPT with random weights around a backbone of four layers, for pictures of 64x64 pixels."""
+    """A DPT with random weights around a backbone of four layers. Pictures are 64x64 pixels."""
     backbone = BeitConfig(
         hidden_size=64,
         num_hidden_layers=4,
@@ -81,7 +81,7 @@ def small_dpt() -> DPTForDepthEstimation:
 
 
 def train(model: DPTForDepthEstimation) -> DPTForDepthEstimation:
-    """Train on new scenes in every step, and print the error on held-out scenes."""
+    """Train on new scenes in every step. Print the error on held-out scenes."""
     random = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
@@ -109,7 +109,7 @@ def predict(model: DPTForDepthEstimation, pixels: Tensor) -> Tensor:
 
 
 def draw_scenes(count: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Draw noisy pictures `[B, 3, 64, 64]` in [-1, 1] and the nearness `[B, 64, 64]` in [0, 1]."""
+    """Draw noisy pictures `[B, 3, 64, 64]` and nearness `[B, 64, 64]`. Ranges are [-1, 1] and [0, 1]."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     pictures, maps = [], []
     for _ in range(count):

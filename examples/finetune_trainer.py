@@ -40,7 +40,7 @@ class Parity(Dataset):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, evaluate before and after, write the checkpoint, and return the exit code."""
+    """Train, write the checkpoint, and return the exit code. Accuracy is evaluated before and after."""
     parser = argparse.ArgumentParser(description="Fine-tune a BEiT with Transformers' Trainer.")
     parser.add_argument("--out", type=Path, help="folder for the trained checkpoint (default: not saved)")
     parser.add_argument("--steps", type=int, default=120, help="default: 120")

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(digits: Digits, attn_implementation: str) -> BeitForSemanticSegmentation:
-    """Train a new head on the digits classifier's trunk, with the same training split."""
+    """Train a new head on the digits classifier's trunk. The training split is the same."""
     torch.manual_seed(0)
     names = dict(enumerate(("background", *NAMES)))
     with warnings.catch_warnings():
@@ -113,7 +113,7 @@ def color(
     pictures: list[Image.Image],
     background: int | None = None,
 ) -> list[Image.Image]:
-    """Tint every pixel of the pictures by its class, except those of the background."""
+    """Tint every pixel by its class, except those of the background."""
     pictures = [picture.convert("RGB") for picture in pictures]
     outputs = model(processor(pictures, return_tensors="pt")["pixel_values"])
     sizes = [(picture.height, picture.width) for picture in pictures]

@@ -66,11 +66,11 @@ Optimization = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler
 
 @dataclass(frozen=True)
 class Digits:
-    """Images uint8 `[n, 8, 8]`, pixels `[n, 3, 48, 48]`, labels `[n]`, and the indices of each split."""
+    """Images, pixels and labels, and the indices of each split."""
 
-    images: np.ndarray
-    pixels: Tensor
-    labels: Tensor
+    images: np.ndarray  # uint8 [n, 8, 8]
+    pixels: Tensor  # [n, 3, 48, 48]
+    labels: Tensor  # [n]
     training: Tensor
     held_out: Tensor
 
@@ -135,13 +135,13 @@ def load_digits(seed: int, limit: int | None = None) -> Digits:
 
 
 def preprocess(image: Image.Image) -> Tensor:
-    """Convert a picture to pixels `[3, 48, 48]` in [-1, 1], as `PROCESSOR` describes."""
+    """Convert a picture to pixels `[3, 48, 48]` in [-1, 1]. `PROCESSOR` describes the steps."""
     resized = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return (torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Rotate, shear, scale and shift each image `[B, 3, H, W]` a little; padding is background."""
+    """Rotate, shear, scale and shift each image `[B, 3, H, W]` slightly. Padding is background."""
     angle, shear = torch.empty(2, len(pixels)).uniform_(-0.15, 0.15)  # radians
     across, down = torch.empty(2, len(pixels)).uniform_(0.9, 1.1)
     right, below = torch.empty(2, len(pixels)).uniform_(-0.12, 0.12)  # halves of the image
@@ -152,7 +152,7 @@ def augment(pixels: Tensor) -> Tensor:
 
 
 def patches_of(pixels: Tensor) -> Tensor:
-    """Cut `[B, 3, H, W]` into flat patches `[B, P, 3 * 8 * 8]`, row by row."""
+    """Cut `[B, 3, H, W]` into flat patches, row by row. They are `[B, P, 3 * 8 * 8]`."""
     return F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)
 
 
@@ -168,7 +168,7 @@ def fit_tokenizer(pixels: Tensor, seed: int) -> Tensor:
 
 
 def blockwise_mask(window: tuple[int, int], random: np.random.Generator) -> np.ndarray:
-    """Mask random blocks of 40 % of the window, bool `[Wh, Ww]` (algorithm 1 of arXiv 2106.08254)."""
+    """Mask random blocks of 40 % of the window, bool `[Wh, Ww]`. This is algorithm 1 of arXiv 2106.08254."""
     mask = np.zeros(window, dtype=bool)
     smallest, wanted = mask.size * 16 / 196, MASKED * mask.size
     while mask.sum() <= wanted:
