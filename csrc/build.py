@@ -197,7 +197,7 @@ def _torch_folder() -> Path:
 
 
 def _compiler() -> tuple[list[str], str]:
-    """The C++ compiler, `CXX` or the system's, and the newest standard that it supports."""
+    """The C++ compiler and the newest standard that it supports. The compiler is `CXX` or the system's."""
     usual = next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     compiler = shlex.split(os.environ.get("CXX", "")) or [usual]
     if shutil.which(compiler[0]) is None:
@@ -220,7 +220,10 @@ def _compiles(compiler: list[str], flags: str, code: str) -> bool:
 
 
 def find_nvcc() -> str | None:
-    """nvcc in `CUDA_HOME` or `CUDA_PATH`, on the path, or in the default folder of CUDA."""
+    """Return the path of nvcc, or None if it is not found.
+
+    The order is `CUDA_HOME`, `CUDA_PATH`, the path, and the default folder of CUDA.
+    """
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = (*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc")
     return next(filter(None, map(shutil.which, candidates)), None)
@@ -249,7 +252,7 @@ def _cuda_targets(nvcc: str) -> tuple[list[str], str]:
 
 
 def _make(target: Path, command: list[str], sources: Sequence[Path] = ()) -> None:
-    """Run `command` for `target` unless that is newer than `sources` and its own dependencies."""
+    """Run `command` unless `target` is current. A current target is newer than `sources` and its dependencies."""
     listing = target.with_name(f"{target.name}.d")
     if _is_current(target, [*sources, *_read_dependencies(listing)]):
         return
