@@ -1,4 +1,4 @@
-"""Relative links of Markdown pages for readers who do not have the repository.
+"""Relative links of Markdown pages, for readers without the repository.
 
 setup.py makes the long description of the package from README with it, and docs/site_links.py the site's pages.
 """
@@ -20,7 +20,7 @@ _LINK = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<t
 
 
 def without_relative_links(markdown: str, folder: str = "", repository_url: str = REPOSITORY_URL) -> str:
-    """Replace the relative links of a page by addresses in the repository, or by plain text.
+    """Replace a page's relative links by repository addresses or plain text.
 
     Args:
         markdown: the page.

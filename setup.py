@@ -27,7 +27,10 @@ links = runpy.run_path("repository_links.py")
 
 
 class BuildNative(build_ext):
-    """Builds what it can, says in one line what it did, and leaves the same beside the package for `beit-fast info`."""
+    """Build the native libraries that this machine supports.
+
+    One line reports the results. They are also written beside the package, for `beit-fast info`.
+    """
 
     def get_ext_filename(self, fullname):
         return os.path.join(PACKAGE, native["file_name"](fullname.rpartition(".")[2]))
@@ -47,7 +50,7 @@ class BuildNative(build_ext):
         (folder / native["BUILD_NOTES"]).write_text(json.dumps(notes, indent=1) + "\n")
 
     def copy_extensions_to_source(self):
-        """Replace whole files, and only where they differ: another process may have them open."""
+        """Replace whole files, and only if they differ: another process may have them open."""
         built = Path(self.build_lib, PACKAGE)
         files = [native["BUILD_NOTES"], *(file.name for file in built.glob("_C*.so"))]
         for old in Path(PACKAGE).glob("_C*.so"):
@@ -64,7 +67,7 @@ class BuildNative(build_ext):
 
 
 class BuildWheel(bdist_wheel):
-    """Tags the wheel for every Python, and for every platform where no library is in it."""
+    """Tag the wheel for every Python. Without a library, it is also for every platform."""
 
     def run(self):
         if not self.skip_build:
