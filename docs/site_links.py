@@ -27,7 +27,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Point pictures to the site and every other link outside docs/ to the repository."""
+    """Point pictures to the site. Point every other link outside docs/ to the repository."""
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
     markdown = markdown.replace(f"](../{PICTURES}/", f"]({PICTURES}/") if folder == "docs" else markdown
     markdown = re.sub(rf"(?<!!)(\[[^\]]*\]\(){PICTURES}/([^()\s]+\.(?!png)\w+\))", rf"\1../{PICTURES}/\2", markdown)
