@@ -99,9 +99,8 @@ class MmsegBeit(nn.Module):
         errors += _pretrained_errors(pretrained, init_cfg, position_interpolation)
         raise_value_error("MmsegBeit cannot be built", errors)
         self.out_indices = [index % num_layers for index in indices]
-        self.embed_dims, self.norm_eval = embed_dims, norm_eval
+        self.embed_dims, self.norm_eval, self.position_interpolation = embed_dims, norm_eval, position_interpolation
         self.pretrained = init_cfg["checkpoint"] if init_cfg else pretrained
-        self.position_interpolation = position_interpolation
         config = BeitConfig(
             image_size=img_size if isinstance(img_size, int) else tuple(img_size),
             patch_size=patch_size,
