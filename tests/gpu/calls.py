@@ -1,14 +1,16 @@
-"""Calls of `beit_fast.rel_pos_attention` and its autograd on CUDA."""
+"""Calls of `beit_fast.rel_pos_attention` on CUDA, and helpers of the GPU tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 import beit_fast
+from beit_fast import native
 
 from ..kernels.cases import Case
 from ..support.devices import cuda_unsupported_reason
@@ -21,6 +23,22 @@ LONG = 10**9
 
 This is several thousand times the duration of a launch.
 """
+
+needs_cuda_library = pytest.mark.skipif(
+    native.unsupported_reason("_C_cuda") is not None,
+    reason=f"the CUDA library is not available: {native.unsupported_reason('_C_cuda')}",
+)
+
+
+@contextmanager
+def forbid_synchronization() -> Iterator[None]:
+    """Raise if an operation of PyTorch waits for the device."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def leaves_of(case: Case) -> list[Tensor]:

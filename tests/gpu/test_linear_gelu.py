@@ -1,16 +1,15 @@
-"""The Triton linear layer with GELU on a GPU: sizes, streams, graphs, offsets."""
+"""The Triton linear layer with GELU on a GPU: sizes, TF32, offsets, `torch.compile`, errors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from beit_fast.ops.linear_gelu import linear_gelu
 
-from ..kernels.cases import DTYPES, assert_same_bits, bitwise_equal
+from ..kernels.cases import DTYPES
 from ..support.linear_gelu import check_layer, make_layer
-from .calls import LONG, need_free_memory
+from .calls import need_free_memory
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,23 +48,15 @@ def test_linear_gelu_tf32_if_torch_allows_it(rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_gelu_writes_every_element_and_is_deterministic(dtype: torch.dtype) -> None:
+def test_linear_gelu_writes_every_element(dtype: torch.dtype) -> None:
     """Deterministic mode fills new memory with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for rows, outputs in ((77, 130), (700, 515), (5000, 258)):
             layer = make_layer((rows,), 96, outputs, dtype, "cuda")
-            first, second = linear_gelu(*layer), linear_gelu(*layer)
-            assert torch.isfinite(first).all()
-            assert bitwise_equal(first, second)
+            assert torch.isfinite(linear_gelu(*layer)).all()
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_linear_gelu_slices_same_bits() -> None:
-    x, weight, bias = make_layer((4, 197), 768, 3072, torch.bfloat16, "cuda")
-    wide = torch.stack([x, x], dim=2)[:, :, 1]
-    assert bitwise_equal(linear_gelu(wide, weight, bias), linear_gelu(x, weight, bias))
 
 
 def test_linear_gelu_result_above_2_31_elements() -> None:
@@ -77,47 +68,6 @@ def test_linear_gelu_result_above_2_31_elements() -> None:
     assert result.numel() > 2**31
     expected = linear_gelu(x.expand(5000, -1), weight, bias)[:1]
     assert all(torch.equal(part, expected.expand_as(part)) for part in result.split(2**16))
-
-
-def test_linear_gelu_side_stream_waits_for_its_inputs() -> None:
-    x, weight, bias = make_layer((197,), 768, 3072, torch.bfloat16, "cuda")
-    other = -x
-    expected = linear_gelu(other, weight, bias)
-    side = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(LONG)
-        x.copy_(other)
-        actual = linear_gelu(x, weight, bias)
-    torch.cuda.synchronize()
-    assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("inputs", [96, 97])
-def test_linear_gelu_captured_graph_uses_new_inputs(inputs: int) -> None:
-    """Capture the copy that pads 97 inputs."""
-    x, weight, bias = make_layer((50,), inputs, 64, torch.bfloat16, "cuda")
-    linear_gelu(x, weight, bias)  # compiles the kernel, which is not possible during capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = linear_gelu(x, weight, bias)
-    for _ in range(3):
-        x.normal_()
-        result.fill_(float("nan"))
-        graph.replay()
-        assert_same_bits([result], [linear_gelu(x, weight, bias)])
-
-
-def test_linear_gelu_does_not_synchronize() -> None:
-    layer = make_layer((197,), 768, 3072, torch.bfloat16, "cuda")
-    expected = linear_gelu(*layer)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        actual = linear_gelu(*layer)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    assert torch.equal(actual, expected)
 
 
 def test_linear_gelu_compile_fullgraph_with_dynamic_rows() -> None:
@@ -148,13 +98,3 @@ def test_linear_gelu_unsupported_inputs_raise() -> None:
     x, weight, bias = make_layer((3,), 16, 24, torch.float32, "cuda")
     with pytest.raises(ValueError, match="all tensors must be on one device"):
         linear_gelu(x, weight.cpu(), bias)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_linear_gelu_other_device_runs_there() -> None:
-    layer: list[Tensor] = [x.to("cuda:1") for x in make_layer((197,), 768, 3072, torch.bfloat16, "cuda")]
-    current = torch.cuda.current_device()
-    result = linear_gelu(*layer)
-    assert result.device.index == 1
-    assert torch.cuda.current_device() == current
-    check_layer(result, *layer)

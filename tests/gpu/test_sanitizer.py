@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 import beit_fast
-from beit_fast import native
 
-from . import calls  # noqa: F401  skips this file without a GPU
+from .calls import needs_cuda_library
 from .sanitized_cases import CASES, PATCH_CASES
 
 ROOT = Path(beit_fast.__file__).resolve().parents[1]
@@ -54,12 +53,6 @@ def test_attention_memcheck_passes() -> None:
 
 def test_attention_racecheck_passes() -> None:
     sanitize("racecheck", "odd width")
-
-
-needs_cuda_library = pytest.mark.skipif(
-    native.unsupported_reason("_C_cuda") is not None,
-    reason=f"the CUDA library is not available: {native.unsupported_reason('_C_cuda')}",
-)
 
 
 @needs_cuda_library
