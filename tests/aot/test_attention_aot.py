@@ -219,11 +219,11 @@ def test_attention_all_configs_fit_registers_and_shared_memory(architecture: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_attention_small_kernels_of_every_head_dim_and_dtype_fit(capability: int) -> None:
     variants = [
         variant
-        for dtype, head_dim in itertools.product(("fp16", "fp32"), (8, 64, 120, 128))
+        for dtype, head_dim in itertools.product(("fp16", "fp32"), (8, 128))
         for variant in attention_variants.small_kernels(capability, dtype, head_dim)
     ]
     assert not (errors := find_errors(variants, workers=2)), "\n".join(errors)

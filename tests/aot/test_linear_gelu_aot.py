@@ -63,6 +63,9 @@ def test_linear_gelu_all_configs_fit_registers_and_shared_memory(capability: int
     """
     dtype, precision = KINDS[kind]
     usual = shipped(capability, dtype, precision)
+    if capability in (86, 89):  # the tiles of 120, on which everything is compiled
+        assert not (errors := find_errors(usual, workers=2)), "\n".join(errors)
+        return
     variants = usual + [variant._replace(whole_steps=False) for variant in usual]
     tiles = configs.TILES[
         gpu.arithmetic(aot.DTYPES[dtype], precision),

@@ -52,9 +52,9 @@ def test_residual_norm_other_widths_do_not_spill(size: int, capability: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [192, 1024, 1408, configs.LARGEST_SIZE])
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
-def test_residual_norm_every_width_on_every_gpu_does_not_spill(capability: int, size: int) -> None:
+@pytest.mark.parametrize("size", [192, 1408, configs.LARGEST_SIZE])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_residual_norm_every_width_on_every_architecture_does_not_spill(capability: int, size: int) -> None:
     assert not (errors := find_errors(shipped(capability, size), workers=2)), "\n".join(errors)
 
 
