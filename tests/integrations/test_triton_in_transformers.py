@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from beit_fast.integrations.transformers import attention_interface, register, unregister
+from beit_fast.integrations.transformers import register, unregister
+from beit_fast.layers import attention_backends
 
 from ..support.attention_spy import AttentionSpy
 from ..support.oracle import relative_error
@@ -55,11 +56,11 @@ def test_triton_attention_lost_bias_changes_output(registered, monkeypatch):
     theirs = reference("BeitModel", "both")
     ours = triton_copy(theirs, "BeitModel")
     inputs = random_inputs("BeitModel", theirs)
-    attend = attention_interface.attention_backends.attend
+    run_attention = attention_backends.run_attention
     monkeypatch.setattr(
-        attention_interface.attention_backends,
-        "attend",
-        lambda q, k, v, table, *others: attend(q, k, v, None, *others),
+        attention_backends,
+        "run_attention",
+        lambda backend, q, k, v, table, *others: run_attention(backend, q, k, v, None, *others),
     )
     assert relative_error(ours(**inputs).last_hidden_state, theirs(**inputs).last_hidden_state) > 1e-2
 
