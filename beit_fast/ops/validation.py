@@ -19,6 +19,7 @@ from .arguments import (
     ResidualNormArguments,
     ResidualNormBackwardArguments,
 )
+from .dispatch.availability import FLOAT_DTYPES, join_dtypes
 
 
 def attention_errors(arguments: AttentionArguments) -> list[str]:
@@ -103,19 +104,18 @@ def patch_embed_errors(arguments: PatchEmbedArguments) -> list[str]:
     return errors + _token_errors(tensors, pixels, weight)
 
 
-_PATCH_EMBED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PATCH_EMBED_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+_FLOAT_NAMES = join_dtypes(FLOAT_DTYPES)
 
 
 def _dtype_errors(tensors: dict[str, Tensor | None]) -> list[str]:
     errors = []
     for name, tensor in tensors.items():
-        if name == "mask" or tensor is None or tensor.dtype in _PATCH_EMBED_DTYPES:
+        if name == "mask" or tensor is None or tensor.dtype in FLOAT_DTYPES:
             continue
         if name != "pixels":
-            errors.append(f"{name} must be {_PATCH_EMBED_DTYPE_NAMES}")
+            errors.append(f"{name} must be {_FLOAT_NAMES}")
         elif tensor.dtype != torch.uint8:
-            errors.append(f"pixels must be uint8, {_PATCH_EMBED_DTYPE_NAMES}")
+            errors.append(f"pixels must be uint8, {_FLOAT_NAMES}")
     return errors
 
 

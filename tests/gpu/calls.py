@@ -12,7 +12,7 @@ from torch import Tensor
 import beit_fast
 from beit_fast import native
 
-from ..kernels.cases import Case
+from ..support.cases import Case
 from ..support.devices import cuda_unsupported_reason
 
 if _reason := cuda_unsupported_reason():

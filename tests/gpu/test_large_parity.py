@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ..kernels.cases import (
-    BACKWARD_FACTOR,
-    DTYPES,
-    FORWARD_FACTOR,
-    Case,
-    bitwise_equal,
-    check_parity,
-    make_case,
-    run_backward,
-    run_forward,
-)
+from ..kernels.cases import DTYPES, bitwise_equal, check_parity, make_case, run_backward, run_forward
+from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR, Case
 from ..support.oracle import assert_within_budget
 from . import calls  # noqa: F401  skips this file without a GPU
 

@@ -17,7 +17,8 @@ import beit_fast
 from beit_fast.ops.linear_gelu import linear_gelu
 from beit_fast.ops.residual_norm import residual_add, residual_norm
 
-from ..kernels.cases import DTYPES, Case, assert_same_bits, bitwise_equal, make_case
+from ..kernels.cases import DTYPES, assert_same_bits, bitwise_equal, make_case
+from ..support.cases import Case
 from ..support.linear_gelu import make_layer
 from ..support.oracle import relative_error
 from ..support.patch_embedding import make_inputs

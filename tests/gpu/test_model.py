@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ..kernels.cases import BACKWARD_FACTOR, FORWARD_FACTOR, device
+from ..kernels.cases import device
 from ..kernels.test_model import build, train_step, with_attention
+from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR
 from ..support.models import MEAN, STD, byte_images, normalized
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS

@@ -12,7 +12,8 @@ from beit_fast.kernels.attention import configs
 from beit_fast.kernels.common import gpu
 from beit_fast.kernels.common.device import architecture_of
 
-from ..kernels.cases import GRADIENT_NAMES, bitwise_equal, make_case, run_backward, run_forward
+from ..kernels.cases import bitwise_equal, make_case, run_backward, run_forward
+from ..support.cases import GRADIENT_NAMES
 
 WINDOWS = [(14, 14), (24, 24), (1, 2), (7, 10), (5, 64), (15, 15), (1, 7), (31, 33)]
 

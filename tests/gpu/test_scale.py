@@ -10,7 +10,8 @@ from torch import Tensor
 
 from beit_fast.testing.memory import peak_memory
 
-from ..kernels.cases import Case, check_parity, make_case, run_backward, run_forward
+from ..kernels.cases import check_parity, make_case, run_backward, run_forward
+from ..support.cases import Case
 from .calls import attend_and_differentiate, leaves_of, need_free_memory
 
 SCRATCH_LIMIT = 2**26  # bytes of scratch memory for the gradient of the table

@@ -1,10 +1,10 @@
-"""Inputs of the attention kernels, with the results of kernels and oracle."""
+"""Cases on the device of the attention kernels, and the results of the kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +12,9 @@ from torch import Tensor
 
 import beit_fast
 
+from ..support.cases import Case, attention_case, check_results
 from ..support.devices import kernel_device, kernels_are_native
-from ..support.oracle import assert_within_budget, attention_oracle, philox_keep
 
-GRADIENT_NAMES = ("dq", "dk", "dv", "dtable")
-FORWARD_FACTOR = 2
-BACKWARD_FACTOR = 3
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES)
 
@@ -44,64 +41,21 @@ def device() -> torch.device:
     return found
 
 
-@dataclass
-class Case:
-    """Inputs of one attention call, with the incoming gradient."""
-
-    query: Tensor  # [B, N, H, D]
-    key: Tensor
-    value: Tensor
-    grad_out: Tensor
-    table: Tensor | None  # [(2Wh-1)(2Ww-1)+3, H]
-    window: tuple[int, int]
-    key_mask: Tensor | None = None  # [B, N] bool
-    dropout_p: float = 0.0
-    seed: int = 0
-
-    @property
-    def scale(self) -> float:
-        return self.query.shape[-1] ** -0.5
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the fields that are tensors, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Case:
-        """Copy the case with `function` applied to query, key, value and grad_out."""
-        return replace(self, **{name: function(getattr(self, name)) for name in ("query", "key", "value", "grad_out")})
-
-
 def make_case(
     window: tuple[int, int] | None,
     dtype: torch.dtype = torch.float32,
     *,
-    batch: int = 2,
     heads: int = 2,
     head_dim: int = 32,
-    tokens: int | None = None,
-    table_dtype: torch.dtype = torch.float32,
-    key_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
+    **options: Any,
 ) -> Case:
-    """Draw N(0, 1) inputs and a table, the same on every device.
+    """Draw a case on the device of the kernels; its tensors do not require gradients.
 
-    If `window` is None, the case has no table and `tokens` tokens.
+    The options are those of `attention_case`.
     """
-    generator = torch.Generator().manual_seed(1234)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    table = None
-    if window is not None:
-        tokens = window[0] * window[1] + 1
-        table = normal((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads).to(device(), table_dtype)
-    assert tokens is not None
-    query, key, value, grad_out = (normal(batch, tokens, heads, head_dim).to(device(), dtype) for _ in range(4))
-    key_mask = None if key_mask is None else key_mask.to(device())
-    return Case(query, key, value, grad_out, table, window or (1, 1), key_mask, dropout_p, seed)
+    return attention_case(
+        window, dtype, heads=heads, head_dim=head_dim, device=device(), requires_grad=False, **options
+    )
 
 
 def run_forward(case: Case) -> tuple[Tensor, Tensor]:
@@ -146,36 +100,6 @@ def run_kernels(case: Case) -> list[Tensor]:
     return [out, lse, *run_backward(case, out, lse)]
 
 
-def run_oracle(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """Return out, dq, dk, dv (and dtable) of the dense oracle in `dtype`.
-
-    The result in fp64 is the reference.
-    """
-    leaves = [tensor.to(dtype).requires_grad_() for tensor in (case.query, case.key, case.value)]
-    table = None
-    if case.table is not None:
-        table = case.table.double() if dtype == torch.float64 else case.table.clone()
-        leaves.append(table.requires_grad_())
-    out = attention_oracle(
-        *leaves[:3],
-        table,
-        case.window,
-        key_mask=case.key_mask,
-        scale=case.scale,
-        keep=dropout_mask(case),
-        dropout_p=case.dropout_p,
-    )
-    return [out.detach(), *torch.autograd.grad(out, leaves, case.grad_out.to(dtype))]
-
-
-def dropout_mask(case: Case) -> Tensor | None:
-    """Return the dropout mask, bool [B, H, N, N]; None without dropout."""
-    if case.dropout_p == 0.0:
-        return None
-    batch, tokens, heads, _ = case.query.shape
-    return philox_keep(case.seed, case.dropout_p, batch, heads, tokens).to(case.query.device)
-
-
 def check_parity(case: Case) -> None:
     """Compare the kernels with the fp64 oracle.
 
@@ -185,22 +109,6 @@ def check_parity(case: Case) -> None:
         out, lse = run_forward(case)
         gradients = run_backward(case, out, lse)
     check_results(case, out, gradients)
-
-
-def check_results(case: Case, out: Tensor, gradients: tuple[Tensor, ...]) -> None:
-    """Compare `out` and the gradients with the fp64 oracle; check dtypes and layouts."""
-    reference = run_oracle(case, torch.float64)
-    eager = run_oracle(case, case.query.dtype)
-    assert_within_budget("out", out, reference[0], eager[0], FORWARD_FACTOR)
-    for name, actual, expected, budget in zip(GRADIENT_NAMES, gradients, reference[1:], eager[1:], strict=False):
-        coarsest = max(case.query.dtype, budget.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        assert_within_budget(name, actual, expected, budget, BACKWARD_FACTOR, coarsest)
-    assert all(tensor.is_contiguous() for tensor in (out, *gradients))
-    assert out.dtype == gradients[0].dtype == case.query.dtype
-    if case.table is None:
-        assert gradients[3].numel() == 0
-    else:
-        assert gradients[3].dtype == case.table.dtype
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .cases import DTYPES, Case, OutputMask, make_case
+from ..support.cases import Case
+from .cases import DTYPES, OutputMask, make_case
 from .layouts import SAME_VALUES, SHARED, SHARED_GRADIENT, at_offset, padded_rows
 from .test_layouts import columns_of_a_wider_table, transposed_table
 

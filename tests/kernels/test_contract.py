@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .cases import Case, assert_same_bits, bitwise_equal, make_case, run_backward, run_forward, run_kernels
+from ..support.cases import Case
+from .cases import assert_same_bits, bitwise_equal, make_case, run_backward, run_forward, run_kernels
 
 
 @pytest.mark.parametrize("output_mask", list(itertools.product([False, True], repeat=4)))

@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from .cases import (
-    Case,
-    OutputMask,
-    bitwise_equal,
-    check_results,
-    device,
-    inputs_unchanged,
-    run_backward,
-    run_forward,
-)
+from ..support.cases import Case, check_results
+from .cases import OutputMask, bitwise_equal, device, inputs_unchanged, run_backward, run_forward
 from .strategies import attention_cases, output_masks
 
 # On a GPU nearly every example compiles its kernels; the interpreter does not compile.

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .cases import Case, assert_same_results, device, make_case
+from ..support.cases import Case
+from .cases import assert_same_results, device, make_case
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2])

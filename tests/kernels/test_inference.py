@@ -9,9 +9,10 @@ import torch
 
 from beit_fast import optimize_for_inference
 
+from ..support.cases import FORWARD_FACTOR
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS
-from .cases import FORWARD_FACTOR, device, triton_only
+from .cases import device, triton_only
 from .test_model import KERNEL, build
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .cases import Case, assert_same_bits, assert_same_results, inputs_unchanged, make_case, run_backward, run_forward
+from ..support.cases import Case
+from .cases import assert_same_bits, assert_same_results, inputs_unchanged, make_case, run_backward, run_forward
 from .layouts import SAME_VALUES, SHARED, SHARED_GRADIENT
 
 

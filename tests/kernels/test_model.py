@@ -10,10 +10,11 @@ from torch import Tensor
 
 import beit_fast
 
+from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR
 from ..support.devices import kernels_are_native
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS, TINY, randomize
-from .cases import BACKWARD_FACTOR, FORWARD_FACTOR, device, triton_only
+from .cases import device, triton_only
 
 KERNEL = {"cpu": "cpp" if kernels_are_native() else "triton-interpret", "cuda": "triton"}
 

@@ -7,19 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR, Case, dropout_mask
 from ..support.oracle import assert_within_budget, dense_bias
-from .cases import (
-    BACKWARD_FACTOR,
-    DTYPES,
-    FORWARD_FACTOR,
-    Case,
-    check_parity,
-    dropout_mask,
-    make_case,
-    run_backward,
-    run_forward,
-    triton_only,
-)
+from .cases import DTYPES, check_parity, make_case, run_backward, run_forward, triton_only
 
 
 @pytest.mark.slow

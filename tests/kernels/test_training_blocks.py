@@ -16,9 +16,10 @@ from beit_fast.layers import BeitDropPath
 from beit_fast.layers.context import BlockContext, choose_kernels
 from beit_fast.ops.dispatch import availability
 
+from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR
 from ..support.oracle import assert_within_budget
 from ..support.transformers_reference import POSITIONS, TINY, randomize
-from .cases import BACKWARD_FACTOR, FORWARD_FACTOR, device
+from .cases import device
 
 FUSED = ["beit_fast.residual_norm.default", "beit_fast.residual_add.default"]
 LAYERS = 2

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, check_parity, check_results, make_case, run_backward, run_forward
+from ..support.cases import check_results
+from .cases import DTYPES, check_parity, make_case, run_backward, run_forward
 
 
 def dropped(table: Tensor, window: tuple[int, int]) -> Tensor:

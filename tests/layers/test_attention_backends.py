@@ -15,8 +15,8 @@ from ..support.oracle import attention_oracle
 @pytest.mark.parametrize("masked", [True, False])
 def test_attend_every_backend_matches_oracle(backend, biased, masked):
     """The last sample masks every key, and must give zeros and finite gradients."""
-    case = attention_case((3, 5), batch=3, dtype=torch.float64, biased=biased, masked=masked)
-    inputs = (case.q, case.k, case.v, case.table, case.window, case.key_mask)
+    case = attention_case((3, 5), torch.float64, batch=3, biased=biased, masked=masked)
+    inputs = (case.query, case.key, case.value, case.table, case.window, case.key_mask)
     out = attend(*inputs, implementation=backend)
     expected = attention_oracle(*inputs)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-8)
@@ -33,17 +33,17 @@ def test_attend_dropout_follows_seed_and_preserves_mean(backend):
 
     def run(seed):
         torch.manual_seed(seed)
-        return attend(case.q, case.k, case.v, case.table, case.window, dropout_p=0.25, implementation=backend)
+        return attend(case.query, case.key, case.value, case.table, case.window, dropout_p=0.25, implementation=backend)
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
-    plain = attend(case.q, case.k, case.v, case.table, case.window, implementation=backend)
+    plain = attend(case.query, case.key, case.value, case.table, case.window, implementation=backend)
     average = torch.stack([run(seed) for seed in range(400)]).mean(0)
     assert (average - plain).norm() / plain.norm() < 3 * (0.25 / 0.75 / 400) ** 0.5 * 2
 
 
 def test_eager_attention_weights_times_values_equal_output():
     case = attention_case((3, 4))
-    out, weights = eager_attention(case.q, case.k, case.v)
-    mixed = torch.einsum("bhij,bjhd->bihd", weights, case.v)
+    out, weights = eager_attention(case.query, case.key, case.value)
+    mixed = torch.einsum("bhij,bjhd->bihd", weights, case.value)
     torch.testing.assert_close(out, mixed)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 import beit_fast
 from beit_fast.ops.fallback import attention
 
-from ..support.cases import attention_case, oracle_gradients
-from ..support.oracle import assert_within_budget, attention_oracle, philox_keep
+from ..support.cases import attention_case, check_results, run_oracle
+from ..support.oracle import assert_within_budget, attention_oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 attention_op = torch.ops.beit_fast.rel_pos_attention.default
@@ -20,34 +21,18 @@ backward_op = torch.ops.beit_fast.rel_pos_attention_backward.default
 patch_embed_op = torch.ops.beit_fast.patch_embed.default
 
 
-def scaled_error(single, reference):
-    """Add the fp32 error, scaled down to fp64 rounding, to the fp64 `reference`."""
-    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return reference + (single.double() - reference) * ratio
-
-
-def check_against_oracle(case, dtype, dropout_p=0.0, seed=0):
-    case = case.to(dtype)
-    keep = None
-    if dropout_p:
-        keep = philox_keep(seed, dropout_p, case.q.shape[0], case.q.shape[2], case.q.shape[1])
-    reference, reference_grads = oracle_gradients(case.to(torch.float64), keep=keep, dropout_p=dropout_p)
-    eager, eager_grads = oracle_gradients(case, keep=keep, dropout_p=dropout_p)
-    if dtype == torch.float64:  # eager equals the reference, so its error is scaled down from fp32
-        rounded = oracle_gradients(case.to(torch.float32), keep=keep, dropout_p=dropout_p)
-        eager = scaled_error(rounded[0], reference)
-        eager_grads = [scaled_error(*pair) for pair in zip(rounded[1], reference_grads, strict=True)]
+def check_against_oracle(case):
     out = beit_fast.rel_pos_attention(
-        case.q, case.k, case.v, case.table, case.window, case.key_mask, dropout_p=dropout_p, seed=seed
+        case.query,
+        case.key,
+        case.value,
+        case.table,
+        case.window,
+        case.key_mask,
+        dropout_p=case.dropout_p,
+        seed=case.seed,
     )
-    assert out.dtype == dtype
-    assert out.is_contiguous()
-    assert_within_budget("out", out.detach(), reference, eager, 2)
-    grads = torch.autograd.grad(out, case.leaves(), case.grad_out)
-    names = ("q", "k", "v", "table")
-    for name, grad, expected, reached in zip(names, grads, reference_grads, eager_grads, strict=False):
-        assert grad.dtype == dtype
-        assert_within_budget(f"gradient of {name}", grad, expected, reached, 3)
+    check_results(case, out.detach(), torch.autograd.grad(out, case.leaves(), case.grad_out))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,17 +40,17 @@ def check_against_oracle(case, dtype, dropout_p=0.0, seed=0):
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_windows_matches_oracle(window, dtype, masked):
     """Two tokens use a larger batch, because few roundings vary too much."""
-    check_against_oracle(attention_case(window, batch=12 if window == (1, 1) else 2, masked=masked), dtype)
+    check_against_oracle(attention_case(window, batch=12 if window == (1, 1) else 2, masked=masked).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_without_table_matches_oracle(dtype):
-    check_against_oracle(attention_case((3, 4), biased=False, masked=True), dtype)
+    check_against_oracle(attention_case((3, 4), biased=False, masked=True).to(dtype))
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**33 + 5])
 def test_attention_with_dropout_uses_philox_mask(seed):
-    check_against_oracle(attention_case((3, 4), masked=True), torch.float64, dropout_p=0.3, seed=seed)
+    check_against_oracle(attention_case((3, 4), masked=True, dropout_p=0.3, seed=seed).to(torch.float64))
 
 
 @given(
@@ -77,9 +62,9 @@ def test_attention_with_dropout_uses_philox_mask(seed):
 )
 @settings(max_examples=40, deadline=None)
 def test_attention_of_drawn_shapes_matches_oracle(window, batch, heads, head_dim, masked):
-    case = attention_case(window, batch, heads, head_dim, torch.float64, masked, seed=batch + 7 * head_dim)
-    out = beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window, case.key_mask)
-    expected, expected_grads = oracle_gradients(case)
+    case = attention_case(window, torch.float64, batch=batch, heads=heads, head_dim=head_dim, masked=masked)
+    out = beit_fast.rel_pos_attention(case.query, case.key, case.value, case.table, case.window, case.key_mask)
+    expected, *expected_grads = run_oracle(case, torch.float64)
     torch.testing.assert_close(out.detach(), expected)
     for grad, wanted in zip(torch.autograd.grad(out, case.leaves(), case.grad_out), expected_grads, strict=True):
         torch.testing.assert_close(grad, wanted)
@@ -89,9 +74,9 @@ def test_attention_of_drawn_shapes_matches_oracle(window, batch, heads, head_dim
 def test_budget_with_wrong_bias_fails(mutation):
     case = attention_case((3, 5))
     table = torch.zeros_like(case.table) if mutation == "dropped" else _transposed_table(case.table, case.window)
-    reference = attention_oracle(*(x.double() for x in (case.q, case.k, case.v, case.table)), case.window)
-    eager = attention_oracle(case.q, case.k, case.v, case.table, case.window)
-    wrong = beit_fast.rel_pos_attention(case.q, case.k, case.v, table, case.window)
+    reference = attention_oracle(*(x.double() for x in (case.query, case.key, case.value, case.table)), case.window)
+    eager = attention_oracle(case.query, case.key, case.value, case.table, case.window)
+    wrong = beit_fast.rel_pos_attention(case.query, case.key, case.value, table, case.window)
     with pytest.raises(AssertionError, match="over the budget"):
         assert_within_budget("out", wrong, reference, eager, 2)
 
@@ -105,38 +90,38 @@ def _transposed_table(table, window):
 
 def test_attention_of_packed_projection_slices_matches_copies():
     case = attention_case((3, 4))
-    packed = torch.stack([case.q, case.k, case.v], dim=2).detach()  # [B, N, 3, H, D]
+    packed = torch.stack([case.query, case.key, case.value], dim=2).detach()  # [B, N, 3, H, D]
     q, k, v = packed.unbind(2)
     assert not q.is_contiguous()
-    expected = beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window)
+    expected = beit_fast.rel_pos_attention(case.query, case.key, case.value, case.table, case.window)
     torch.testing.assert_close(beit_fast.rel_pos_attention(q, k, v, case.table, case.window), expected)
 
 
 def test_backward_of_sum_accepts_stride_zero():
     """`out.sum().backward()` passes an expanded scalar: Dao-AILab/flash-attention#355, pytorch/pytorch#194719."""
-    case = attention_case((3, 4), dtype=torch.float64)
+    case = attention_case((3, 4), torch.float64)
     grads = torch.autograd.grad(
-        beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window).sum(), case.leaves()
+        beit_fast.rel_pos_attention(case.query, case.key, case.value, case.table, case.window).sum(), case.leaves()
     )
-    out = attention_oracle(case.q, case.k, case.v, case.table, case.window)
+    out = attention_oracle(case.query, case.key, case.value, case.table, case.window)
     for grad, expected in zip(grads, torch.autograd.grad(out.sum(), case.leaves()), strict=True):
         torch.testing.assert_close(grad, expected)
 
 
 def test_backward_of_table_alone_matches_oracle():
     """Regression test of an illegal access in SDPA (pytorch/pytorch#148476)."""
-    case = attention_case((3, 4), dtype=torch.float64)
-    q, k, v = (x.detach() for x in (case.q, case.k, case.v))
+    case = attention_case((3, 4), torch.float64)
+    q, k, v = (x.detach() for x in (case.query, case.key, case.value))
     (grad,) = torch.autograd.grad(
         beit_fast.rel_pos_attention(q, k, v, case.table, case.window), case.table, case.grad_out
     )
-    torch.testing.assert_close(grad, oracle_gradients(case)[1][3])
+    torch.testing.assert_close(grad, run_oracle(case, torch.float64)[4])
 
 
 @pytest.mark.parametrize("needed", [(a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)])
 def test_backward_of_unneeded_gradients_returns_empty_tensors(needed):
-    case = attention_case((2, 3), dtype=torch.float64)
-    arguments = (case.q.detach(), case.k.detach(), case.v.detach(), case.table.detach(), None)
+    case = attention_case((2, 3), torch.float64)
+    arguments = (case.query.detach(), case.key.detach(), case.value.detach(), case.table.detach(), None)
     out, lse = attention_op(*arguments, case.window, 0.25)
     mask = [bool(flag) for flag in needed]
     grads = backward_op(case.grad_out, *arguments, out, lse, case.window, 0.25, 0.0, 0, mask)
@@ -146,7 +131,7 @@ def test_backward_of_unneeded_gradients_returns_empty_tensors(needed):
 
 
 def test_attention_gradcheck_passes():
-    case = attention_case((2, 2), batch=1, heads=2, head_dim=4, dtype=torch.float64)
+    case = attention_case((2, 2), torch.float64, batch=1, heads=2, head_dim=4)
     assert torch.autograd.gradcheck(
         lambda *leaves: beit_fast.rel_pos_attention(*leaves, case.window, dropout_p=0.2, seed=3),
         case.leaves(),
@@ -158,8 +143,8 @@ def test_fallback_with_head_groups_matches_oracle(monkeypatch):
     monkeypatch.setattr(attention, "_GROUP_ELEMENTS", 2 * 13 * 13)
     case = attention_case((3, 4), heads=5, masked=True)
     assert len(attention._head_groups(5, 13)) == 3
-    check_against_oracle(case, torch.float32)
-    check_against_oracle(case, torch.float64, dropout_p=0.3, seed=9)
+    check_against_oracle(case)
+    check_against_oracle(replace(case.to(torch.float64), dropout_p=0.3, seed=9))
 
 
 def test_fallback_first_exp_and_log_have_one_element():
@@ -189,8 +174,8 @@ assert first == {(name, dtype): 1 for name in ("exp", "log") for dtype in (torch
 
 def test_attention_lse_matches_logsumexp():
     case = attention_case((3, 4), masked=True)
-    _, lse = attention_op(case.q, case.k, case.v, case.table, case.key_mask, case.window, 0.5)
-    scores = torch.einsum("bihd,bjhd->bhij", case.q, case.k) * 0.5
+    _, lse = attention_op(case.query, case.key, case.value, case.table, case.key_mask, case.window, 0.5)
+    scores = torch.einsum("bihd,bjhd->bhij", case.query, case.key) * 0.5
     scores = scores + beit_fast.position_bias.gather_bias(case.table, case.window)
     expected = scores.masked_fill(~case.key_mask[:, None, None], float("-inf")).logsumexp(-1)
     assert lse.dtype == torch.float32
@@ -201,7 +186,7 @@ def test_attention_lse_matches_logsumexp():
 def test_attention_of_empty_batch_returns_empty():
     """Regression test of Dao-AILab/flash-attention#1159 and pytorch/pytorch#133780."""
     case = attention_case((2, 3))
-    q, k, v = (x[:0] for x in (case.q, case.k, case.v))
+    q, k, v = (x[:0] for x in (case.query, case.key, case.value))
     out = beit_fast.rel_pos_attention(q, k, v, case.table, case.window)
     assert out.shape == (0, 7, 3, 16)
     (grad,) = torch.autograd.grad(out.sum(), case.table)
@@ -212,7 +197,7 @@ def test_attention_never_reads_uninitialized_memory():
     """Deterministic mode fills new memory with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
-        check_against_oracle(attention_case((3, 4), masked=True), torch.float32)
+        check_against_oracle(attention_case((3, 4), masked=True))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -221,7 +206,7 @@ def test_attention_twice_returns_same_bits():
     case = attention_case((7, 7))
     runs = [
         torch.autograd.grad(
-            beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window),
+            beit_fast.rel_pos_attention(case.query, case.key, case.value, case.table, case.window),
             case.leaves(),
             case.grad_out,
         )

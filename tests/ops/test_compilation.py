@@ -76,8 +76,8 @@ def test_attention_compiles_once_for_every_batch():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     for batch in (2, 5, 3):
-        case = attention_case((2, 3), batch)
-        for tensor in (case.q, case.k, case.v):
+        case = attention_case((2, 3), batch=batch)
+        for tensor in (case.query, case.key, case.value):
             torch._dynamo.mark_dynamic(tensor, 0)
         assert_same_gradients(compiled, attend, case.leaves())
     assert counter.frame_count == 1
@@ -121,7 +121,7 @@ def test_attention_wrong_window_raises_while_tracing():
         lambda q, table: beit_fast.rel_pos_attention(q, q, q, table, (3, 3)), fullgraph=True, backend="aot_eager"
     )
     with pytest.raises(Exception, match="has 10 tokens, not 7"):
-        compiled(case.q, case.table)
+        compiled(case.query, case.table)
 
 
 def _block(x, weight, table):

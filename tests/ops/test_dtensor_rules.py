@@ -39,9 +39,10 @@ class Run:
     inputs: list[Any] = field(init=False)
 
     def __post_init__(self):
-        case = attention_case(WINDOW, self.batch, self.heads, 8, torch.float64, biased=self.biased)
+        case = attention_case(WINDOW, torch.float64, batch=self.batch, heads=self.heads, head_dim=8, biased=self.biased)
         mask = torch.rand(self.batch, 7, generator=torch.Generator().manual_seed(1)) > 0.3 if self.masked else None
-        self.inputs = [*(x if x is None else x.detach() for x in (case.q, case.k, case.v, case.table)), WINDOW, mask]
+        tensors = (x if x is None else x.detach() for x in (case.query, case.key, case.value, case.table))
+        self.inputs = [*tensors, WINDOW, mask]
         self.grad_out = case.grad_out
         self.kwargs = {"dropout_p": self.dropout_p, "seed": 5}
 

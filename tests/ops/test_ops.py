@@ -21,7 +21,7 @@ patch_embed_op = torch.ops.beit_fast.patch_embed.default
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_opcheck_passes(biased, masked):
     case = attention_case((2, 3), masked=masked, biased=biased)
-    opcheck(attention_op, (case.q, case.k, case.v, case.table, case.key_mask, case.window, 0.25, 0.1, 4))
+    opcheck(attention_op, (case.query, case.key, case.value, case.table, case.key_mask, case.window, 0.25, 0.1, 4))
 
 
 @pytest.mark.parametrize("trained", [(), (0,), (1, 2), (3,), (0, 1, 2)])
@@ -35,7 +35,8 @@ def test_attention_frozen_inputs_opcheck_passes(trained):
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_backward_opcheck_passes(biased, masked):
     case = attention_case((2, 3), masked=masked, biased=biased)
-    tensors = [None if x is None else x.detach() for x in (case.q, case.k, case.v, case.table)] + [case.key_mask]
+    tensors = [None if x is None else x.detach() for x in (case.query, case.key, case.value, case.table)]
+    tensors.append(case.key_mask)
     out, lse = attention_op(*tensors, case.window, 0.25, 0.1, 4)
     for mask in ([True] * 4, [False, False, False, True], [True, False, True, False]):
         opcheck(backward_op, (case.grad_out, *tensors, out, lse, case.window, 0.25, 0.1, 4, mask))
@@ -44,22 +45,23 @@ def test_attention_backward_opcheck_passes(biased, masked):
 def test_attention_backward_transposed_table_opcheck_passes():
     """The table gradient is contiguous for any strides, like the fake (NVIDIA/cuEquivariance#223)."""
     case = attention_case((2, 3))
-    tensors = [x.detach() for x in (case.q, case.k, case.v)] + [case.table.detach().t().contiguous().t(), None]
+    q, k, v, table = (x.detach() for x in case.leaves())
+    tensors = [q, k, v, table.t().contiguous().t(), None]
     out, lse = attention_op(*tensors, case.window, 0.25)
     opcheck(backward_op, (case.grad_out, *tensors, out, lse, case.window, 0.25, 0.0, 0, [True] * 4))
 
 
 def test_attention_double_backward_raises():
     case = attention_case((2, 3))
-    out = beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window)
-    (grad,) = torch.autograd.grad(out.pow(2).sum(), case.q, create_graph=True)
+    out = beit_fast.rel_pos_attention(case.query, case.key, case.value, case.table, case.window)
+    (grad,) = torch.autograd.grad(out.pow(2).sum(), case.query, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
 def test_attention_forward_mode_raises():
     case = attention_case((2, 3))
-    q, k, v = (x.detach() for x in (case.q, case.k, case.v))
+    q, k, v = (x.detach() for x in (case.query, case.key, case.value))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         beit_fast.rel_pos_attention(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), k, v)
     with pytest.raises(RuntimeError, match="forward-mode"):
@@ -69,8 +71,8 @@ def test_attention_forward_mode_raises():
 def test_attention_autocast_casts_projections_but_not_table():
     case = attention_case((3, 4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window)
-    low = [x.detach().bfloat16() for x in (case.q, case.k, case.v)]
+        out = beit_fast.rel_pos_attention(case.query, case.key, case.value, case.table, case.window)
+    low = [x.detach().bfloat16() for x in (case.query, case.key, case.value)]
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, beit_fast.rel_pos_attention(*low, case.table, case.window))
     grads = torch.autograd.grad(out, case.leaves(), case.grad_out.bfloat16())
@@ -81,14 +83,14 @@ def test_attention_mixed_dtypes_raise():
     """cuDNN was silently wrong for mixed dtypes (pytorch/pytorch#191612)."""
     case = attention_case((2, 3))
     with pytest.raises(ValueError, match="one floating-point dtype"):
-        beit_fast.rel_pos_attention(case.q.bfloat16(), case.k, case.v, case.table, case.window)
+        beit_fast.rel_pos_attention(case.query.bfloat16(), case.key, case.value, case.table, case.window)
 
 
 def test_attention_bad_arguments_raise_every_reason():
     case = attention_case((2, 3))
     with pytest.raises(ValueError, match="cannot serve") as error:
         beit_fast.rel_pos_attention(
-            case.q, case.k, case.v, case.table[:, :2], (3, 3), torch.ones(2, 7), dropout_p=1.5, seed=-1
+            case.query, case.key, case.value, case.table[:, :2], (3, 3), torch.ones(2, 7), dropout_p=1.5, seed=-1
         )
     for reason in ("float32[2, 7, 3, 16] on cpu", "one column for each of the 3 heads", "key_mask must be bool",
                    "10 tokens, not 7", "28 table rows, not 18", "dropout_p is 1.5", "seed is -1"):  # fmt: skip
@@ -98,12 +100,12 @@ def test_attention_bad_arguments_raise_every_reason():
 def test_attention_table_without_window_raises():
     case = attention_case((2, 3))
     with pytest.raises(ValueError, match="needs window"):
-        beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table)
+        beit_fast.rel_pos_attention(case.query, case.key, case.value, case.table)
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0, None), (0, None, 2, None), (0, 0, 0, 0), (None, None, None, 1)])
 def test_attention_vmap_matches_loop(in_dims):
-    case = attention_case((2, 3), dtype=torch.float64)
+    case = attention_case((2, 3), torch.float64)
     size = 3
     arguments = [
         x.detach() if dim is None else torch.stack([x.detach() * (1 + n) for n in range(size)], dim)
@@ -121,7 +123,7 @@ def test_attention_vmap_matches_loop(in_dims):
 
 @pytest.mark.parametrize("argnum", [0, 2, 3])
 def test_attention_vmap_of_grad_matches_per_sample_gradients(argnum):
-    case = attention_case((2, 3), dtype=torch.float64)
+    case = attention_case((2, 3), torch.float64)
     leaves = [x.detach() for x in case.leaves()]
     batches = [x.unsqueeze(1) for x in leaves[:3]]  # [B, 1, N, H, D]
 
@@ -135,7 +137,7 @@ def test_attention_vmap_of_grad_matches_per_sample_gradients(argnum):
 
 
 def test_attention_jacrev_matches_oracle():
-    case = attention_case((1, 2), batch=1, heads=1, head_dim=4, dtype=torch.float64)
+    case = attention_case((1, 2), torch.float64, batch=1, heads=1, head_dim=4)
     q, k, v, table = (x.detach() for x in case.leaves())
 
     def attend(bias):
@@ -147,7 +149,7 @@ def test_attention_jacrev_matches_oracle():
 
 def test_attention_vmap_with_dropout_needs_same_randomness():
     case = attention_case((2, 3))
-    q = torch.stack([case.q.detach()] * 2)
+    q = torch.stack([case.query.detach()] * 2)
 
     def attend(x):
         return beit_fast.rel_pos_attention(x, x, x, case.table, case.window, dropout_p=0.5, seed=1)
@@ -163,10 +165,10 @@ def test_attention_flops_are_those_of_matmuls():
     from torch.utils.flop_counter import FlopCounterMode
 
     case = attention_case((3, 4))
-    batch, tokens, heads, head_dim = case.q.shape
+    batch, tokens, heads, head_dim = case.query.shape
     product = 2 * batch * heads * tokens * tokens * head_dim
     with FlopCounterMode(display=False) as forward:
-        out = beit_fast.rel_pos_attention(case.q, case.k, case.v, case.table, case.window)
+        out = beit_fast.rel_pos_attention(case.query, case.key, case.value, case.table, case.window)
     assert forward.get_total_flops() == 2 * product
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()

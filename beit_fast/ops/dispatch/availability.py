@@ -46,7 +46,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether CPU tensors run the Triton kernels in Triton's interpreter; read when the package is imported."""
 
 _GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_CPU_DTYPES = (*_GPU_DTYPES, torch.float64)
+
+FLOAT_DTYPES = (*_GPU_DTYPES, torch.float64)
+"""Floating-point dtypes of the native library on CPU, and of patch embedding on any device."""
+
 _FUSED: tuple[KernelName, ...] = ("triton", "cpp")
 
 
@@ -68,7 +71,7 @@ def attention_unsupported_reasons(
         reasons = () if INTERPRETED else ("TRITON_INTERPRET=1 was not set when beit_fast was imported",)
         return _wrong_device(device, "cpu") + reasons + _triton_reasons(dtype, head_dim)
     if kernel == "cpp":
-        return _wrong_device(device, "cpu") + _library_reasons("_C") + dtype_reasons([dtype], _CPU_DTYPES)
+        return _wrong_device(device, "cpu") + _library_reasons("_C") + dtype_reasons([dtype], FLOAT_DTYPES)
     reasons = ("TRITON_INTERPRET=1 routes CPU tensors to Triton's interpreter",) if INTERPRETED else ()
     return _wrong_device(device, "cpu", "meta") + reasons + _replaced_reasons(device) + _float_reasons(dtype)
 
@@ -119,7 +122,7 @@ def patch_embed_unsupported_reasons(
         reasons = _cuda_reasons(device) + _library_reasons("_C_cuda") + dtype_reasons(dtypes, _GPU_DTYPES)
         return reasons if normalized_channels <= 128 else (*reasons, "mean and std have more than 128 channels")
     if kernel == "cpp":
-        return _wrong_device(device, "cpu") + _library_reasons("_C") + dtype_reasons(dtypes, _CPU_DTYPES)
+        return _wrong_device(device, "cpu") + _library_reasons("_C") + dtype_reasons(dtypes, FLOAT_DTYPES)
     return _replaced_reasons(device)
 
 
@@ -179,8 +182,13 @@ def dtype_reasons(dtypes: Sequence[torch.dtype], accepted: Sequence[torch.dtype]
     unsupported = [dtype for dtype in dict.fromkeys(dtypes) if dtype not in accepted]
     if not unsupported:
         return ()
-    *first, last = (str(dtype).removeprefix("torch.") for dtype in accepted)
-    return tuple(f"dtype {dtype} is not supported (expected {', '.join(first)} or {last})" for dtype in unsupported)
+    return tuple(f"dtype {dtype} is not supported (expected {join_dtypes(accepted)})" for dtype in unsupported)
+
+
+def join_dtypes(dtypes: Sequence[torch.dtype]) -> str:
+    """Join the names of dtypes as in "float16, bfloat16 or float32"."""
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(first)} or {last}"
 
 
 def _float_reasons(dtype: torch.dtype) -> tuple[str, ...]:
