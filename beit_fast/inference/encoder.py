@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.attention_backends import dense_bias, eager_attention, run_attention
 from ..layers.block import BeitEncoder, BeitLayer
-from ..layers.context import BlockContext, Kernels, choose_kernels, query_dtype
+from ..layers.context import BlockContext, Kernels, kernels_for
 from ..ops.dispatch import availability
 from ..ops.packed_bias import pack_bias, packed_bias_attention
 from ..ops.residual_norm import residual_norm
@@ -152,9 +152,7 @@ class FoldedEncoder(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Run all blocks, as `BeitEncoder.forward` does."""
         if kernels is None:
-            kernels = choose_kernels(
-                self.attn_implementation, hidden_states.device, query_dtype(hidden_states), self.head_dim
-            )
+            kernels = kernels_for(hidden_states, self.attn_implementation, self.head_dim)
         kernels = kernels.eager() if output_attentions else kernels
         context = BlockContext(window, None, None, key_mask, kernels, output_attentions)
         run = self._run_fused if self._fuses_norms(hidden_states) else self._run

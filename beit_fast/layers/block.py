@@ -13,7 +13,7 @@ from ..ops.residual_norm import residual_add, residual_norm
 from ..position_bias import Window
 from .attention import BeitAttention, BeitRelativePositionBias, BeitSelfAttention
 from .attention_backends import dense_bias
-from .context import BlockContext, Kernels, choose_kernels, query_dtype
+from .context import BlockContext, Kernels, kernels_for
 from .drop_path import BeitDropPath
 from .mlp import BeitIntermediate, BeitOutput
 from .module_hooks import hook_reasons
@@ -125,9 +125,7 @@ class BeitEncoder(nn.Module):
             weights.
         """
         if kernels is None:
-            kernels = choose_kernels(
-                self.attn_implementation, hidden_states.device, query_dtype(hidden_states), self.head_dim
-            )
+            kernels = kernels_for(hidden_states, self.attn_implementation, self.head_dim)
         context = self._context(kernels.eager() if output_attentions else kernels, window, key_mask, output_attentions)
         states, attentions = [hidden_states], []
         for layer in self.layer:

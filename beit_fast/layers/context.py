@@ -88,6 +88,11 @@ def choose_kernels(implementation: str | None, device: torch.device, dtype: torc
     return Kernels(implementation, head_dim, device, dtype, backend, name, gemm, fuse_residual_norm)
 
 
+def kernels_for(hidden_states: Tensor, implementation: str | None, head_dim: int) -> Kernels:
+    """Choose the kernels for queries that are computed from `hidden_states`."""
+    return choose_kernels(implementation, hidden_states.device, query_dtype(hidden_states), head_dim)
+
+
 def query_dtype(hidden_states: Tensor) -> torch.dtype:
     """The dtype of queries that a linear layer computes from `hidden_states`: autocast may change it."""
     device_type = hidden_states.device.type

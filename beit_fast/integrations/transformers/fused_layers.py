@@ -21,16 +21,11 @@ from transformers.models.beit import modeling_beit
 from transformers.models.data2vec import modeling_data2vec_vision
 
 from ...layers import attention_backends
-from ...layers.context import Kernels, choose_kernels, query_dtype
+from ...layers.context import Kernels, kernels_for
 from ...layers.linear import apply_linear
 from ...layers.module_hooks import clone_if_hooked
 from ...position_bias import Window, resize_table
 from .table_bias import TableBias, key_mask_of
-
-
-def kernels_for(hidden_states: Tensor, implementation: str | None, head_dim: int) -> Kernels:
-    """Choose the kernels of one layer, whose queries are computed from `hidden_states`."""
-    return choose_kernels(implementation, hidden_states.device, query_dtype(hidden_states), head_dim)
 
 
 def attend(
