@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from beit_fast.cli.collect_env import gpu_readings
-from beit_fast.testing.memory import peak_memory
 
 from .baselines.attention import BASELINES, Baseline
 from .harness.cases import DTYPE_NAMES, Case, cases, checked_errors, chosen_device, draw, reference, results_of, step_of
 from .harness.clocks import DeviceClock, HostClock, single_call
+from .harness.memory import peak_memory
 from .harness.results import row_of
 from .harness.session import Session
 

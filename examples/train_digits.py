@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.testing import environment, installed_version
+from beit_fast.cli.collect_env import environment, installed_version
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE, PATCH, TOKENS, LAYERS = 48, 8, 64, 4

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import beit_fast
 from beit_fast.checkpoint.key_mapping import to_hub_names
 from beit_fast.ops.dispatch import attention
-from beit_fast.testing.memory import loaded_memory
 
 from ..harness.cases import Reference, checked_errors
 from ..harness.hf_docs_cases import BENCHES, OPTIMIZED, TRITON, HfDocsCase, hf_docs_reference, pixels_of
+from ..harness.memory import loaded_memory
 from ..harness.model_cases import DTYPES, by_kind, our_model
 from ..harness.processes import Prepared, Worker
 from .attention import not_installed

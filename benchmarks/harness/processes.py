@@ -322,7 +322,7 @@ def _seconds(prepared: Prepared, iterations: int) -> float:
 
 
 def _memory(prepared: Prepared) -> dict[str, int | None]:
-    from beit_fast.testing.memory import loaded_memory, peak_memory
+    from .memory import loaded_memory, peak_memory
 
     loaded = loaded_memory(prepared.device)
     return {"peak": peak_memory(prepared.step, prepared.device), "loaded": loaded}

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="
 FORBIDDEN = {
     "ops to models": ("beit_fast/ops/validation.py", "from ..models import outputs"),
     "package to testing": ("beit_fast/models/beit.py", "from ..testing import timing"),
+    "testing to commands": ("beit_fast/testing/timing.py", "from ..cli import collect_env"),
     "a circle of folders": ("beit_fast/utils/files.py", "from .. import native\nfrom ..cli import commands"),
     "a circle of files": ("beit_fast/layers/drop_path.py", "from . import block"),
     "inside a function": ("beit_fast/ops/validation.py", "def late():\n    from ..layers import block"),
