@@ -19,7 +19,7 @@ from torch import Tensor
 from ..support import cuda_emulation
 from ..support.cuda_emulation import LARGE, SMALL, embed, load, reads_vectors
 from ..support.oracle import assert_within_budget
-from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_inputs
+from ..support.patch_embedding import LAYOUTS, check_tokens, convolution, in_precision, make_inputs
 
 if cuda_emulation.compiler() is None:
     pytest.skip("a C++ compiler for the emulator was not found", allow_module_level=True)
@@ -32,16 +32,9 @@ OPTIONAL = ("bias", "cls", "mask", "pos", "mean")
 
 
 def check(arguments: dict[str, Any], **options: Any) -> Tensor:
-    """Return the tokens after a check against fp64.
-
-    The error budget is the error of a convolution in the weight dtype.
-    """
+    """Return the tokens after a check against fp64."""
     tokens = embed(arguments, **options)
-    reference, eager = convolution(**in_precision(arguments, torch.float64)), convolution(**arguments)
-    assert tokens.dtype == eager.dtype
-    assert tokens.is_contiguous()
-    coarsest = max(tokens.dtype, arguments["weight"].dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    assert_within_budget("tokens", tokens, reference, eager, 2, coarsest)
+    check_tokens(tokens, arguments)
     return tokens
 
 

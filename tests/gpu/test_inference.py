@@ -11,8 +11,7 @@ from beit_fast import optimize_for_inference
 
 from ..kernels.cases import device
 from ..kernels.test_model import build
-from ..support.cases import FORWARD_FACTOR
-from ..support.oracle import assert_within_budget
+from ..support.oracle import FORWARD_FACTOR, assert_within_budget
 from ..support.transformers_reference import POSITIONS
 from . import calls  # noqa: F401  skips this file without a GPU
 

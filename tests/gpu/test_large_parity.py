@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.cases import DTYPES, bitwise_equal, check_parity, make_case, run_backward, run_forward
-from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR, Case
-from ..support.oracle import assert_within_budget
+from ..support.cases import Case
+from ..support.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_within_budget
 from . import calls  # noqa: F401  skips this file without a GPU
 
 WINDOWS = {197: (14, 14), 577: (24, 24), 1025: (32, 32), 1601: (40, 40)}

@@ -7,9 +7,8 @@ import torch
 
 from ..kernels.cases import device
 from ..kernels.test_model import build, train_step, with_attention
-from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR
 from ..support.models import MEAN, STD, byte_images, normalized
-from ..support.oracle import assert_within_budget
+from ..support.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_within_budget
 from ..support.transformers_reference import POSITIONS
 from . import calls  # noqa: F401  skips this file without a GPU
 

@@ -5,7 +5,7 @@ tests/csrc/test_cuda_emulation.py runs the same source without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,8 +15,7 @@ from torch import Tensor
 import beit_fast
 from beit_fast import native
 
-from ..support.oracle import assert_within_budget
-from ..support.patch_embedding import LAYOUTS, convolution, in_precision, make_inputs
+from ..support.patch_embedding import LAYOUTS, check_gradients, check_tokens, make_inputs
 from .calls import need_free_memory
 
 if _reason := native.unsupported_reason("_C_cuda"):
@@ -24,8 +23,6 @@ if _reason := native.unsupported_reason("_C_cuda"):
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIXEL_DTYPES = (torch.uint8, *DTYPES)
-FORWARD_FACTOR = 2
-BACKWARD_FACTOR = 3
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +54,9 @@ def inputs(image: tuple[int, int] = (48, 64), patch: tuple[int, int] = (16, 16),
 
 
 def check(arguments: dict[str, Any]) -> Tensor:
-    """Return the tokens, compared with fp64.
-
-    The budget is the error of a convolution in the dtype of the weight.
-    """
+    """Return the tokens, compared with fp64."""
     tokens = beit_fast.patch_embed(**arguments)
-    reference, eager = convolution(**in_precision(arguments, torch.float64)), convolution(**arguments)
-    assert tokens.dtype == eager.dtype
-    assert tokens.is_contiguous()
-    coarsest = max(tokens.dtype, arguments["weight"].dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    assert_within_budget("tokens", tokens, reference, eager, FORWARD_FACTOR, coarsest)
+    check_tokens(tokens, arguments)
     return tokens
 
 
@@ -120,42 +110,15 @@ def test_patch_embed_tf32_if_torch_allows_it(batch: int, allow_tf32: None) -> No
     """The budget is the error of the fallback with TF32."""
     arguments = inputs((224, 224), embed=768, batch=batch)
     tokens = beit_fast.patch_embed(**arguments)
-    reference = convolution(**in_precision(arguments, torch.float64))
     torch.backends.cudnn.allow_tf32 = True
-    assert_within_budget("tokens", tokens, reference, convolution(**arguments), FORWARD_FACTOR)
+    check_tokens(tokens, arguments)
     torch.set_float32_matmul_precision("highest")
     assert not torch.equal(tokens, beit_fast.patch_embed(**arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_patch_embed_gradients_match_fp64(dtype: torch.dtype) -> None:
-    arguments = inputs(dtype=dtype, embed=72)
-    reference, eager, actual = (
-        gradients(function, in_precision(arguments, precision))
-        for function, precision in (
-            (convolution, torch.float64),
-            (convolution, dtype),
-            (beit_fast.patch_embed, dtype),
-        )
-    )
-    for name, gradient in actual.items():
-        assert_within_budget(name, gradient, reference[name], eager[name], BACKWARD_FACTOR, dtype)
-
-
-def gradients(function: Callable[..., Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the gradients by argument name.
-
-    The incoming gradient is the same in every precision.
-    """
-    leaves = {
-        name: value.detach().clone().requires_grad_()
-        for name, value in arguments.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    tokens = function(**(arguments | leaves))
-    generator = torch.Generator().manual_seed(5)
-    incoming = torch.randn(tokens.shape, generator=generator, dtype=torch.float64).bfloat16().to(tokens)
-    return dict(zip(leaves, torch.autograd.grad(tokens, list(leaves.values()), incoming), strict=True))
+    check_gradients(beit_fast.patch_embed, inputs(dtype=dtype, embed=72))
 
 
 def test_patch_embed_autocast_uses_half_weights() -> None:

@@ -8,8 +8,8 @@ import torch
 from beit_fast.kernels.attention import configs, launch
 from beit_fast.kernels.common import gpu
 
-from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR, GRADIENT_NAMES, Case
-from ..support.oracle import assert_within_budget, attention_oracle
+from ..support.cases import GRADIENT_NAMES, Case
+from ..support.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_within_budget, attention_oracle
 from .cases import check_parity, make_case, run_backward, run_forward
 
 

@@ -9,8 +9,7 @@ import torch
 
 from beit_fast import optimize_for_inference
 
-from ..support.cases import FORWARD_FACTOR
-from ..support.oracle import assert_within_budget
+from ..support.oracle import FORWARD_FACTOR, assert_within_budget
 from ..support.transformers_reference import POSITIONS
 from .cases import device, triton_only
 from .test_model import KERNEL, build

@@ -10,9 +10,8 @@ from torch import Tensor
 
 import beit_fast
 
-from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR
 from ..support.devices import kernels_are_native
-from ..support.oracle import assert_within_budget
+from ..support.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_within_budget
 from ..support.transformers_reference import POSITIONS, TINY, randomize
 from .cases import device, triton_only
 

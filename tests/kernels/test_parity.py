@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR, Case, dropout_mask
-from ..support.oracle import assert_within_budget, dense_bias
+from ..support.cases import Case, dropout_mask
+from ..support.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_within_budget, dense_bias
 from .cases import DTYPES, check_parity, make_case, run_backward, run_forward, triton_only
 
 

@@ -16,8 +16,7 @@ from beit_fast.layers import BeitDropPath
 from beit_fast.layers.context import BlockContext, choose_kernels
 from beit_fast.ops.dispatch import availability
 
-from ..support.cases import BACKWARD_FACTOR, FORWARD_FACTOR
-from ..support.oracle import assert_within_budget
+from ..support.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, assert_within_budget
 from ..support.transformers_reference import POSITIONS, TINY, randomize
 from .cases import device
 

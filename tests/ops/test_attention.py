@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import beit_fast
 from beit_fast.ops.fallback import attention
 
-from ..support.cases import attention_case, check_results, run_oracle
+from ..support.cases import attention_case, check_operator, run_oracle
 from ..support.oracle import assert_within_budget, attention_oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -21,36 +21,22 @@ backward_op = torch.ops.beit_fast.rel_pos_attention_backward.default
 patch_embed_op = torch.ops.beit_fast.patch_embed.default
 
 
-def check_against_oracle(case):
-    out = beit_fast.rel_pos_attention(
-        case.query,
-        case.key,
-        case.value,
-        case.table,
-        case.window,
-        case.key_mask,
-        dropout_p=case.dropout_p,
-        seed=case.seed,
-    )
-    check_results(case, out.detach(), torch.autograd.grad(out, case.leaves(), case.grad_out))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [(1, 1), (2, 3), (5, 5), (7, 3), (14, 14)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_windows_matches_oracle(window, dtype, masked):
     """Two tokens use a larger batch, because few roundings vary too much."""
-    check_against_oracle(attention_case(window, batch=12 if window == (1, 1) else 2, masked=masked).to(dtype))
+    check_operator(attention_case(window, batch=12 if window == (1, 1) else 2, masked=masked).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_without_table_matches_oracle(dtype):
-    check_against_oracle(attention_case((3, 4), biased=False, masked=True).to(dtype))
+    check_operator(attention_case((3, 4), biased=False, masked=True).to(dtype))
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**33 + 5])
 def test_attention_with_dropout_uses_philox_mask(seed):
-    check_against_oracle(attention_case((3, 4), masked=True, dropout_p=0.3, seed=seed).to(torch.float64))
+    check_operator(attention_case((3, 4), masked=True, dropout_p=0.3, seed=seed).to(torch.float64))
 
 
 @given(
@@ -143,8 +129,8 @@ def test_fallback_with_head_groups_matches_oracle(monkeypatch):
     monkeypatch.setattr(attention, "_GROUP_ELEMENTS", 2 * 13 * 13)
     case = attention_case((3, 4), heads=5, masked=True)
     assert len(attention._head_groups(5, 13)) == 3
-    check_against_oracle(case)
-    check_against_oracle(replace(case.to(torch.float64), dropout_p=0.3, seed=9))
+    check_operator(case)
+    check_operator(replace(case.to(torch.float64), dropout_p=0.3, seed=9))
 
 
 def test_fallback_first_exp_and_log_have_one_element():
@@ -197,7 +183,7 @@ def test_attention_never_reads_uninitialized_memory():
     """Deterministic mode fills new memory with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
-        check_against_oracle(attention_case((3, 4), masked=True))
+        check_operator(attention_case((3, 4), masked=True))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -10,8 +10,7 @@ import beit_fast
 from beit_fast.ops.arguments import PatchEmbedArguments
 from beit_fast.ops.fallback import patch_embed as fallback
 
-from ..support.oracle import assert_within_budget
-from ..support.patch_embedding import LAYOUTS, convolution, exact_convolution, in_precision, make_inputs
+from ..support.patch_embedding import LAYOUTS, check_gradients, check_tokens, convolution, make_inputs
 
 operator = torch.ops.beit_fast.patch_embed.default
 
@@ -35,13 +34,7 @@ def with_leaves(arguments):
 
 
 def assert_right(arguments, implementation=beit_fast.patch_embed):
-    exact = exact_convolution(arguments)
-    eager = convolution(**arguments)
-    tokens = implementation(**arguments)
-    assert tokens.dtype == eager.dtype
-    assert tokens.is_contiguous()
-    # bf16 pixels of a bf16 weight are rounded at least once
-    assert_within_budget("tokens", tokens, exact, eager, 2, arguments["weight"].dtype)
+    check_tokens(implementation(**arguments), arguments)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -119,21 +112,7 @@ def test_patch_embed_long_sums_match_convolution(depth, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_patch_embed_gradients_match_convolution(dtype):
-    arguments, leaves = with_leaves(make_inputs((9, 13), (4, 4), embed=6, dtype=dtype, pixel_dtype=dtype))
-    precise, precise_leaves = with_leaves(in_precision(arguments, torch.float64))
-    exact, eager, tokens = convolution(**precise), convolution(**arguments), beit_fast.patch_embed(**arguments)
-    cotangent = torch.randn_like(exact)
-    names = [name for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.requires_grad]
-    results = zip(
-        names,
-        torch.autograd.grad(tokens, leaves, cotangent.to(dtype)),
-        torch.autograd.grad(exact, precise_leaves, cotangent),
-        torch.autograd.grad(eager, leaves, cotangent.to(dtype)),
-        strict=True,
-    )
-    for name, grad, wanted, plain in results:
-        assert grad.dtype == dtype
-        assert_within_budget(f"gradient of {name}", grad, wanted, plain, 3)
+    check_gradients(beit_fast.patch_embed, make_inputs((9, 13), (4, 4), embed=6, dtype=dtype, pixel_dtype=dtype))
 
 
 @pytest.mark.parametrize("alone", ["pixels", "weight", "bias", "cls", "mask_token", "pos"])

@@ -6,20 +6,22 @@ Tables are N(0, 1) like query, key and value, so that a missing bias is detected
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from .oracle import assert_within_budget, attention_oracle, philox_keep
+import beit_fast
+
+from .operator_case import OperatorCase
+from .oracle import attention_oracle, compare_results, philox_keep
 
 GRADIENT_NAMES = ("dq", "dk", "dv", "dtable")
-FORWARD_FACTOR = 2
-BACKWARD_FACTOR = 3
 
 
 @dataclass
-class Case:
+class Case(OperatorCase):
     """Inputs of one attention call, with the incoming gradient."""
 
     query: Tensor  # [B, N, H, D]
@@ -32,31 +34,26 @@ class Case:
     dropout_p: float = 0.0
     seed: int = 0
 
+    chosen_scale: float | None = None
+
     @property
     def scale(self) -> float:
-        return self.query.shape[-1] ** -0.5
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the fields that are tensors, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return self.query.shape[-1] ** -0.5 if self.chosen_scale is None else self.chosen_scale
 
     def leaves(self) -> list[Tensor]:
         """Return query, key, value and, if present, the table."""
         return [tensor for tensor in (self.query, self.key, self.value, self.table) if tensor is not None]
 
-    def to(self, dtype: torch.dtype) -> Case:
+    def to(self, dtype: torch.dtype) -> Self:
         """Convert to another dtype, the table too, as new leaves that require gradients."""
-        leaves = {
-            name: tensor.detach().to(dtype).requires_grad_()
-            for name, tensor in self.tensors().items()
-            if name in ("query", "key", "value", "table")
-        }
-        return replace(self, **leaves, grad_out=self.grad_out.to(dtype))
+        converted = super().to(dtype)
+        for leaf in converted.leaves():
+            leaf.requires_grad_()
+        return converted
 
-    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Case:
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Copy the case with `function` applied to query, key, value and grad_out."""
-        return replace(self, **{name: function(getattr(self, name)) for name in ("query", "key", "value", "grad_out")})
+        return self.map(function, "query", "key", "value", "grad_out")
 
 
 def attention_case(
@@ -73,6 +70,7 @@ def attention_case(
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    scale: float | None = None,
     device: torch.device | str = "cpu",
     requires_grad: bool = True,
 ) -> Case:
@@ -99,7 +97,7 @@ def attention_case(
         key_mask = torch.rand(batch, tokens, generator=generator) > 0.3
         key_mask[-1] = False
     key_mask = None if key_mask is None else key_mask.to(device)
-    case = Case(query, key, value, grad_out, table, window or (1, 1), key_mask, dropout_p, seed)
+    case = Case(query, key, value, grad_out, table, window or (1, 1), key_mask, dropout_p, seed, scale)
     for leaf in case.leaves():
         leaf.requires_grad_(requires_grad)
     return case
@@ -136,10 +134,10 @@ def dropout_mask(case: Case) -> Tensor | None:
     return philox_keep(case.seed, case.dropout_p, batch, heads, tokens).to(case.query.device)
 
 
-def run_eager(case: Case, reference: list[Tensor]) -> list[Tensor]:
+def run_eager(case: Case) -> list[Tensor]:
     """Return the results of eager attention in the dtype of the case, whose errors are the budget.
 
-    In fp64 eager attention equals the `reference`, so the error of fp32 is scaled down to fp64 rounding. The tensors of
+    In fp64 eager attention equals the reference, so the error of fp32 is scaled down to fp64 rounding. The tensors of
     the case must then hold fp32 numbers, or the budget would include the rounding of the inputs.
     """
     dtype = case.query.dtype
@@ -148,8 +146,30 @@ def run_eager(case: Case, reference: list[Tensor]) -> list[Tensor]:
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     rounded_case, tensors = case.to(torch.float32), case.tensors()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in rounded_case.to(dtype).tensors().items())
-    single = run_oracle(rounded_case, torch.float32)
-    return [exact + (rounded.double() - exact) * ratio for rounded, exact in zip(single, reference, strict=True)]
+    pairs = zip(run_oracle(rounded_case, torch.float32), run_oracle(case, dtype), strict=True)
+    return [exact + (rounded.double() - exact) * ratio for rounded, exact in pairs]
+
+
+def run_operator(case: Case) -> list[Tensor]:
+    """Return out, dq, dk, dv (and dtable) of the operator."""
+    out = beit_fast.rel_pos_attention(
+        case.query,
+        case.key,
+        case.value,
+        case.table,
+        case.window,
+        case.key_mask,
+        case.chosen_scale,
+        dropout_p=case.dropout_p,
+        seed=case.seed,
+    )
+    return [out.detach(), *torch.autograd.grad(out, case.leaves(), case.grad_out)]
+
+
+def check_operator(case: Case) -> None:
+    """Compare the operator with the fp64 oracle."""
+    out, *gradients = run_operator(case)
+    check_results(case, out, gradients)
 
 
 def check_results(case: Case, out: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -157,15 +177,12 @@ def check_results(case: Case, out: Tensor, gradients: Sequence[Tensor]) -> None:
 
     The budget is the error of eager attention in the same dtype. Without a table, its gradient is empty or left out.
     """
-    reference = run_oracle(case, torch.float64)
-    eager = run_eager(case, reference)
-    assert_within_budget("out", out, reference[0], eager[0], FORWARD_FACTOR)
-    for name, actual, expected, budget in zip(GRADIENT_NAMES, gradients, reference[1:], eager[1:], strict=False):
-        coarsest = max(case.query.dtype, budget.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        assert_within_budget(name, actual, expected, budget, BACKWARD_FACTOR, coarsest)
-    assert all(tensor.is_contiguous() for tensor in (out, *gradients))
-    assert all(tensor.dtype == case.query.dtype for tensor in (out, *gradients[:3]))
     if case.table is None:
         assert all(tensor.numel() == 0 for tensor in gradients[3:])
-    else:
-        assert gradients[3].dtype == case.table.dtype
+        gradients = gradients[:3]
+    results, exact, eager = (
+        dict(zip(("out", *GRADIENT_NAMES), tensors, strict=False))
+        for tensors in ((out, *gradients), run_oracle(case, torch.float64), run_eager(case))
+    )
+    compare_results(results, exact, eager, case.query.dtype)
+    assert all(tensor.is_contiguous() for tensor in results.values())

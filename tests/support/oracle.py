@@ -7,9 +7,13 @@ with the index arithmetic of the package.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+FORWARD_FACTOR = 2
+BACKWARD_FACTOR = 3
 
 
 @functools.lru_cache(maxsize=256)
@@ -120,3 +124,25 @@ def assert_within_budget(
     budget = factor * relative_error(eager, reference) + 4 * torch.finfo(dtype or eager.dtype).eps
     error = relative_error(actual, reference)
     assert error <= budget, f"{name}: relative error {error:.3e} is over the budget {budget:.3e}"
+
+
+def compare_results(
+    results: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    rounded_to: torch.dtype | None = None,
+) -> None:
+    """Compare all results of one operator with an fp64 reference.
+
+    Args:
+        results: The results by name. The names of gradients start with "d".
+        exact: The same results of the reference in fp64.
+        eager: The same results of the reference in the dtypes of the inputs. Their errors are the budget.
+        rounded_to: The coarsest dtype to which inputs are rounded (None: the dtype of each result).
+    """
+    assert results.keys() == exact.keys() == eager.keys()
+    for name, actual in results.items():
+        assert actual.dtype == eager[name].dtype, f"{name}: {actual.dtype}, not {eager[name].dtype}"
+        factor = BACKWARD_FACTOR if name.startswith("d") else FORWARD_FACTOR
+        coarsest = max(rounded_to or actual.dtype, actual.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        assert_within_budget(name, actual, exact[name], eager[name], factor, coarsest)

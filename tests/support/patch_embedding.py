@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .oracle import compare_results
 
 NAMES = ("pixels", "weight", "bias", "cls", "mask", "mask_token", "pos", "mean", "std")
 LAYOUTS = ("contiguous", "channels_last", "cropped", "transposed", "expanded")
@@ -139,6 +142,42 @@ def exact_convolution(arguments: dict[str, Any]) -> Tensor:
         tokens = np.concatenate([np.broadcast_to(wide["cls"], (len(tokens), 1, embed)), tokens], axis=1)
     tokens = tokens if wide["pos"] is None else tokens + wide["pos"]
     return torch.from_numpy(tokens.astype(np.float64))
+
+
+def check_tokens(tokens: Tensor, arguments: dict[str, Any]) -> None:
+    """Compare `tokens` with fp64. The budget is the error of a convolution in the dtype of the weight."""
+    exact, eager = exact_convolution(arguments), convolution(**arguments)
+    # A bf16 weight rounds the pixels, even if tokens are fp32.
+    compare_results({"tokens": tokens}, {"tokens": exact}, {"tokens": eager}, arguments["weight"].dtype)
+    assert tokens.is_contiguous()
+
+
+def check_gradients(function: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
+    """Compare the gradients of `function` with fp64. The budget is the error of a convolution."""
+    precise = in_precision(arguments, torch.float64)
+    compare_results(
+        differentiate(function, arguments),
+        differentiate(convolution, precise),
+        differentiate(convolution, arguments),
+        arguments["weight"].dtype,
+    )
+
+
+def differentiate(function: Callable[..., Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the gradients of all floating-point tensors: "d" and the name of the argument.
+
+    The incoming gradient is the same in every precision.
+    """
+    leaves = {
+        name: x.detach().clone().requires_grad_()
+        for name, x in arguments.items()
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
+    tokens = function(**(arguments | leaves))
+    generator = torch.Generator().manual_seed(5)
+    incoming = torch.randn(tokens.shape, generator=generator, dtype=torch.float64).bfloat16().to(tokens)
+    gradients = torch.autograd.grad(tokens, list(leaves.values()), incoming)
+    return dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
 
 
 def as_longdouble(value: Any) -> Any:
