@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from . import ops as ops
 from ._version import __version__
 from .configuration import BeitConfig
-from .inference import optimize_for_inference
 from .models.backbone import BeitBackbone
 from .models.base import BeitPreTrainedModel
 from .models.beit import BeitForImageClassification, BeitForMaskedImageModeling, BeitModel
@@ -17,15 +16,21 @@ from .ops.patch_embed import patch_embed
 
 if TYPE_CHECKING:
     from .image_processing import BeitFeatureExtractor, BeitImageProcessor, BeitImageProcessorFast
+    from .inference import optimize_for_inference
 
-_IMAGE_PROCESSORS = ("BeitFeatureExtractor", "BeitImageProcessor", "BeitImageProcessorFast")
+_IMPORTED_AT_FIRST_USE = {
+    "BeitFeatureExtractor": ".image_processing",
+    "BeitImageProcessor": ".image_processing",
+    "BeitImageProcessorFast": ".image_processing",
+    "optimize_for_inference": ".inference",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import an image processor at its first use: models do not need one."""
-    if name not in _IMAGE_PROCESSORS:
+    """Import a name that models do not need, at its first use."""
+    if name not in _IMPORTED_AT_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".image_processing", __name__), name)
+    return getattr(importlib.import_module(_IMPORTED_AT_FIRST_USE[name], __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -145,7 +145,7 @@ def _requested_config(config: Any, options: LoadOptions) -> BeitConfig | None:
     if config is None:
         return None
     if isinstance(config, (str, os.PathLike)):
-        return BeitConfig.from_pretrained(config, **vars(options.hub))
+        return BeitConfig.from_pretrained(config, **options.hub._asdict())
     if isinstance(config, Mapping):
         return BeitConfig.from_dict(config)
     return copy_config(config) if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())

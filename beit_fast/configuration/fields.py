@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -52,8 +51,7 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """Rule for one field.
 
     Args:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .files import CONFIG_NAME, find_json_file
 
@@ -17,8 +17,7 @@ WEIGHT_NAMES = (WEIGHTS_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bi
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 
 
-@dataclass(frozen=True)
-class HubOptions:
+class HubOptions(NamedTuple):
     """Arguments of `huggingface_hub`; None selects its default."""
 
     revision: str | None = None

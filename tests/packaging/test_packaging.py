@@ -37,15 +37,20 @@ def test_import_from_any_folder_works(cwd):
     assert python(FORWARD, cwd=cwd).strip() == CPU_ATTENTION
 
 
-def test_import_loads_only_the_package():
-    """Load only modules of the package, besides those of torch."""
+def test_import_loads_only_what_models_need():
+    """Load these parts of the package and no other module, besides those of torch."""
     code = """
 import json, sys, torch
 before = set(sys.modules)
 import beit_fast
-print(json.dumps(sorted(name for name in set(sys.modules) - before if name.split(".")[0] != "beit_fast")))
+print(json.dumps(sorted({".".join(name.split(".")[:2]) for name in set(sys.modules) - before})))
 """
-    assert json.loads(python(code)) == []
+    parts = ("_version", "configuration", "layers", "models", "native", "ops", "position_bias", "utils")
+    assert json.loads(python(code)) == ["beit_fast", *(f"beit_fast.{part}" for part in parts)]
+
+
+def test_public_names_are_attributes():
+    assert [name for name in beit_fast.__all__ if not hasattr(beit_fast, name)] == []
 
 
 def test_import_initializes_no_gpu_and_prints_nothing():
