@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,52 +17,59 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 """Strategies of accelerate; any other string is a device."""
 
 
-def check(device: Any, device_map: DeviceMap | None, **only_with_a_map: Any) -> None:
-    """Check arguments that depend on `device_map`, before a file is read.
+class Placement(NamedTuple):
+    """Arguments of `from_pretrained` that place the parameters.
 
-    Args:
-        device: The argument `device`.
-        device_map: The argument `device_map`.
-        only_with_a_map: Arguments without effect if there is no `device_map`.
-
-    Raises:
-        ValueError: If both `device` and `device_map` are set, or an argument has no effect.
-        ImportError: If accelerate is not installed.
-    """
-    if device_map is None:
-        unused = [name for name, value in only_with_a_map.items() if value is not None]
-        if unused:
-            raise ValueError(f"{' and '.join(unused)} have no effect without device_map")
-        return
-    if device is not None:
-        raise ValueError(f"{device=} and {device_map=} both place the parameters; pass one of them")
-    if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("device_map requires accelerate: pip install accelerate")
-
-
-def dispatch(
-    model: PretrainedModel,
-    device_map: DeviceMap,
-    max_memory: Mapping[int | str, int | str] | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
-) -> None:
-    """Place a model's layers on devices, with hooks that move tensors.
-
-    `model.hf_device_map` is the device of every module afterwards. Modules with hooks are called as modules, so
-    operators that replace several modules, such as patch embedding, are not used.
-
-    Args:
-        model: A model whose parameters have values.
+    Attributes:
+        device: One device, or None for the default.
         device_map: `"auto"`, `"balanced"`, `"balanced_low_0"` or `"sequential"`, which fill the available devices
             and never split a block; one device; or a mapping from module names to devices, `"cpu"` or `"disk"`.
         max_memory: Maximum memory of each device for these strategies, by index or `"cpu"`, in bytes or as in
             `"10GB"`.
         offload_folder: The folder for weights on `"disk"`.
     """
-    import accelerate
 
-    places = _places(model, device_map, max_memory)
-    accelerate.dispatch_model(model, places, offload_dir=offload_folder)
+    device: torch.device | str | None
+    device_map: DeviceMap | None
+    max_memory: Mapping[int | str, int | str] | None
+    offload_folder: str | os.PathLike[str] | None
+
+    def check(self) -> None:
+        """Check the arguments, before a file is read.
+
+        Raises:
+            ValueError: If both `device` and `device_map` are set, or an argument has no effect.
+            ImportError: If accelerate is not installed.
+        """
+        if self.device_map is None:
+            unused = [name for name in ("max_memory", "offload_folder") if getattr(self, name) is not None]
+            if unused:
+                raise ValueError(f"{' and '.join(unused)} have no effect without device_map")
+            return
+        if self.device is not None:
+            given = f"device={self.device!r} and device_map={self.device_map!r}"
+            raise ValueError(f"{given} both place the parameters; pass one of them")
+        if importlib.util.find_spec("accelerate") is None:
+            raise ImportError("device_map requires accelerate: pip install accelerate")
+
+    def loading_device(self) -> torch.device:
+        """The device on which the file is read: host memory if there is a `device_map`."""
+        if self.device_map is not None:
+            return torch.device("cpu")
+        return torch.get_default_device() if self.device is None else torch.device(self.device)
+
+    def dispatch(self, model: PretrainedModel) -> None:
+        """Place a model's layers by `device_map`, if there is one, with hooks that move tensors.
+
+        `model.hf_device_map` is the device of every module afterwards. Modules with hooks are called as modules, so
+        operators that replace several modules, such as patch embedding, are not used.
+        """
+        if self.device_map is None:
+            return
+        import accelerate
+
+        places = _places(model, self.device_map, self.max_memory)
+        accelerate.dispatch_model(model, places, offload_dir=self.offload_folder)
 
 
 def _places(model: PretrainedModel, device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None) -> Any:

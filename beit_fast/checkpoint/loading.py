@@ -6,8 +6,8 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..position_bias import Window
 from ..utils.hub import HubOptions
 from ..utils.messages import join_choices, join_some
 from ..utils.names import POSITION_INTERPOLATIONS
+from .device_map import Placement
 from .files import find_checkpoint, read_tensors
 from .infer_config import copy_config, infer_config, read_config
 from .key_mapping import OTHER_TASKS, TRUNK_PREFIX, full_name, share_table_among_layers, to_hub_names
@@ -28,18 +29,23 @@ from .resize_positions import TABLE, fits_window, is_position, resize_positions,
 Model = TypeVar("Model", bound=PretrainedModel)
 
 
-@dataclass(frozen=True)
-class LoadOptions:
+class SizeOptions(NamedTuple):
+    """Arguments of `from_pretrained` for shapes that differ from those of the checkpoint."""
+
+    num_labels: int | None
+    image_size: int | tuple[int, int] | None
+    position_interpolation: str
+    ignore_mismatched_sizes: bool
+
+
+class LoadOptions(NamedTuple):
     """Arguments of `from_pretrained` except the checkpoint, the configuration and its overrides."""
 
-    attn_implementation: str | None = None
-    patch_embed_implementation: str | None = None
-    dtype: torch.dtype | str | None = None
-    device: torch.device | str | None = None
-    hub: HubOptions = field(default_factory=HubOptions)
-    image_size: int | tuple[int, int] | None = None
-    position_interpolation: str = "bilinear"
-    ignore_mismatched_sizes: bool = False
+    implementations: Mapping[str, str | None]  # the constructor's arguments `IMPLEMENTATION_FIELDS`
+    dtype: torch.dtype | str | None
+    placement: Placement
+    hub: HubOptions
+    sizes: SizeOptions
 
 
 @dataclass(frozen=True)
@@ -78,37 +84,31 @@ def load_model(
     Returns:
         The model in evaluation mode, and its loading info.
     """
-    if options.position_interpolation not in POSITION_INTERPOLATIONS:
-        raise ValueError(
-            f"position_interpolation={options.position_interpolation!r} is not supported "
-            f"(expected {join_choices(POSITION_INTERPOLATIONS)})"
-        )
-    model_arguments, overrides = _split_overrides(model_class, overrides)
+    sizes, placement = options.sizes, options.placement
+    placement.check()
+    _check_interpolation(sizes.position_interpolation)
+    labels = {} if sizes.num_labels is None else {"num_labels": sizes.num_labels}
+    model_arguments, overrides = _split_overrides(model_class, {**overrides, **labels})
     files = find_checkpoint(name_or_path, options.hub)
     file_config = read_config(files.config)
-    device = torch.get_default_device() if options.device is None else torch.device(options.device)
+    device = placement.loading_device()
     state, _ = to_hub_names(read_tensors(files.weights, device))
     native = file_config or _requested_config(config, options)
     if native is None:
         native = infer_config(state, files.name, overrides)
     target = _target_config(native if config is None else _requested_config(config, options), overrides, options)
     target.name_or_path = files.name
-    if options.image_size is not None:
+    if sizes.image_size is not None:
         old_window = _stored_window(state, native, files.name)
         if old_window is not None:
-            state = resize_positions(state, old_window, target.window, options.position_interpolation)
+            state = resize_positions(state, old_window, target.window, sizes.position_interpolation)
     state = _with_tables_of_layers(state, target)
 
     target.dtype = _dtype_to_load(options.dtype, target, state)
     with torch.device("meta"):
-        model = model_class(
-            target,
-            attn_implementation=options.attn_implementation,
-            patch_embed_implementation=options.patch_embed_implementation,
-            **model_arguments,
-        )
+        model = model_class(target, **options.implementations, **model_arguments)
     report, fitting = _compare(model, state)
-    _check(report, files.name, model, options.ignore_mismatched_sizes)
+    _check(report, files.name, model, sizes.ignore_mismatched_sizes)
     uninitialized = [*report.missing, *report.mismatched]
     _fill(model, fitting, uninitialized, target.dtype, device)
     if uninitialized:
@@ -117,7 +117,26 @@ def load_model(
             f"{join_some(uninitialized)}. Train the model before you use its predictions.",
             stacklevel=3,
         )
-    return model.eval(), report.loading_info()
+    model.eval()
+    placement.dispatch(model)
+    return model, report.loading_info()
+
+
+def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """Return the dtype that was passed by its name `dtype` or by its older name `torch_dtype`.
+
+    Raises:
+        ValueError: If both were passed and differ.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ValueError(f"{dtype=} and {torch_dtype=} are two names of one argument; pass one")
+    return torch_dtype if dtype is None else dtype
+
+
+def _check_interpolation(name: str) -> None:
+    if name not in POSITION_INTERPOLATIONS:
+        expected = join_choices(POSITION_INTERPOLATIONS)
+        raise ValueError(f"position_interpolation={name!r} is not supported (expected {expected})")
 
 
 def _split_overrides(
@@ -153,7 +172,7 @@ def _requested_config(config: Any, options: LoadOptions) -> BeitConfig | None:
 
 def _target_config(config: BeitConfig | None, overrides: Mapping[str, Any], options: LoadOptions) -> BeitConfig:
     assert config is not None
-    size = {} if options.image_size is None else {"image_size": options.image_size}
+    size = {} if options.sizes.image_size is None else {"image_size": options.sizes.image_size}
     return copy_config(config, **overrides, **size)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..configuration.beit_config import BeitConfig
+from ..configuration.beit_config import IMPLEMENTATION_FIELDS, BeitConfig
 from ..layers.attention import BeitRelativePositionBias, BeitSelfAttention
 from ..layers.block import BeitEncoder, BeitLayer
 from ..layers.context import Kernels, choose_kernels, query_dtype
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 class BeitPreTrainedModel(nn.Module):
     """Base class of the models.
+
+    `from_pretrained` reads checkpoints of Transformers 4 and 5 (BEiT, DiT, Data2VecVision), timm, unilm and
+    mmsegmentation. The configuration of the latter three is inferred from shapes. The checkpoint may have another head:
+    missing parameters are initialized, with one warning, and parameters of the other head are ignored. If the
+    checkpoint has one bias table for all layers and the configuration one for each, every layer gets a copy, as in
+    unilm.
 
     Args:
         config: A `BeitConfig`, or a configuration of Transformers' BEiT, which is converted.
@@ -98,25 +104,18 @@ class BeitPreTrainedModel(nn.Module):
         output_loading_info: bool = False,
         **config_overrides: Any,
     ) -> Any:
-        """Load a model from a checkpoint, in evaluation mode.
-
-        The checkpoint may be of Transformers 4 or 5 (BEiT, DiT, Data2VecVision), timm, unilm or mmsegmentation. The
-        configuration of the latter three is inferred from shapes. The checkpoint may have another head: missing
-        parameters are initialized, with one warning, and parameters of the other head are ignored. If the checkpoint
-        has one bias table for all layers and the configuration one for each, every layer gets a copy, as in unilm.
+        """Load a model from a checkpoint, in evaluation mode. The class lists the formats.
 
         Args:
             pretrained_model_name_or_path: A folder, a file (safetensors, an index of shards, or a pickle of tensors,
                 read with `weights_only=True`), or a hub repository such as `"microsoft/beit-base-patch16-224"`.
-            config: A `BeitConfig`, one of Transformers, a dict of fields or a path to one. It replaces the
-                configuration of the checkpoint.
+            config: A `BeitConfig`, one of Transformers, a dict of fields or a path to one, instead of the checkpoint's.
             attn_implementation, patch_embed_implementation: See the class.
-            dtype, torch_dtype: Dtype of the parameters. By default, or for `"auto"`, that of the configuration, else of
-                the file.
+            dtype, torch_dtype: Dtype of the parameters. None or `"auto"`: that of the configuration, else of the file.
             device: Device of the parameters.
             device_map, max_memory, offload_folder: Dispatch the layers to devices, host memory and disk by the package
                 accelerate, instead of `device`: `"auto"`, or a device for every part by name. See
-                `beit_fast.checkpoint.device_map.dispatch`. The file is read into host memory first.
+                `beit_fast.checkpoint.device_map.Placement`. The file is read into host memory first.
             revision, cache_dir, token, local_files_only: Passed to `huggingface_hub`.
             num_labels: Number of classes. If the head of the file has another number, `ignore_mismatched_sizes` is
                 required.
@@ -132,27 +131,14 @@ class BeitPreTrainedModel(nn.Module):
             ValueError: If parameters are missing, unexpected or mismatched (all are listed), the file is damaged or
                 unsafe, or the configuration cannot be inferred.
         """
-        from ..checkpoint import device_map as placement
         from ..checkpoint import loading
-        from ..utils.hub import HubOptions
 
-        placement.check(device, device_map, max_memory=max_memory, offload_folder=offload_folder)
-        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-            raise ValueError(f"{dtype=} and {torch_dtype=} are two names of one argument; pass one")
-        options = loading.LoadOptions(
-            attn_implementation,
-            patch_embed_implementation,
-            torch_dtype if dtype is None else dtype,
-            device if device_map is None else "cpu",
-            HubOptions(revision, cache_dir, token, local_files_only),
-            image_size,
-            position_interpolation,
-            ignore_mismatched_sizes,
-        )
-        labels = {} if num_labels is None else {"num_labels": num_labels}
-        model, info = loading.load_model(cls, pretrained_model_name_or_path, config, options, config_overrides | labels)
-        if device_map is not None:
-            placement.dispatch(model, device_map, max_memory, offload_folder)
+        kernels = dict(zip(IMPLEMENTATION_FIELDS, (attn_implementation, patch_embed_implementation), strict=True))
+        placement = loading.Placement(device, device_map, max_memory, offload_folder)
+        hub = loading.HubOptions(revision, cache_dir, token, local_files_only)
+        sizes = loading.SizeOptions(num_labels, image_size, position_interpolation, ignore_mismatched_sizes)
+        options = loading.LoadOptions(kernels, loading.one_dtype(dtype, torch_dtype), placement, hub, sizes)
+        model, info = loading.load_model(cls, pretrained_model_name_or_path, config, options, config_overrides)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(

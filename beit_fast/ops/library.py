@@ -88,14 +88,7 @@ def register_op(
     op = getattr(torch.ops.beit_fast, name).default
 
     def checked(kernel: Kernel) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            given = arguments(*args, **kwargs)
-            reasons = [*errors(given), *kernel.unsupported_reasons(given)]
-            if reasons:
-                raise_errors(name, reasons, given)
-            return kernel.run(given)
-
-        return call
+        return _checked(kernel, name, arguments, errors)
 
     # CompositeExplicitAutograd rather than CPU: the native library adds CPU kernels without overriding anything.
     library.impl(name, checked(fallback), "CompositeExplicitAutograd")
@@ -115,6 +108,21 @@ def register_op(
         for device_type in ("cpu", "cuda"):
             _register_autocast(op, name, arguments, autocast, device_type)
     return op
+
+
+def _checked(
+    kernel: Kernel, name: str, arguments: type[Arguments], errors: Callable[[Arguments], list[str]]
+) -> Callable[..., Any]:
+    """Wrap a kernel: it takes the operator's arguments and raises one error that lists everything that is wrong."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = arguments(*args, **kwargs)
+        reasons = [*errors(given), *kernel.unsupported_reasons(given)]
+        if reasons:
+            raise_errors(name, reasons, given)
+        return kernel.run(given)
+
+    return call
 
 
 def _register_autocast(

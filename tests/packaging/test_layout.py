@@ -20,14 +20,6 @@ def tracked(*patterns: str) -> list[Path]:
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
-def line_count(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Count the lines of a function without its docstring."""
-    first = function.body[0]
-    documented = ast.get_docstring(function) is not None and len(function.body) > 1
-    docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
-    return (function.end_lineno or 0) - function.lineno + 1 - docstring
-
-
 def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
@@ -47,7 +39,7 @@ def test_functions_have_at_most_60_lines_and_kernels_130():
     for file in tracked("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                count = line_count(node)
+                count = (node.end_lineno or 0) - node.lineno + 1
                 if count > (MOST_KERNEL_LINES if is_kernel(node) else MOST_FUNCTION_LINES):
                     too_long[f"{file.relative_to(ROOT)}:{node.name}"] = count
     assert too_long == {}
