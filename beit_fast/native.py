@@ -2,7 +2,7 @@
 
 `unsupported_reason` returns the reason if one cannot be loaded. `_C` is loaded when `beit_fast` is imported and
 `_C_cuda` at the first call on CUDA. They only add kernels to operators that `beit_fast.ops` has defined, so the package
-works without them. `BEIT_FAST_NATIVE=0` loads neither. This module does not import torch.
+works without them. `BEIT_FAST_NATIVE=0` loads neither. This module does not import torch, and setup.py runs it alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ FOLDER = Path(__file__).parent
 
 _loaded: dict[str, ctypes.CDLL] = {}
 _failures: dict[str, str] = {}
-_DISABLED = os.environ.get("BEIT_FAST_NATIVE") == "0"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -61,7 +60,11 @@ def unsupported_reason(library: str) -> str | None:
     """Return the reason why `library` cannot be used; None if none is known. The library is not loaded for this."""
     if library in _loaded:
         return None
-    if _DISABLED:
+    try:
+        disabled = _is_disabled()
+    except ValueError as error:
+        return str(error)
+    if disabled:
         return "BEIT_FAST_NATIVE=0 was set when beit_fast was imported"
     if _INTERPRETED and library == "_C":
         return "TRITON_INTERPRET=1 was set when beit_fast was imported"
@@ -73,7 +76,14 @@ def unsupported_reason(library: str) -> str | None:
 
 
 def missing_kernels() -> str | None:
-    """Return why attention on the CPU runs as PyTorch operations; None if faster kernels run it."""
+    """Return why attention on the CPU runs as PyTorch operations.
+
+    The result is None if faster kernels run it, or if `check_variables` raises.
+    """
+    try:
+        _is_disabled()
+    except ValueError:
+        return None
     reason = None if _INTERPRETED else unsupported_reason("_C")
     return None if reason is None else f"attention on this CPU runs as PyTorch operations, which is slow: {reason}"
 
@@ -83,11 +93,38 @@ def warn_of_missing_kernels() -> None:
     """Warn once per process if `missing_kernels()` returns a reason.
 
     There is no warning if `BEIT_FAST_NATIVE=0` is set or `load` has warned.
+
+    Raises:
+        ValueError: If `BEIT_FAST_NATIVE` is set to an unknown value.
     """
+    check_variables("cpu")
     message = missing_kernels()
-    if message is not None and not _DISABLED and "_C" not in _failures:
+    if message is not None and not _is_disabled() and "_C" not in _failures:
         remedy = "install with a C++ compiler and --no-build-isolation, or set BEIT_FAST_NATIVE=0 to accept this"
         warnings.warn(f"beit_fast: {message}; {remedy}", RuntimeWarning, stacklevel=2)
+
+
+def check_variables(device_type: str) -> None:
+    """Check the environment variables that choose native kernels.
+
+    Raises:
+        ValueError: If `BEIT_FAST_NATIVE`, or for the CPU `BEIT_FAST_CPU_ISA`, cannot be honored.
+    """
+    _is_disabled()
+    error = instruction_set_error() if device_type == "cpu" else None
+    if error is not None:
+        raise ValueError(error)
+
+
+def instruction_set_error() -> str | None:
+    """Return the error of `BEIT_FAST_CPU_ISA`; None if `_C` runs that instruction set or is not loaded."""
+    return ask("beit_fast_cpu_isa_error") or None
+
+
+def _is_disabled() -> bool:
+    from .utils import variables  # not at the top: setup.py runs this file without the package
+
+    return variables.choice(variables.NATIVE, ("0", "1")) == "0"
 
 
 def _build_failure(library: str) -> str:
@@ -127,12 +164,13 @@ def describe(library: str) -> dict[str, Any]:
 def instruction_sets() -> tuple[str | None, tuple[str, ...]]:
     """Return the instruction set that `_C` uses, and all usable sets.
 
-    A usable set is one of `_C` that this CPU can run. Without `_C` the result is (None, ()).
+    A usable set is one of `_C` that this CPU can run. Without `_C` the result is (None, ()). The first is also None if
+    `instruction_set_error` returns an error.
     """
     if "_C" not in _loaded:
         return None, ()
     used, usable = ask("beit_fast_cpu_isa"), ask("beit_fast_cpu_isas")
-    return used, tuple((usable or "").split(","))
+    return used or None, tuple((usable or "").split(","))
 
 
 def ask(function: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from .options import ExitCode, InfoOptions
@@ -33,8 +34,31 @@ def gather_facts() -> dict[str, Any]:
         "native_libraries": {library: native.describe(library) for library in native.LIBRARIES},
         "missing_kernels": native.missing_kernels(),
         "instruction_sets": {"used": used, "usable": list(usable)},
+        "variables": _variables(),
         "linears": _linears(),
     }
+
+
+def _variables() -> list[dict[str, str | None]]:
+    """Describe the environment variables that are set, with the error that the first use raises."""
+    from .. import native
+    from ..ops.cpu_linear import choice
+    from ..utils import variables
+
+    checks: dict[str, Callable[[], object]] = {
+        variables.NATIVE: lambda: native.check_variables("meta"),  # the CPU would check BEIT_FAST_CPU_ISA too
+        variables.CPU_ISA: lambda: native.check_variables("cpu"),
+        variables.CPU_LINEAR: choice.choose_gemm,
+    }
+    rows: list[dict[str, str | None]] = []
+    for name, value in variables.values().items():
+        error = None
+        try:
+            checks[name]()
+        except ValueError as caught:
+            error = str(caught)
+        rows.append({"name": name, "value": value, "error": error})
+    return rows
 
 
 def _linears() -> dict[str, Any]:
@@ -91,6 +115,9 @@ def format_facts(facts: dict[str, Any]) -> str:
     lines += _aligned([_kernel_line(kernel) for kernel in facts["patch_embed_kernels"]])
     lines += ["", "native libraries"]
     lines += _aligned([(name, _library_line(library)) for name, library in facts["native_libraries"].items()])
+    if facts["variables"]:
+        lines += ["", "environment variables"]
+        lines += _aligned([_variable_line(variable) for variable in facts["variables"]])
     if facts["missing_kernels"] is not None:
         lines += ["", f"warning: {facts['missing_kernels']}"]
     sets = facts["instruction_sets"]
@@ -112,6 +139,10 @@ def _linear_lines(linears: dict[str, Any]) -> list[str]:
 def _kernel_line(kernel: dict[str, Any]) -> tuple[str, ...]:
     verdict = "available" if kernel["available"] else "no: " + "; ".join(kernel["reasons"])
     return kernel["kernel"], verdict
+
+
+def _variable_line(variable: dict[str, str | None]) -> tuple[str, ...]:
+    return f"{variable['name']}={variable['value']}", f"error: {variable['error']}" if variable["error"] else "accepted"
 
 
 def _library_line(library: dict[str, Any]) -> str:

@@ -97,8 +97,9 @@ Isa choose() {
     for (const Isa isa : available_isas()) {
         if (std::string(isa_name(isa)) == asked) return isa;
     }
-    throw std::invalid_argument("BEIT_FAST_CPU_ISA is '" + std::string(asked) + "'; this machine and build run " +
-                                names_of(available_isas()));
+    throw std::invalid_argument("BEIT_FAST_CPU_ISA='" + std::string(asked) +
+                                "' is not supported on this CPU by this build (expected one of " +
+                                names_of(available_isas()) + ", or unset)");
 }
 
 }  // namespace
@@ -130,6 +131,19 @@ extern "C" __attribute__((visibility("default"))) const char* beit_fast_cpu_isa(
     } catch (const std::invalid_argument&) {
         return "";
     }
+}
+
+// Why BEIT_FAST_CPU_ISA cannot be honored; empty if it can.
+extern "C" __attribute__((visibility("default"))) const char* beit_fast_cpu_isa_error() {
+    static const std::string error = [] {
+        try {
+            beit_fast::current_isa();
+            return std::string();
+        } catch (const std::invalid_argument& invalid) {
+            return std::string(invalid.what());
+        }
+    }();
+    return error.c_str();
 }
 
 extern "C" __attribute__((visibility("default"))) const char* beit_fast_cpu_isas() {

@@ -31,10 +31,6 @@ def test_preferred_gemm_depends_on_cpu_unless_requested(monkeypatch, identity, c
     monkeypatch.setattr(split_bf16, "unsupported_reason", lambda: None)
     assert decide(None).name == "split_bf16"
     assert "AMX" in decide(None).reason
-    with pytest.raises(
-        ValueError, match=r"'mkl' is not supported \(expected 'blas', 'onednn', 'split_bf16', or unset\)"
-    ):
-        decide("mkl")
 
 
 def test_cpu_identity_reads_the_system():

@@ -13,7 +13,6 @@ than it saves.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...utils import variables
 from . import onednn, split_bf16
 
 GemmName = Literal["blas", "onednn", "split_bf16"]
 
 GEMMS: tuple[GemmName, ...] = get_args(GemmName)
-"""The GEMMs, which `BEIT_FAST_CPU_LINEAR` may name; the variable is read when this module is imported."""
+"""The GEMMs, which `BEIT_FAST_CPU_LINEAR` may name."""
 
 Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A function like `F.linear`: left `[..., inner]`, right `[columns, inner]` and bias `[columns]`, of any strides."""
 
-_REQUESTED = os.environ.get("BEIT_FAST_CPU_LINEAR")
 _MIN_ROWS_ONEDNN = 320  # with fewer, packing costs more than oneDNN saves (1.5 times as fast as MKL)
 _MIN_ROWS_SPLIT_BF16 = 128  # with fewer, packing costs more than the tiles save
 _WIDE_AVX512_FAMILY = 26  # AMD's Zen 5
@@ -58,15 +57,21 @@ class GemmChoice:
 def choose_gemm() -> GemmChoice:
     """Choose the GEMM for fp32 linear layers in training on this CPU.
 
+    While a mode intercepts torch's operators, as in a FLOP counter, oneDNN gives way to BLAS even on request.
+
     Raises:
-        ValueError: If `BEIT_FAST_CPU_LINEAR` is not the name of a GEMM.
+        ValueError: If `BEIT_FAST_CPU_LINEAR` is not the name of a GEMM, or names one that cannot serve on this CPU.
     """
-    preferred = _preferred(_REQUESTED)
+    requested = variables.choice(variables.CPU_LINEAR, GEMMS)
+    preferred = _preferred(requested)
     reason = None
     if preferred.name == "onednn":
         reason = onednn.unsupported_reason("cpu", torch.float32)
     elif preferred.name == "split_bf16":
         reason = split_bf16.unsupported_reason()
+    intercepted = preferred.name == "onednn" and torch._C._len_torch_dispatch_stack() > 0
+    if reason is not None and requested is not None and not intercepted:
+        raise variables.cannot_serve(variables.CPU_LINEAR, reason)
     return preferred if reason is None else GemmChoice("blas", reason)
 
 
@@ -112,9 +117,6 @@ def gemm_split_bf16(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 @functools.cache
 def _preferred(requested: str | None) -> GemmChoice:
     """Return the requested GEMM, or else that of the CPU model. `choose_gemm` then checks that it can serve."""
-    if requested and requested not in GEMMS:
-        expected = ", ".join(map(repr, GEMMS))
-        raise ValueError(f"BEIT_FAST_CPU_LINEAR={requested!r} is not supported (expected {expected}, or unset)")
     by_request = f"BEIT_FAST_CPU_LINEAR={requested} was set when beit_fast was imported" if requested else None
     if requested == "split_bf16" or (not requested and split_bf16.unsupported_reason() is None):
         reason = by_request or "the CPU has AMX tiles, on which fp32 as three bf16 terms is faster than fp32 vectors"

@@ -71,13 +71,18 @@ def attention_unsupported_reasons(
         reasons = () if INTERPRETED else ("TRITON_INTERPRET=1 was not set when beit_fast was imported",)
         return _wrong_device(device, "cpu") + reasons + _triton_reasons(dtype, head_dim)
     if kernel == "cpp":
-        return _wrong_device(device, "cpu") + _library_reasons("_C") + dtype_reasons([dtype], FLOAT_DTYPES)
+        return _wrong_device(device, "cpu") + _cpp_reasons() + dtype_reasons([dtype], FLOAT_DTYPES)
     reasons = ("TRITON_INTERPRET=1 routes CPU tensors to Triton's interpreter",) if INTERPRETED else ()
     return _wrong_device(device, "cpu", "meta") + reasons + _replaced_reasons(device) + _float_reasons(dtype)
 
 
 def serving_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> KernelName | None:
-    """Return the kernel of `"triton"` on `device`; None if no kernel can serve."""
+    """Return the kernel of `"triton"` on `device`; None if no kernel can serve.
+
+    Raises:
+        ValueError: If an environment variable of this package cannot be honored.
+    """
+    native.check_variables(device.type)
     for kernel in KERNELS:
         if not attention_unsupported_reasons(kernel, device, dtype, head_dim):
             return kernel
@@ -122,14 +127,19 @@ def patch_embed_unsupported_reasons(
         reasons = _cuda_reasons(device) + _library_reasons("_C_cuda") + dtype_reasons(dtypes, _GPU_DTYPES)
         return reasons if normalized_channels <= 128 else (*reasons, "mean and std have more than 128 channels")
     if kernel == "cpp":
-        return _wrong_device(device, "cpu") + _library_reasons("_C") + dtype_reasons(dtypes, FLOAT_DTYPES)
+        return _wrong_device(device, "cpu") + _cpp_reasons() + dtype_reasons(dtypes, FLOAT_DTYPES)
     return _replaced_reasons(device)
 
 
 def patch_embed_kernel(
     device: torch.device, dtypes: Sequence[torch.dtype] = (), normalized_channels: int = 0
 ) -> PatchEmbedKernelName:
-    """The kernel that serves patch embedding; arguments as in `patch_embed_unsupported_reasons`."""
+    """The kernel that serves patch embedding; arguments as in `patch_embed_unsupported_reasons`.
+
+    Raises:
+        ValueError: If an environment variable of this package cannot be honored.
+    """
+    native.check_variables(device.type)
     for kernel in PATCH_EMBED_KERNELS[:-1]:
         if not patch_embed_unsupported_reasons(kernel, device, dtypes, normalized_channels):
             return kernel
@@ -167,6 +177,11 @@ def linear_gelu_unsupported_reasons(device: torch.device, dtype: torch.dtype, ou
 def _library_reasons(library: str) -> tuple[str, ...]:
     reason = native.unsupported_reason(library)
     return () if reason is None else (reason,)
+
+
+def _cpp_reasons() -> tuple[str, ...]:
+    error = native.instruction_set_error()
+    return _library_reasons("_C") if error is None else (error,)
 
 
 def _replaced_reasons(device: torch.device) -> tuple[str, ...]:

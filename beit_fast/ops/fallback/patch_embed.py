@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import native
 from ..arguments import PatchEmbedArguments
 
 
 def patch_embed(arguments: PatchEmbedArguments) -> Tensor:
     """`beit_fast::patch_embed`: see `beit_fast.patch_embed` for shapes and meaning."""
     pixels, weight, bias, cls, mask, mask_token, pos, mean, std = arguments
+    native.check_variables(pixels.device.type)
     patches = extract_patches(normalize_pixels(pixels, mean, std, weight.dtype), weight.shape[2:])
     bias = None if bias is None else bias.reshape(-1).to(weight.dtype)
     tokens = F.linear(patches, weight.flatten(1), bias)  # [B, P, E]
