@@ -332,9 +332,25 @@ def test_restore_changed_forward_raises():
     assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
 
 
-def test_import_without_timm_raises(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("beit_fast.integrations.timm")]:
+def forget(monkeypatch, package):
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_import_without_torchvision_names_it(monkeypatch):
+    """timm depends on torchvision, and `pip install --no-deps timm` leaves it out."""
+    for package in ("beit_fast.integrations.timm", "timm", "torchvision"):
+        forget(monkeypatch, package)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(
+        ImportError, match=r"needs torchvision, because the installed timm imports it: install"
+    ) as error:
+        importlib.import_module("beit_fast.integrations.timm")
+    assert "1.0.31" not in str(error.value)
+
+
+def test_import_without_timm_raises(monkeypatch):
+    forget(monkeypatch, "beit_fast.integrations.timm")
     for name in ("timm", "timm.models", "timm.layers"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"needs timm .*pip install 'timm"):

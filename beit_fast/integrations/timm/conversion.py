@@ -20,6 +20,12 @@ try:
     from timm.layers import LayerNorm, Mlp
     from timm.models import beit as timm_beit
 except ImportError as error:
+    missing = (error.name or "timm").partition(".")[0]
+    if missing != "timm":
+        raise ImportError(
+            f"beit_fast.integrations.timm needs {missing}, because the installed timm imports it: "
+            f"install the {missing} that fits torch {torch.__version__} ({error})"
+        ) from error
     raise ImportError(
         f"beit_fast.integrations.timm needs timm 1.0.31 or later: pip install 'timm>=1.0.31' ({error})"
     ) from error
