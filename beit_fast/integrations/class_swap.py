@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from .forward_scope import scoped_class, unscoped_class
 from .report import (
     ALREADY,
     LEFT_ALONE,
@@ -33,9 +34,12 @@ class ClassSwap(ABC):
 
     Attributes:
         originals: the library's class for each replacement.
+        trunks: the library's classes whose `trunk_methods` run all layers of a forward pass.
     """
 
     originals: Mapping[type[nn.Module], type[nn.Module]]
+    trunks: tuple[type[nn.Module], ...]
+    trunk_methods: tuple[str, ...]
 
     @abstractmethod
     def find(self, model: nn.Module, caller: str) -> Modules:
@@ -66,7 +70,7 @@ class ClassSwap(ABC):
         return "" if isinstance(module, tuple(self.originals)) else None
 
     def accelerate(self, model: nn.Module, attn_implementation: str | None) -> AccelerationReport:
-        """Exchange the classes of a model's attention and bias modules; see an integration's `accelerate`."""
+        """Exchange the classes of attention and bias modules and their trunks; see an integration's `accelerate`."""
         check_request("accelerate", model, attn_implementation)
         found = self.find(model, "accelerate")
         reasons = self.unsupported_reasons(model, found)
@@ -78,6 +82,7 @@ class ClassSwap(ABC):
                 exchange_class(module, replacements[name])
             if hasattr(type(module), "attn_implementation"):
                 vars(module)["attn_implementation"] = attn_implementation
+        self._open_or_close_scopes(model)
         return AccelerationReport(type(model).__name__, tuple(changes), kernel_lines(self._places(found)))
 
     def restore(self, model: nn.Module) -> AccelerationReport:
@@ -93,6 +98,7 @@ class ClassSwap(ABC):
                 exchange_class(module, self.originals[type(module)])
                 vars(module).pop("attn_implementation", None)
                 changes.append(ModuleChange(name, type(module).__name__, RESTORED))
+        self._open_or_close_scopes(model)
         return AccelerationReport(type(model).__name__, tuple(changes))
 
     def _change(self, name: str, module: nn.Module, reason: str) -> ModuleChange:
@@ -100,6 +106,15 @@ class ClassSwap(ABC):
         if note is not None:
             return ModuleChange(name, kind, ALREADY, note)
         return ModuleChange(name, kind, LEFT_ALONE if reason else REPLACED, reason)
+
+    def _open_or_close_scopes(self, model: nn.Module) -> None:
+        """Let the trunks with accelerated modules open a scope, in which these choose their kernels once."""
+        for trunk in (module for module in model.modules() if isinstance(module, self.trunks)):
+            original = unscoped_class(type(trunk))
+            accelerated = any(isinstance(module, tuple(self.originals)) for module in trunk.modules())
+            wanted = scoped_class(original, self.trunk_methods) if accelerated else original
+            if type(trunk) is not wanted:
+                exchange_class(trunk, wanted)
 
     def _places(self, found: Modules) -> Iterator[Place]:
         return (place for module in found.values() if (place := self.place(module)) is not None)

@@ -7,29 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import rel_pos_attention
-from ..ops.dispatch import attention
 from ..position_bias import Window, gather_bias
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None = None,
-    window: Window | None = None,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    implementation: str | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Resolve an implementation and run attention; see `run_attention`.
-
-    Raises:
-        ValueError: If the implementation is unknown, or `"triton"` is requested and no kernel serves.
-    """
-    backend = attention.resolve(implementation, q.device, q.dtype, q.shape[-1])
-    return run_attention(backend, q, k, v, table, window, key_mask, scale, dropout_p, bias)
 
 
 def run_attention(

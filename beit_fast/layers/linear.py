@@ -23,14 +23,19 @@ def choose_training_gemm(kernel: str, device: torch.device, dtype: torch.dtype) 
         None if the modules are to be called: in inference, on other devices and dtypes, with `"eager"` or `"sdpa"`,
         under autocast, compilation, tracing, `torch.func` transforms and forward-mode differentiation.
     """
-    if dtype != torch.float32 or device.type != "cpu" or kernel not in _CPU_KERNELS or torch.compiler.is_compiling():
-        return None
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
-        return None
-    if transforms_are_active() or torch.autograd.forward_ad._current_level >= 0:
+    if dtype != torch.float32 or device.type != "cpu" or kernel not in _CPU_KERNELS or not trains_eagerly():
         return None
     choice = choose_gemm()
     return None if choice.function is None else choice
+
+
+def trains_eagerly() -> bool:
+    """Whether a backward pass over fp32 modules may follow, and neither tracing nor transforms see the operators."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return not transforms_are_active() and torch.autograd.forward_ad._current_level < 0
 
 
 def apply_linear(module: nn.Module, x: Tensor, gemm: GemmChoice | None) -> Tensor:

@@ -75,7 +75,7 @@ def test_accelerate_copy_and_pickle_stay_accelerated(name):
     assert all(type(x) in fused_layers.ORIGINALS for x in biases(ours))
 
 
-@pytest.mark.parametrize("name", [CLASSIFICATION, "UperNetForSemanticSegmentation"])
+@pytest.mark.parametrize("name", ["BeitModel", CLASSIFICATION, "UperNetForSemanticSegmentation"])
 def test_save_pretrained_accelerated_writes_identical_files(name, tmp_path):
     theirs, ours = pair(name, "both", torch.float32)
     theirs.save_pretrained(tmp_path / "theirs")

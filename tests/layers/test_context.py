@@ -5,8 +5,9 @@ import torch
 
 import beit_fast
 from beit_fast.layers.context import BlockContext, choose_kernels
-from beit_fast.ops.dispatch import attention, patch_embed
+from beit_fast.ops.dispatch import patch_embed
 
+from ..support.attention_spy import record_choices
 from ..support.models import build, images
 from ..support.transformers_reference import CLASSES, POSITIONS, random_inputs
 
@@ -19,19 +20,14 @@ def choices(monkeypatch):
 
     Attention records (device type, dtype), patch embedding the resolved name.
     """
-    calls = {"attention": [], "patch_embed": []}
-    choose, resolve = attention.choose, patch_embed.resolve
-
-    def choose_attention(implementation, device, dtype, head_dim):
-        calls["attention"].append((device.type, dtype))
-        return choose(implementation, device, dtype, head_dim)
+    calls = {"attention": record_choices(monkeypatch), "patch_embed": []}
+    resolve = patch_embed.resolve
 
     def resolve_patch_embed(*arguments):
         resolved = resolve(*arguments)
         calls["patch_embed"].append(resolved)
         return resolved
 
-    monkeypatch.setattr(attention, "choose", choose_attention)
     monkeypatch.setattr(patch_embed, "resolve", resolve_patch_embed)
     return calls
 

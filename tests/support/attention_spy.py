@@ -1,13 +1,16 @@
-"""Record calls of the fused attention operator and dense bias tensors."""
+"""Record choices of kernels, calls of the fused attention operator, and dense bias tensors."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from beit_fast.ops.dispatch import attention
 
 _FUSED = torch.ops.beit_fast.rel_pos_attention.default
 
@@ -38,3 +41,16 @@ class AttentionSpy(TorchDispatchMode):
             if isinstance(x, Tensor) and x.shape[-2:] == (self.tokens, self.tokens):
                 self.square.append(tuple(x.shape))
         return result
+
+
+def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
+    """Record the device type and dtype of each later call of the attention dispatcher."""
+    calls: list[tuple[str, torch.dtype]] = []
+    choose = attention.choose
+
+    def recording(implementation: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+        calls.append((device.type, dtype))
+        return choose(implementation, device, dtype, head_dim)
+
+    monkeypatch.setattr(attention, "choose", recording)
+    return calls

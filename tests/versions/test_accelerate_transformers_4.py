@@ -7,6 +7,7 @@ from ..integrations.test_accelerate_transformers import *  # noqa: F403
 from ..integrations.test_accelerate_transformers_compiled import *  # noqa: F403
 from ..integrations.test_accelerate_transformers_masks import *  # noqa: F403
 from ..integrations.test_accelerate_transformers_modules import *  # noqa: F403
+from ..integrations.test_forward_scope_transformers import *  # noqa: F403
 from ..support.oracle import relative_error
 from ..support.transformers_models import Spy, assert_same, inputs_for, pair, run
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers.attention_backends import attend
+from ...layers.attention_backends import run_attention
 from ...layers.module_hooks import clone_if_hooked, runs_as_written
 from ...position_bias import Window
 from ..class_swap import ClassSwap, Modules, Place
+from ..forward_scope import choose_in_forward, unscoped_class
 from ..report import AccelerationReport
 from .conversion import timm_beit
 
@@ -50,7 +51,8 @@ class FusedAttention(timm_beit.Attention):
         q, k, v = packed.unbind(2)  # [B, N, H, D]
         table, window = self._table(shared_rel_pos_bias)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out = attend(q, k, v, table, window, None, self.scale, dropout_p, self.attn_implementation)
+        backend = choose_in_forward(self.attn_implementation, q.device, q.dtype, q.shape[-1]).attention
+        out = run_attention(backend, q, k, v, table, window, None, self.scale, dropout_p)
         return self.proj_drop(self.proj(out.flatten(2)))
 
     def _project(self, x: Tensor) -> Tensor:
@@ -127,6 +129,8 @@ def restore(model: nn.Module) -> AccelerationReport:
 
 class _TimmSwap(ClassSwap):
     originals = _ORIGINALS
+    trunks = (timm_beit.Beit,)
+    trunk_methods = ("forward_features", "forward_intermediates")
 
     def find(self, model: nn.Module, caller: str) -> Modules:
         known = tuple(_REPLACEMENTS)
@@ -146,7 +150,7 @@ class _TimmSwap(ClassSwap):
         for bias in [name for name, module in found.items() if isinstance(module, timm_beit.RelativePositionBias)]:
             prefix = bias.rpartition(".")[0]
             owner = model.get_submodule(prefix)
-            if type(owner) is not timm_beit.Beit:
+            if unscoped_class(type(owner)) is not timm_beit.Beit:
                 reasons.setdefault(bias, f"belongs to a {_class_name(type(owner))}, which may read the dense bias")
             together = [name for name in found if name.startswith(f"{prefix}." if prefix else "")]
             cause = next((name for name in together if name in reasons), None)

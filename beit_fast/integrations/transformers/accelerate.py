@@ -28,9 +28,10 @@ _OWN = (BeitSelfAttention, BeitRelativePositionBias)
 def accelerate(model: nn.Module, attn_implementation: str | None = None) -> AccelerationReport:
     """Make Transformers' BEiT layers read the bias inside the attention kernel.
 
-    The classes of attention and bias modules are exchanged for subclasses with another forward, in place. Parameters,
-    hooks, names in the `state_dict`, the configuration, `isinstance`, `deepcopy`, `pickle` and `save_pretrained` do not
-    change. Outputs and gradients change only by rounding. `restore` undoes it.
+    The classes of attention and bias modules are exchanged for subclasses with another forward, in place. So is the
+    class of the trunk around them, for one of the same name. Parameters, hooks, names in the `state_dict`, the
+    configuration, `isinstance`, `deepcopy`, `pickle` and `save_pretrained` do not change. Outputs and gradients change
+    only by rounding. `restore` undoes it.
 
     A call with `output_attentions=True`, and in 4.57 a call with a head mask, runs Transformers' attention with a dense
     bias. A padding mask excludes keys under every attention, as Transformers' `"eager"` does. Transformers' `"sdpa"`
@@ -69,6 +70,8 @@ def restore(model: nn.Module) -> AccelerationReport:
 
 class _TransformersSwap(ClassSwap):
     originals = ORIGINALS
+    trunks = tuple(TRUNKS)
+    trunk_methods = ("forward",)
 
     def find(self, model: nn.Module, caller: str) -> Modules:
         found = _instances(model, *FUSED, *_OWN)

@@ -18,7 +18,8 @@ from transformers.models.data2vec import modeling_data2vec_vision
 
 from ...layers import attention_backends
 from ...position_bias import Window
-from .fused_layers import FUSED, INNER_BIASES, TableMixin
+from ..forward_scope import choose_in_forward, in_scope
+from .fused_layers import FUSED, INNER_BIASES, TRUNKS, TableMixin
 from .monkey_patch import replace_attribute, set_item
 from .table_bias import TableBias, key_mask_of
 
@@ -31,6 +32,8 @@ def enter_attention(undo: ExitStack) -> None:
     set_item(undo, AttentionMaskInterface._global_mapping, NAME, padding_mask)
     _enter_family(undo, modeling_beit, "Beit", "BEIT")
     _enter_family(undo, modeling_data2vec_vision, "Data2VecVision", "DATA2VEC_VISION")
+    for trunk in TRUNKS:
+        replace_attribute(undo, trunk, "forward", in_scope(trunk.forward))
 
 
 def _enter_family(undo: ExitStack, modeling: ModuleType, family: str, constant: str) -> None:
@@ -66,7 +69,8 @@ def triton_attention(
     if key_mask is not None:
         key_mask = key_mask.expand(q.shape[0], -1)
     if not kwargs.get("output_attentions"):
-        return attention_backends.attend(q, k, v, table, window, key_mask, scaling, dropout, NAME), None
+        backend = choose_in_forward(NAME, q.device, q.dtype, q.shape[-1]).attention
+        return attention_backends.run_attention(backend, q, k, v, table, window, key_mask, scaling, dropout), None
     dense = None if table is None or window is None else attention_backends.dense_bias(table, window)
     return attention_backends.eager_attention(q, k, v, dense, key_mask, scaling, dropout)
 

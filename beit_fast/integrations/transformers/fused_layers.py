@@ -21,10 +21,11 @@ from transformers.models.beit import modeling_beit
 from transformers.models.data2vec import modeling_data2vec_vision
 
 from ...layers import attention_backends
-from ...layers.context import Kernels, kernels_for
+from ...layers.context import Kernels
 from ...layers.linear import apply_linear
 from ...layers.module_hooks import clone_if_hooked
 from ...position_bias import Window, resize_table
+from ..forward_scope import choose_in_forward, kernels_for
 from .table_bias import TableBias, key_mask_of
 
 
@@ -48,8 +49,11 @@ def attend(
         key_mask = key_mask_of(bias)
     if key_mask is not None:
         key_mask = key_mask.expand(q.shape[0], -1)
-    backend = kernels.serving(q.device, q.dtype).attention
-    return attention_backends.run_attention(backend, q, k, v, table, window, key_mask, scale, dropout_p).flatten(2)
+    if (q.device, q.dtype) != (kernels.device, kernels.dtype):  # a projection was replaced
+        kernels = choose_in_forward(kernels.requested, q.device, q.dtype, kernels.head_dim)
+    return attention_backends.run_attention(
+        kernels.attention, q, k, v, table, window, key_mask, scale, dropout_p
+    ).flatten(2)
 
 
 def dense(bias: TableBias | Tensor | None) -> Tensor | None:

@@ -1,0 +1,125 @@
+"""One choice of kernels for each forward pass of another library's model.
+
+The layers of another library do not pass a choice on. The forward of a trunk therefore opens a scope, and its layers
+share their choices within it. A layer outside a scope chooses for itself: one that is called alone, or that gradient
+checkpointing runs again in the backward pass, which has left the forward. Compiled code has no scope, because the
+choice is a constant there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.context import Kernels, choose_kernels, query_dtype
+from ..layers.linear import trains_eagerly
+from ..ops.functorch import transforms_are_active
+
+
+class _Facts(NamedTuple):
+    """All that a choice depends on and that may change within a forward."""
+
+    implementation: str | None
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    trains_eagerly: bool
+    transforms_are_active: bool
+
+
+_choices: ContextVar[dict[_Facts, Kernels] | None] = ContextVar("beit_fast_choices", default=None)
+
+
+def choose_in_forward(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+    """Choose the kernels for queries of this device and dtype, once in each forward of a trunk.
+
+    Raises:
+        ValueError: If the implementation is unknown, or `"triton"` is requested and no kernel serves.
+    """
+    if _is_captured():
+        return choose_kernels(implementation, device, dtype, head_dim)
+    choices = _choices.get()
+    if choices is None:
+        return choose_kernels(implementation, device, dtype, head_dim)
+    facts = _Facts(implementation, device, dtype, head_dim, trains_eagerly(), transforms_are_active())
+    if facts not in choices:
+        choices[facts] = choose_kernels(implementation, device, dtype, head_dim)
+    return choices[facts]
+
+
+def kernels_for(hidden_states: Tensor, implementation: str | None, head_dim: int) -> Kernels:
+    """Choose the kernels for queries that are computed from `hidden_states`."""
+    return choose_in_forward(implementation, hidden_states.device, query_dtype(hidden_states), head_dim)
+
+
+def in_scope(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the forward of a trunk to open a scope. Within another scope it opens none."""
+
+    @functools.wraps(forward)
+    def forward_in_scope(*args: Any, **kwargs: Any) -> Any:
+        if _is_captured() or _choices.get() is not None:
+            return forward(*args, **kwargs)
+        token = _choices.set({})
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _choices.reset(token)
+
+    return forward_in_scope
+
+
+def _is_captured() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+_scoped: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def scoped_class(original: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
+    """Return a subclass of a trunk whose `methods` open a scope.
+
+    It has the name and module of the original. Transformers writes the name to `config.json`, and finds by both the
+    outputs that a model can return.
+    """
+    key = (original, methods)
+    if key not in _scoped:
+        _scoped[key] = _subclass(original, methods)
+    return _scoped[key]
+
+
+def unscoped_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the original of a class that `scoped_class` made, or the class itself."""
+    original: type[nn.Module] = vars(cls).get("scoped_from", cls)
+    return original
+
+
+def _subclass(original: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = original.__reduce_ex__(self, protocol)
+        return _rebuild, (original, methods), *reduced[2:]  # a class of this name cannot be pickled by its name
+
+    names = ("__module__", "__qualname__", "__doc__")
+    attributes = {name: getattr(original, name) for name in names} | {"__reduce_ex__": reduce, "scoped_from": original}
+    attributes |= {name: in_scope(_inherited(original, name)) for name in methods}
+    return type(original.__name__, (original,), attributes)
+
+
+def _inherited(original: type[nn.Module], name: str) -> Callable[..., Any]:
+    """Return a method that calls the original's, which may be patched later."""
+
+    @functools.wraps(getattr(original, name))
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return getattr(original, name)(*args, **kwargs)
+
+    return method
+
+
+def _rebuild(original: type[nn.Module], methods: tuple[str, ...]) -> nn.Module:
+    cls = scoped_class(original, methods)
+    return cls.__new__(cls)
