@@ -27,7 +27,7 @@ def gather_facts() -> dict[str, Any]:
         "environment": environment("cpu"),
         "devices": _devices(),
         "kernels": [
-            {"kernel": kernel, "available": available, "reasons": list(reasons)}
+            {"kernel": kernel, "available": available, "unsupported_reasons": list(reasons)}
             for kernel, available, reasons in attention.describe_kernels()
         ],
         "patch_embed_kernels": _patch_embed_kernels(),
@@ -83,7 +83,7 @@ def _patch_embed_kernels() -> list[dict[str, Any]]:
     for kernel in availability.PATCH_EMBED_KERNELS:
         device = torch.device("cuda" if kernel == "cuda" else "cpu")
         reasons = availability.patch_embed_unsupported_reasons(kernel, device)
-        rows.append({"kernel": kernel, "available": not reasons, "reasons": list(reasons)})
+        rows.append({"kernel": kernel, "available": not reasons, "unsupported_reasons": list(reasons)})
     return rows
 
 
@@ -137,7 +137,7 @@ def _linear_lines(linears: dict[str, Any]) -> list[str]:
 
 
 def _kernel_line(kernel: dict[str, Any]) -> tuple[str, ...]:
-    verdict = "available" if kernel["available"] else "no: " + "; ".join(kernel["reasons"])
+    verdict = "available" if kernel["available"] else "no: " + "; ".join(kernel["unsupported_reasons"])
     return kernel["kernel"], verdict
 
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program, or None for `sys.argv[1:]`.
 
     Returns:
-        The exit code; bad input is one message on stderr and `ExitCode.REFUSED`.
+        The exit code; bad input is one message on stderr and `ExitCode.ERROR`.
     """
     fields = vars(_parser().parse_args(arguments))
     name = fields.pop("command")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return getattr(importlib.import_module(module, __package__), name)(options_class(**fields))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"beit-fast {name}: {error}", file=sys.stderr)
-        return ExitCode.REFUSED
+        return ExitCode.ERROR
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,11 +23,11 @@ TASKS = {
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of all commands; argparse exits with `REFUSED` by itself."""
+    """Exit codes of all commands; argparse exits with `ERROR` by itself."""
 
     DONE = 0
     SOME_FAILED = 1
-    REFUSED = 2
+    ERROR = 2
     INTERRUPTED = 130
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 DEVICE_TYPE = "cuda"
 _PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
 """Types of arguments that are not tensors: each value has graphs of its own."""
-_CAPTURE_LOCK = threading.Lock()  # CUDA refuses to synchronize a device while another thread captures on it
+_CAPTURE_LOCK = threading.Lock()  # CUDA cannot synchronize a device while another thread captures on it
 
 
 @dataclass(frozen=True)

@@ -210,11 +210,11 @@ class OptimizedModel(BeitPreTrainedModel):
 
     def train(self, mode: bool = True) -> Self:
         """Support evaluation mode only; `mode=True` raises RuntimeError."""
-        return _refuse("be trained", "train the model that it was made from") if mode else self
+        return _raise_unsupported("be trained", "train the model that it was made from") if mode else self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise RuntimeError: the weights are folded."""
-        _refuse("load weights", "load them into the model that it was made from")
+        _raise_unsupported("load weights", "load them into the model that it was made from")
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         self.load_state_dict()
@@ -224,7 +224,7 @@ class OptimizedModel(BeitPreTrainedModel):
         probe = torch.empty(0, dtype=self._optimized_dtype, device=self.device)
         moved = fn(probe)
         if (moved.device, moved.dtype) != (probe.device, probe.dtype):
-            _refuse(
+            _raise_unsupported(
                 f"be moved from {probe.dtype} on {probe.device} to {moved.dtype} on {moved.device}",
                 "move the model that it was made from, or pass dtype=",
             )
@@ -232,19 +232,19 @@ class OptimizedModel(BeitPreTrainedModel):
 
     def to_empty(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise RuntimeError: the weights are folded."""
-        _refuse("be emptied", "empty the model that it was made from")
+        _raise_unsupported("be emptied", "empty the model that it was made from")
 
     def share_memory(self) -> NoReturn:
         """Raise RuntimeError: packed weights cannot be shared."""
-        _refuse("be shared", "share the model that it was made from")
+        _raise_unsupported("be shared", "share the model that it was made from")
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> NoReturn:
         """Raise RuntimeError: there is no backward pass."""
-        _refuse("be trained", "train the model that it was made from")
+        _raise_unsupported("be trained", "train the model that it was made from")
 
     def init_weights(self) -> NoReturn:
         """Raise RuntimeError: the weights are folded."""
-        _refuse("be initialized", "initialize the model that it was made from")
+        _raise_unsupported("be initialized", "initialize the model that it was made from")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the original's `state_dict`; RuntimeError if it was freed."""
@@ -270,5 +270,5 @@ class OptimizedModel(BeitPreTrainedModel):
         vars(self)["_original"] = None
 
 
-def _refuse(what: str, instead: str) -> NoReturn:
+def _raise_unsupported(what: str, instead: str) -> NoReturn:
     raise RuntimeError(f"an optimized model cannot {what}: {instead}, and call beit_fast.optimize_for_inference again")

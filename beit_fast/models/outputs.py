@@ -98,13 +98,13 @@ class ModelOutput(OrderedDict[str, Any]):
         """The fields that are not None, in order."""
         return tuple(self.values())
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def _raise_unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
             f"the fields of a {type(self).__name__} are fixed: set one with `output.name = value` or None; "
-            "del, clear, move_to_end, pop, popitem, setdefault, update and |= are refused"
+            "del, clear, move_to_end, pop, popitem, setdefault, update and |= are not supported"
         )
 
-    __delattr__ = __delitem__ = clear = move_to_end = pop = popitem = setdefault = update = __ior__ = _refuse
+    __delattr__ = __delitem__ = clear = move_to_end = pop = popitem = setdefault = update = __ior__ = _raise_unsupported
 
     def __eq__(self, other: object) -> bool:
         """Compare class, fields and values. Tensors are compared by shape, dtype, device and elements."""

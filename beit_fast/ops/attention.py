@@ -22,7 +22,7 @@ from .arguments import (
 )
 from .dispatch import availability
 from .fallback import attention as fallback
-from .functorch import autograd_function, refuse_forward_mode, transforms_are_active
+from .functorch import autograd_function, raise_on_forward_mode, transforms_are_active
 from .library import Autograd, Kernel, call_op, register_op
 from .transforms import cast_first, fold, map_entries, unfold
 from .validation import attention_backward_errors, attention_errors, attention_tensor_errors, raise_errors
@@ -60,7 +60,7 @@ def rel_pos_attention(
     if table is not None and window is None:
         errors = [*attention_tensor_errors(q, k, v, table, key_mask), "a table needs window=(height, width)"]
         raise_errors("rel_pos_attention", errors, AttentionArguments(q, k, v, table, key_mask, (1, 1), 1.0))
-    refuse_forward_mode(q, k, v, table)
+    raise_on_forward_mode(q, k, v, table)
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.ndim == 4 and q.shape[-1] != 0 else 1.0  # the operator rejects any other q
     window = (1, 1) if window is None else window
@@ -130,7 +130,7 @@ def _gradient(op: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]
     return backward
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+def _raise_on_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "beit_fast::rel_pos_attention has no second derivative; use attn_implementation='eager' for double backward"
     )
@@ -176,7 +176,7 @@ attention_backward_op = register_op(
     fallback=Kernel(fallback.attention_backward),
     triton=Kernel(_launch_backward, _unsupported_reasons),
     fake=_fake_backward,
-    autograd=Autograd(_refuse_double_backward),
+    autograd=Autograd(_raise_on_double_backward),
     vmap=_vmap_backward,
 )
 attention_op = register_op(
@@ -191,7 +191,7 @@ attention_op = register_op(
     autocast=cast_first(3),  # q, k and v as autocast casts a matrix product; the bias table stays
 )
 _RelPosAttentionBackward = autograd_function(
-    "RelPosAttentionBackward", attention_backward_op, Autograd(_refuse_double_backward)
+    "RelPosAttentionBackward", attention_backward_op, Autograd(_raise_on_double_backward)
 )
 _RelPosAttention = autograd_function(
     "RelPosAttention", attention_op, Autograd(_gradient(_RelPosAttentionBackward.apply), _setup_context)

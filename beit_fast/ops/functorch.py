@@ -16,7 +16,7 @@ def transforms_are_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
+def raise_on_forward_mode(*tensors: Tensor | None) -> None:
     """Raise if a tensor has a tangent: PyTorch would silently drop it.
 
     Raises:

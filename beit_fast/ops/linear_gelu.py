@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .arguments import LINEAR_GELU, LinearGeluArguments
 from .dispatch import availability
-from .functorch import refuse_forward_mode
+from .functorch import raise_on_forward_mode
 from .library import Autograd, Kernel, register_op
 from .transforms import cast_first, map_entries
 from .validation import linear_gelu_errors
@@ -37,7 +37,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         ValueError: If shapes, dtypes or devices do not fit, or no kernel serves them; the error lists every reason.
         RuntimeError: If a derivative is requested, backward or forward.
     """
-    refuse_forward_mode(x, weight, bias)
+    raise_on_forward_mode(x, weight, bias)
     return linear_gelu_op(x, weight, bias)
 
 
@@ -61,7 +61,7 @@ def _fake(arguments: LinearGeluArguments) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _refuse_backward(ctx: Any, grad: Tensor) -> None:
+def _raise_on_backward(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError(
         "beit_fast::linear_gelu is for inference and has no gradient; train with nn.Linear followed by nn.GELU"
     )
@@ -81,7 +81,7 @@ linear_gelu_op = register_op(
     fallback=Kernel(_fallback),
     triton=Kernel(_launch, _unsupported_reasons),
     fake=_fake,
-    autograd=Autograd(_refuse_backward),
+    autograd=Autograd(_raise_on_backward),
     vmap=_vmap,
     autocast=cast_first(3),  # as autocast casts a linear layer
 )

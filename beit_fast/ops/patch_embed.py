@@ -16,7 +16,7 @@ from .. import native
 from .arguments import PATCH_EMBED, PATCH_EMBED_CUDA, PatchEmbedArguments
 from .dispatch import availability
 from .fallback import patch_embed as fallback
-from .functorch import autograd_function, refuse_forward_mode, transforms_are_active
+from .functorch import autograd_function, raise_on_forward_mode, transforms_are_active
 from .library import Autograd, Kernel, call_op, library, register_op
 from .transforms import cast_first, fold, map_entries, unfold
 from .validation import patch_embed_errors
@@ -50,7 +50,7 @@ def patch_embed(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit; the error lists every reason.
     """
-    refuse_forward_mode(pixels, weight, bias, cls, mask_token, pos)
+    raise_on_forward_mode(pixels, weight, bias, cls, mask_token, pos)
     arguments = PatchEmbedArguments(pixels, weight, bias, cls, mask, mask_token, pos, mean, std)
     op = _PatchEmbed.apply if transforms_are_active() else patch_embed_op
     return call_op(op, "patch_embed", arguments, patch_embed_errors)

@@ -26,7 +26,7 @@ from .arguments import (
 from .dispatch import availability
 from .fallback import residual_norm as fallback
 from .fallback.residual_norm import sum_dtype
-from .functorch import refuse_forward_mode
+from .functorch import raise_on_forward_mode
 from .library import Autograd, Kernel, register_op
 from .validation import (
     residual_add_backward_errors,
@@ -69,7 +69,7 @@ def residual_norm(
         ValueError: If shapes, dtypes or devices do not fit, or no kernel serves them; the error lists every reason.
         RuntimeError: If forward-mode or double differentiation is requested.
     """
-    refuse_forward_mode(residual, branch, scale, weight, bias)
+    raise_on_forward_mode(residual, branch, scale, weight, bias)
     total, normalized, _, _ = residual_norm_op(residual, branch, scale, drop_path_scale, weight, bias, eps, dtype)
     return (residual if branch is None else total), normalized
 
@@ -78,7 +78,7 @@ def residual_add(
     residual: Tensor, branch: Tensor, scale: Tensor | None = None, drop_path_scale: Tensor | None = None
 ) -> Tensor:
     """`residual + drop_path_scale * scale * branch`; arguments, result and errors as in `residual_norm`."""
-    refuse_forward_mode(residual, branch, scale)
+    raise_on_forward_mode(residual, branch, scale)
     return residual_add_op(residual, branch, scale, drop_path_scale)
 
 
@@ -259,7 +259,7 @@ def _add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return residual, *_needed(gradients, needed), None
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+def _raise_on_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "beit_fast::residual_norm and residual_add have no second derivative; use attn_implementation='eager' for "
         "double backward"
@@ -292,7 +292,7 @@ residual_norm_backward_op = register_op(
     fallback=Kernel(_norm_backward_fallback),
     triton=Kernel(_norm_backward_launch, _unsupported_reasons),
     fake=_empty_norm_gradients,
-    autograd=Autograd(_refuse_double_backward),
+    autograd=Autograd(_raise_on_double_backward),
 )
 residual_add_op = register_op(
     RESIDUAL_ADD,
@@ -310,5 +310,5 @@ residual_add_backward_op = register_op(
     fallback=Kernel(_add_backward_fallback),
     triton=Kernel(_add_backward_launch, _unsupported_reasons),
     fake=_empty_add_gradients,
-    autograd=Autograd(_refuse_double_backward),
+    autograd=Autograd(_raise_on_double_backward),
 )

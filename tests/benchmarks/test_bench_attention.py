@@ -125,8 +125,8 @@ def test_backend_error_quotes_pytorch_for_forward_and_backward() -> None:
 
     assert attention._backend_error(small("forward"), forward, False) is None
     assert attention._backend_error(small("backward"), forward, False) == "no plan for this backward"
-    refused = attention._backend_error(small("forward"), sdpa, False) or ""
-    assert "No viable backend" in refused or "No available kernel" in refused
+    error = attention._backend_error(small("forward"), sdpa, False) or ""
+    assert "No viable backend" in error or "No available kernel" in error
 
 
 @pytest.mark.parametrize("window", [(3, 3), (2, 5)])

@@ -101,7 +101,7 @@ def test_main_kernel_that_does_not_compile_returns_1(script: ModuleType, capfd: 
     assert "forward sm_80 bf16 D=64 none 2048x1024 4w 2s does not compile" in capfd.readouterr().err
 
 
-def test_interpreter_is_refused(
+def test_interpreter_exits_with_error(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(

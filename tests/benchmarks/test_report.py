@@ -123,7 +123,7 @@ def test_json_of_pytest_benchmark_is_condensed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"rows": []}', '{"machine_info": {"beit_fast": {}}, "benchmarks": []}'])
-def test_reports_refuse_a_file_without_measurements(
+def test_reports_of_a_file_without_measurements_raise(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run.json"

@@ -40,7 +40,7 @@ def test_info_json_agrees_with_the_dispatcher_and_the_native_libraries(capsys: p
     described = {kernel["kernel"]: kernel for kernel in facts["kernels"]}
     for kernel, available, reasons in attention.describe_kernels():
         assert described[kernel]["available"] is available
-        assert described[kernel]["reasons"] == list(reasons)
+        assert described[kernel]["unsupported_reasons"] == list(reasons)
         assert available is not bool(reasons)
     assert facts["native_libraries"] == {name: native.describe(name) for name in native.LIBRARIES}
     assert [row["kernel"] for row in facts["patch_embed_kernels"]] == list(availability.PATCH_EMBED_KERNELS)

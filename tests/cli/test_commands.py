@@ -132,7 +132,7 @@ def test_convert_rewrites_and_resizes(tmp_path, photographs, capsys):
     assert resized.dtype == torch.bfloat16
 
 
-def test_convert_missing_parameters_are_refused(tmp_path, capsys):
+def test_convert_missing_parameters_exits_with_error(tmp_path, capsys):
     save(BeitForImageClassification, tmp_path / "model")
     with pytest.warns(UserWarning, match="were initialized"):
         code, _, err = run(capsys, "convert", tmp_path / "model", tmp_path / "out", "--task", "masked-image-modeling")

@@ -1,4 +1,4 @@
-"""`beit-fast predict` on a whole data set: what it records, in which formats, and what it refuses."""
+"""`beit-fast predict` on a whole data set: what it records, in which formats, and its errors."""
 
 import json
 import os
@@ -181,7 +181,7 @@ def test_predict_parquet_equals_jsonl(output, model, images, tmp_path, capsys):
     assert table.to_pylist() == read_jsonl(tmp_path / "out.jsonl")
 
 
-def test_predict_parquet_without_pyarrow_is_refused(model, images, tmp_path, capsys, monkeypatch):
+def test_predict_parquet_without_pyarrow_exits_with_error(model, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     code, out, err = predict(capsys, images, tmp_path / "out.parquet", "--model", model)
     assert (code, out) == (2, "")
@@ -303,7 +303,7 @@ def test_predict_names_not_utf8_need_jsonl(model, tmp_path, capsys):
         ("binary", "is not a text file (expected a folder of images"),
     ],
 )
-def test_predict_without_images_is_refused(dataset, message, tmp_path, capsys):
+def test_predict_without_images_exits_with_error(dataset, message, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "list.txt").write_text("\n \n")
     save_image(tmp_path / "image.png", 0)
@@ -325,7 +325,7 @@ def test_predict_without_images_is_refused(dataset, message, tmp_path, capsys):
         (("out.jsonl", "--device", "cpu", "--dtype", "int8"), "dtype"),
     ],
 )
-def test_predict_wrong_out_is_refused(arguments, message, model, images, tmp_path, capsys):
+def test_predict_wrong_out_exits_with_error(arguments, message, model, images, tmp_path, capsys):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "exists.jsonl").write_text("precious")
     code, out, err = predict(capsys, images, tmp_path / arguments[0], "--model", model, *arguments[1:])
@@ -335,7 +335,7 @@ def test_predict_wrong_out_is_refused(arguments, message, model, images, tmp_pat
     assert (tmp_path / "exists.jsonl").read_text() == "precious"
 
 
-def test_predict_checkpoint_without_classifier_is_refused(images, tmp_path, capsys):
+def test_predict_checkpoint_without_classifier_exits_with_error(images, tmp_path, capsys):
     save_checkpoint(tmp_path / "model", "BeitForMaskedImageModeling")
     with pytest.warns(UserWarning, match="were initialized"):
         code, out, err = predict(capsys, images, tmp_path / "out.jsonl", "--model", tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Several processes of `beit-fast predict` on one run, and runs that are refused."""
+"""Several processes of `beit-fast predict` on one run, and runs that end with an error."""
 
 import fcntl
 import json
@@ -81,7 +81,7 @@ def test_predict_with_more_ranks_than_batches(arguments, whole, tmp_path, capsys
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
-def test_predict_second_process_of_a_rank_is_refused(arguments, tmp_path, capsys, monkeypatch, set_rank):
+def test_predict_second_process_of_a_rank_exits_with_error(arguments, tmp_path, capsys, monkeypatch, set_rank):
     set_rank(0, 2)
     predict(capsys, *arguments)
     folder = tmp_path / "out.jsonl.run"
@@ -142,7 +142,7 @@ def started(model, images, tmp_path_factory):
         ("another processor", "model: ", 1),
     ],
 )
-def test_predict_with_other_options_is_refused(change, message, differences, started, tmp_path, capsys):
+def test_predict_with_other_options_exits_with_error(change, message, differences, started, tmp_path, capsys):
     """Nothing of the run is changed."""
     arguments, more = list(started), tmp_path / "more"
     if change == "another image":
@@ -167,7 +167,7 @@ def test_predict_with_other_options_is_refused(change, message, differences, sta
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_predict_damaged_manifest_is_refused(arguments, whole, tmp_path, capsys):
+def test_predict_damaged_manifest_exits_with_error(arguments, whole, tmp_path, capsys):
     predict(capsys, *arguments)
     for content in ("{", "{}"):
         (tmp_path / "out.jsonl.run" / "manifest.json").write_text(content)
@@ -179,7 +179,7 @@ def test_predict_damaged_manifest_is_refused(arguments, whole, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("option", ["--overwrite", "--retry-failed"])
-def test_predict_ranks_without_an_address_are_refused(option, arguments, tmp_path, capsys, monkeypatch, set_rank):
+def test_predict_ranks_without_an_address_exits_with_error(option, arguments, tmp_path, capsys, monkeypatch, set_rank):
     set_rank(1, 2)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("MASTER_PORT", "1")

@@ -139,7 +139,7 @@ def test_info_without_compiler_reports_missing_library(pure_wheel, tmp_path):
     facts = json.loads(run(sys.executable, "-m", "beit_fast", "info", "--json", **path).stdout)
     reason = f"{native.file_name('_C')} was not built: the C++ compiler /bin/false does not support C++17"
     assert facts["native_libraries"]["_C"]["reason"] == reason
-    assert reason in {row["kernel"]: row["reasons"] for row in facts["kernels"]}["cpp"]
+    assert reason in {row["kernel"]: row["unsupported_reasons"] for row in facts["kernels"]}["cpp"]
     assert reason in run(sys.executable, "-m", "beit_fast", "info", **path).stdout
 
 

@@ -73,7 +73,7 @@ class TransformersConventions(beit_fast.BeitPreTrainedModel):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *, config: Any = None, **kwargs: Any
     ) -> Any:
         """See `beit_fast.BeitPreTrainedModel.from_pretrained`; arguments of Transformers that are None are ignored."""
-        _refuse_adapter(kwargs.pop("adapter_kwargs", None))
+        _raise_on_adapter(kwargs.pop("adapter_kwargs", None))
         if kwargs.get("use_safetensors"):
             del kwargs["use_safetensors"]  # safetensors are preferred anyway
         given = {name: value for name, value in kwargs.items() if name not in _UNUSED and value is not None}
@@ -81,7 +81,7 @@ class TransformersConventions(beit_fast.BeitPreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, config=config, **given)
 
 
-def _refuse_adapter(adapter_kwargs: Mapping[str, Any] | None) -> None:
+def _raise_on_adapter(adapter_kwargs: Mapping[str, Any] | None) -> None:
     path = (adapter_kwargs or {}).get("_adapter_model_path")
     if path is not None:
         raise ValueError(
