@@ -162,6 +162,7 @@ def _launch_forward(inputs: AttentionInputs, bias: BiasArguments, out: Tensor, l
     """Fill `out` and `lse`. If the keys are split, combine partial results."""
     batch, tokens, heads, _ = out.shape
     tile = tile_config("forward", inputs)
+    # One image of few heads leaves SMs without a program: then several programs share the keys of its queries.
     programs = batch * triton.cdiv(tokens, tile.block_m) * heads
     num_splits = configs.num_splits(programs, tokens - 1, tile.block_n, num_sms_of(out))
     # Partial results are fp32: they are rounded once, after they are combined.
@@ -272,6 +273,7 @@ def _launch_dtable(inputs: AttentionInputs, shared: _Shared, bias: BiasArguments
     """Compute the gradient of the table in chunks of heads or rows."""
     tile = tile_config("backward_dbias", inputs)
     batch, patches, heads = shared.scores.batch_size, shared.scores.patch_count, shared.scores.head_count
+    # A [N, N] scratch for all heads would take the memory that these kernels avoid; chunks reuse a bounded one.
     plan = configs.plan_backward_dbias(batch, patches, heads, tile, num_sms_of(dtable))
     stride = configs.scratch_stride(patches)
     scratch = torch.empty((plan.num_splits, plan.heads, plan.rows, stride), dtype=torch.float32, device=dtable.device)
@@ -316,6 +318,7 @@ def _launch_dtable_patches(bias: BiasArguments, chunk: ChunkArguments, num_split
     arguments = DtablePatchesArguments(
         chunk=chunk,
         grad_table=total,
+        # The first chunk of rows overwrites `total`, whose memory is not initialized.
         accumulate=int(chunk.row_start > 0),
         num_splits=num_splits,
         head_count=total.shape[1],

@@ -65,6 +65,7 @@ def residual_norm_backward_kernel(
     for step in range(0, rows_per_program, ROWS):
         rows = program * rows_per_program + step + tl.arange(0, ROWS)
         inside = (rows < row_count)[:, None] & exists[None, :]
+        # int64: the gradients may have more than 2**31 elements.
         starts = rows.to(tl.int64)[:, None] * SIZE + columns[None, :]
         gradient = tl.zeros([ROWS, BLOCK], tl.float32)
         if grad_normalized is not None:
@@ -74,10 +75,12 @@ def residual_norm_backward_kernel(
             inverse = tl.load(rstd + rows, mask=rows < row_count, other=0.0)[:, None]
             # Recomputed, because storing it would cost a pass over memory.
             x = (x - average) * inverse
+            # dy is 0 outside the rows and columns that exist, so these sums need no mask. x is not 0 there.
             weight_sum += tl.sum(dy * x, 0)
             bias_sum += tl.sum(dy, 0)
             if weight is not None:
                 dy *= tl.load(weight + columns, mask=exists, other=0.0).to(tl.float32)[None, :]
+            # LayerNorm ignores shifts and scalings of a row, so dy loses its mean and its part along x.
             dy_mean = tl.sum(dy, 1)[:, None] / SIZE
             along_x = tl.sum(dy * x, 1)[:, None] / SIZE
             gradient = (dy - dy_mean - x * along_x) * inverse
@@ -120,6 +123,7 @@ def sum_partials_kernel(
 ):
     """Add up BLOCK_C columns of the programs' sums. Grid: blocks of columns."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # The programs of a step are added up once, after the loop, which then has no reduction.
     scale_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     weight_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     bias_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)

@@ -125,6 +125,7 @@ def fill_forward(
     if residual.numel() == 0:
         return
     with device_of(residual):
+        # The kernel takes strides for rows only: the copy of a vector [E] costs little beside them.
         residual, branch = _rows(residual), None if branch is None else _rows(branch)
         arguments = ForwardArguments(
             residual=residual,
@@ -172,6 +173,7 @@ def fill_backward(
     assert incoming is not None
     grad_residual, grad_branch, *shared = gradients
     if incoming.numel() == 0:
+        # No program would run, and a sum over no rows is 0.
         for gradient in shared:
             if gradient is not None:
                 gradient.zero_()
@@ -256,4 +258,5 @@ def _strides(tensor: Tensor | None) -> Strides:
 
 def _partial(programs: int, gradient: Tensor) -> Tensor:
     """Allocate each program's sum over its rows."""
+    # fp32 whatever the dtype of the gradient, which is rounded once, after all programs are added.
     return torch.empty((programs, *gradient.shape), dtype=torch.float32, device=gradient.device)
