@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from beit_fast.layers.attention_backends import attend
+from beit_fast.layers.attention_backends import run_attention
 from beit_fast.ops.dispatch import attention
 from beit_fast.position_bias import gather_bias, relative_position_index, table_rows
 
@@ -76,14 +76,14 @@ def _ours(implementation: str, biased: bool = True) -> Baseline:
 
     def build(case: Case, inputs: Inputs) -> Attention:
         return functools.partial(
-            attend,
+            run_attention,
+            implementation,
             inputs.q,
             inputs.k,
             inputs.v,
             table=inputs.table if biased else None,
             window=case.window,
             scale=case.scale,
-            implementation=implementation,
         )
 
     def kernel(case: Case) -> str:
