@@ -148,28 +148,24 @@ def test_export_named_dimensions_equals_model() -> None:
         assert_same(run(pixels, masked), model(pixels, masked))
 
 
-RUN_PROGRAM = """
-import sys, torch
-if sys.argv[1] == "beit_fast":
-    import beit_fast
+# Compare a program and an AOTInductor package with the outputs of their model; `needed` has to be imported first.
+RUN_SAVED = """
+import importlib, sys, torch
 torch.set_num_threads(1)
-pixels, expected = torch.load(sys.argv[3])
-program = torch.export.load(sys.argv[2]).module()
-for mine, plain in zip(program(pixels), expected, strict=True):
-    torch.testing.assert_close(mine, plain)
+program, package, examples, needed = sys.argv[1:]
+examples = torch.load(examples)
+if needed != "torch":
+    try:
+        torch._inductor.aoti_load_package(package)(examples[0][0])
+    except Exception as error:
+        print("without the import:", error)
+importlib.import_module(needed)
+for run in (torch.export.load(program).module(), torch._inductor.aoti_load_package(package)):
+    for pixels, expected in examples:
+        for mine, plain in zip(run(pixels), expected, strict=True):
+            torch.testing.assert_close(mine, plain)
+assert needed == "beit_fast" or "beit_fast" not in sys.modules
 """
-
-RUN_PACKAGE = RUN_PROGRAM.replace(
-    "torch.export.load(sys.argv[2]).module()", "torch._inductor.aoti_load_package(sys.argv[2])"
-)
-
-
-def save_example(path: Path, model: nn.Module, *size: int) -> Path:
-    """Save pixels and the outputs of the model for another process."""
-    pixels = images(*size)
-    with torch.no_grad():
-        torch.save((pixels, model(pixels)), path)
-    return path
 
 
 class Outputs(nn.Module):
@@ -185,38 +181,20 @@ class Outputs(nn.Module):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["BeitForImageClassification", "BeitForSemanticSegmentation"])
-def test_aotinductor_package_loads_in_fresh_process(name: str, tmp_path: Path) -> None:
-    """The package needs `import beit_fast` for the operators; without it, loading raises an error."""
-    model = Outputs(small(name))
-    package = torch._inductor.aoti_compile_and_package(export(model), package_path=str(tmp_path / "model.pt2"))
-    for size in OTHER_SIZES:
-        data = save_example(tmp_path / "data.pt", model, *size)
-        run = run_python(RUN_PACKAGE, "beit_fast", package, data)
-        assert run.returncode == 0, run.stderr
-    run = run_python(RUN_PACKAGE, "torch", package, data)
-    assert run.returncode != 0
-    assert "Could not find schema for beit_fast::" in run.stderr
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_aotinductor_sdpa_package_needs_torch_only(tmp_path: Path) -> None:
-    model = Outputs(small(attn_implementation="sdpa"))
-    package = torch._inductor.aoti_compile_and_package(export(model), package_path=str(tmp_path / "model.pt2"))
-    data = save_example(tmp_path / "data.pt", model, 3, 3, 64, 40)
-    run = run_python(RUN_PACKAGE, "torch", package, data)
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("implementation", "imported"), [("triton", "beit_fast"), ("sdpa", "torch")])
-def test_export_save_loads_in_fresh_process(implementation: str, imported: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("implementation", "needed"), [("triton", "beit_fast"), ("sdpa", "torch")])
+def test_saved_programs_load_in_fresh_process(implementation: str, needed: str, tmp_path: Path) -> None:
+    """An exported program and an AOTInductor package need `import beit_fast` if they call its operators."""
     model = Outputs(small(attn_implementation=implementation))
-    torch.export.save(export(model), tmp_path / "program.pt2")
-    data = save_example(tmp_path / "data.pt", model, 3, 3, 64, 40)
-    run = run_python(RUN_PROGRAM, imported, tmp_path / "program.pt2", data)
+    program = export(model)
+    torch.export.save(program, tmp_path / "program.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    pixels = [images(*size) for size in OTHER_SIZES]
+    with torch.no_grad():
+        torch.save([(x, model(x)) for x in pixels], tmp_path / "examples.pt")
+    run = run_python(RUN_SAVED, tmp_path / "program.pt2", package, tmp_path / "examples.pt", needed)
     assert run.returncode == 0, run.stderr
+    found = "without the import:" in run.stdout and "Could not find schema for beit_fast::" in run.stdout + run.stderr
+    assert found is (needed == "beit_fast")
 
 
 def to_onnx(model: nn.Module, pixels: Tensor, dynamic: dict[int, Any] | None = None) -> Any:
@@ -248,24 +226,31 @@ def assert_onnx_agrees(session: Any, model: nn.Module, *sizes: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"),
+    ("name", "implementation", "position"),
     [
-        ("BeitForImageClassification", None),
-        pytest.param("BeitForImageClassification", "eager", marks=pytest.mark.slow),
-        *(pytest.param(name, "sdpa", marks=pytest.mark.slow) for name in CLASSES),
+        ("BeitForImageClassification", None, "per layer"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("BeitForImageClassification", "eager", "both"),
+                ("BeitModel", "sdpa", "both"),
+                ("BeitForMaskedImageModeling", "sdpa", "shared"),
+                ("BeitForSemanticSegmentation", "sdpa", "per layer"),
+                ("BeitBackbone", "sdpa", "per layer"),
+            )
+        ),
     ],
 )
-def test_onnx_runtime_equals_model_at_every_size(name: str, implementation: str | None) -> None:
+def test_onnx_runtime_equals_model_at_every_size(name: str, implementation: str | None, position: str) -> None:
     """ONNX does not have the operators, so None selects eager or sdpa attention."""
-    model = small(name, attn_implementation=implementation)
+    model = small(name, position, attn_implementation=implementation)
     session = to_onnx(model, images(2, 3, 32, 48))
     assert_onnx_agrees(session, model, (2, 3, 32, 48), *OTHER_SIZES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("position", ["shared", "both", "absolute"])
-def test_onnx_position_kinds_equal_model(position: str) -> None:
-    model = small(position=position, attn_implementation="sdpa")
+def test_onnx_absolute_positions_equal_model() -> None:
+    model = small(position="absolute", attn_implementation="sdpa")
     session = to_onnx(model, images(2, 3, 32, 48))
     for size in OTHER_SIZES:
         pixels = images(*size)
