@@ -182,13 +182,24 @@ def test_capabilities_cover_every_architecture() -> None:
     assert set(PRECISIONS) == set(gpu.ARITHMETICS)
 
 
-def table_variants(architecture: str) -> list[Variant]:
-    """Return a variant for each entry of the configs of an architecture.
+def has_more_demanding(kernel: str, architecture: str, block_d: int, arithmetic: str, dropout: bool) -> bool:
+    """Return whether an entry with a larger head dimension or dropout has the same tile."""
+    tile = configs.select(kernel, architecture, block_d, arithmetic, dropout)
+    others = itertools.product([size for size in configs.HEAD_DIMS if size >= block_d], {dropout, True})
+    return any(
+        configs.select(kernel, architecture, size, arithmetic, dropped) == tile
+        for size, dropped in others
+        if (size, dropped) != (block_d, dropout)
+    )
 
-    Each entry has its most demanding options: the extended table, a key mask, and a head dimension that is padded.
-    Without dropout, half precision also has the layout of even windows, whose vector loads depend on the tile. The
-    other layouts are tested at head dimension 64. Of the small GPUs, sm_86 represents sm_89, and sm_120 is tested if
-    registers are scarce.
+
+def table_variants(architecture: str) -> list[Variant]:
+    """Return variants for the entries of the configs of an architecture.
+
+    Each tile has its most demanding options: the largest head dimension that uses it, dropout, the extended table, a
+    key mask, and a head dimension that is padded. Half precision also has every head dimension in the layout of even
+    windows, whose vector loads depend on the tile. The other layouts are tested at head dimension 64. Of the small
+    GPUs, sm_86 represents sm_89, and sm_120 is tested if registers are scarce.
     """
     variants = []
     for kernel, arithmetic, block_d, dropout, capability in itertools.product(
@@ -202,13 +213,21 @@ def table_variants(architecture: str) -> list[Variant]:
         variant = shipped(
             Variant(kernel, capability, None, dtype, precision, block_d - 8, large, key_mask=True, dropout=dropout)
         )
-        variants.append(variant)
+        if not has_more_demanding(kernel, architecture, block_d, arithmetic, dropout):
+            variants.append(variant)
         if is_half and not dropout:
             variants.append(variant._replace(bias_layout=even, head_dim=block_d, key_mask=False))
         if block_d == 64 and not dropout:
             others = [odd if is_half else even] + ([] if kernel == "backward_dbias" else [configs.NO_BIAS])
             variants += [variant._replace(bias_layout=layout, head_dim=64) for layout in others]
     return variants
+
+
+def test_table_variants_cover_every_tile() -> None:
+    for architecture in gpu.ARCHITECTURES:
+        entries = itertools.product(configs.KERNELS, [architecture], configs.HEAD_DIMS, gpu.ARITHMETICS, (False, True))
+        expected = {(entry[0], entry[3], configs.select(*entry)) for entry in entries}
+        assert {(one.kernel, one.arithmetic, one.tile) for one in table_variants(architecture)} == expected
 
 
 @pytest.mark.slow

@@ -52,9 +52,12 @@ def test_residual_norm_other_widths_do_not_spill(size: int, capability: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [192, 1408, configs.LARGEST_SIZE])
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
-def test_residual_norm_every_width_on_every_architecture_does_not_spill(capability: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "capability"),
+    [(192, 80), (1408, 80), *((configs.LARGEST_SIZE, capability) for capability in (80, 90, 100, 120))],
+)
+def test_residual_norm_every_form_at_other_widths_does_not_spill(size: int, capability: int) -> None:
+    """The widest rows, whose threads have the fewest registers, on every architecture; narrower ones on one."""
     assert not (errors := find_errors(shipped(capability, size), workers=2)), "\n".join(errors)
 
 
