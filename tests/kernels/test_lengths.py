@@ -77,9 +77,10 @@ def test_attention_197_tokens_matches_oracle(window: tuple[int, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [(14, 14), (1, 196), (7, 28)])
-def test_attention_197_tokens_every_dtype_matches_oracle(window: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("window", "dtype"), [((14, 14), torch.float32), ((1, 196), torch.float16), ((7, 28), torch.float32)]
+)
+def test_attention_197_tokens_two_heads_match_oracle(window: tuple[int, int], dtype: torch.dtype) -> None:
     check_parity(make_case(window, dtype, batch=1, heads=2, head_dim=16))
 
 

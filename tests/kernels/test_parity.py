@@ -13,10 +13,10 @@ from .cases import DTYPES, check_parity, make_case, run_backward, run_forward, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", range(8, 129, 8))
-def test_attention_every_head_dim_and_dtype_matches_oracle(head_dim: int, dtype: torch.dtype) -> None:
-    check_parity(make_case((4, 9), dtype, batch=3, heads=2, head_dim=head_dim))
+def test_attention_every_head_dim_matches_oracle(head_dim: int) -> None:
+    """In turn with every dtype; test_drawn_cases.py draws the others."""
+    check_parity(make_case((4, 9), DTYPES[head_dim // 8 % 3], batch=3, heads=2, head_dim=head_dim))
 
 
 @pytest.mark.parametrize("window", [(1, 1), (1, 40), (40, 1), (3, 13), (13, 3), (7, 7)])
