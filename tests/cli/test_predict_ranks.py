@@ -197,10 +197,11 @@ def free_port():
 
 @pytest.mark.slow
 def test_predict_under_torchrun(arguments, whole, tmp_path):
-    """From nothing, then with options that rank 0 carries out before the other ranks start."""
+    """From nothing by `--overwrite`, then a part: rank 0 carries out both options before the other ranks start."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    for option, images in (((), COUNT), (("--overwrite",), COUNT), (("--retry-failed",), BATCH_SIZE)):
-        command = [sys.executable, *launch, "-m", "beit_fast", "predict", *arguments, *option]
+    (tmp_path / "out.jsonl").write_text("of another run")
+    for option, images in (("--overwrite", COUNT), ("--retry-failed", BATCH_SIZE)):
+        command = [sys.executable, *launch, "-m", "beit_fast", "predict", *arguments, option]
         done = subprocess.run(
             list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
         )
