@@ -302,10 +302,10 @@ def test_compile_inductor_training_equals_eager(name: str) -> None:
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.usefixtures("_eager_random_numbers")
 @pytest.mark.parametrize("training", [False, True])
 def test_compile_inductor_segmentation_equals_eager(training: bool) -> None:
-    """Without random numbers, which would only add kernels to compile."""
-    model = small(SEGMENTATION).train(training)
+    model = small(SEGMENTATION, **RANDOM).train(training)
     compiled, counter = compile_and_count(model, "inductor")
     inputs = inputs_of(SEGMENTATION, model)
     mark_batch_dynamic(inputs)
