@@ -178,8 +178,7 @@ def fill_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    # None compiles a kernel without what is not needed.
-    if grad_normalized is None:
+    if grad_normalized is None:  # None compiles a kernel without what is not needed
         total = weight = mean = rstd = None
     if shared[0] is None:
         branch = None
