@@ -25,7 +25,7 @@ def test_relative_links_without_url_are_removed(without_relative_links):
     text = without_relative_links(README, repository_url="")
     assert [target for _, target in LINK.findall(text) if "://" not in target] == []
     assert "![" not in text
-    assert "first steps" in text  # the text of a link remains
+    assert "Contributing" in text  # the text of a link remains
 
 
 def test_relative_links_with_url_become_absolute(without_relative_links):
