@@ -71,7 +71,7 @@ class Inspection:
     stack: int  # bytes of a thread; stack and local memory hold spilled registers
     local: int
     shared: int  # bytes of a program
-    loop: Counter[str]  # instructions of the main loop, see sass.main_loop
+    loop: Counter[str]  # instructions of the main loop, see sass.main_loop; empty if not asked for
     bias_loads: list[ttgir_layouts.BiasLoad]
 
     @property
@@ -123,22 +123,30 @@ def cache_folder(default: Path) -> Path:
     return Path(os.environ.get("BEIT_FAST_AOT_CACHE") or default)
 
 
-def inspect(variant: Compilable, cache: Path) -> Inspection:
-    """Compile and inspect a variant, or read the cached result."""
-    file = cache / f"{_key(variant)}.json"
+def inspect(variant: Compilable, cache: Path, with_loop: bool = True) -> Inspection:
+    """Compile and inspect a variant, or read the cached result.
+
+    Args:
+        variant: The variant.
+        cache: Folder of cached results, see `cache_folder`.
+        with_loop: Whether to disassemble the main loop, which takes a third of the time.
+    """
+    key = _key(variant)
+    whole, resources = cache / f"{key}.json", cache / f"{key}.resources.json"
+    file = whole if with_loop or whole.exists() else resources
     if not file.exists():
-        _write(file, _inspect_compiled(compile_variant(variant), variant))
+        _write(file, _inspect_compiled(compile_variant(variant), variant, with_loop))
     found = json.loads(file.read_text())
     found["loop"] = Counter(found["loop"])
     found["bias_loads"] = [ttgir_layouts.BiasLoad(*load) for load in found["bias_loads"]]
     return Inspection(**found)
 
 
-def _inspect_compiled(compiled: Compiled, variant: Compilable) -> Inspection:
+def _inspect_compiled(compiled: Compiled, variant: Compilable, with_loop: bool) -> Inspection:
     return Inspection(
         **sass.resources(compiled.cubin)._asdict(),
         shared=compiled.shared,
-        loop=sass.main_loop(sass.disassemble(compiled.cubin)) if variant.tile else Counter(),
+        loop=sass.main_loop(sass.disassemble(compiled.cubin)) if with_loop and variant.tile else Counter(),
         bias_loads=ttgir_layouts.bias_loads(compiled.ttgir, variant.capability),
     )
 
@@ -172,7 +180,7 @@ def _sources() -> str:
 
 
 def inspect_all(
-    variants: Iterable[AnyVariant], cache: Path, workers: int = 1
+    variants: Iterable[AnyVariant], cache: Path, workers: int = 1, with_loop: bool = True
 ) -> Iterator[tuple[AnyVariant, Inspection | str]]:
     """Yield each variant, in order, with its inspection or the compiler's error.
 
@@ -180,10 +188,11 @@ def inspect_all(
         variants: Variants of one kind.
         cache: Folder of cached results, see `cache_folder`.
         workers: Number of processes that compile; 1 compiles in this one.
+        with_loop: As for `inspect`.
     """
     require_compiler()
     variants = list(variants)
-    attempt = functools.partial(_attempt, cache=cache)
+    attempt = functools.partial(_attempt, cache=cache, with_loop=with_loop)
     if workers == 1:
         yield from zip(variants, map(attempt, variants), strict=True)
         return
@@ -192,9 +201,9 @@ def inspect_all(
         yield from zip(variants, pool.map(attempt, variants), strict=True)
 
 
-def _attempt(variant: Compilable, cache: Path) -> Inspection | str:
+def _attempt(variant: Compilable, cache: Path, with_loop: bool) -> Inspection | str:
     """Inspect a variant; return an error of the compiler as text."""
     try:
-        return inspect(variant, cache)
+        return inspect(variant, cache, with_loop)
     except CompilationError as error:
         return str(error)

@@ -55,7 +55,7 @@ def inspect_variants(*variants: Variant) -> list[Inspection]:
 def find_errors(variants: Iterable[Variant], workers: int = 1) -> list[str]:
     """Compile the variants and return every error found."""
     errors = []
-    for variant, found in aot.inspect_all(variants, CACHE, workers):
+    for variant, found in aot.inspect_all(variants, CACHE, workers, with_loop=False):
         if isinstance(found, str):
             errors.append(found)
             continue
