@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import triton
+
 from ..attention import (
     backward_dbias,
     backward_dkv,
@@ -13,6 +15,7 @@ from ..attention import (
     primitives,
 )
 from ..common import gpu
+from ..common.compiler_hazards import is_pipelined, needs_copy_fence
 from . import sass
 from .compile import DTYPES, CompileSpec
 
@@ -105,6 +108,8 @@ def shipped(variant: Variant) -> Variant:
     """Return the variant with the tiles that the launcher chooses."""
     block_d = configs.padded_head_dim(variant.head_dim)
     tile = configs.select(variant.kernel, variant.architecture, block_d, variant.arithmetic, variant.dropout)
+    if not is_pipelined(variant.kernel, variant.capability, triton.__version__):
+        tile = tile._replace(num_stages=1)
     return variant._replace(tile=tile)
 
 
@@ -149,6 +154,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "DROPOUT": variant.dropout,
         "PRECISION": variant.precision,
         "UPCAST": False,
+        "FENCE": needs_copy_fence(variant.capability, triton.__version__),
         **blocks.get(variant.kernel, {}),
     }
     if variant.tile:

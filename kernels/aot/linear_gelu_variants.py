@@ -2,7 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import triton
+
 from ..common import gpu
+from ..common.compiler_hazards import needs_copy_fence
 from ..linear_gelu import configs
 from ..linear_gelu.kernel import linear_gelu_kernel
 from . import sass
@@ -42,6 +45,7 @@ class LinearVariant(NamedTuple):
             "WHOLE_STEPS": self.whole_steps,
             "PRECISION": self.precision,
             "UPCAST": False,
+            "FENCE": needs_copy_fence(self.capability, triton.__version__),
             **({} if self.bias else {"bias": None}),
         }
 

@@ -43,6 +43,7 @@ class MatmulArguments(NamedTuple):
 
     PRECISION: str
     UPCAST: bool
+    FENCE: bool
 
 
 class PackedBias(NamedTuple):

@@ -70,6 +70,7 @@ def backward_dbias_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,  # see compiler_hazards.py
 ):
     """Sum the score gradient of one tile of one head over samples. The [BLOCK_M, BLOCK_N] sum is in registers.
 
@@ -104,7 +105,7 @@ def backward_dbias_kernel(
         row_lse = load_row_values(lse_log2, batch, head, rows, patch_count, head_count, lse_stride)
         row_delta = load_row_values(delta, batch, head, rows, patch_count, head_count, lse_stride)
         scores = biased_scores(
-            q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
+            q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST, FENCE
         )  # [M, N]
         p = tl.exp2(scores * scale_log2 - row_lse[:, None])
         if key_mask is not None:

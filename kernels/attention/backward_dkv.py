@@ -61,6 +61,7 @@ def backward_dkv_step(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Return (key_acc, value_acc) after BLOCK_M more queries."""
@@ -70,7 +71,7 @@ def backward_dkv_step(
     q = load_patches(query, start, patch_count, query_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)  # [M, D]
     do = load_patches(grad_out, start, patch_count, grad_strides, BLOCK_M, HEAD_DIM, BLOCK_D, TAIL)
     scores = biased_scores(
-        k, q, row_pointers, column_offsets, start, BLOCK_M, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
+        k, q, row_pointers, column_offsets, start, BLOCK_M, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST, FENCE
     )  # [N, M]
     patches = start + tl.arange(0, BLOCK_M)
     # Masked keys need no mask here: their rows of dK and dV are set to 0 after the loop.
@@ -135,6 +136,7 @@ def backward_dkv_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,  # see compiler_hazards.py
 ):
     """Compute dK and dV of BLOCK_N keys of one head. Grid: (batch, key blocks, heads) flattened."""
     # Batch is fastest, so that programs which run together read the same head's bias.
@@ -193,7 +195,7 @@ def backward_dkv_kernel(
             key_acc, value_acc, start, k, v, keys, key, value, query, grad_out, lse_base, delta_base, row_pointers,
             column_offsets, key_strides, value_strides, query_strides, grad_strides, batch, head, head_count,
             patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_M,
-            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST,
+            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, FENCE,
             False,
         )  # fmt: skip
         query += BLOCK_M * token_stride(query_strides, tl.int64)
@@ -203,7 +205,7 @@ def backward_dkv_kernel(
             key_acc, value_acc, whole, k, v, keys, key, value, query, grad_out, lse_base, delta_base, row_pointers,
             column_offsets, key_strides, value_strides, query_strides, grad_strides, batch, head, head_count,
             patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_M,
-            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST,
+            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, FENCE,
             True,
         )  # fmt: skip
 

@@ -64,6 +64,7 @@ def backward_dq_step(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Return acc after BLOCK_N more keys."""
@@ -72,7 +73,7 @@ def backward_dq_step(
     k = load_patches(key, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
     v = load_patches(value, start, patch_count, value_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)
     scores = biased_scores(
-        q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
+        q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST, FENCE
     )  # [M, N]
     # lse is +inf for rows without a key, whose weights are 0 here. Other rows may still have masked keys.
     p = tl.exp2(scores * scale_log2 - lse[:, None])
@@ -129,6 +130,7 @@ def backward_dq_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,  # see compiler_hazards.py
 ):
     """Compute dQ of BLOCK_M queries of one head. Grid: (batch, query blocks, heads) flattened."""
     # Batch is fastest, so that programs which run together read the same head's bias.
@@ -179,7 +181,7 @@ def backward_dq_kernel(
             acc, start, q, do, queries, row_lse, row_delta, query, grad_out, key, value, row_pointers,
             column_offsets, key_mask, query_strides, grad_strides, key_strides, value_strides, mask_strides,
             batch, head, head_count, patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high,
-            HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, False,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, FENCE, False,
         )  # fmt: skip
         key += BLOCK_N * token_stride(key_strides, tl.int64)
         value += BLOCK_N * token_stride(value_strides, tl.int64)
@@ -188,7 +190,7 @@ def backward_dq_kernel(
             acc, whole, q, do, queries, row_lse, row_delta, query, grad_out, key, value, row_pointers,
             column_offsets, key_mask, query_strides, grad_strides, key_strides, value_strides, mask_strides,
             batch, head, head_count, patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high,
-            HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, True,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, FENCE, True,
         )  # fmt: skip
     # The scale multiplies the sum once, and not every tile of ds.
     store_rows(grad_query, acc * scale, batch, head, rows, patch_count, head_count, HEAD_DIM, BLOCK_D)

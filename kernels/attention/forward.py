@@ -82,6 +82,7 @@ def forward_step(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,
     GUARD: tl.constexpr,
     TAIL: tl.constexpr,
 ):
@@ -89,7 +90,7 @@ def forward_step(
     q = reload_rows(q, query, queries, query_strides, HEAD_DIM, BLOCK_D)
     k = load_patches(key, start, patch_count, key_strides, BLOCK_N, HEAD_DIM, BLOCK_D, TAIL)  # [N, D]
     scores = biased_scores(
-        q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST
+        q, k, row_pointers, column_offsets, start, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR, PRECISION, UPCAST, FENCE
     )  # [M, N]
     MASKED: tl.constexpr = TAIL or key_mask is not None
     valid = None
@@ -144,6 +145,7 @@ def attention_forward_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,  # how tl.dot multiplies fp32
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,  # see compiler_hazards.py
 ):
     """Compute `out` and `lse` of BLOCK_M queries of one head. Grid: (batch, query blocks, heads, splits) flattened."""
     # CLS makes m_i finite from the start, unless a mask or a split excludes it.
@@ -205,7 +207,7 @@ def attention_forward_kernel(
             m_i, l_i, acc, start, q, queries, query, key, value, row_pointers, column_offsets, key_mask,
             query_strides, key_strides, value_strides, mask_strides, batch, head, head_count, patch_count,
             scale_log2, drop_threshold, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR,
-            DROPOUT, PRECISION, UPCAST, GUARD, False,
+            DROPOUT, PRECISION, UPCAST, FENCE, GUARD, False,
         )  # fmt: skip
         key += BLOCK_N * token_stride(key_strides, tl.int64)
         value += BLOCK_N * token_stride(value_strides, tl.int64)
@@ -215,7 +217,7 @@ def attention_forward_kernel(
             m_i, l_i, acc, whole, q, queries, query, key, value, row_pointers, column_offsets, key_mask,
             query_strides, key_strides, value_strides, mask_strides, batch, head, head_count, patch_count,
             scale_log2, drop_threshold, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_N, BIAS_LAYOUT, BIAS_VECTOR,
-            DROPOUT, PRECISION, UPCAST, GUARD, True,
+            DROPOUT, PRECISION, UPCAST, FENCE, GUARD, True,
         )  # fmt: skip
 
     # A row without a key: lse is -inf, and out is 0 and not 0 / 0.

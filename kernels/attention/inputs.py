@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common import gpu
-from ..common.device import architecture_of, dot_precision
+from ..common.device import architecture_of, dot_precision, is_pipelined, needs_copy_fence
 from ..common.launch import launch_kernel
 from . import configs, pack_bias
 from .arguments import BiasArguments, MatmulArguments, PackBiasArguments, PackedBias, ScoreArguments
@@ -105,9 +105,14 @@ def score_arguments(inputs: AttentionInputs) -> ScoreArguments:
 
 
 def matmul_arguments(inputs: AttentionInputs) -> MatmulArguments:
-    """Precision of fp32 products; UPCAST is for Triton's interpreter, which cannot multiply 16-bit floats."""
+    """Precision of fp32 products; UPCAST is for Triton's interpreter, which cannot multiply 16-bit floats.
+
+    FENCE is for releases of Triton that forget a fence.
+    """
     q = inputs.query
-    return MatmulArguments(PRECISION=dot_precision(q), UPCAST=not q.is_cuda and q.dtype != torch.float32)
+    return MatmulArguments(
+        PRECISION=dot_precision(q), UPCAST=not q.is_cuda and q.dtype != torch.float32, FENCE=needs_copy_fence(q)
+    )
 
 
 def bias_arguments(inputs: AttentionInputs, *, flipped: bool) -> BiasArguments:
@@ -173,4 +178,5 @@ def tile_config(kernel: str, inputs: AttentionInputs) -> configs.TileConfig:
     """Choose the tiles of `kernel`, one of configs.KERNELS."""
     q = inputs.query
     arithmetic = gpu.arithmetic(q.element_size(), dot_precision(q))
-    return configs.select(kernel, architecture_of(q), inputs.block_d, arithmetic, inputs.dropout_p > 0.0)
+    tile = configs.select(kernel, architecture_of(q), inputs.block_d, arithmetic, inputs.dropout_p > 0.0)
+    return tile if is_pipelined(kernel, q) else tile._replace(num_stages=1)

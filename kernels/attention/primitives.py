@@ -8,6 +8,7 @@ the CLS column before its loop.
 import triton
 import triton.language as tl
 
+from ..common.primitives import fence_copies
 from .bias import load_bias_tile
 
 # Triton recompiles a kernel for integers that are 1 or multiples of 16, which does not make these kernels faster.
@@ -195,12 +196,15 @@ def biased_scores(
     BIAS_VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,
 ):
     """Return [A, B] fp32 scores divided by the scale, bias included."""
     # Triton's interpreter multiplies the bit patterns of bf16 as integers.
     if UPCAST:
         rows = rows.to(tl.float32)
         columns = columns.to(tl.float32)
+    # Every tile of a step was copied before its first product: one fence is enough.
+    fence_copies(FENCE)
     if BIAS_LAYOUT == "none":
         products = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
     else:

@@ -1,4 +1,4 @@
-"""The device of a tensor: architecture class, number of SMs, and the precision of fp32 products."""
+"""The device of a tensor: architecture, number of SMs, the precision of fp32 products, and faults of the compiler."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import functools
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from . import gpu
+from . import compiler_hazards, gpu
 
 
 def dot_precision(q: Tensor) -> str:
@@ -31,6 +32,21 @@ def architecture_of(tensor: Tensor) -> str:
     return _architecture(tensor.device.index) if tensor.is_cuda else gpu.INTERPRETER
 
 
+def needs_copy_fence(tensor: Tensor) -> bool:
+    """Return whether Triton forgets to fence asynchronous copies on the tensor's device."""
+    return compiler_hazards.needs_copy_fence(capability_of(tensor), triton.__version__)
+
+
+def is_pipelined(kernel: str, tensor: Tensor) -> bool:
+    """Return whether the loop of `kernel` may copy tiles asynchronously on the tensor's device."""
+    return compiler_hazards.is_pipelined(kernel, capability_of(tensor), triton.__version__)
+
+
+def capability_of(tensor: Tensor) -> int:
+    """Return the compute capability of the tensor's device, 90 for 9.0; 0 for a CPU and for ROCm."""
+    return _capability(tensor.device.index) if tensor.is_cuda else 0
+
+
 def num_sms_of(tensor: Tensor) -> int:
     """Return the number of SMs of the tensor's device."""
     # 0 on a CPU: more programs do not make the interpreter faster.
@@ -39,9 +55,15 @@ def num_sms_of(tensor: Tensor) -> int:
 
 @functools.cache
 def _architecture(device_index: int) -> str:
+    return gpu.architecture_class(*divmod(_capability(device_index), 10))
+
+
+@functools.cache
+def _capability(device_index: int) -> int:
     if torch.version.hip is not None:
-        return gpu.SMALL
-    return gpu.architecture_class(*torch.cuda.get_device_capability(device_index))
+        return 0
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
 
 
 @functools.cache

@@ -18,6 +18,17 @@ def split_program_id(program, inner_count, block_count):
 
 
 @triton.jit
+def fence_copies(FENCE: tl.constexpr):
+    """Order asynchronous copies to shared memory before the matrix products that follow."""
+    # Only for releases of Triton that forget this fence: see compiler_hazards.py. The compiler keeps the order of
+    # assembly with side effects, so that the fence stays between the wait for the copies and the product.
+    if FENCE:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def matmul(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """Return `a @ b`, summed in fp32."""
     # Triton's interpreter multiplies the bit patterns of bf16 as integers.

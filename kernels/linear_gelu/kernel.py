@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.primitives import matmul
+from ..common.primitives import fence_copies, matmul
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -62,6 +62,7 @@ def linear_gelu_kernel(
     WHOLE_STEPS: tl.constexpr,  # whether BLOCK_K divides input_count
     PRECISION: tl.constexpr,  # how tl.dot multiplies fp32
     UPCAST: tl.constexpr,
+    FENCE: tl.constexpr,  # see compiler_hazards.py
 ):
     """Compute a [BLOCK_M, BLOCK_N] block of `gelu(x @ weight.T + bias)`. Grid: blocks, see grouped_blocks."""
     row_block, output_block = grouped_blocks(
@@ -83,6 +84,7 @@ def linear_gelu_kernel(
             inside = (inputs < input_count - start)[None, :]
             a = tl.load(x_pointers, mask=inside, other=0.0)
             b = tl.load(weight_pointers, mask=inside, other=0.0)
+        fence_copies(FENCE)
         acc += matmul(a, tl.trans(b), PRECISION, UPCAST)
         x_pointers += BLOCK_K
         weight_pointers += BLOCK_K

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.device import architecture_of, device_of, dot_precision
+from ..common.device import architecture_of, device_of, dot_precision, needs_copy_fence
 from ..common.gpu import arithmetic
 from ..common.launch import launch_kernel
 from . import configs
@@ -39,6 +39,7 @@ class LinearGeluArguments(NamedTuple):
     WHOLE_STEPS: bool
     PRECISION: str
     UPCAST: bool
+    FENCE: bool
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,6 +85,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             WHOLE_STEPS=input_count % tile.block_k == 0,
             PRECISION=precision,
             UPCAST=not x.is_cuda and x.dtype != torch.float32,
+            FENCE=needs_copy_fence(x),
         )
         launch_kernel(linear_gelu_kernel, blocks, arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
     return out

@@ -78,13 +78,14 @@ def test_arguments_cover_every_kernel() -> None:
 
 
 def test_by_name_flattens_nested_arguments() -> None:
-    matmul = arguments.MatmulArguments(PRECISION="tf32", UPCAST=False)
+    matmul = arguments.MatmulArguments(PRECISION="tf32", UPCAST=False, FENCE=True)
     tile = arguments.TileArguments(64, 32)
     nested = arguments.BackwardDqArguments(None, matmul, None, tile, None, None, scale=0.5)
     named = by_name(nested)
     assert {name: value for name, value in named.items() if value is not None} == {
         "PRECISION": "tf32",
         "UPCAST": False,
+        "FENCE": True,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
         "scale": 0.5,
