@@ -4,6 +4,7 @@ Test processes run in parallel, and spinning threads slow each other down.
 """
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,3 +16,24 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int], str], None]]:
+    """Yield a function after which the dispatcher sees a GPU of a compute capability and a version of Triton."""
+    from beit_fast.ops.dispatch import attention, availability
+
+    triton = pytest.importorskip("triton", reason="needs Triton")
+    decided = (attention._decide, availability._capability_reasons, availability._compiler_hazards)
+
+    def see_gpu(capability: tuple[int, int], version: str) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(triton, "__version__", version)
+        for function in decided:
+            function.cache_clear()
+
+    yield see_gpu
+    for function in decided:
+        function.cache_clear()

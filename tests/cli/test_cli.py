@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def test_info_json_agrees_with_the_dispatcher_and_the_native_libraries(capsys: p
     assert [row["kernel"] for row in facts["patch_embed_kernels"]] == list(availability.PATCH_EMBED_KERNELS)
     used, usable = native.instruction_sets()
     assert facts["instruction_sets"] == {"used": used, "usable": list(usable)}
+
+
+def test_info_on_gpu_with_faulty_compiler_names_the_torch_that_is_sound(
+    fake_gpu: Callable[[tuple[int, int], str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_gpu((10, 0), "3.7.1")
+    assert main.main(["info"]) == 0
+    assert (
+        "no: Triton 3.7.1 compiles for compute capability 10.0 with a known fault: warps race in tensor memory; "
+        "use torch 2.14 or later, which brings Triton 3.8.0"
+    ) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Dispatch of attention: names, kernels and the reasons of unsupported inputs."""
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from beit_fast.ops.dispatch import attention
+from beit_fast.ops.dispatch import attention, availability
 
 from ..support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
 
@@ -57,6 +60,41 @@ def test_resolve_none_never_raises():
 def test_resolve_on_missing_cuda_device_raises():
     with pytest.raises(ValueError, match="torch finds no CUDA device"):
         attention.resolve("triton", torch.device("cuda", 0), torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "reason"),
+    [
+        ((10, 0), "3.7.1", "warps race in tensor memory; use torch 2.14 or later, which brings Triton 3.8.0"),
+        ((10, 3), "3.6.0", "warps race in tensor memory; use torch 2.14 or later, which brings Triton 3.8.0"),
+        ((11, 0), "3.9.0", "compute capability 11.0 is not supported"),
+        ((10, 0), "3.8.0", None),
+        ((9, 0), "3.6.0", None),
+        ((8, 0), "3.6.0", None),
+        ((12, 0), "3.9.0", None),
+    ],
+)
+def test_kernels_for_gpu_with_faulty_compiler_are_refused(
+    fake_gpu: Callable[[tuple[int, int], str], None],
+    capability: tuple[int, int],
+    version: str,
+    reason: str | None,
+) -> None:
+    fake_gpu(capability, version)
+    cuda = torch.device("cuda", 0)
+    found = availability.attention_unsupported_reasons("triton", cuda, torch.bfloat16, 64)
+    assert availability.linear_gelu_unsupported_reasons(cuda, torch.bfloat16, 64) == found
+    # Kernels without matrix products have none of the faults.
+    assert availability.residual_norm_unsupported_reasons(cuda, [torch.bfloat16], 64, 8) == ()
+    if reason is None:
+        assert found == ()
+        assert attention.resolve(None, cuda, torch.bfloat16, 64) == "triton"
+        return
+    (text,) = found
+    assert reason in text
+    assert attention.resolve(None, cuda, torch.bfloat16, 64) == "sdpa"
+    with pytest.raises(ValueError, match=f"triton: {re.escape(text)}"):
+        attention.resolve("triton", cuda, torch.bfloat16, 64)
 
 
 def test_describe_kernels_gives_reasons():

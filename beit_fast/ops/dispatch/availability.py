@@ -66,7 +66,7 @@ def attention_unsupported_reasons(
 ) -> tuple[str, ...]:
     """List why `kernel` cannot serve attention on `device`. `dtype` and `head_dim` are those of the queries."""
     if kernel == "triton":
-        return _cuda_reasons(device) + _triton_reasons(dtype, head_dim)
+        return _cuda_reasons(device) + _compiler_reasons(device) + _triton_reasons(dtype, head_dim)
     if kernel == "triton-interpret":
         reasons = () if INTERPRETED else ("TRITON_INTERPRET=1 was not set when beit_fast was imported",)
         return _wrong_device(device, "cpu") + reasons + _triton_reasons(dtype, head_dim)
@@ -168,7 +168,7 @@ def triton_takes_rows(row_size: int, dtypes: Sequence[torch.dtype]) -> bool:
 
 def linear_gelu_unsupported_reasons(device: torch.device, dtype: torch.dtype, output_count: int) -> tuple[str, ...]:
     """List why the Triton kernel cannot serve `linear_gelu` on `device`."""
-    reasons = _triton_place_reasons(device) + _triton_type_reasons([dtype])
+    reasons = _triton_place_reasons(device) + _compiler_reasons(device) + _triton_type_reasons([dtype])
     if output_count > LARGEST_OUTPUT_COUNT:
         reasons += (f"{output_count} outputs are more than {LARGEST_OUTPUT_COUNT}",)
     return reasons
@@ -232,6 +232,24 @@ def _cuda_reasons(device: torch.device) -> tuple[str, ...]:
     if torch.version.hip is not None:
         return ("the kernels are written for NVIDIA GPUs, and this is a ROCm build of torch",)
     return _capability_reasons(device.index)
+
+
+def _compiler_reasons(device: torch.device) -> tuple[str, ...]:
+    """List known faults of the installed Triton in kernels with matrix products for this device."""
+    if device.type != "cuda" or _cuda_reasons(device) or not has_triton():
+        return ()
+    return _compiler_hazards(device.index)
+
+
+@functools.cache
+def _compiler_hazards(index: int | None) -> tuple[str, ...]:
+    # The distribution that brings the package may have another name, so the version is that of the package.
+    import triton
+
+    from ...kernels.common.compiler_hazards import compiler_hazards
+
+    major, minor = torch.cuda.get_device_capability(index)
+    return tuple(compiler_hazards(10 * major + minor, triton.__version__))
 
 
 @functools.cache
