@@ -1,0 +1,197 @@
+"""Accesses since the last barrier: find races between the warps of a CTA.
+
+Each warp marks the granules that it reads and writes. A granule is as large as the smallest access of the kernel, so no
+mark covers the bytes of two accesses. A barrier compares the marks of different warps and clears them. Several warps
+may write the same value to the same byte, as they do if several threads hold copies of one element.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .dtypes import ITEMS, U8, U64, Array
+from .errors import RaceError
+from .sites import LANES, Site
+
+
+class Access(NamedTuple):
+    """What some threads accessed."""
+
+    places: Array
+    lanes: Array
+    size: int
+    values: Array | None  # that were written
+    site: Site
+
+
+class AccessLog:
+    """Accesses to a memory of several CTAs that run together.
+
+    Args:
+        memory: Its name in messages.
+        cta_count: Number of CTAs.
+        pitch: Bytes of a CTA's memory, a multiple of 128. CTA `i` begins at `i * pitch`.
+        threads: Threads of a CTA.
+        granule: Bytes of the smallest access.
+    """
+
+    def __init__(self, memory: str, cta_count: int, pitch: int, threads: int, granule: int) -> None:
+        self.memory = memory
+        self.pitch = pitch
+        self.granule = granule
+        self.warps = threads // LANES
+        self._cta_count = cta_count
+        self._rest = cta_count * pitch
+        self._base = np.arange(cta_count * threads) // LANES % self.warps * self._rest
+        shape = (self.warps, cta_count, pitch // granule)
+        self._reads, self._writes = np.zeros(shape, U8), np.zeros(shape, U8)
+        self._marks = {
+            size: (
+                self._reads.reshape(-1).view(ITEMS[size // granule]),
+                self._writes.reshape(-1).view(ITEMS[size // granule]),
+                np.ones(size // granule, U8).view(ITEMS[size // granule])[0],
+            )
+            for size in ITEMS
+            if size >= granule
+        }
+        self._read_span, self._write_span = _Span(pitch), _Span(pitch)
+        self._accesses: list[Access] = []
+
+    def add(self, places: Array, size: int, lanes: Array, site: Site, values: Array | None = None) -> None:
+        """Note accesses of `size` bytes at `places` by `lanes`. `values` are written; None for reads."""
+        if self.warps == 1:
+            return
+        reads, writes, mark = self._marks[size]
+        marks = reads if values is None else writes
+        marks[(places + self._base[lanes]) // size] = mark
+        (self._read_span if values is None else self._write_span).extend(places % self.pitch, size)
+        self._accesses.append(Access(places, lanes, size, values, site))
+
+    def check_now(self, places: Array, size: int, lanes: Array, site: Site, is_write: bool) -> None:
+        """Report an asynchronous access if another warp accessed the bytes since the last barrier."""
+        if self.warps == 1:
+            return
+        reads, writes, _ = self._marks[size]
+        own = self._base[lanes]
+        for warp in range(self.warps):
+            index = (places + warp * self._rest) // size
+            found = writes.take(index) != 0
+            if is_write:
+                found |= reads.take(index) != 0
+            found &= own != warp * self._rest
+            if found.any():
+                first = int(np.argmax(found))
+                place = int(places[first])
+                site.report(
+                    RaceError,
+                    f"{'writes' if is_write else 'reads'} {self.memory} without a barrier after another warp's access",
+                    first,
+                    f"byte {place % self.pitch}",
+                    self._others(place),
+                )
+                return
+
+    def barrier(self, ctas: Array | None) -> None:
+        """Compare the accesses of the warps of these CTAs, and forget them; None for all CTAs."""
+        chosen = slice(None) if ctas is None else ctas
+        first, last = self._write_span.granules(self.granule)
+        if last > first:
+            writes, reads = self._writes[:, chosen, first:last], self._reads[:, chosen, first:last]
+            races = self._races(writes, reads, first, chosen)
+            if races is not None:
+                self._report(races, first, chosen)
+            self._writes[:, chosen, first:last] = 0
+        first, last = self._read_span.granules(self.granule)
+        if last > first:
+            self._reads[:, chosen, first:last] = 0
+        if ctas is None:
+            self._read_span.clear()
+            self._write_span.clear()
+            self._accesses.clear()
+
+    def _races(self, writes: Array, reads: Array, first: int, chosen: slice | Array) -> Array | None:
+        """Return which granules one warp wrote and another accessed, `[CTAs, granules]`; None if there are none."""
+        # Marks are 0 or 1, so eight of them are added or compared as one 64-bit number.
+        writes, reads = (np.ascontiguousarray(part).view(U64) for part in (writes, reads))
+        total = writes[0].copy()
+        foreign = reads[0] & ~writes[0]
+        for warp in range(1, self.warps):
+            total += writes[warp]
+            foreign |= reads[warp] & ~writes[warp]
+        writers = total.view(U8)
+        races = (writers != 0) & (foreign.view(U8) != 0)
+        shared = writers > 1
+        if shared.any():
+            races |= self._disagreements(shared, first, chosen)
+        return races if races.any() else None
+
+    def _disagreements(self, shared: Array, first: int, chosen: slice | Array) -> Array:
+        """Return which of the granules that several warps wrote got different values."""
+        suspects = np.zeros(self._writes.shape[1:], bool)
+        suspects[chosen, first : first + shared.shape[1]] = shared
+        flat = suspects.reshape(-1)
+        value, result = np.zeros(self._rest, U8), np.zeros(flat.shape, bool)
+        written = []
+        for access in self._accesses:
+            if access.values is None:
+                continue
+            granules = access.places[:, None] // self.granule + np.arange(access.size // self.granule)
+            if (hit := flat[granules].any(1)).any():
+                places = (access.places[hit, None] + np.arange(access.size)).reshape(-1)
+                written.append((places, np.ascontiguousarray(access.values[hit]).view(U8)))
+                value[places] = written[-1][1]
+        for places, values in written:
+            result[places[value[places] != values] // self.granule] = True
+        return result.reshape(suspects.shape)[chosen, first : first + shared.shape[1]] & shared
+
+    def _report(self, races: Array, first: int, chosen: slice | Array) -> None:
+        row, granule = (int(part) for part in np.argwhere(races)[0])
+        cta = int(np.arange(self._cta_count)[chosen][row])
+        offset = (first + granule) * self.granule
+        place = cta * self.pitch + offset
+        accesses = [access for access in self._accesses if self._touches(access, place).any()]
+        writer = next(access for access in reversed(accesses) if access.values is not None)
+        index = int(np.argmax(self._touches(writer, place)))
+        writer.site.among(writer.lanes).report(
+            RaceError,
+            f"writes {self.memory} without a barrier between it and another warp's access",
+            index,
+            f"byte {offset}",
+            self._others(place),
+        )
+
+    def _touches(self, access: Access, place: int) -> Array:
+        return np.asarray((access.places <= place + self.granule - 1) & (place < access.places + access.size))
+
+    def _others(self, place: int) -> list[str]:
+        """Describe the accesses to a byte."""
+        found: dict[str, None] = {}
+        for access in self._accesses:
+            hit = self._touches(access, place)
+            if hit.any():
+                verb = "read" if access.values is None else "written"
+                found[f"{verb} by {access.site.instruction}"] = None
+        return list(found)[:6]
+
+
+class _Span:
+    """The part of each CTA's memory that was accessed."""
+
+    def __init__(self, pitch: int) -> None:
+        self._pitch = pitch
+        self.clear()
+
+    def clear(self) -> None:
+        self._first, self._last = self._pitch, 0
+
+    def extend(self, offsets: Array, size: int) -> None:
+        self._first = min(self._first, int(offsets.min()))
+        self._last = max(self._last, int(offsets.max()) + size)
+
+    def granules(self, granule: int) -> tuple[int, int]:
+        """Return the first and last granule, aligned to eight marks."""
+        if self._last <= self._first:
+            return 0, 0
+        return self._first // granule // 8 * 8, -(-self._last // granule // 8) * 8

@@ -1,0 +1,63 @@
+"""Errors of a kernel that the executor finds, and instructions that it does not know."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Hazard(NamedTuple):
+    """One error of a kernel, without the thread and the address, which differ from one occurrence to the next."""
+
+    kind: str  # name of the fault class
+    kernel: str
+    problem: str
+    instruction: str
+    source: str  # Python or CUDA source line, with the lines that it was inlined into
+    number: int  # of the instruction in the kernel
+    others: tuple[str, ...] = ()  # instructions that take part, with their source lines
+
+    def __str__(self) -> str:
+        text = f"{self.kind} in {self.kernel}: {self.problem}: `{self.instruction}`"
+        text += f" from {self.source}" if self.source else ""
+        return "; ".join((text, *self.others))
+
+
+class UnsupportedInstructionError(NotImplementedError):
+    """An instruction, or a form of one, that the executor does not implement."""
+
+
+class KernelError(RuntimeError):
+    """A kernel did something that PTX does not allow.
+
+    Args:
+        hazard: What happened, and at which instruction.
+        detail: The thread, the CTA and the address of the first occurrence.
+    """
+
+    def __init__(self, hazard: Hazard, detail: str = "") -> None:
+        super().__init__(f"{hazard} ({detail})" if detail else str(hazard))
+        self.hazard = hazard
+
+
+class AccessError(KernelError):
+    """An access outside a buffer, or an access that is not aligned to its size."""
+
+
+class RaceError(KernelError):
+    """Two threads access a byte without a barrier between them, and at least one writes it."""
+
+
+class PipelineError(KernelError):
+    """The result of an asynchronous operation is used before a wait, or its operands are overwritten too early."""
+
+
+class ProxyError(KernelError):
+    """The asynchronous proxy reads what the generic proxy wrote, without `fence.proxy.async` between them."""
+
+
+class BarrierError(KernelError):
+    """Threads do not reach a barrier, or a warp is not complete at an instruction that needs all its threads."""
+
+
+class UninitializedError(KernelError):
+    """A register or memory decides an address, a branch or a size before it was written."""
