@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
-import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,36 +16,19 @@ from typing import NamedTuple
 
 import pytest
 
-from ..support.cuda_emulation import REPOSITORY, SOURCES, content_key, torch_includes
+from ..support.nvcc import NVCC, PATCH_EMBED, compiled, needs_nvcc, run_nvcc
 
 CAPABILITIES = (80, 90, 100)
 FILES = ("half", "single")
-PATCH_EMBED = SOURCES / "cuda" / "patch_embed"
-FLAGS = ["-std=c++20", "-O3", f"-I{SOURCES}", *torch_includes(), "-DUSE_CUDA"]
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler", "-Wall,-Wextra,-Werror"]
 SMALLEST_SHARED_MEMORY = 99 * 1024  # of a multiprocessor, on sm_86, 89 and 120
 REGISTERS = 64 * 1024
 THREADS = 128
-SECONDS = 300
-
-
-def find_nvcc() -> str | None:
-    """Find nvcc on the path or in the CUDA toolkit."""
-    toolkits = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    folders = [f"{toolkit}/bin" for toolkit in toolkits if toolkit]
-    return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
-
-
-NVCC = find_nvcc()
 
 
 def test_nvcc_if_required_is_found() -> None:
     assert NVCC or os.environ.get("BEIT_FAST_REQUIRE_NVCC") != "1", (
         "BEIT_FAST_REQUIRE_NVCC=1 is set, and nvcc is missing"
     )
-
-
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc, a part of the CUDA toolkit, was not found")
 
 
 class Kernel(NamedTuple):
@@ -61,27 +42,6 @@ class Kernel(NamedTuple):
     shared: int
     instructions: Counter[str]
     loop: Counter[str]  # instructions of the loop that multiplies
-
-
-def compiled(file: str, capability: int) -> Path:
-    """Compile a source file to a cubin, unless it is cached."""
-    assert NVCC is not None
-    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-    key = content_key([SOURCES / "cuda"], version, *FLAGS)
-    cubin = REPOSITORY / "build" / "cuda" / f"{key}-{file}-{capability}.cubin"
-    if not cubin.exists():
-        cubin.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cubin.with_suffix(f".{uuid.uuid4().hex}")
-        run_nvcc("-cubin", f"-arch=sm_{capability}", "-o", str(unfinished), str(PATCH_EMBED / f"{file}.cu"))
-        unfinished.replace(cubin)
-    return cubin
-
-
-def run_nvcc(*arguments: str) -> None:
-    command = [str(NVCC), *FLAGS, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "warning" not in done.stderr, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
