@@ -71,7 +71,7 @@ class AccessLog:
 
     def check_now(self, places: Array, size: int, lanes: Array, site: Site, is_write: bool) -> None:
         """Report an asynchronous access if another warp accessed the bytes since the last barrier."""
-        if self.warps == 1:
+        if self.warps == 1 or (self._write_span.is_empty and not (is_write and not self._read_span.is_empty)):
             return
         reads, writes, _ = self._marks[size]
         own = self._base[lanes]
@@ -186,12 +186,16 @@ class _Span:
     def clear(self) -> None:
         self._first, self._last = self._pitch, 0
 
+    @property
+    def is_empty(self) -> bool:
+        return self._last <= self._first
+
     def extend(self, offsets: Array, size: int) -> None:
         self._first = min(self._first, int(offsets.min()))
         self._last = max(self._last, int(offsets.max()) + size)
 
     def granules(self, granule: int) -> tuple[int, int]:
         """Return the first and last granule, aligned to eight marks."""
-        if self._last <= self._first:
+        if self.is_empty:
             return 0, 0
         return self._first // granule // 8 * 8, -(-self._last // granule // 8) * 8

@@ -9,8 +9,11 @@ import numpy as np
 from .dtypes import PRED, U16, U32, U64, UNINITIALIZED, Array, Dtype, pattern
 from .sites import LANES
 
-DEFINED, UNDEFINED, FLYING = 0, 1, 2
-"""States of a register of one thread. FLYING: an asynchronous instruction will write it."""
+DEFINED, UNDEFINED, FLYING = 0, 1, 3
+"""States of a register of one thread; bit 0 is set in states that may not be read.
+
+FLYING: an asynchronous instruction will write it.
+"""
 _MARKED: dict[int, Dtype] = {size: np.dtype(f"V{size}") for size in (1, 2, 4, 8)}
 _UNSIGNED: dict[int, Dtype] = {2: U16, 4: U32, 8: U64}
 
@@ -75,12 +78,25 @@ class RegisterFile:
     def _marked(self, slot: int) -> Array:
         """Return the values of a marked register, after a check of the active threads."""
         states = self.states[slot]
-        active = states if self.mask is None or states.size == 1 else states[self.mask]
-        if (active == FLYING).any():
-            raise self._fault(slot, "is read before the kernel waited for the instruction that writes it")
-        if (active == UNDEFINED).any():
-            self._note("a register is read that was not written")
+        active = states if self.mask is None else states & self.mask  # DEFINED is 0
+        if active.any():
+            self._check_states(slot)
         return self.values[slot].view(self._kinds[slot])
+
+    def _check_states(self, slot: int) -> None:
+        """Raise for a read in flight, note a read of an undefined register."""
+        if self._has_state(slot, FLYING):
+            raise self._fault(slot, "is read before the kernel waited for the instruction that writes it")
+        if self._has_state(slot, UNDEFINED):
+            self._note("a register is read that was not written")
+
+    def _has_state(self, slot: int, state: int) -> bool:
+        """Return whether the register of an active thread is in a state."""
+        states = self.states.get(slot)
+        if states is None:
+            return False
+        active = states if self.mask is None or states.size == 1 else states[self.mask]
+        return bool((active == state).any())
 
     def full(self, slot: int, dtype: Dtype) -> Array:
         """Return one element for each thread."""
@@ -108,18 +124,14 @@ class RegisterFile:
             self.values[slot] = np.where(mask, values, old if old.dtype is values.dtype else old.view(values.dtype))
 
     def _write_marked(self, slot: int, values: Array) -> None:
-        states, mask = self.states[slot], self.mask
-        if mask is None and not self.flying:
-            self.set(slot, values)
-            return
-        active = states if mask is None or states.size == 1 else states[mask]
-        if (active == FLYING).any():
+        if self.flying and self._has_state(slot, FLYING):
             raise self._fault(slot, "is written before the kernel waited for the instruction that writes it")
+        mask = self.mask
         if mask is None:
             self.set(slot, values)
             return
         merged = np.where(mask, values, self.values[slot].view(values.dtype))
-        self._mark(slot, merged, np.where(mask, np.uint8(DEFINED), states))
+        self._mark(slot, merged, self.states[slot] * ~mask)
 
     def write_lanes(self, slot: int, lanes: Array | None, values: Array) -> None:
         """Set a register of the threads `lanes`, which are active, to one value each."""
@@ -142,19 +154,16 @@ class RegisterFile:
         if not states.any():
             self.set(slot, values)
             return
-        full = np.ascontiguousarray(np.broadcast_to(values, max(len(values), len(states))))
-        self.values[slot] = full.view(_MARKED[full.dtype.itemsize])
+        if len(values) < len(states):
+            values = np.repeat(values, len(states))
+        self.values[slot] = values.view(_MARKED[values.dtype.itemsize])
         self.states[slot] = states
 
     # Registers in flight
 
     def is_flying(self, slot: int) -> bool:
         """Return whether a register of an active thread is in flight."""
-        states = self.states.get(slot)
-        if states is None or not self.flying:
-            return False
-        active = states if self.mask is None or states.size == 1 else states[self.mask]
-        return bool((active == FLYING).any())
+        return self.flying > 0 and self._has_state(slot, FLYING)
 
     def launch(self, slot: int, values: Array) -> None:
         """Set a register of the active threads to what an asynchronous instruction will leave in it."""
