@@ -22,6 +22,7 @@ from .registers import UNDEFINED, RegisterFile
 from .schedule import Schedule, Turns
 from .shared_memory import SharedMemory
 from .sites import LANES, Layout, Reporter, Site
+from .tensor_loads import TensorLoads
 from .tensor_memory import TensorMemory
 from .warpgroup_products import WarpgroupProducts
 
@@ -66,6 +67,7 @@ class Machine:
         self.local = LocalMemory(self.lane_count, code.local_bytes)
         self.tensor = TensorMemory(layout, code.tensor_columns, self.shared) if code.tensor_columns else None
         self.registers = RegisterFile(code.slots.kinds, self.lane_count, self._note, self._register_fault)
+        self.loads = TensorLoads(self.registers)
         self.products = WarpgroupProducts(self.registers, self.shared, self.reporter)
         self.operand_cache: dict[object, tuple[list[Array], Array]] = {}  # of mma: registers and their matrix
         self.executed: Counter[int] = Counter()  # warps by block
@@ -243,6 +245,15 @@ class Machine:
     def lanes_of(self, warps: Array, count: int = LANES) -> Array:
         """Return the first threads of each warp."""
         return np.asarray((warps[:, None] * LANES + np.arange(count)).reshape(-1))
+
+    def move_in_flight(self, target: int, sources: list[int], values: Array, instruction: Instruction) -> None:
+        """Move registers that an asynchronous instruction has yet to write."""
+        # LLVM emits such moves, and ptxas removes them.
+        self.reporter.note(
+            "a register is moved before the kernel waited for the instruction that writes it", instruction
+        )
+        self.registers.launch(target, values)
+        self.products.rename(target, sources)
 
     # Polling
 

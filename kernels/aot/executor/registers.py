@@ -9,10 +9,10 @@ import numpy as np
 from .dtypes import PRED, U16, U32, U64, UNINITIALIZED, Array, Dtype, pattern
 from .sites import LANES
 
-DEFINED, UNDEFINED, FLYING = 0, 1, 3
-"""States of a register of one thread; bit 0 is set in states that may not be read.
+DEFINED, UNDEFINED, FLYING, LOADED = 0, 1, 3, 5
+"""States of a register of one thread; bit 0 is set in states in which reads are errors or noted.
 
-FLYING: an asynchronous instruction will write it.
+FLYING: an asynchronous instruction will write it. LOADED: tcgen05.ld wrote it, and no wait followed.
 """
 _MARKED: dict[int, Dtype] = {size: np.dtype(f"V{size}") for size in (1, 2, 4, 8)}
 _UNSIGNED: dict[int, Dtype] = {2: U16, 4: U32, 8: U64}
@@ -89,6 +89,8 @@ class RegisterFile:
             raise self._fault(slot, "is read before the kernel waited for the instruction that writes it")
         if self._has_state(slot, UNDEFINED):
             self._note("a register is read that was not written")
+        if self._has_state(slot, LOADED):
+            self._note("a result of tcgen05.ld is used before tcgen05.wait::ld")
 
     def _has_state(self, slot: int, state: int) -> bool:
         """Return whether the register of an active thread is in a state."""
@@ -165,30 +167,40 @@ class RegisterFile:
         """Return whether a register of an active thread is in flight."""
         return self.flying > 0 and self._has_state(slot, FLYING)
 
-    def launch(self, slot: int, values: Array) -> None:
+    def launch(self, slot: int, values: Array, state: int = FLYING) -> None:
         """Set a register of the active threads to what an asynchronous instruction will leave in it."""
         states = self.states.get(slot)
         was_flying = states is not None and bool((states == FLYING).any())
         if self.mask is None:
-            self._mark(slot, values, np.full(1, FLYING, np.uint8))
+            self._mark(slot, values, np.full(1, state, np.uint8))
         else:
             old = self.values[slot]
             merged = np.where(self.mask, values, old.view(values.dtype))
             before = np.zeros(1, np.uint8) if states is None else states
-            self._mark(slot, merged, np.where(self.mask, np.uint8(FLYING), before))
-        self.flying += not was_flying
+            self._mark(slot, merged, np.where(self.mask, np.uint8(state), before))
+        self.flying += bool((self.states[slot] == FLYING).any()) - was_flying
 
-    def land(self, slot: int) -> None:
-        """End the flight of a register of the active threads."""
+    def launch_fragments(self, slots: Sequence[int], warps: Array, values: Array, state: int = FLYING) -> None:
+        """Set registers of the active warps from `[registers, warps, 32]`, as `launch` does."""
+        for slot, part in zip(slots, values, strict=True):
+            flat = np.ascontiguousarray(part).reshape(-1)
+            if len(flat) < self.lane_count:
+                spread = np.zeros((self.warp_count, LANES), flat.dtype)
+                spread[warps] = part
+                flat = spread.reshape(-1)
+            self.launch(slot, flat, state)
+
+    def land(self, slot: int, state: int = FLYING) -> None:
+        """Let the active threads use a register in this state."""
         states = self.states.get(slot)
-        if states is None or not (states == FLYING).any():
+        if states is None:
             return
-        landed = np.uint8(DEFINED)
-        if self.mask is None:
-            after = np.where(states == FLYING, landed, states)
-        else:
-            after = np.where(self.mask & (states == FLYING), landed, states)
-        kind = self._kinds[slot]
-        if not (after == FLYING).any():
-            self.flying -= 1
-        self._mark(slot, self.values[slot].view(kind), after)
+        ends = states == state
+        if self.mask is not None:
+            ends = ends & self.mask
+        if not ends.any():
+            return
+        was_flying = bool((states == FLYING).any())
+        after = np.where(ends, np.uint8(DEFINED), states)
+        self.flying += bool((after == FLYING).any()) - was_flying
+        self._mark(slot, self.values[slot].view(self._kinds[slot]), after)

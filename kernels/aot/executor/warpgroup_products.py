@@ -65,22 +65,12 @@ class WarpgroupProducts:
 
     def start(self, slots: Sequence[int], values: Array, warps: Array, site: Site) -> None:
         """Start a product of the active warpgroups, whose sums are fp32 `[registers, warps, 32]`."""
-        registers = self._registers
-        for slot, part in zip(slots, values, strict=True):
-            flat = np.ascontiguousarray(part, F32).reshape(-1)
-            if len(flat) < registers.lane_count:
-                spread = np.zeros((registers.warp_count, part.shape[-1]), F32)
-                spread[warps] = part
-                flat = spread.reshape(-1)
-            registers.launch(slot, flat)
+        self._registers.launch_fragments(slots, warps, values.astype(F32, copy=False))
         group = np.where(self._active_groups(), OPEN, DONE)
         self._products.append(Product(set(slots), group, site))
 
-    def rename(self, target: int, sources: Sequence[int], values: Array, instruction: Instruction) -> None:
-        """Move registers in flight."""
-        # LLVM emits such moves, and ptxas removes them.
-        self._reporter.note("a result of wgmma is moved before it is waited for", instruction)
-        self._registers.launch(target, values)
+    def rename(self, target: int, sources: Sequence[int]) -> None:
+        """Note that registers in flight were moved."""
         for product in self._products:
             if not product.slots.isdisjoint(sources):
                 product.slots.add(target)

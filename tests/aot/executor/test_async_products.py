@@ -10,7 +10,7 @@ from beit_fast.kernels.aot.executor.errors import AccessError, BarrierError, Pip
 from beit_fast.kernels.aot.executor.launch import Options
 from beit_fast.kernels.aot.executor.schedule import LOCKSTEP, RANDOM, REVERSED, Schedule
 
-from ...support.executor import THREAD, stored
+from ...support.executor import THREAD, run_ptx, stored
 
 SCHEDULES = [Schedule(LOCKSTEP), Schedule(REVERSED), Schedule(RANDOM, 1)]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -163,6 +163,17 @@ def test_operand_written_without_a_barrier_is_a_race(schedule: Schedule) -> None
     """Only warp 0 executes the product, and it is not ordered behind the writes of the others."""
     with pytest.raises((RaceError, BarrierError)):
         run_tensor(TENSOR.replace("fence.proxy.async.shared::cta; bar.sync 0;", "fence.proxy.async;"), schedule)
+
+
+@each_schedule
+def test_result_of_a_load_that_is_used_before_the_wait_is_noted(schedule: Schedule) -> None:
+    problem = "a result of tcgen05.ld is used before tcgen05.wait::ld"
+    body = TENSOR.replace("tcgen05.wait::ld.sync.aligned;", "mov.b32 %r30, %r26; tcgen05.wait::ld.sync.aligned;")
+    options: dict[str, Any] = {"threads": 128, "shared": 8192, "target": "sm_100a", "options": Options(schedule)}
+    assert {note.problem for note in run_ptx(TENSOR, **options).notes} == set()
+    (note,) = run_ptx(body, **options).notes
+    assert (note.problem, note.instruction) == (problem, "mov.b32 %r30, %r26")
+    assert set(run_tensor(body, schedule)) == {16}
 
 
 @each_schedule

@@ -35,7 +35,7 @@ def _move(instruction: Instruction, slots: Slots) -> Step:
     def step(machine: Machine) -> None:
         registers = machine.registers
         if registers.flying and registers.is_flying(whole):
-            machine.products.rename(place, [whole], registers.values[whole].view(slots.kinds[whole]), instruction)
+            machine.move_in_flight(place, [whole], registers.values[whole].view(slots.kinds[whole]), instruction)
         else:
             registers.write(place, registers.plain(whole))
 
@@ -62,7 +62,7 @@ def _join(instruction: Instruction, target: int, parts: list[int], dtype: Dtype)
         registers = machine.registers
         if registers.flying and any(map(registers.is_flying, parts)):
             values = join([registers.values[part].view(part_type) for part in parts])
-            machine.products.rename(target, parts, values, instruction)
+            machine.move_in_flight(target, parts, values, instruction)
         else:
             registers.write(target, join([registers.read(part, part_type) for part in parts]))
 

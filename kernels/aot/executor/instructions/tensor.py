@@ -68,9 +68,17 @@ def _give_up_permit(instruction: Instruction, slots: Slots) -> Step:
 
 def _wait(instruction: Instruction, slots: Slots) -> Step:
     instruction.allow("wait_ld", "wait_st", "sync", "aligned")
-    if instruction.modifiers[0] == "wait_ld":
-        return lambda machine: tensor_of(machine, instruction).wait_for_loads(machine.is_active)
-    return lambda machine: tensor_of(machine, instruction).wait_for_stores(machine.is_active)
+    is_load = instruction.modifiers[0] == "wait_ld"
+
+    def step(machine: Machine) -> None:
+        tensor = tensor_of(machine, instruction)
+        if is_load:
+            tensor.wait_for_loads(machine.is_active)
+            machine.loads.wait()
+        else:
+            tensor.wait_for_stores(machine.is_active)
+
+    return step
 
 
 def _transfer(instruction: Instruction, slots: Slots) -> Step:
@@ -96,7 +104,7 @@ def _transfer(instruction: Instruction, slots: Slots) -> Step:
         cells = _cells(machine, site, base(machine), split, len(moved), instruction)
         if is_load:
             loaded = np.ascontiguousarray(tensor.load(cells, site).T)
-            registers.write_fragments(moved, warps, loaded.reshape(len(moved), -1, LANES))
+            machine.loads.start(moved, warps, loaded.reshape(len(moved), -1, LANES))
         else:
             values = registers.fragments(moved, U32, warps).reshape(len(moved), -1)
             tensor.store(cells, np.ascontiguousarray(values.T), site)
