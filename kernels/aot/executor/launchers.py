@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 
 from ...attention import inputs
 from ...attention import launch as attention
-from ...common import gpu
+from ...common import device, gpu
 from ...linear_gelu import launch as linear_gelu
 from ...residual_norm import launch as residual_norm
 from ..compile import require_compiler
@@ -50,6 +50,7 @@ def on_gpu(
     with contextlib.ExitStack() as stack:
         for module in (inputs, linear_gelu):
             _replace(stack, module, "architecture_of", lambda tensor: architecture)
+        _replace(stack, device, "capability_of", lambda tensor: capability)
         for module in (attention, residual_norm):
             _replace(stack, module, "num_sms_of", lambda tensor: num_sms)
         _replace(stack, JITFunction, "run", run_compiled)
