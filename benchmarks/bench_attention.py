@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from beit_fast.cli.collect_env import gpu_readings
+from beit_fast.tuning.timer import DeviceClock, HostClock, single_call
 
 from .baselines.attention import BASELINES, Baseline
 from .harness.cases import DTYPE_NAMES, Case, cases, checked_errors, chosen_device, draw, reference, results_of, step_of
-from .harness.clocks import DeviceClock, HostClock, single_call
 from .harness.memory import peak_memory
 from .harness.results import row_of
 from .harness.session import Session

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from beit_fast.cli.collect_env import environment
+from beit_fast.tuning.timer import DeviceClock, HostClock, clock_of
 
 from .baselines.attention import PACKAGES, not_installed
 from .harness.cases import chosen_device
-from .harness.clocks import DeviceClock, HostClock, clock_of
 from .harness.memory import memory_unsupported_reason
 from .harness.session import Session
 from .report.terminal import tables

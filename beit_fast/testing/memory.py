@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .timing import synchronize
+from ..tuning.timer import synchronize
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device | str = "cuda") -> int:

@@ -10,12 +10,7 @@ import torch
 from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
-
-def synchronize(device: torch.device | str) -> None:
-    """Wait until `device` has finished its queued work; a no-op on the CPU."""
-    device = torch.device(device)
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+from ..tuning.timer import synchronize
 
 
 def latency(

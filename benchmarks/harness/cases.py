@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.position_bias import Window, gather_bias, table_rows, token_count
+from beit_fast.tuning.reference import error_budgets, relative_error
 
 FORWARD = "forward"
 BACKWARD = "backward"  # alone: the forward runs before the clock starts, and its graph is kept
@@ -149,9 +150,7 @@ def reference(case: Case, biased: bool) -> Reference:
     exact = _reference_results(case, biased)
     inputs = draw(case)
     rounded = results_of(case, inputs, _textbook(case, inputs, biased), biased)
-    floor = 4 * torch.finfo(case.dtype).eps
-    budgets = {name: (2 if name == "out" else 3) * relative_error(rounded[name], exact[name]) + floor for name in exact}
-    return Reference(exact, budgets)
+    return Reference(exact, error_budgets(exact, rounded, ("out",), case.dtype))
 
 
 def checked_errors(results: dict[str, Tensor], expected: Reference, tolerance: float | None = None) -> dict[str, float]:
@@ -209,11 +208,6 @@ def results_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], bias
     keep = case.mode == BACKWARD
     gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out, retain_graph=keep) if leaves else ()
     return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Compute norm(actual - exact) / norm(exact) in fp64; a NaN in `actual` gives NaN."""
-    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 def step_of(case: Case, inputs: Inputs, attention: Callable[[], Tensor], biased: bool) -> Callable[[], object]:

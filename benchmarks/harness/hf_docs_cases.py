@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import Reference, relative_error
+from beit_fast.tuning.reference import error_budgets
+
+from .cases import Reference
 from .model_cases import DTYPES, INFERENCE, PATCH, TRAINING, ModelCase, by_kind, our_model, weight_bytes
 
 BENCHES = {"cpu": "cpu hf docs", "cuda": "hf docs"}
@@ -86,9 +88,7 @@ def pixels_of(case: HfDocsCase) -> Tensor:
 def hf_docs_reference(case: HfDocsCase) -> Reference:
     """Compute fp64 logits and, in training, gradients, with the budgets of `model_reference`."""
     exact, rounded = (_eager_results(case, dtype) for dtype in (torch.float64, DTYPES[case.dtype]))
-    floor = 4 * torch.finfo(DTYPES[case.dtype]).eps
-    errors = {name: relative_error(rounded[name], exact[name]) for name in exact}
-    return Reference(exact, {name: (2 if name == "logits" else 3) * error + floor for name, error in errors.items()})
+    return Reference(exact, error_budgets(exact, rounded, ("logits",), DTYPES[case.dtype]))
 
 
 def _eager_results(case: HfDocsCase, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast import BeitConfig, BeitForImageClassification
+from beit_fast.tuning.reference import error_budgets
 
-from .cases import DTYPE_NAMES, Reference, relative_error
+from .cases import DTYPE_NAMES, Reference
 
 INFERENCE, TRAINING = "inference", "training"
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -149,11 +150,7 @@ def model_reference(case: ModelCase) -> Reference:
     """
     exact = _eager_results(case, torch.float64)
     rounded = _eager_results(case, DTYPES[case.dtype])
-    floor = 4 * torch.finfo(DTYPES[case.dtype]).eps
-    budgets = {
-        name: (2 if name == "logits" else 3) * relative_error(rounded[name], exact[name]) + floor for name in exact
-    }
-    return Reference(exact, budgets)
+    return Reference(exact, error_budgets(exact, rounded, ("logits",), DTYPES[case.dtype]))
 
 
 def _eager_results(case: ModelCase, dtype: torch.dtype) -> dict[str, Tensor]:

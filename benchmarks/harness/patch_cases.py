@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import DTYPE_NAMES, Reference, relative_error
+from beit_fast.tuning.reference import FORWARD_FACTOR, error_budget
+
+from .cases import DTYPE_NAMES, Reference
 
 FLOAT, BYTES = "float pixels", "uint8 pixels"
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of bytes
@@ -104,5 +106,5 @@ def reference(case: PatchCase) -> Reference:
     pixels = normalized(inputs.pixels, torch.float64) if is_bytes else wide.pixels
     exact = convolution(pixels, wide)
     rounded = convolution(normalized(inputs.pixels, inputs.weight.dtype) if is_bytes else inputs.pixels, inputs)
-    budget = 2 * relative_error(rounded, exact) + 4 * torch.finfo(DTYPES[case.dtype]).eps
+    budget = error_budget(exact, rounded, FORWARD_FACTOR, DTYPES[case.dtype])
     return Reference({"tokens": exact}, {"tokens": budget})

@@ -311,7 +311,7 @@ def _calls_a_round(prepared: Prepared, round_seconds: float) -> int:
 
 
 def _seconds(prepared: Prepared, iterations: int) -> float:
-    from beit_fast.testing.timing import synchronize
+    from beit_fast.tuning.timer import synchronize
 
     synchronize(prepared.device)
     started = time.perf_counter()

@@ -174,7 +174,8 @@ def _sources() -> str:
     files = [
         file
         for file in sorted(folder.glob("*/*.py"))
-        if file.stem not in ("arguments", "compiler_hazards", "configs", "device", "gpu", "launch", "tiles")
+        if file.stem
+        not in ("arguments", "compiler_hazards", "configs", "device", "gpu", "launch", "tiles", "tuned_tiles")
     ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Choose tiles, bias layout and splits of the attention kernels from tables. Nothing is tuned at run time."""
+"""Choose tiles, bias layout and splits of the attention kernels from tables. A launch tunes nothing."""
 
 from typing import NamedTuple
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common import gpu
+from ..common import gpu, tuned_tiles
 from ..common.device import architecture_of, dot_precision, is_pipelined, needs_copy_fence
 from ..common.launch import launch_kernel
 from . import configs, pack_bias
@@ -177,6 +177,22 @@ def signed_word(value: int) -> int:
 def tile_config(kernel: str, inputs: AttentionInputs) -> configs.TileConfig:
     """Choose the tiles of `kernel`, one of configs.KERNELS."""
     q = inputs.query
-    arithmetic = gpu.arithmetic(q.element_size(), dot_precision(q))
-    tile = configs.select(kernel, architecture_of(q), inputs.block_d, arithmetic, inputs.dropout_p > 0.0)
+    variant, amount = tuned_shape(inputs)
+    tuned = tuned_tiles.find(kernel, variant, amount, q)
+    tile = shipped_tile(kernel, inputs) if tuned is None else configs.TileConfig(*tuned)
     return tile if is_pipelined(kernel, q) else tile._replace(num_stages=1)
+
+
+def shipped_tile(kernel: str, inputs: AttentionInputs) -> configs.TileConfig:
+    """Return the tiles that the tables have for `kernel`."""
+    q = inputs.query
+    arithmetic = gpu.arithmetic(q.element_size(), dot_precision(q))
+    return configs.select(kernel, architecture_of(q), inputs.block_d, arithmetic, inputs.dropout_p > 0.0)
+
+
+def tuned_shape(inputs: AttentionInputs) -> tuple[str, int]:
+    """Return the variant and the amount of a call, as tuned_tiles.find takes them."""
+    q = inputs.query
+    dtype, layout, dropout = tuned_tiles.dtype_name(q), inputs.bias_layout.name, int(inputs.dropout_p > 0.0)
+    sizes = f"d{q.shape[-1]}-patches{inputs.patch_count}-{layout}-dropout{dropout}"
+    return f"{dtype}-{dot_precision(q)}-{sizes}", q.shape[0] * q.shape[2]

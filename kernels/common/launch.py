@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 
@@ -9,6 +11,20 @@ class Arguments(Protocol):
     """A NamedTuple of kernel parameters, or of such NamedTuples."""
 
     def _asdict(self) -> dict[str, Any]: ...
+
+
+_observed: list[list[Any]] = []
+
+
+@contextmanager
+def observe_launches() -> Iterator[list[Any]]:
+    """Collect the compiled kernels that are launched inside the context; None for each interpreted launch."""
+    launched: list[Any] = []
+    _observed.append(launched)
+    try:
+        yield launched
+    finally:
+        _observed.remove(launched)
 
 
 def by_name(arguments: Arguments) -> dict[str, Any]:
@@ -32,4 +48,6 @@ def launch_kernel(kernel: Any, programs: int, arguments: Arguments, **options: i
         options: `num_warps` and `num_stages`; Triton has defaults.
     """
     # One dimension, because CUDA limits the other two to 65535 programs.
-    kernel[(programs,)](**by_name(arguments), **options)
+    compiled = kernel[(programs,)](**by_name(arguments), **options)
+    for launched in _observed:
+        launched.append(compiled)

@@ -1,7 +1,4 @@
-"""Tiles of the kernel by arithmetic, architecture class and number of rows: see ../README.md.
-
-Nothing is tuned at run time.
-"""
+"""Tiles of the kernel by arithmetic, architecture class and number of rows: see ../README.md."""
 
 from typing import NamedTuple
 

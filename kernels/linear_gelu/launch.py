@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common import tuned_tiles
 from ..common.device import architecture_of, device_of, dot_precision, needs_copy_fence
 from ..common.gpu import arithmetic
 from ..common.launch import launch_kernel
@@ -65,7 +66,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Both matrices are padded to a multiple of 16 inputs; the zeros add nothing to the sums.
         input_count = weight.shape[1]
         precision = dot_precision(x)
-        tile = configs.select(architecture_of(x), arithmetic(x.element_size(), precision), row_count, output_count)
+        tile = _tile(rows, row_count, output_count, precision)
         blocks = triton.cdiv(row_count, tile.block_m) * triton.cdiv(output_count, tile.block_n)
         arguments = LinearGeluArguments(
             x=rows,
@@ -89,6 +90,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         )
         launch_kernel(linear_gelu_kernel, blocks, arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
     return out
+
+
+def _tile(x: Tensor, row_count: int, output_count: int, precision: str) -> configs.LinearTile:
+    variant = f"{tuned_tiles.dtype_name(x)}-{precision}-{x.shape[1]}x{output_count}"
+    tuned = tuned_tiles.find("linear_gelu", variant, row_count, x)
+    if tuned is not None:
+        return configs.LinearTile(*tuned)
+    return configs.select(architecture_of(x), arithmetic(x.element_size(), precision), row_count, output_count)
 
 
 def addressable(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Warps and rows per program, and number of programs, by plain arithmetic. Nothing is tuned at run time."""
+"""Warps and rows per program, and number of programs, by plain arithmetic."""
 
 from typing import NamedTuple
 
@@ -46,9 +46,9 @@ def backward_warps(size: int) -> int:
     return max(1, columns // (BACKWARD_WARP_COLUMNS if columns <= 1024 else BACKWARD_WIDE_WARP_COLUMNS))
 
 
-def share_rows(row_count: int, num_sms: int) -> RowShare:
+def share_rows(row_count: int, num_sms: int, programs_per_sm: int = PROGRAMS_PER_SM) -> RowShare:
     """Divide the rows into equal parts of whole steps; `num_sms` is 0 on a CPU."""
     steps = -(-row_count // BACKWARD_ROWS)
-    wanted = PROGRAMS_PER_SM * num_sms or INTERPRETED_PROGRAMS
+    wanted = programs_per_sm * num_sms or INTERPRETED_PROGRAMS
     rows_per_program = -(-steps // min(steps, wanted)) * BACKWARD_ROWS
     return RowShare(-(-row_count // rows_per_program), rows_per_program)

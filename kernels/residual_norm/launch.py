@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common import tuned_tiles
 from ..common.device import device_of, num_sms_of
 from ..common.launch import launch_kernel
 from . import backward, configs, forward
@@ -145,7 +146,8 @@ def fill_forward(
             SIZE=size,
             BLOCK=configs.padded_size(size),
         )
-        launch_kernel(forward.residual_norm_kernel, batch * tokens, arguments, num_warps=configs.forward_warps(size))
+        (num_warps,) = _tuned("residual_norm", residual) or (configs.forward_warps(size),)
+        launch_kernel(forward.residual_norm_kernel, batch * tokens, arguments, num_warps=num_warps)
 
 
 def fill_backward(
@@ -185,7 +187,9 @@ def fill_backward(
     _, tokens, size = incoming.shape
     row_count = incoming.numel() // size
     with device_of(incoming):
-        share = configs.share_rows(row_count, num_sms_of(incoming))
+        shipped = (configs.backward_warps(size), configs.PROGRAMS_PER_SM)
+        num_warps, programs_per_sm = _tuned("residual_norm_backward", incoming) or shipped
+        share = configs.share_rows(row_count, num_sms_of(incoming), programs_per_sm)
         partials = Partials(*(None if tensor is None else _partial(share.programs, tensor) for tensor in shared))
         arguments = BackwardArguments(
             rows=_backward_rows(grad_total, grad_normalized, total, branch),
@@ -205,7 +209,7 @@ def fill_backward(
             ROWS=configs.BACKWARD_ROWS,
         )
         kernel = backward.residual_norm_backward_kernel
-        launch_kernel(kernel, share.programs, arguments, num_warps=configs.backward_warps(size))
+        launch_kernel(kernel, share.programs, arguments, num_warps=num_warps)
         if any(tensor is not None for tensor in shared):
             _sum_partials(partials, shared, share.programs, size)
 
@@ -259,3 +263,9 @@ def _partial(programs: int, gradient: Tensor) -> Tensor:
     """Allocate each program's sum over its rows."""
     # fp32 whatever the dtype of the gradient, which is rounded once, after all programs are added.
     return torch.empty((programs, *gradient.shape), dtype=torch.float32, device=gradient.device)
+
+
+def _tuned(kernel: str, rows: Tensor) -> tuned_tiles.Tile | None:
+    """Return the tuned tile for rows `[B, N, E]`."""
+    size = rows.shape[-1]
+    return tuned_tiles.find(kernel, f"{tuned_tiles.dtype_name(rows)}-e{size}", rows.numel() // size, rows)

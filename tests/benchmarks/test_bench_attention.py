@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from beit_fast.position_bias import gather_bias, relative_position_index, token_count
+from beit_fast.tuning import timer
 from benchmarks import bench_attention
 from benchmarks.baselines import attention
-from benchmarks.harness import cases, clocks
+from benchmarks.harness import cases
 from benchmarks.harness.cases import Case
 from benchmarks.harness.results import read_results, row_of
 from benchmarks.harness.session import Session
@@ -67,7 +68,7 @@ def test_time_baseline_logs_a_row_or_the_reason(
     change_bias: Callable[..., Any], change_out: Callable[..., Any], wrong: str | None, tmp_path: Path
 ) -> None:
     session = Session({"device": "cpu"}, tmp_path / "rows.jsonl")
-    benchmark, clock = FakeBenchmark(), clocks.clock_of("cpu")
+    benchmark, clock = FakeBenchmark(), timer.clock_of("cpu")
     arguments = small("training"), probe(change_bias, change_out), benchmark, clock, session, True
     if wrong is not None:
         with pytest.raises(ValueError, match=rf"wrong and not timed\. {wrong}"):
@@ -99,7 +100,7 @@ def test_time_baseline_skips_what_cannot_run(
     session = Session({"device": "cpu"}, tmp_path / "rows.jsonl", budget)
     chosen = next(one for one in attention.BASELINES if one.name == baseline)
     with pytest.raises(pytest.skip.Exception, match=reason):
-        bench_attention.time_baseline(small("forward"), chosen, FakeBenchmark(), clocks.clock_of("cpu"), session, full)
+        bench_attention.time_baseline(small("forward"), chosen, FakeBenchmark(), timer.clock_of("cpu"), session, full)
     assert reason in (tmp_path / "rows.jsonl").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Cases of the benchmarks, clocks, and the command lines of the Makefile."""
+"""Cases of the benchmarks, and the command lines of the Makefile."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import subprocess
 from collections.abc import Iterable
 from typing import Any
 
-import pytest
 import torch
 
 from benchmarks import bench_cpu_attention, bench_patch_embed
 from benchmarks.baselines import attention, models
-from benchmarks.harness import cases, clocks, hf_docs_cases, model_cases
+from benchmarks.harness import cases, hf_docs_cases, model_cases
 from benchmarks.harness.cases import Case
 from benchmarks.report import plot, plot_models, plot_patches, targets
 
@@ -101,73 +100,6 @@ def test_counts_of_work_bytes_and_memory() -> None:
     docs = hf_docs_cases.hf_docs_cases("cpu", full=True)[0]
     one_matrix_per_layer = 12 * 2 * 12 * docs.tokens**2 * 4
     assert docs.bytes_needed(4) - docs.bytes_needed(0) == 4 * one_matrix_per_layer
-
-
-class SimulatedDevice:
-    """A device with one queue and a host that launches into it; both have a clock in seconds."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.host = self.device = 1.0
-        simulation = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self, stream: Any) -> None:
-                self.time = max(simulation.device, simulation.host)
-
-            def query(self) -> bool:
-                return self.time <= simulation.host
-
-            def synchronize(self) -> None:
-                simulation.host = max(simulation.host, self.time)
-
-            def elapsed_time(self, end: Event) -> float:
-                return (end.time - self.time) * 1e3
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(0.0, cycles / clocks.SPIN_RATE))
-        monkeypatch.setattr(clocks, "synchronize", lambda device: self.wait())
-        monkeypatch.setattr(clocks.time, "perf_counter", lambda: self.host)
-
-    def launch(self, cost: float, work: float) -> None:
-        self.host += cost
-        self.device = max(self.device, self.host) + work
-
-    def wait(self) -> None:
-        self.host = max(self.host, self.device)
-
-
-@pytest.mark.parametrize(("cost", "work"), [(1e-4, 2e-5), (2e-5, 1e-3), (3e-3, 1e-5)])
-def test_device_clock_excludes_launches(monkeypatch: pytest.MonkeyPatch, cost: float, work: float) -> None:
-    simulated = SimulatedDevice(monkeypatch)
-    clock = clocks.clock_of("cuda")
-    iterations, rounds = clock.plan(lambda: simulated.launch(cost, work))
-    assert 10 <= rounds <= 30
-    for _ in range(rounds):
-        started = clock()
-        for _ in range(iterations):
-            simulated.launch(cost, work)
-        assert clock() - started == pytest.approx(iterations * work)
-    assert clock.queued_ahead is True
-    assert clocks.single_call(lambda: simulated.launch(cost, work), "cuda") == pytest.approx(cost + work)
-
-
-def test_device_clock_reports_a_device_that_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    simulated = SimulatedDevice(monkeypatch)
-    clock = clocks.clock_of("cuda")
-    clock.plan(lambda: simulated.launch(1e-4, 2e-5))
-    for late in (False, False, True, False):
-        clock()
-        simulated.launch(1.0 if late else 1e-4, 2e-5)
-        clock()
-    assert clock.queued_ahead is True  # one late round of four is allowed
-    started = clock()
-    simulated.launch(1.0, 2e-5)
-    assert clock() - started > 0.5
-    assert clock.queued_ahead is False
 
 
 def test_make_gpu_uses_the_given_python() -> None:

@@ -21,7 +21,8 @@ FORBIDDEN = {
     "a circle of folders": ("beit_fast/utils/files.py", "from .. import native\nfrom ..cli import commands"),
     "a circle of files": ("beit_fast/layers/drop_path.py", "from . import block"),
     "inside a function": ("beit_fast/ops/validation.py", "def late():\n    from ..layers import block"),
-    "a folder outside the rule": ("beit_fast/tuning/__init__.py", "from ..cli import commands"),
+    "a folder outside the rule": ("beit_fast/elsewhere/__init__.py", "from ..cli import commands"),
+    "tuning to commands": ("beit_fast/tuning/timer.py", "from ..cli import collect_env"),
     "models to integrations": ("beit_fast/models/outputs.py", "from ..integrations import report"),
 }
 """Forbidden imports: the file to change and the lines to add."""
@@ -30,6 +31,7 @@ FORBIDDEN_TO_KERNELS = {
     "kernel to kernel": ("kernels/linear_gelu/launch.py", "from ..attention import configs"),
     "kernel to the package": ("kernels/common/gpu.py", "import beit_fast"),
     "package to kernels": ("beit_fast/layers/block.py", "def late():\n    from ..kernels.attention import launch"),
+    "tuning to kernels outside a call": ("beit_fast/tuning/timer.py", "from ..kernels.common import launch"),
     "ops to kernels outside a call": ("beit_fast/ops/attention.py", "from ..kernels.attention import launch"),
     "package to aot": ("beit_fast/ops/attention.py", "def late():\n    from ..kernels.aot import compile"),
 }
@@ -52,7 +54,7 @@ def kernel_import_errors(root: Path) -> list[str]:
             if not name.startswith("beit_fast.kernels"):
                 continue
             if (
-                file.relative_to(package).parts[0] != "ops"
+                file.relative_to(package).parts[0] not in ("ops", "tuning")
                 or not inside_call
                 or name.startswith("beit_fast.kernels.aot")
             ):

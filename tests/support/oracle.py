@@ -1,114 +1,34 @@
-"""Reference for all kernels: dense attention in the precision of its inputs.
-
-The oracle does not import `beit_fast`. Its relative index loops over token pairs, so that it cannot share a mistake
-with the index arithmetic of the package.
-"""
+"""Assertions against the fp64 reference of `beit_fast.tuning.reference`, whose functions tests import from here."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-FORWARD_FACTOR = 2
-BACKWARD_FACTOR = 3
+from beit_fast.tuning.reference import (
+    BACKWARD_FACTOR,
+    FORWARD_FACTOR,
+    attention_oracle,
+    dense_bias,
+    error_budget,
+    paper_index,
+    philox_keep,
+    relative_error,
+)
 
-
-@functools.lru_cache(maxsize=256)
-def _paper_index(window: tuple[int, int]) -> Tensor:
-    height, width = window
-    patches = [(row, column) for row in range(height) for column in range(width)]
-    rows = (2 * height - 1) * (2 * width - 1) + 3
-    from_patches = [
-        [rows - 2]
-        + [
-            (row_i - row_j + height - 1) * (2 * width - 1) + column_i - column_j + width - 1
-            for row_j, column_j in patches
-        ]
-        for row_i, column_i in patches
-    ]
-    index = torch.tensor([[rows - 3] * (len(patches) + 1), *from_patches])
-    index[0, 0] = rows - 1
-    return index
-
-
-def paper_index(window: tuple[int, int]) -> Tensor:
-    """Return the bias table row of every (query, key) pair, int64 `[N, N]`."""
-    return _paper_index(tuple(window)).clone()
-
-
-def dense_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """Return the bias matrix `[H, N, N]` of a table `[(2Wh-1)(2Ww-1)+3, H]`."""
-    return table[_paper_index(tuple(window)).to(table.device)].permute(2, 0, 1)
-
-
-def philox_keep(seed: int, dropout_p: float, batch: int, heads: int, tokens: int) -> Tensor:
-    """Compute the dropout mask of Philox4x32-10 (Salmon et al., SC 2011), bool `[B, H, N, N]`.
-
-    It uses Python integers, so that it shares no code with the tensor and Triton versions.
-    """
-    threshold = int(dropout_p * 2**31)
-    kept = [
-        (_philox_first_word(seed, i, j, plane) >> 1) >= threshold
-        for plane in range(batch * heads)
-        for i in range(tokens)
-        for j in range(tokens)
-    ]
-    return torch.tensor(kept).reshape(batch, heads, tokens, tokens)
-
-
-def _philox_first_word(seed: int, c0: int, c1: int, c2: int) -> int:
-    low = 0xFFFFFFFF
-    c3 = 0
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & low, (first >> 32) ^ c3 ^ k1, first & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return c0
-
-
-def attention_oracle(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: Tensor | None = None,
-    window: tuple[int, int] | None = None,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    keep: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """Compute dense attention with relative position bias, `[B, N, H, D]` in and out.
-
-    With fp64 inputs this is the reference. With inputs of the tested dtype, its error is the error budget.
-    A query whose keys are all masked gives zeros.
-    """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale  # [B, H, N, N]
-    if table is not None:
-        assert window is not None
-        scores = scores + dense_bias(table, window).to(scores.dtype)
-    if key_mask is not None:
-        allowed = key_mask[:, None, None, :]
-        scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0).softmax(-1)
-        weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    else:
-        weights = scores.softmax(-1)
-    if keep is not None:
-        weights = weights * keep / (1 - dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", weights.to(value.dtype), value)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return `norm(actual - expected) / norm(expected)` in fp64; 0 if both are empty or 0."""
-    expected = expected.double()
-    difference = torch.linalg.vector_norm(actual.double() - expected).item()
-    size = torch.linalg.vector_norm(expected).item()
-    return difference / size if size else difference
+__all__ = [
+    "BACKWARD_FACTOR",
+    "FORWARD_FACTOR",
+    "assert_within_budget",
+    "attention_oracle",
+    "compare_results",
+    "dense_bias",
+    "paper_index",
+    "philox_keep",
+    "relative_error",
+]
 
 
 def assert_within_budget(
@@ -121,7 +41,7 @@ def assert_within_budget(
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(reference.shape)}"
     assert torch.isfinite(actual).all(), f"{name}: not finite"
-    budget = factor * relative_error(eager, reference) + 4 * torch.finfo(dtype or eager.dtype).eps
+    budget = error_budget(reference, eager, factor, dtype)
     error = relative_error(actual, reference)
     assert error <= budget, f"{name}: relative error {error:.3e} is over the budget {budget:.3e}"
 

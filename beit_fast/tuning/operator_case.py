@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class OperatorCase:
 
     def map(self, function: Callable[[Tensor], Tensor], *names: str) -> Self:
         """Copy the case with `function` applied to the named tensors that are not None."""
-        return replace(self, **{name: function(x) for name, x in self.tensors().items() if name in names})
+        mapped: dict[str, Any] = {name: function(x) for name, x in self.tensors().items() if name in names}
+        return replace(self, **mapped)
 
     def to(self, dtype: torch.dtype) -> Self:
         """Convert the floating-point tensors to another dtype, without their history."""

@@ -1,15 +1,15 @@
-"""Two clocks for pytest-benchmark: wall time from idle to idle on a CPU, and device time on CUDA."""
+"""Two clocks: wall time from idle to idle on a CPU, and device time on CUDA. pytest-benchmark takes them as timers."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
-
-from beit_fast.testing.timing import synchronize
 
 Step = Callable[[], object]
 
@@ -19,6 +19,22 @@ LONGEST_HEAD_START = 0.05  # seconds
 SPIN_RATE = 2e9  # cycles a second, about the highest clock of today's GPUs
 
 
+class Clock(Protocol):
+    """A timer whose readings begin and end a round of calls."""
+
+    def __call__(self) -> float: ...
+
+    def plan(self, step: Step) -> tuple[int, int]:
+        """Return calls per round, and rounds."""
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until `device` has finished its queued work; a no-op on the CPU."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 class HostClock:
     """Wall time in seconds, read after the device has finished: from idle to idle."""
 
@@ -26,7 +42,7 @@ class HostClock:
     meaning = "idle to idle"
     queued_ahead: bool | None = None  # measured by a DeviceClock only
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: torch.device | str) -> None:
         self.device = device
 
     def __call__(self) -> float:
@@ -50,7 +66,7 @@ class DeviceClock:
     __name__ = "DeviceClock"
     meaning = "device time"
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: torch.device | str) -> None:
         self.device = device
         self.head_start = 0.0
         self._begin: torch.cuda.Event | None = None
@@ -97,15 +113,45 @@ class DeviceClock:
         return event
 
 
-def clock_of(device: str) -> HostClock | DeviceClock:
-    """Return a new clock for one test; a DeviceClock holds the state of its round."""
-    return DeviceClock(device) if device == "cuda" else HostClock(device)
+def clock_of(device: torch.device | str) -> HostClock | DeviceClock:
+    """Return a new clock for one measurement; a DeviceClock holds the state of its round."""
+    return DeviceClock(device) if torch.device(device).type == "cuda" else HostClock(device)
 
 
-def single_call(step: Step, device: str, repeats: int = 7) -> float:
+def single_call(step: Step, device: torch.device | str, repeats: int = 7) -> float:
     """Return the median seconds of one call from idle to idle. Launches are included."""
     clock = HostClock(device)
     return statistics.median(_once(clock, step) for _ in range(repeats))
+
+
+def interleaved_medians(
+    steps: Mapping[str, Step],
+    clock: Clock,
+    rounds: int,
+    scope: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+) -> dict[str, float]:
+    """Time several steps in turns, and return the median seconds of one call of each.
+
+    A change of the GPU's clock then reaches all of them.
+
+    Args:
+        steps: Functions by name, already called once.
+        clock: The timer; it plans the calls of a round by the first step.
+        rounds: Rounds of each step.
+        scope: Returns the context in which a step is timed, by name.
+    """
+    first = next(iter(steps))
+    with scope(first):
+        calls, _ = clock.plan(steps[first])
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            with scope(name):
+                begin = clock()
+                for _ in range(calls):
+                    step()
+                times[name].append((clock() - begin) / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _once(clock: Callable[[], float], step: Step) -> float:
