@@ -19,6 +19,8 @@ from .options import (
     InfoOptions,
     PredictOptions,
     SegmentOptions,
+    SelftestOptions,
+    TuneOptions,
 )
 
 # Modules are imported when their command runs: `info` needs neither NumPy nor a model.
@@ -28,6 +30,8 @@ _COMMANDS: dict[str, tuple[str, type]] = {
     "segment": (".commands", SegmentOptions),
     "predict": (".predict.command", PredictOptions),
     "convert": (".commands", ConvertOptions),
+    "selftest": (".selftest", SelftestOptions),
+    "tune": (".tune", TuneOptions),
 }
 
 
@@ -61,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_segment(commands)
     _add_predict(commands)
     _add_convert(commands)
+    _add_selftest(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -138,6 +144,42 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("--position-interpolation", choices=POSITION_INTERPOLATIONS, default="bilinear")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
+
+
+def _add_selftest(commands: Any) -> None:
+    parser = commands.add_parser("selftest", help="check every kernel of this machine against fp64, and time it")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
+    _add_measurement_options(parser)
+
+
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure the tiles of the GPU kernels, and use the fastest from then on",
+        description="Measure candidate tiles of each kernel on a GPU. The fastest are written to the user's cache and "
+        "used by every later launch on this GPU, with this Triton and this version. BEIT_FAST_TUNED=0 ignores them.",
+    )
+    parser.add_argument("--image-size", type=_size, action="append", default=[], metavar="N or HxW", help="repeatable")
+    parser.add_argument("--batch", type=_positive, action="append", default=[], metavar="N", help="repeatable")
+    parser.add_argument("--dtype", choices=_HALF_AND_SINGLE, action="append", default=[], help="repeatable")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--model", help="take sizes from a checkpoint: a folder, or a name on the hub")
+    sizes.add_argument("--head-dim", type=_positive, metavar="D", help="of 12 heads (default: BEiT-base, 64)")
+    parser.add_argument("--device", help="cuda, cuda:1 ... (default: cuda)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no other kernel after this time")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--forget", action="store_true", help="delete the tuned tiles of the GPU, of all versions")
+    action.add_argument("--show", action="store_true", help="print the tuned tiles of the GPU")
+    parser.add_argument("--local-files-only", action="store_true", help="never use the network")
+    _add_measurement_options(parser)
+
+
+_HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
+
+
+def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--rows", type=Path, metavar="FILE.jsonl", help="write each row here as soon as it is measured")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

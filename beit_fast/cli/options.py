@@ -39,6 +39,54 @@ class InfoOptions:
 
 
 @dataclass(frozen=True)
+class SelftestOptions:
+    """Options of `beit-fast selftest`.
+
+    Attributes:
+        device: The device, or None for CUDA if it is available, else the CPU.
+        json: If True, print one JSON object instead of a table.
+        rows: A file that gets each row as a line of JSON as soon as it is known, or None.
+    """
+
+    device: str | None
+    json: bool
+    rows: Path | None
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Options of `beit-fast tune`.
+
+    Attributes:
+        image_size: Image sizes; empty for the usual ones.
+        batch: Numbers of images; empty for the usual ones.
+        dtype: Names of dtypes; empty for bfloat16.
+        model: A checkpoint whose configuration gives the sizes, or None for those of BEiT-base.
+        head_dim: Numbers of a head, or None for those of the model.
+        device: The CUDA device, or None for the current one.
+        budget: Seconds after which no other kernel is started, or None.
+        forget: If True, delete the tuned tiles.
+        show: If True, print the tuned tiles.
+        local_files_only: If True, never use the network.
+        json: If True, print one JSON object instead of a table.
+        rows: A file that gets each result as a line of JSON as soon as it is known, or None.
+    """
+
+    image_size: Sequence[int | tuple[int, int]]
+    batch: Sequence[int]
+    dtype: Sequence[str]
+    model: str | None
+    head_dim: int | None
+    device: str | None
+    budget: float | None
+    forget: bool
+    show: bool
+    local_files_only: bool
+    json: bool
+    rows: Path | None
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """Options that every command with a model has.
 

@@ -70,6 +70,22 @@ def run_checks(checks: Sequence[Check], device: torch.device, clock_of: Callable
         gc.collect()
 
 
+@contextmanager
+def count_kernels(kernel: str) -> Iterator[Callable[[], int]]:
+    """Count the different Triton kernels that are launched inside the context.
+
+    Args:
+        kernel: The attention kernel that serves; 0 if it is not compiled by Triton.
+    """
+    if kernel != "triton":
+        yield lambda: 0
+        return
+    from ..kernels.common.launch import observe_launches
+
+    with observe_launches() as launched:
+        yield lambda: len({compiled.hash for compiled in launched})
+
+
 def run_check(check: Check, device: torch.device, clock_of: Callable[[], Clock] | None) -> Row:
     """Check one kernel; an exception is a failure of the row."""
     row = Row(check.kernel, check.case, check.dtype_label, check.bias, check.served_by)

@@ -190,6 +190,24 @@ def load(file: Path, identity: Any) -> list[Any]:
         return []
 
 
+def describe(device: torch.device) -> dict[str, Any]:
+    """Describe the tuned tiles of a device, for JSON: file, number of tiles, and why they are not used."""
+    from ..kernels.common import tuned_tiles
+
+    identity = tuned_tiles.identity_of(device)
+    file = tuned_tiles.file_of(identity)
+    found: dict[str, Any] = {"file": str(file), "tiles": [], "reason": None}
+    if not tuned_tiles.is_enabled():
+        return {**found, "reason": f"{tuned_tiles.VARIABLE}=0"}
+    try:
+        entries = tuned_tiles.read(file, identity)
+    except FileNotFoundError:
+        return {**found, "reason": "none were measured (beit-fast tune)"}
+    except tuned_tiles.UnusableFileError as error:
+        return {**found, "reason": f"the file is ignored: {error}"}
+    return {**found, "tiles": tuned_tiles.content_of(identity, entries)["tiles"]}
+
+
 def forget(device: torch.device) -> list[Path]:
     """Delete the tuned tiles of a device, those of other versions too, and return the files."""
     from ..kernels.common import tuned_tiles

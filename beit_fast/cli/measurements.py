@@ -1,0 +1,47 @@
+"""What `selftest` and `tune` share: a log of rows, and tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RowLog:
+    """A file with a line of JSON for the conditions, then one for each row, written at once.
+
+    Args:
+        path: The file, or None to write nothing.
+        conditions: What the rows are measured on.
+    """
+
+    def __init__(self, path: Path | None, conditions: Mapping[str, Any]) -> None:
+        self._path = path
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        self._append({"conditions": conditions, "date": datetime.date.today().isoformat()})
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._append({"row": row})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align rows under a header; a rule separates them."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3f}"

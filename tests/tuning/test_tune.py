@@ -1,0 +1,286 @@
+"""The tuner on Triton's interpreter, timed by a fake clock: what it excludes, chooses, writes and launches."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit_fast.tuning import tune, tune_jobs
+from beit_fast.tuning.tune import Job, Trial
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("tunes kernels in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
+
+from beit_fast.kernels.attention import launch
+from beit_fast.kernels.common import tuned_tiles
+
+CPU = torch.device("cpu")
+SHAPE = tune_jobs.Shape((3, 5), 1, torch.float32, heads=2, head_dim=16, hidden=32, intermediate=48)
+SHIPPED, FAST, SLOW = TILES = (64, 32, 4, 1), (16, 16, 4, 1), (32, 16, 4, 1)
+
+
+class FakeClock:
+    """Time that a table of costs advances: one for each tile in force."""
+
+    def __init__(self, kernel: str, costs: Mapping[tuple[int, ...], float]) -> None:
+        self.kernel, self.costs, self.now, self.running = kernel, costs, 0.0, False
+
+    def __call__(self) -> float:
+        if self.running:
+            tile = tuned_tiles.forced_tile(self.kernel)
+            assert tile is not None
+            self.now += self.costs[tile]
+        self.running = not self.running
+        return self.now
+
+    def plan(self, step: tune.Any) -> tuple[int, int]:
+        return 1, 1
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of the user; nothing is read before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(tuned_tiles.VARIABLE, raising=False)
+    tuned_tiles.forget_read_files()
+    yield tmp_path
+    tuned_tiles.forget_read_files()
+
+
+def job(kernel: str = "forward", tiles: tuple[tuple[int, ...], ...] = (SHIPPED, FAST, SLOW)) -> Job:
+    jobs = {found.kernel: found for found in tune_jobs.jobs_of([SHAPE], CPU)}
+    return replace(jobs[kernel], tiles=tiles, others=())
+
+
+def run(found: Job, costs: Mapping[tuple[int, ...], float]) -> tune.Outcome:
+    (outcome,) = tune.tune([found], CPU, lambda: FakeClock(found.kernel, costs), rounds=1)
+    return outcome
+
+
+def launched_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Launch the forward once, and return the tiles of the launches."""
+    tiles: list[tuple[int, ...]] = []
+    original = launch.launch_kernel
+
+    def spy(kernel: object, programs: int, arguments: tune.Any, **options: int) -> None:
+        if hasattr(arguments, "tile"):
+            tiles.append((*arguments.tile, options["num_warps"], options["num_stages"]))
+        original(kernel, programs, arguments, **options)
+
+    monkeypatch.setattr(launch, "launch_kernel", spy)
+    tune_jobs.attention_trial("forward", SHAPE, CPU).run()
+    monkeypatch.setattr(launch, "launch_kernel", original)
+    return tiles
+
+
+def test_tune_faster_tile_is_written_and_launched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched_tiles(monkeypatch) == [SHIPPED]
+    outcome = run(job(), {SHIPPED: 2.0, FAST: 1.0, SLOW: 3.0})
+    assert outcome.chosen == FAST
+    assert outcome.seconds == {"64x32x4x1": 2.0, "16x16x4x1": 1.0, "32x16x4x1": 3.0}
+    (file,) = cache.rglob("*.json")
+    identity = tuned_tiles.identity_of(CPU)
+    assert file == tuned_tiles.file_of(identity)
+    assert file.parent.relative_to(cache) == Path("beit_fast", "tuned", "interpreter-0.0")
+    assert all(part in file.name for part in (identity.triton, identity.beit_fast, identity.kernels))
+    assert [entry.tile for entry in tuned_tiles.read(file, identity)] == [FAST]
+    assert launched_tiles(monkeypatch) == [FAST]
+    monkeypatch.setenv(tuned_tiles.VARIABLE, "0")
+    tuned_tiles.forget_read_files()
+    assert launched_tiles(monkeypatch) == [SHIPPED]
+
+
+def test_tune_tile_that_gains_little_keeps_the_shipped_tile() -> None:
+    outcome = run(job(), {SHIPPED: 2.0, FAST: 1.97, SLOW: 3.0})
+    assert outcome.chosen == SHIPPED
+
+
+@pytest.mark.parametrize("kernel", ["backward_dkv", "backward_dq", "backward_dbias"])
+def test_tune_each_backward_kernel_is_launched_with_its_tile(kernel: str) -> None:
+    outcome = run(job(kernel, (SHIPPED, FAST)), {SHIPPED: 2.0, FAST: 1.0})
+    assert outcome.chosen == FAST
+    assert outcome.excluded == {}
+
+
+def test_tune_rows_and_linear_layers_are_launched_with_their_tiles() -> None:
+    for kernel, shipped, fast in (
+        ("residual_norm", (1,), (2,)),
+        ("residual_norm_backward", (1, 4), (1, 2)),
+        ("linear_gelu", (32, 64, 32, 4, 1), (16, 16, 16, 4, 1)),
+    ):
+        outcome = run(job(kernel, (shipped, fast)), {shipped: 2.0, fast: 1.0})
+        assert (outcome.chosen, outcome.excluded) == (fast, {}), kernel
+    written = tuned_tiles.read(tuned_tiles.file_of(tuned_tiles.identity_of(CPU)), tuned_tiles.identity_of(CPU))
+    assert [entry.kernel for entry in written] == ["residual_norm", "residual_norm_backward", "linear_gelu"]
+
+
+def wrong_with(tile: tuple[int, ...], found: Job) -> Trial:
+    """The trial of a job, whose results are off by a tenth with one tile."""
+    trial = found.trial()
+
+    def run() -> dict[str, Tensor]:
+        factor = 1.1 if tuned_tiles.forced_tile(found.kernel) == tile else 1.0
+        return {name: factor * value for name, value in trial.run().items()}
+
+    return replace(trial, run=run)
+
+
+def test_tune_wrong_tile_is_excluded_before_it_is_timed() -> None:
+    found = job()
+    outcome = run(replace(found, trial=lambda: wrong_with(FAST, found)), {SHIPPED: 2.0, SLOW: 1.0})
+    assert outcome.chosen == SLOW
+    assert "over the budget" in outcome.excluded["16x16x4x1"]
+    assert "16x16x4x1" not in outcome.seconds
+
+
+def test_tune_tile_that_fails_another_trial_leaves_the_next_fastest() -> None:
+    found = job()
+    others = (lambda: wrong_with(FAST, found),)
+    outcome = run(replace(found, others=others), {SHIPPED: 3.0, FAST: 1.0, SLOW: 2.0})
+    assert outcome.chosen == SLOW
+    assert "over the budget" in outcome.excluded["16x16x4x1"]
+
+
+def test_tune_tile_that_does_not_launch_is_excluded() -> None:
+    outcome = run(job(tiles=(SHIPPED, (48, 16, 4, 1))), {SHIPPED: 2.0})
+    assert outcome.chosen == SHIPPED
+    assert outcome.excluded["48x16x4x1"].startswith("does not run: ")
+
+
+def test_tune_tile_that_spills_is_excluded_unless_it_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compiled:
+        n_spills = 24
+
+    found = job(tiles=(SHIPPED, FAST))
+    original = launch.launch_kernel
+
+    def compiled(*arguments: tune.Any, **options: int) -> None:
+        from beit_fast.kernels.common import launch as common
+
+        original(*arguments, **options)
+        for launched in common._observed:
+            launched.append(Compiled())
+
+    monkeypatch.setattr(launch, "launch_kernel", compiled)
+    outcome = run(found, {SHIPPED: 2.0})
+    assert outcome.chosen == SHIPPED
+    assert outcome.excluded == {"16x16x4x1": "spills 24 bytes of registers"}
+
+
+def test_tune_wrong_shipped_tile_writes_nothing(cache: Path) -> None:
+    found = job()
+    outcome = run(replace(found, trial=lambda: wrong_with(SHIPPED, found)), {FAST: 1.0, SLOW: 2.0})
+    assert outcome.chosen is None
+    assert "over the budget" in outcome.excluded["64x32x4x1"]
+    assert list(cache.rglob("*.json")) == []
+
+
+def test_tune_jobs_of_equal_shapes_are_listed_once() -> None:
+    jobs = tune_jobs.jobs_of([SHAPE, SHAPE, replace(SHAPE, batch=2)], CPU)
+    assert len(jobs) == 2 * len(tune_jobs.jobs_of([SHAPE], CPU))
+    assert {found.kernel for found in jobs} == set(tuned_tiles.TILE_FIELDS)
+
+
+def test_tune_second_job_keeps_the_first_and_replaces_its_own(cache: Path) -> None:
+    run(job(), {SHIPPED: 2.0, FAST: 1.0, SLOW: 3.0})
+    run(job("backward_dq", (SHIPPED, FAST)), {SHIPPED: 2.0, FAST: 1.0})
+    run(job(), {SHIPPED: 2.0, FAST: 3.0, SLOW: 1.0})
+    identity = tuned_tiles.identity_of(CPU)
+    entries = tuned_tiles.read(tuned_tiles.file_of(identity), identity)
+    assert [(entry.kernel, entry.tile) for entry in entries] == [("backward_dq", FAST), ("forward", SLOW)]
+
+
+def test_forget_deletes_the_tiles_of_all_versions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_tile(FAST)
+    (file.parent / "triton-1.json").write_text("{}")
+    assert len(tune.forget(CPU)) == 2
+    assert list(cache.rglob("*.json")) == []
+    assert launched_tiles(monkeypatch) == [SHIPPED]
+
+
+def write_tile(tile: tuple[int, ...]) -> Path:
+    """Write a file with one tile of the forward, and return its path."""
+    found = job()
+    return tune.save(
+        CPU, found, tune.Outcome("forward", "", SHIPPED, tile, dict.fromkeys(map(tune.tile_name, TILES), 1.0))
+    )
+
+
+def damage(content: dict[str, tune.Any], kind: str) -> str:
+    if kind == "cut":
+        return json.dumps(content)[:-20]
+    if kind == "foreign":
+        content["identity"]["gpu"] = "another"
+    elif kind == "format":
+        content["format"] = 0
+    elif kind == "too long":
+        content["tiles"][0]["tile"][1] = 256
+    elif kind == "odd":
+        content["tiles"][0]["tile"][0] = 48
+    elif kind == "short":
+        content["tiles"][0]["tile"].pop()
+    elif kind == "kernel":
+        content["tiles"][0]["kernel"] = "other"
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize("kind", ["cut", "foreign", "format", "too long", "odd", "short", "kernel"])
+def test_launch_unusable_file_warns_once_and_takes_the_shipped_tile(
+    kind: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_tile(FAST)
+    assert launched_tiles(monkeypatch) == [FAST]
+    file.write_text(damage(json.loads(file.read_text()), kind))
+    tuned_tiles.forget_read_files()
+    with pytest.warns(RuntimeWarning, match="are ignored") as caught:
+        assert launched_tiles(monkeypatch) == [SHIPPED]
+    assert len([entry for entry in caught if "are ignored" in str(entry.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert launched_tiles(monkeypatch) == [SHIPPED]
+
+
+def test_find_takes_the_nearest_amount_of_an_equal_variant() -> None:
+    identity = tuned_tiles.identity_of(CPU)
+    entries = [
+        tuned_tiles.Measured("linear_gelu", "float32", amount, (16, 16, 16, warps, 1), 1.0, 2.0)
+        for amount, warps in ((100, 1), (1000, 2), (10_000, 4))
+    ]
+    file = tuned_tiles.file_of(identity)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(tuned_tiles.content_of(identity, entries)))
+    found = [tuned_tiles.find("linear_gelu", "float32", rows, torch.empty(0)) for rows in (1, 250, 400, 99_999)]
+    assert [tile and tile[3] for tile in found] == [1, 1, 2, 4]
+    assert tuned_tiles.find("linear_gelu", "float16", 100, torch.empty(0)) is None
+    assert tuned_tiles.find("forward", "float32", 100, torch.empty(0)) is None
+
+
+def test_find_in_a_capture_reads_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    reads: list[torch.device] = []
+    monkeypatch.setattr(tuned_tiles, "_load", lambda device: reads.append(device) or {})
+    for capturing in (True, False, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert tuned_tiles.find("forward", "any", 1, OnCuda()) is None  # type: ignore[arg-type]
+    assert reads == [torch.device("cuda", 0)]
+
+
+def test_operator_traced_by_torch_compile_reads_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import beit_fast
+
+    monkeypatch.setattr(tuned_tiles, "_load", lambda device: pytest.fail("a file is read while tracing"))
+    with FakeTensorMode():
+        query, table = torch.empty(1, 10, 2, 16), torch.empty(5 * 5 + 3, 2)
+        assert beit_fast.rel_pos_attention(query, query, query, table, (3, 3)).shape == query.shape
