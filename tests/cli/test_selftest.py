@@ -1,0 +1,189 @@
+"""`beit-fast selftest` and `beit-fast tune` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from beit_fast.cli import main
+from beit_fast.cli import selftest as command
+from beit_fast.cli import tune as tune_command
+from beit_fast.cli.options import TuneOptions
+from beit_fast.tuning import tune as tuning
+from beit_fast.tuning.selftest import Row
+from beit_fast.tuning.tune import Outcome
+
+PASSED = Row(
+    *("attention", "2x253x4", "bfloat16", "paired", "triton"),
+    errors={"out": 1e-3, "dq": 2e-3},
+    budgets={"out": 1e-2, "dq": 4e-3},
+    same_bits={"launch 2": True, "CUDA graph": True},
+    seconds={"forward": (1e-3, 4e-3)},
+    baseline="SDPA with the dense bias",
+)
+FAILED = Row(
+    "residual norm",
+    "2x7x40",
+    "float32",
+    "-",
+    "triton",
+    {"sum": 1.0},
+    {"sum": 0.1},
+    {"launch 2": False},
+    failures=("sum: too far",),
+)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """The rows that the self-test finds."""
+    found = [PASSED]
+    monkeypatch.setattr(command, "run_checks", lambda checks, device, clock: iter(found))
+    return found
+
+
+def test_selftest_all_passed_prints_a_table_and_exits_with_0(
+    rows: list[Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["selftest", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("The GPU kernels are not tested here" in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("attention")]
+    assert "1.0e-03 (10%)" in line
+    assert "2.0e-03 (50%)" in line
+    assert "1.000 / 4.000" in line
+    assert line.endswith("ok")
+    assert lines[-1].startswith("all 1 cases passed")
+
+
+def test_selftest_a_failure_is_explained_and_exits_with_1(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
+    rows.append(FAILED)
+    assert main.main(["selftest", "--device", "cpu"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("residual norm") and line.endswith("FAILED")]
+    assert " NO " in line
+    assert "  sum: too far" in lines
+    assert lines[-1].startswith("1 of 2 cases failed")
+
+
+def test_selftest_json_and_rows_hold_the_same(
+    rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows.append(FAILED)
+    file = tmp_path / "results" / "selftest.jsonl"
+    assert main.main(["selftest", "--device", "cpu", "--json", "--rows", str(file)]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    written = [json.loads(line) for line in file.read_text().splitlines()]
+    assert printed["passed"] is False
+    assert printed["rows"] == [entry["row"] for entry in written[1:]]
+    assert written[0]["conditions"] == printed["environment"]
+
+
+def test_selftest_rows_are_written_before_the_next_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, lengths = tmp_path / "rows.jsonl", []
+
+    def slow(checks: object, device: object, clock: object) -> Iterator[Row]:
+        for row in (PASSED, PASSED):
+            lengths.append(len(file.read_text().splitlines()))
+            yield row
+
+    monkeypatch.setattr(command, "run_checks", slow)
+    assert main.main(["selftest", "--device", "cpu", "--rows", str(file)]) == 0
+    assert lengths == [1, 2]
+
+
+def test_selftest_device_without_a_kernel_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["selftest", "--device", "meta:0" if torch.cuda.is_available() else "cuda"]) == 2
+    assert "no kernel runs on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["tune --device cpu", "tune --device cpu --show", "tune --device cpu --forget"])
+def test_tune_without_a_gpu_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(line.split()) == 2
+    assert "tiles are those of the GPU kernels" in capsys.readouterr().err
+
+
+def options(**changes: object) -> TuneOptions:
+    given = {
+        "image_size": [],
+        "batch": [],
+        "dtype": [],
+        "model": None,
+        "head_dim": None,
+        "device": None,
+        "budget": None,
+    }
+    given |= {"forget": False, "show": False, "local_files_only": True, "json": False, "rows": None}
+    return TuneOptions(**(given | changes))
+
+
+def test_shapes_of_options_combine_sizes_batches_and_dtypes(tmp_path: Path) -> None:
+    usual = tune_command.shapes_of(options())
+    assert [(shape.window, shape.batch) for shape in usual] == [((14, 14), 64), ((24, 24), 16), ((24, 24), 1)]
+    chosen = tune_command.shapes_of(options(image_size=[224, (224, 288)], batch=[1, 2], dtype=["float16", "float32"]))
+    assert len(chosen) == 8
+    assert {shape.window for shape in chosen} == {(14, 14), (14, 18)}
+    assert {shape.dtype for shape in chosen} == {torch.float16, torch.float32}
+    assert [shape.head_dim for shape in tune_command.shapes_of(options(head_dim=80))] == [80, 80, 80]
+    with pytest.raises(ValueError, match="has no patch"):
+        tune_command.shapes_of(options(image_size=[8]))
+
+
+def test_shapes_of_a_model_have_its_sizes(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 100, "patch_size": 8, "image_size": 40}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "use_relative_position_bias": True}))
+    (shape,) = tune_command.shapes_of(options(model=str(tmp_path)))
+    assert (shape.window, shape.heads, shape.head_dim) == ((5, 5), 3, 16)
+    assert (shape.hidden, shape.intermediate, shape.biased) == (48, 100, True)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Outcome]:
+    """The outcomes that the tuner finds on a device that stands in for a GPU."""
+    outcomes = [
+        Outcome(
+            "forward", "1x16", (64, 64, 4, 2), (32, 64, 4, 2), {"64x64x4x2": 2e-3, "32x64x4x2": 1e-3}, {"1x1": "spills"}
+        )
+    ]
+    monkeypatch.setattr(tune_command, "_gpu", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(tune_command, "_check_kernels", lambda shapes, device: None)
+    monkeypatch.setattr(tune_command, "jobs_of", lambda shapes, device: outcomes)
+    monkeypatch.setattr(tuning, "tune", lambda jobs, device, clock: iter(jobs))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return outcomes
+
+
+def test_tune_prints_what_it_chose_and_excluded(fake_gpu: list[Outcome], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["tune"]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("forward")]
+    assert line.split()[1:] == ["1x16", "64x64x4x2", "32x64x4x2", "2.000", "1.000", "1"]
+    assert "  1x1: spills" in out.splitlines()
+    fake_gpu.append(Outcome("backward_dq", "1x16", (64, 64, 4, 2)))
+    assert main.main(["tune"]) == 1
+    assert "run beit-fast selftest" in capsys.readouterr().out
+
+
+def test_tune_budget_stops_after_a_kernel(
+    fake_gpu: list[Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_gpu *= 3
+    times = iter([0.0, 5.0, 11.0])
+    monkeypatch.setattr(tune_command, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    file = tmp_path / "rows.jsonl"
+    assert main.main(["tune", "--budget", "10", "--rows", str(file)]) == 0
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_tune_show_and_forget_without_a_file_say_so(
+    fake_gpu: list[Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["tune", "--show"]) == 0
+    assert "none were measured" in capsys.readouterr().out
+    assert main.main(["tune", "--forget"]) == 0
+    assert "there are no tuned tiles" in capsys.readouterr().out

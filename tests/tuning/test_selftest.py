@@ -1,0 +1,154 @@
+"""The self-test on this process's kernels: passing, wrong and unsteady operators."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit_fast.ops.dispatch import availability
+from beit_fast.tuning import selftest
+from beit_fast.tuning.problems import Problem, Results
+from beit_fast.tuning.selftest_cases import Check, checks_for
+
+from .test_timer import CountingClock
+
+CPU = torch.device("cpu")
+EXACT = torch.linspace(-1, 1, 65, dtype=torch.float64)
+
+
+def problem(results: Callable[[], Results], timed: bool = False) -> Problem:
+    """A problem whose reference is EXACT for an output and a gradient."""
+
+    def reference(dtype: torch.dtype) -> Results:
+        return {"out": EXACT.to(dtype), "dq": EXACT.to(dtype)}
+
+    steps = {"forward": (results, results)} if timed else {}
+    return Problem(results, reference, ("out",), steps, "a baseline")
+
+
+def check_of(build: Callable[[torch.device], Problem], dtype: torch.dtype = torch.float16) -> Check:
+    return Check("attention", "a case", dtype, "paired", "cpp", build)
+
+
+def run(results: Callable[[], Results], **options: bool) -> selftest.Row:
+    return selftest.run_check(check_of(lambda device: problem(results, **options)), CPU, CountingClock)
+
+
+def both(value: Tensor) -> Results:
+    return {"out": value, "dq": value.clone()}
+
+
+def test_run_check_result_within_budget_passes_and_is_timed() -> None:
+    row = run(lambda: both(EXACT.half() * 1.001), timed=True)
+    assert row.passed
+    assert row.errors.keys() == row.budgets.keys() == {"out", "dq"}
+    assert 0 < row.errors["out"] < row.budgets["out"] <= row.budgets["dq"]
+    assert row.same_bits == {"launch 2": True, "launch 3": True}
+    assert row.seconds.keys() == {"forward"}
+    assert row.baseline == "a baseline"
+    assert row.as_json()["passed"] is True
+
+
+@pytest.mark.parametrize("wrong", [EXACT.half() * 1.01, torch.full((65,), torch.nan).half()])
+def test_run_check_result_over_budget_fails_and_is_not_timed(wrong: Tensor) -> None:
+    row = run(lambda: {"out": EXACT.half(), "dq": wrong}, timed=True)
+    assert not row.passed
+    (failure,) = [text for text in row.failures if "budget" in text]
+    assert failure.startswith("dq: relative error")
+    assert row.seconds == {}
+
+
+def test_run_check_other_bits_in_a_later_launch_fails() -> None:
+    launches = []
+
+    def unsteady() -> Results:
+        launches.append(None)
+        value = EXACT.half()
+        if len(launches) == 3:
+            value[32] = 1e-7
+        return both(value)
+
+    row = run(unsteady, timed=True)
+    assert row.same_bits == {"launch 2": True, "launch 3": False}
+    assert row.failures == ("launch 3: other bits than the first launch",)
+    assert row.seconds == {}
+
+
+def test_run_checks_exception_fails_its_row_and_the_next_one_runs() -> None:
+    def broken(device: torch.device) -> Problem:
+        raise RuntimeError("no code\nfor this")
+
+    checks = [check_of(broken), check_of(lambda device: problem(lambda: both(EXACT.half())))]
+    rows = list(selftest.run_checks(checks, CPU, None))
+    assert [row.passed for row in rows] == [False, True]
+    assert rows[0].failures == ("RuntimeError: no code for this",)
+
+
+def test_repetitions_on_cuda_add_a_graph_and_a_stream() -> None:
+    found = selftest._repetitions(problem(lambda: both(EXACT)), torch.device("cuda"))
+    assert list(found) == ["launch 2", "launch 3", "CUDA graph", "second stream"]
+
+
+def test_checks_for_every_kernel_cover_operators_dtypes_and_layouts() -> None:
+    kernel = availability.serving_kernel(CPU, torch.float32, 64)
+    assert kernel is not None
+    checks = checks_for(CPU, kernel)
+    assert {check.kernel for check in checks} == {"attention", "residual norm", "linear + GELU", "patch embedding"}
+    for name in ("attention", "residual norm", "linear + GELU", "patch embedding"):
+        assert {check.dtype for check in checks if check.kernel == name} == {
+            torch.bfloat16,
+            torch.float16,
+            torch.float32,
+        }
+    layouts = {check.bias for check in checks if check.kernel == "attention"}
+    interpreted = {"paired", "plain", "extended", "none"}
+    assert layouts == (
+        interpreted if kernel == "triton-interpret" else {"packed" if kernel == "cpp" else "table", "none"}
+    )
+    assert len({(check.kernel, check.case, check.dtype_label, check.bias) for check in checks}) >= len(checks) - 3
+
+
+def test_checks_of_a_gpu_split_keys_and_run_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from beit_fast.tuning import selftest_cases
+
+    monkeypatch.setattr(selftest_cases, "_layout", lambda kernel, window, dtype: str(window))
+    checks = [check for check in checks_for(torch.device("cuda"), "triton") if check.kernel == "attention"]
+    assert any(check.tf32 for check in checks)
+    assert any(check.case.startswith("1x677x12") for check in checks)
+    assert all(
+        sum(check.bias == layout for check in checks) >= 3 for layout in ("(14, 18)", "(15, 15)", "(2, 298)", "none")
+    )
+
+
+@pytest.mark.parametrize("name", ["attention", "residual norm", "linear + GELU", "patch embedding"])
+def test_run_check_kernel_of_this_process_passes(name: str) -> None:
+    kernel = availability.serving_kernel(CPU, torch.float32, 64)
+    assert kernel is not None
+    check = next(check for check in checks_for(CPU, kernel) if check.kernel == name)
+    row = selftest.run_check(check, CPU, None)
+    assert row.passed, row.failures
+    assert row.served_by in ("cpp", "torch", "triton-interpret")
+
+
+def test_run_check_wrong_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that forgets the bias fails, because tables are N(0, 1)."""
+    from beit_fast.tuning import problems
+
+    original = problems.rel_pos_attention
+
+    def without_bias(*arguments: object, **options: object) -> Tensor:
+        q, k, v, table, window = arguments
+        assert isinstance(table, Tensor)
+        return original(q, k, v, table * 0, window, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(problems, "rel_pos_attention", without_bias)
+    kernel = availability.serving_kernel(CPU, torch.float32, 64)
+    assert kernel is not None
+    check = next(check for check in checks_for(CPU, kernel) if check.kernel == "attention" and check.bias != "none")
+    row = selftest.run_check(check, CPU, None)
+    assert any(text.startswith("out: relative error") for text in row.failures)
+    assert dataclasses.asdict(row)["seconds"] == {}
