@@ -34,9 +34,29 @@ def gather_facts() -> dict[str, Any]:
         "native_libraries": {library: native.describe(library) for library in native.LIBRARIES},
         "missing_kernels": native.missing_kernels(),
         "instruction_sets": {"used": used, "usable": list(usable)},
+        "tuned_tiles": _tuned_tiles(),
         "variables": _variables(),
         "linears": _linears(),
     }
+
+
+def _tuned_tiles() -> list[dict[str, Any]]:
+    """Describe the tuned tiles of each GPU: their number, or why none are in use."""
+    import torch
+
+    from ..tuning import tune
+
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        try:
+            found = tune.describe(device)
+        except (ImportError, ValueError) as error:  # no Triton, or a variable that `_variables` lists
+            found = {"file": None, "tiles": [], "reason": str(error)}
+        rows.append(
+            {"device": str(device), "file": found["file"], "tiles": len(found["tiles"]), "reason": found["reason"]}
+        )
+    return rows
 
 
 def _variables() -> list[dict[str, str | None]]:
@@ -49,6 +69,7 @@ def _variables() -> list[dict[str, str | None]]:
         variables.NATIVE: lambda: native.check_variables("meta"),  # the CPU would check BEIT_FAST_CPU_ISA too
         variables.CPU_ISA: lambda: native.check_variables("cpu"),
         variables.CPU_LINEAR: choice.choose_gemm,
+        variables.TUNED: lambda: variables.choice(variables.TUNED, ("0", "1")),
     }
     rows: list[dict[str, str | None]] = []
     for name, value in variables.values().items():
@@ -118,6 +139,9 @@ def format_facts(facts: dict[str, Any]) -> str:
     if facts["variables"]:
         lines += ["", "environment variables"]
         lines += _aligned([_variable_line(variable) for variable in facts["variables"]])
+    if facts["tuned_tiles"]:
+        lines += ["", "tuned tiles (beit-fast tune)"]
+        lines += _aligned([_tuned_line(row) for row in facts["tuned_tiles"]])
     if facts["missing_kernels"] is not None:
         lines += ["", f"warning: {facts['missing_kernels']}"]
     sets = facts["instruction_sets"]
@@ -151,6 +175,10 @@ def _library_line(library: dict[str, Any]) -> str:
     built_for = f", built for {library['built_for']}" if library["built_for"] else ""
     state = "loaded" if library["loaded"] else "loaded at the first call"
     return f"{library['serves']}: {library['file']}{built_for} ({state})"
+
+
+def _tuned_line(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["device"], f"{row['tiles']} in use" if row["reason"] is None else f"not in use: {row['reason']}"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

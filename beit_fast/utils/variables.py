@@ -1,6 +1,7 @@
 """Environment variables of this package, read once, when it is imported.
 
-`BEIT_FAST_CPU_ISA` is here for messages only: the native library reads it itself. Importing the package never raises
+`BEIT_FAST_CPU_ISA` is here for messages only: the native library reads it itself. So is `BEIT_FAST_TUNED`, which the
+Triton launchers read at the first launch. Importing the package never raises
 for a variable; `choice` raises at the first use.
 """
 
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from .messages import join_choices
 
 NATIVE, CPU_ISA, CPU_LINEAR = "BEIT_FAST_NATIVE", "BEIT_FAST_CPU_ISA", "BEIT_FAST_CPU_LINEAR"
+TUNED = "BEIT_FAST_TUNED"
 
-_VALUES = {name: os.environ.get(name) or None for name in (NATIVE, CPU_ISA, CPU_LINEAR)}
+_VALUES = {name: os.environ.get(name) or None for name in (NATIVE, CPU_ISA, CPU_LINEAR, TUNED)}
 
 
 def values() -> dict[str, str]:

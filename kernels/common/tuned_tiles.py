@@ -113,8 +113,15 @@ def forced_tile(kernel: str) -> Tile | None:
 
 
 def is_enabled() -> bool:
-    """Return whether tuned tiles may be used. BEIT_FAST_TUNED=0 switches them off."""
-    return os.environ.get(VARIABLE, "1") != "0"
+    """Return whether tuned tiles may be used. BEIT_FAST_TUNED=0 switches them off.
+
+    Raises:
+        ValueError: If the variable has another value than 0 and 1.
+    """
+    value = os.environ.get(VARIABLE) or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"{VARIABLE}={value!r} is not supported (expected '0' or '1', or unset)")
+    return value == "1"
 
 
 def forget_read_files() -> None:

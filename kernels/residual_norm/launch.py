@@ -187,9 +187,7 @@ def fill_backward(
     _, tokens, size = incoming.shape
     row_count = incoming.numel() // size
     with device_of(incoming):
-        shipped = (configs.backward_warps(size), configs.PROGRAMS_PER_SM)
-        num_warps, programs_per_sm = _tuned("residual_norm_backward", incoming) or shipped
-        share = configs.share_rows(row_count, num_sms_of(incoming), programs_per_sm)
+        num_warps, share = _backward_plan(incoming)
         partials = Partials(*(None if tensor is None else _partial(share.programs, tensor) for tensor in shared))
         arguments = BackwardArguments(
             rows=_backward_rows(grad_total, grad_normalized, total, branch),
@@ -263,6 +261,14 @@ def _partial(programs: int, gradient: Tensor) -> Tensor:
     """Allocate each program's sum over its rows."""
     # fp32 whatever the dtype of the gradient, which is rounded once, after all programs are added.
     return torch.empty((programs, *gradient.shape), dtype=torch.float32, device=gradient.device)
+
+
+def _backward_plan(rows: Tensor) -> tuple[int, configs.RowShare]:
+    """Return warps and programs of the backward for rows `[B, N, E]`."""
+    size = rows.shape[-1]
+    shipped = (configs.backward_warps(size), configs.PROGRAMS_PER_SM)
+    num_warps, programs_per_sm = _tuned("residual_norm_backward", rows) or shipped
+    return num_warps, configs.share_rows(rows.numel() // size, num_sms_of(rows), programs_per_sm)
 
 
 def _tuned(kernel: str, rows: Tensor) -> tuned_tiles.Tile | None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from beit_fast.cli import main
+from beit_fast.cli import info, main
 from beit_fast.cli import selftest as command
 from beit_fast.cli import tune as tune_command
 from beit_fast.cli.options import TuneOptions
@@ -187,3 +187,14 @@ def test_tune_show_and_forget_without_a_file_say_so(
     assert "none were measured" in capsys.readouterr().out
     assert main.main(["tune", "--forget"]) == 0
     assert "there are no tuned tiles" in capsys.readouterr().out
+
+
+def test_info_lists_the_tuned_tiles_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "cuda:0": {"file": "a.json", "tiles": [1, 2], "reason": None},
+        "cuda:1": {"file": "b.json", "tiles": [], "reason": "none"},
+    }
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(tuning, "describe", lambda device: found[str(device)])
+    rows = info._tuned_tiles()
+    assert [info._tuned_line(row) for row in rows] == [("cuda:0", "2 in use"), ("cuda:1", "not in use: none")]

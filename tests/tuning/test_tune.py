@@ -263,6 +263,12 @@ def test_find_takes_the_nearest_amount_of_an_equal_variant() -> None:
     assert tuned_tiles.find("forward", "float32", 100, torch.empty(0)) is None
 
 
+def test_launch_unknown_value_of_the_variable_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuned_tiles.VARIABLE, "maybe")
+    with pytest.raises(ValueError, match=r"BEIT_FAST_TUNED='maybe' is not supported"):
+        launched_tiles(monkeypatch)
+
+
 def test_find_in_a_capture_reads_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnCuda:
         is_cuda, device = True, torch.device("cuda", 0)
