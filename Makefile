@@ -26,7 +26,8 @@ BENCH_OPTIONS ?=
 
 .PHONY: demo test test-fallback test-full
 .PHONY: sanitize bench lint docs wheel format clean
-.PHONY: gpu gpu-library gpu-test gpu-test-kernels gpu-test-device gpu-bench gpu-bench-models
+.PHONY: gpu gpu-library gpu-selftest gpu-tune gpu-test gpu-test-kernels gpu-test-device
+.PHONY: gpu-bench gpu-bench-models gpu-bench-parts
 
 # The main job: BEiT on a photograph under three attention backends.
 demo: $(VENV)/.demo $(NATIVE)
@@ -41,13 +42,15 @@ PARTS := interpreted-long interpreted models compilers integrations package comm
 SLOW_PARTS := $(PARTS)
 INTERPRETED_LONG := $(addprefix tests/kernels/test_,bias_layouts.py drawn_cases.py launcher.py layouts.py)
 MODELS_ELSEWHERE := tests/models/test_model_export.py tests/models/test_scale_out.py
+# Outside tests/kernels, but run in Triton's interpreter.
+INTERPRETED_ELSEWHERE := tests/tuning/test_tune.py tests/benchmarks/test_bench_attention_parts.py
 PART_interpreted-long := $(INTERPRETED_LONG)
-PART_interpreted := tests/kernels $(INTERPRETED_LONG:%=--ignore=%)
+PART_interpreted := tests/kernels $(INTERPRETED_ELSEWHERE) $(INTERPRETED_LONG:%=--ignore=%)
 PART_models := tests/models $(MODELS_ELSEWHERE:%=--ignore=%)
 PART_compilers := tests/aot tests/csrc tests/docs tests/packaging
 PART_integrations := tests/integrations
 PART_commands := tests/benchmarks tests/cli tests/examples tests/testing $(MODELS_ELSEWHERE)
-PART_package := tests $(patsubst %,--ignore=%,$(filter tests/%,$(PART_compilers) $(PART_integrations) $(PART_commands)) tests/models)
+PART_package := tests $(patsubst %,--ignore=%,$(filter tests/%,$(PART_compilers) $(PART_integrations) $(PART_commands) $(INTERPRETED_ELSEWHERE)) tests/models)
 
 test: $(VENV)/.test $(NATIVE)
 	$(SIDE_BY_SIDE) $(PARTS:%=test-part-%) test-fallback
@@ -99,11 +102,47 @@ sanitize: $(VENV)/.test
 	  $(addprefix tests/ops/test_,attention.py ops.py operator_inputs.py patch_embed.py patch_embed_inputs.py \
 	  cpu_attention.py split_bf16.py split_bf16_errors.py)
 
-# What needs a CUDA device. Nothing is installed and nothing downloaded; the libraries are built in place.
-gpu: gpu-test gpu-bench gpu-bench-models
+# What needs a CUDA device, the most telling results first, each written to RESULTS (default: build) as it comes. Every
+# stage has a limit in seconds, and the next one runs whatever a stage finds: 12 minutes together, compilation included.
+# Nothing is downloaded; the libraries are built in place. TRITON_WHEELS=FOLDER takes Triton from wheels in a folder.
+GPU_STAGES := library:100 selftest:120 bench-parts:60 bench:110 tune:70 test:160 bench-models:100
+GPU_STAGE_BUDGET := 80
+GPU_RESULTS = $(or $(RESULTS),build)
+TRITON_WHEELS ?=
+GPU_TRITON := build/gpu-triton
+GPU_NEEDS := $(if $(TRITON_WHEELS),$(GPU_TRITON)/.done)
+GPU_PATH := $(if $(TRITON_WHEELS),$(CURDIR)/$(GPU_TRITON):)$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-gpu-library:
+gpu: $(GPU_NEEDS)
+	status=0; for stage in $(GPU_STAGES); do \
+	  timeout --kill-after=5 $${stage#*:} $(MAKE) --no-print-directory GPU_BUDGET=$(GPU_STAGE_BUDGET) gpu-$${stage%:*} \
+	    || { echo "gpu-$${stage%:*} failed, or took longer than $${stage#*:} seconds"; status=1; }; \
+	done; exit $$status
+
+$(GPU_TRITON)/.done: $(wildcard $(TRITON_WHEELS)/triton-*.whl)
+	rm -rf $(@D)
+	$(GPU_PYTHON) -m pip install --no-deps --no-index --find-links "$(TRITON_WHEELS)" --target $(@D) triton
+	touch $@
+
+gpu-library gpu-selftest gpu-tune gpu-test-kernels gpu-test-device: export PYTHONPATH := $(GPU_PATH)
+gpu-bench gpu-bench-models gpu-bench-parts: export PYTHONPATH := $(GPU_PATH)
+# Tests and benchmarks run the shipped tiles; the cache of the user is left alone.
+gpu-selftest gpu-test-kernels gpu-test-device gpu-bench gpu-bench-models gpu-bench-parts: export BEIT_FAST_TUNED := 0
+gpu-tune: export XDG_CACHE_HOME := $(CURDIR)/build/gpu-cache
+
+gpu-library: $(GPU_NEEDS)
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-selftest: $(GPU_NEEDS)
+	$(GPU_PYTHON) -m beit_fast selftest --device cuda --rows "$(GPU_RESULTS)/$@.jsonl"
+
+gpu-tune: $(GPU_NEEDS)
+	$(GPU_PYTHON) -m beit_fast tune --image-size 384 --batch 16 --budget 45 --rows "$(GPU_RESULTS)/$@.jsonl"
+
+# dK/dV, dQ and dBias apart, with and without the bias.
+gpu-bench-parts: $(GPU_NEEDS)
+	$(GPU_PYTHON) -m pytest benchmarks/bench_attention_parts.py --device=cuda --rows="$(GPU_RESULTS)/$@.jsonl" \
+	  $(if $(COMMIT),--commit="$(COMMIT)")
 
 # The kernels against the oracle, and what only a device has: streams, graphs, memory, compute-sanitizer. Side by side,
 # because most of the time goes into compiling kernels, on one core each.
@@ -112,9 +151,8 @@ gpu-test: gpu-library
 
 gpu-test-kernels: GPU_TESTS := tests/kernels
 gpu-test-device: GPU_TESTS := tests/gpu
-gpu-test-kernels gpu-test-device:
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" \
-	  $(GPU_TESTS)
+gpu-test-kernels gpu-test-device: $(GPU_NEEDS)
+	$(GPU_PYTHON) -m pytest -p no:cacheprovider -m "not slow" --outcomes="$(GPU_RESULTS)/$@.jsonl" $(GPU_TESTS)
 
 # Compare with every baseline, which all have to be installed, and write benchmarks/results/. BENCH_OPTIONS=--full runs
 # every size.
@@ -129,8 +167,7 @@ bench: $(VENV)/.bench $(NATIVE)
 GPU_BUDGET ?= 200
 gpu-bench: GPU_BENCH := attention
 gpu-bench-models: GPU_BENCH := model
-gpu-bench gpu-bench-models: GPU_ROWS = $(or $(RESULTS),build)/$@.jsonl
-gpu-bench gpu-bench-models: export PYTHONPATH := $(CURDIR)
+gpu-bench gpu-bench-models: GPU_ROWS = $(GPU_RESULTS)/$@.jsonl
 gpu-bench gpu-bench-models: gpu-library
 	rm -f "$(GPU_ROWS)"
 	$(GPU_PYTHON) -m pytest benchmarks/bench_$(GPU_BENCH).py --device=cuda --rows="$(GPU_ROWS)" --budget=$(GPU_BUDGET) \

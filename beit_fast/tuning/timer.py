@@ -124,13 +124,18 @@ def single_call(step: Step, device: torch.device | str, repeats: int = 7) -> flo
     return statistics.median(_once(clock, step) for _ in range(repeats))
 
 
-def interleaved_medians(
+def interleaved_medians(steps: Mapping[str, Step], clock: Clock, rounds: int) -> dict[str, float]:
+    """Time several steps in turns, and return the median seconds of one call of each; see `interleaved_times`."""
+    return {name: statistics.median(times) for name, times in interleaved_times(steps, clock, rounds).items()}
+
+
+def interleaved_times(
     steps: Mapping[str, Step],
     clock: Clock,
     rounds: int,
     scope: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
-) -> dict[str, float]:
-    """Time several steps in turns, and return the median seconds of one call of each.
+) -> dict[str, list[float]]:
+    """Time several steps in turns, and return the seconds of one call in each round.
 
     A change of the GPU's clock then reaches all of them.
 
@@ -151,7 +156,7 @@ def interleaved_medians(
                 for _ in range(calls):
                     step()
                 times[name].append((clock() - begin) / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def _once(clock: Callable[[], float], step: Step) -> float:

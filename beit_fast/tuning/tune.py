@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..utils.files import atomic_write_text, json_text
 from .candidates import Tile
 from .reference import relative_error
-from .timer import Clock, interleaved_medians
+from .timer import Clock, interleaved_times
 
 ROUNDS = 15
 """Timed rounds of each candidate."""
@@ -106,7 +107,8 @@ def tune_job(job: Job, clock_of: Callable[[], Clock], rounds: int = ROUNDS) -> O
 
         return tuned_tiles.force(job.kernel, named[name])
 
-    seconds = interleaved_medians(dict.fromkeys(named, trial.run), clock_of(), rounds, scope)
+    times = interleaved_times(dict.fromkeys(named, trial.run), clock_of(), rounds, scope)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     del trial
     chosen = _accepted(job, named, seconds, excluded)
     return Outcome(job.kernel, job.label, shipped, chosen, seconds, excluded)

@@ -22,8 +22,9 @@ WANTED = {
     "backward_dkv": (False, True, True, False),
     "backward_dq": (True, False, False, False),
     "backward_dbias": (False, False, False, True),
+    "backward": (True, True, True, True),
 }
-"""Gradients of q, k, v and table that each backward kernel computes."""
+"""Gradients of q, k, v and table that each backward kernel computes, and all of them together."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _draw(shape: Shape, device: torch.device, **options: Any) -> Case:
 
 
 def attention_trial(kernel: str, shape: Shape, device: torch.device, masked: bool = False) -> Trial:
-    """Draw one attention call that launches `kernel`, and compute it in fp64."""
+    """Draw one attention call that launches `kernel` or the whole "backward", and compute it in fp64."""
     case = _draw(shape, device, masked=masked)
     names = ("out", *GRADIENTS) if shape.biased else ("out", *GRADIENTS[:3])
     exact, eager = (
@@ -128,7 +129,8 @@ def _attention_call(kernel: str, case: Case) -> tuple[Callable[[], Mapping[str, 
         return lambda: {"out": launch.attention_forward(*tensors, *numbers)[0]}, ("out",)
     out, lse = launch.attention_forward(*tensors, *numbers)
     wanted = WANTED[kernel]
-    names = tuple(name for name, flag in zip(GRADIENTS, wanted, strict=True) if flag)
+    present = GRADIENTS if case.table is not None else GRADIENTS[:3]
+    names = tuple(name for name, flag in zip(GRADIENTS, wanted, strict=True) if flag and name in present)
 
     def run() -> Mapping[str, Tensor]:
         gradients = launch.attention_backward(case.grad_out, *tensors, out, lse, *numbers, wanted)

@@ -206,8 +206,7 @@ def fill_backward(
             BLOCK=configs.padded_size(size),
             ROWS=configs.BACKWARD_ROWS,
         )
-        kernel = backward.residual_norm_backward_kernel
-        launch_kernel(kernel, share.programs, arguments, num_warps=num_warps)
+        launch_kernel(backward.residual_norm_backward_kernel, share.programs, arguments, num_warps=num_warps)
         if any(tensor is not None for tensor in shared):
             _sum_partials(partials, shared, share.programs, size)
 

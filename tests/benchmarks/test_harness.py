@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,3 +116,27 @@ def test_make_gpu_uses_the_given_python() -> None:
         for module in ("plot", "targets"):
             assert (BENCHMARKS / "report" / f"{module}.py").exists()
             assert f'some-python -m benchmarks.report.{module} "elsewhere/{target}.jsonl"' in done.stdout
+
+
+def dry_run(*arguments: str) -> str:
+    command = ["make", "--dry-run", "gpu", "GPU_PYTHON=some-python", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, check=True).stdout
+
+
+def test_make_gpu_runs_the_self_test_first_and_takes_12_minutes() -> None:
+    printed = dry_run("RESULTS=elsewhere")
+    (stages,) = re.findall(r"for stage in (.*); do", printed)
+    names, limits = zip(*(stage.split(":") for stage in stages.split()), strict=True)
+    assert names[:2] == ("library", "selftest")
+    assert sum(map(int, limits)) <= 12 * 60
+    first, *others = [
+        printed.find(f"elsewhere/gpu-{name}.jsonl") for name in ("selftest", "bench-parts", "bench", "tune")
+    ]
+    assert 0 < first < min(others)
+    assert max(others) == others[-1]
+
+
+def test_make_gpu_takes_triton_from_wheels(tmp_path: Path) -> None:
+    printed = dry_run(f"TRITON_WHEELS={tmp_path}")
+    target = "--target build/gpu-triton triton"
+    assert f'some-python -m pip install --no-deps --no-index --find-links "{tmp_path}" {target}' in printed
