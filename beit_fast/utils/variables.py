@@ -1,8 +1,7 @@
 """Environment variables of this package, read once, when it is imported.
 
-`BEIT_FAST_CPU_ISA` is here for messages only: the native library reads it itself. So is `BEIT_FAST_TUNED`, which the
-Triton launchers read at the first launch. Importing the package never raises
-for a variable; `choice` raises at the first use.
+`BEIT_FAST_CPU_ISA` and `BEIT_FAST_TUNED` are here for messages only: the native library and the launchers of the Triton
+kernels read them. Importing the package never raises for a variable; `choice` raises at the first use.
 """
 
 from __future__ import annotations
