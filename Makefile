@@ -134,7 +134,7 @@ gpu-library: $(GPU_NEEDS)
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
 gpu-selftest: $(GPU_NEEDS)
-	$(GPU_PYTHON) -m beit_fast selftest --device cuda --rows "$(GPU_RESULTS)/$@.jsonl"
+	$(GPU_PYTHON) -m beit_fast selftest --device cuda --include-refused --rows "$(GPU_RESULTS)/$@.jsonl"
 
 gpu-tune: $(GPU_NEEDS)
 	$(GPU_PYTHON) -m beit_fast tune --image-size 384 --batch 16 --budget 45 --rows "$(GPU_RESULTS)/$@.jsonl"

@@ -149,6 +149,11 @@ def _add_convert(commands: Any) -> None:
 def _add_selftest(commands: Any) -> None:
     parser = commands.add_parser("selftest", help="check every kernel of this machine against fp64, and time it")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
+    parser.add_argument(
+        "--include-refused",
+        action="store_true",
+        help="also run the kernels of a GPU and Triton that are refused for faults of the compiler; they are not timed",
+    )
     _add_measurement_options(parser)
 
 

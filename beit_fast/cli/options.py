@@ -44,11 +44,13 @@ class SelftestOptions:
 
     Attributes:
         device: The device, or None for CUDA if it is available, else the CPU.
+        include_refused: If True, also run kernels that are refused because Triton compiles them wrongly.
         json: If True, print one JSON object instead of a table.
         rows: A file that gets each row as a line of JSON as soon as it is known, or None.
     """
 
     device: str | None
+    include_refused: bool
     json: bool
     rows: Path | None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -36,6 +37,11 @@ _HEADER = (
 
 def selftest(options: SelftestOptions) -> int:
     """Check every kernel, print a row for each case, and return the exit code: 1 if a case failed."""
+    with availability.ignore_compiler_hazards() if options.include_refused else contextlib.nullcontext():
+        return _selftest(options)
+
+
+def _selftest(options: SelftestOptions) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kernel = _serving_kernel(device)
     conditions = environment(device)
@@ -68,7 +74,8 @@ def _serving_kernel(device: torch.device) -> availability.KernelName:
     if kernel is None:
         name: availability.KernelName = "triton" if device.type == "cuda" else "torch"
         reasons = availability.attention_unsupported_reasons(name, device, torch.float32, 64)
-        raise ValueError(f"no kernel runs on {device}: {'; '.join(reasons)}")
+        hint = "; --include-refused runs it all the same" if availability.compiler_hazards_of(device) else ""
+        raise ValueError(f"no kernel runs on {device}: {'; '.join(reasons)}{hint}")
     return kernel
 
 
@@ -91,6 +98,7 @@ def format_rows(rows: Sequence[Row], conditions: dict[str, Any], facts: dict[str
     ]
     lines[-2] += " PyTorch's operations for the other kernels."
     lines += table_lines(_HEADER, [_cells(row) for row in rows])
+    lines += [f"refused: {reason}" for reason in dict.fromkeys(reason for row in rows for reason in row.refused)]
     failed = [row for row in rows if not row.passed]
     for row in failed:
         lines += ["", f"{row.kernel} {row.case} {row.dtype} {row.bias}:", *(f"  {text}" for text in row.failures)]
@@ -114,7 +122,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         *errors,
         same,
         *times,
-        "ok" if row.passed else "FAILED",
+        ("ok" if row.passed else "FAILED") + (", refused" if row.refused else ""),
     )
 
 

@@ -35,6 +35,7 @@ class Row:
         seconds: Median seconds of the operator and of the baseline, by step.
         baseline: What the times are compared with.
         failures: What is wrong; empty if the check passed.
+        refused: Why the dispatcher refuses this kernel here; then nothing is timed.
     """
 
     kernel: str
@@ -48,6 +49,7 @@ class Row:
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     baseline: str = ""
     failures: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -88,7 +90,9 @@ def count_kernels(kernel: str) -> Iterator[Callable[[], int]]:
 
 def run_check(check: Check, device: torch.device, clock_of: Callable[[], Clock] | None) -> Row:
     """Check one kernel; an exception is a failure of the row."""
-    row = Row(check.kernel, check.case, check.dtype_label, check.bias, check.served_by)
+    row = Row(check.kernel, check.case, check.dtype_label, check.bias, check.served_by, refused=check.refused)
+    if check.refused:
+        clock_of = None
     try:
         with fp32_precision("tf32" if check.tf32 else "ieee"):
             return _checked(row, check.build(device), check.dtype, device, clock_of)

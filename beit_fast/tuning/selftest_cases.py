@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Check:
         served_by: The kernel that serves.
         build: Draws the problem on a device.
         tf32: Whether fp32 products use tf32.
+        refused: Why the dispatcher refuses this kernel on the device.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Check:
     served_by: str
     build: Callable[[torch.device], Problem]
     tf32: bool = False
+    refused: tuple[str, ...] = ()
 
     @property
     def dtype_label(self) -> str:
@@ -80,6 +82,10 @@ def checks_for(device: torch.device, kernel: str) -> list[Check]:
     Args:
         device: The device of the kernels.
         kernel: The attention kernel that serves there, of `availability.KERNELS`.
+
+    Returns:
+        The checks. Those of a pair of GPU and Triton that the dispatcher refuses say so; run these inside
+        `availability.ignore_compiler_hazards`.
     """
     sizes = sizes_of(kernel)
     layouts = (*((window, True) for window in sizes.windows), (sizes.windows[0], False))
@@ -91,8 +97,11 @@ def checks_for(device: torch.device, kernel: str) -> list[Check]:
         if kernel != "triton-interpret" or dtype == torch.float32 or window != sizes.windows[2]
     ]
     checks += _attention_options(kernel, sizes)
-    checks += [_residual_norm(device, sizes, dtype) for dtype in GPU_DTYPES]
     checks += [_linear_gelu(device, shape, dtype) for dtype in GPU_DTYPES for shape in sizes.linear]
+    # The kernels so far have matrix products, of which the known faults are.
+    refused = availability.compiler_hazards_of(device)
+    checks = [replace(check, refused=refused if check.served_by == "triton" else ()) for check in checks]
+    checks += [_residual_norm(device, sizes, dtype) for dtype in GPU_DTYPES]
     return checks + [_patch_embed(device, sizes, *dtypes) for dtypes in _PATCH_DTYPES]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from beit_fast.cli import info, main
 from beit_fast.cli import selftest as command
 from beit_fast.cli import tune as tune_command
 from beit_fast.cli.options import TuneOptions
+from beit_fast.ops.dispatch import availability
 from beit_fast.tuning import tune as tuning
 from beit_fast.tuning.selftest import Row
 from beit_fast.tuning.tune import Outcome
@@ -198,3 +200,45 @@ def test_info_lists_the_tuned_tiles_of_each_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tuning, "describe", lambda device: found[str(device)])
     rows = info._tuned_tiles()
     assert [info._tuned_line(row) for row in rows] == [("cuda:0", "2 in use"), ("cuda:1", "not in use: none")]
+
+
+REFUSED = Row(
+    "attention",
+    "2x253x4",
+    "float16",
+    "paired",
+    "triton",
+    {"out": 1.0},
+    {"out": 0.1},
+    failures=("out: far",),
+    refused=("a fault",),
+)
+
+
+def test_selftest_refused_rows_are_labelled(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
+    rows.append(REFUSED)
+    assert main.main(["selftest", "--device", "cpu", "--include-refused"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith("FAILED, refused") for line in lines)
+    assert "refused: a fault" in lines
+
+
+def test_selftest_refused_pair_runs_only_if_asked(
+    rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dispatcher sees a GPU with a known fault; the rows are those of the fixture."""
+    monkeypatch.setattr(availability, "_cuda_reasons", lambda device: ())
+    monkeypatch.setattr(availability, "compiler_hazards_of", lambda device: ("a known fault",))
+    monkeypatch.setattr(
+        command, "environment", lambda device: dict.fromkeys(("beit_fast", "device_name", "torch", "cuda", "triton"))
+    )
+    monkeypatch.setattr(command, "checks_for", lambda device, kernel: [])
+    monkeypatch.setattr(command, "count_kernels", lambda kernel: contextlib.nullcontext(lambda: 0))
+    assert main.main(["selftest", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert "a known fault" in error
+    assert "--include-refused runs it all the same" in error
+    assert main.main(["selftest", "--device", "cuda", "--include-refused"]) == 0
+    assert availability.attention_unsupported_reasons("triton", torch.device("cuda"), torch.float16, 64) == (
+        "a known fault",
+    )

@@ -152,3 +152,24 @@ def test_run_check_wrong_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     row = selftest.run_check(check, CPU, None)
     assert any(text.startswith("out: relative error") for text in row.failures)
     assert dataclasses.asdict(row)["seconds"] == {}
+
+
+def test_run_check_refused_kernel_is_checked_and_not_timed() -> None:
+    check = check_of(lambda device: problem(lambda: both(EXACT.half()), timed=True))
+    row = selftest.run_check(dataclasses.replace(check, refused=("a fault",)), CPU, CountingClock)
+    assert row.passed
+    assert row.refused == ("a fault",)
+    assert row.seconds == {}
+
+
+def test_checks_of_a_refused_pair_label_the_kernels_with_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    from beit_fast.tuning import selftest_cases
+
+    monkeypatch.setattr(selftest_cases, "_layout", lambda kernel, window, dtype: "paired")
+    monkeypatch.setattr(availability, "compiler_hazards_of", lambda device: ("a fault",))
+    monkeypatch.setattr(availability, "_cuda_reasons", lambda device: ())
+    with availability.ignore_compiler_hazards():
+        checks = checks_for(torch.device("cuda"), "triton")
+    labelled = {check.kernel for check in checks if check.refused}
+    assert labelled == {"attention", "linear + GELU"}
+    assert all(check.served_by == "triton" for check in checks if check.refused)

@@ -12,7 +12,8 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -235,6 +236,27 @@ def _cuda_reasons(device: torch.device) -> tuple[str, ...]:
 
 
 def _compiler_reasons(device: torch.device) -> tuple[str, ...]:
+    return () if _hazards_are_ignored else compiler_hazards_of(device)
+
+
+_hazards_are_ignored = False
+
+
+@contextmanager
+def ignore_compiler_hazards() -> Iterator[None]:
+    """Let Triton's kernels serve inside the context although they are known to be compiled wrongly.
+
+    The self-test measures such a pair of GPU and Triton. Models have to be built outside: their choices are cached.
+    """
+    global _hazards_are_ignored
+    before, _hazards_are_ignored = _hazards_are_ignored, True
+    try:
+        yield
+    finally:
+        _hazards_are_ignored = before
+
+
+def compiler_hazards_of(device: torch.device) -> tuple[str, ...]:
     """List known faults of the installed Triton in kernels with matrix products for this device."""
     if device.type != "cuda" or _cuda_reasons(device) or not has_triton():
         return ()
