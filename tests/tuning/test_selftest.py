@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -173,3 +174,62 @@ def test_checks_of_a_refused_pair_label_the_kernels_with_products(monkeypatch: p
     labelled = {check.kernel for check in checks if check.refused}
     assert labelled == {"attention", "linear + GELU"}
     assert all(check.served_by == "triton" for check in checks if check.refused)
+
+
+class SimulatedStream:
+    """A stream in which everything has finished."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.waited: list[SimulatedStream] = []
+
+    def wait_stream(self, other: SimulatedStream) -> None:
+        self.waited.append(other)
+
+
+class SimulatedGraph:
+    """A CUDA graph that replays by restoring what was captured, or does nothing."""
+
+    def __init__(self, replays: bool) -> None:
+        self.replays = replays
+        self.captured: list[tuple[Tensor, Tensor]] = []
+
+    def replay(self) -> None:
+        for tensor, value in self.captured if self.replays else []:
+            tensor.copy_(value)
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_run_check_compares_a_replayed_graph_and_a_second_stream(
+    replays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, streams = SimulatedGraph(replays), []
+
+    @contextlib.contextmanager
+    def capture(given: SimulatedGraph) -> Iterator[None]:
+        launches.clear()
+        yield
+        given.captured = [(tensor, tensor.clone()) for tensor in launches[-1].values()]
+
+    @contextlib.contextmanager
+    def on(stream: SimulatedStream) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    launches: list[Results] = []
+
+    def run_once() -> Results:
+        launches.append(both(EXACT.half()))
+        return launches[-1]
+
+    current = SimulatedStream()
+    replacements = {"current_stream": lambda device: current, "Stream": SimulatedStream, "stream": on, "graph": capture}
+    replacements |= {"CUDAGraph": lambda: graph, "synchronize": lambda device: None}
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    check = check_of(lambda device: problem(run_once))
+    row = selftest.run_check(check, torch.device("cuda"), None)
+    assert row.same_bits == {"launch 2": True, "launch 3": True, "CUDA graph": replays, "second stream": True}
+    assert row.passed is replays
+    # Both sides wait: the stream for the inputs, and the current stream for the results.
+    assert all(stream.waited == [current] for stream in streams)
+    assert current.waited == streams
