@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,7 +145,7 @@ def test_shapes_of_a_model_have_its_sizes(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Outcome]:
+def tuned_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Outcome]:
     """The outcomes that the tuner finds on a device that stands in for a GPU."""
     outcomes = [
         Outcome(
@@ -160,21 +160,21 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Outcome]:
     return outcomes
 
 
-def test_tune_prints_what_it_chose_and_excluded(fake_gpu: list[Outcome], capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_prints_what_it_chose_and_excluded(tuned_gpu: list[Outcome], capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["tune"]) == 0
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("forward")]
     assert line.split()[1:] == ["1x16", "64x64x4x2", "32x64x4x2", "2.000", "1.000", "1"]
     assert "  1x1: spills" in out.splitlines()
-    fake_gpu.append(Outcome("backward_dq", "1x16", (64, 64, 4, 2)))
+    tuned_gpu.append(Outcome("backward_dq", "1x16", (64, 64, 4, 2)))
     assert main.main(["tune"]) == 1
     assert "run beit-fast selftest" in capsys.readouterr().out
 
 
 def test_tune_budget_stops_after_a_kernel(
-    fake_gpu: list[Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tuned_gpu: list[Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fake_gpu *= 3
+    tuned_gpu *= 3
     times = iter([0.0, 5.0, 11.0])
     monkeypatch.setattr(tune_command, "time", SimpleNamespace(monotonic=lambda: next(times)))
     file = tmp_path / "rows.jsonl"
@@ -183,7 +183,7 @@ def test_tune_budget_stops_after_a_kernel(
 
 
 def test_tune_show_and_forget_without_a_file_say_so(
-    fake_gpu: list[Outcome], capsys: pytest.CaptureFixture[str]
+    tuned_gpu: list[Outcome], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["tune", "--show"]) == 0
     assert "none were measured" in capsys.readouterr().out
@@ -224,21 +224,22 @@ def test_selftest_refused_rows_are_labelled(rows: list[Row], capsys: pytest.Capt
 
 
 def test_selftest_refused_pair_runs_only_if_asked(
-    rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rows: list[Row],
+    fake_gpu: Callable[[tuple[int, int], str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The dispatcher sees a GPU with a known fault; the rows are those of the fixture."""
-    monkeypatch.setattr(availability, "_cuda_reasons", lambda device: ())
-    monkeypatch.setattr(availability, "compiler_hazards_of", lambda device: ("a known fault",))
-    monkeypatch.setattr(
-        command, "environment", lambda device: dict.fromkeys(("beit_fast", "device_name", "torch", "cuda", "triton"))
-    )
+    """The dispatcher sees a GPU and a Triton with known faults; the rows are those of the fixture."""
+    fake_gpu((10, 0), "3.6.0")
+    conditions = dict.fromkeys(("beit_fast", "device_name", "torch", "cuda", "triton"))
+    monkeypatch.setattr(command, "environment", lambda device: conditions)
     monkeypatch.setattr(command, "checks_for", lambda device, kernel: [])
     monkeypatch.setattr(command, "count_kernels", lambda kernel: contextlib.nullcontext(lambda: 0))
     assert main.main(["selftest", "--device", "cuda"]) == 2
     error = capsys.readouterr().err
-    assert "a known fault" in error
+    assert "Triton 3.6.0" in error
     assert "--include-refused runs it all the same" in error
     assert main.main(["selftest", "--device", "cuda", "--include-refused"]) == 0
-    assert availability.attention_unsupported_reasons("triton", torch.device("cuda"), torch.float16, 64) == (
-        "a known fault",
-    )
+    # The dispatcher refuses the pair again.
+    reasons = availability.attention_unsupported_reasons("triton", torch.device("cuda"), torch.float16, 64)
+    assert reasons == availability.compiler_hazards_of(torch.device("cuda")) != ()
