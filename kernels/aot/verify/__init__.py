@@ -1,0 +1,14 @@
+"""Check every compiled kernel against fp64 on the executor, and keep the results.
+
+| modules | hold |
+|---|---|
+| `cases`, `table` | what is checked: operators with their inputs, for one compute capability each |
+| `loops` | which kernels of a case run their loop twice and end it with a ragged step |
+| `operators` | launchers, inputs and fp64 references of the operators |
+| `check` | errors, budgets and hazards of a case |
+| `sources`, `result_files` | the committed results, and whether they are current |
+| `mutations`, `mutate` | kernels broken on purpose, which the check must notice; `mutants.md` explains the rest |
+
+`python -m beit_fast.kernels.aot.verify` runs the table; see `make verify-compiled`. The references are those of the
+tests, so that these commands run in the root of the repository.
+"""

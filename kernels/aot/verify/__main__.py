@@ -1,0 +1,137 @@
+"""Run the table of cases, or the quick one: `python -m beit_fast.kernels.aot.verify`."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from tqdm import tqdm
+
+from ...common.compiler_hazards import compiler_hazards
+from ..compile import CAPABILITIES, require_compiler
+from .cases import Case, NormCase
+from .check import SCHEDULES, check
+from .result_files import FOLDER, Results, Row, checked_sources, read, result_file
+from .sources import MODULES, source_hash
+from .table import quick_cases, table
+
+
+class Totals(NamedTuple):
+    """What rows of results add up to."""
+
+    launches: int = 0
+    wrong: int = 0
+    hazards: int = 0
+
+    def __add__(self, other: object) -> Totals:
+        assert isinstance(other, Totals)
+        return Totals(*(one + two for one, two in zip(self, other, strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.launches} launches, {self.wrong} wrong, {self.hazards} hazards"
+
+
+def totals(row: Row) -> Totals:
+    return Totals(row["launches"], len(row["wrong"]), sum(sum(counts.values()) for counts in row["hazards"].values()))
+
+
+def is_refused(case: Case, triton_version: str) -> bool:
+    """Return whether this release of Triton is refused for the case: its results are recorded and nothing else."""
+    # Kernels without a matrix product are compiled correctly everywhere.
+    return not isinstance(case, NormCase) and bool(compiler_hazards(case.capability, triton_version))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 if nothing is wrong that is not refused."""
+    options = _parse(argv)
+    require_compiler()
+    if options.quick:
+        return _run_quick(options)
+    if not options.summary:
+        _run_table(options)
+    files = sorted(options.results.glob("triton-*/sm_*.jsonl"))
+    rows = [(file.parent.name.removeprefix("triton-"), row) for file in files for row in read(file)]
+    cases = {str(case): case for capability in CAPABILITIES for case in table(capability)}
+    return _report([(cases[row["case"]], version, row) for version, row in rows if row["case"] in cases])
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m beit_fast.kernels.aot.verify", description=__doc__)
+    parser.add_argument("capabilities", nargs="*", type=int, default=list(CAPABILITIES), help="such as 80 90")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--quick", action="store_true", help="one case of each kernel and layout; writes nothing")
+    parser.add_argument("--summary", action="store_true", help="run nothing; add up the results of every Triton")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of results")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this text")
+    return parser.parse_args(argv)
+
+
+def _run_table(options: argparse.Namespace) -> None:
+    """Run the cases without a current result, and write each as it ends."""
+    tables = {capability: table(capability) for capability in options.capabilities}
+    results = {
+        capability: Results(result_file(triton.__version__, capability, options.results), cases)
+        for capability, cases in tables.items()
+    }
+    # Architectures take turns, so that an interrupted run has seen something of each.
+    in_turns = [case for cases in itertools.zip_longest(*tables.values()) for case in cases if case is not None]
+    missing = [case for case in in_turns if options.only in str(case) and not results[case.capability].is_current(case)]
+    capability_of = {str(case): case.capability for case in missing}
+    for row in tqdm(_checked(missing, len(SCHEDULES), options.jobs), f"Triton {triton.__version__}", len(missing)):
+        results[capability_of[row["case"]]].add(row)
+
+
+def _run_quick(options: argparse.Namespace) -> int:
+    cases = [case for capability in options.capabilities for case in quick_cases(capability)]
+    by_name = {str(case): case for case in cases}
+    rows = list(tqdm(_checked(cases, 2, options.jobs), f"Triton {triton.__version__}", len(cases)))
+    checked = {
+        pair
+        for capability in CAPABILITIES
+        for pair in checked_sources(read(result_file(triton.__version__, capability, options.results)))
+    }
+    outdated = [name for name in MODULES if (name, source_hash(name)) not in checked]
+    for name in outdated:
+        print(f"{name}: the committed results are of another source; run `make verify-compiled`")
+    status = _report([(by_name[row["case"]], triton.__version__, row) for row in rows])
+    return status or int(bool(outdated))
+
+
+def _checked(cases: Sequence[Case], orders: int, jobs: int) -> Iterator[Row]:
+    """Yield the rows of the cases as they end."""
+    run = functools.partial(check, schedules=SCHEDULES[:orders])
+    if jobs == 1:
+        yield from map(run, cases)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for future in concurrent.futures.as_completed([pool.submit(run, case) for case in cases]):
+            yield future.result()
+
+
+def _report(rows: Sequence[tuple[Case, str, Row]]) -> int:
+    """Print what is wrong, by pairs of GPU and Triton, and the totals as the last line."""
+    served, refused = Totals(), Totals()
+    for case, version, row in rows:
+        if is_refused(case, version):
+            refused += totals(row)
+            continue
+        served += totals(row)
+        for text in (*row["wrong"], *row["hazards"]):
+            print(f"Triton {version}, {case}: {text}")
+    if refused.launches:
+        print(f"refused pairs, recorded only: {refused}")
+    print(served)
+    return int(served.wrong + served.hazards > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

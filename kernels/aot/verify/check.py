@@ -1,0 +1,132 @@
+"""Run one case in several orders of warps and judge it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.support.oracle import relative_error
+
+from ...attention import inputs as attention_inputs
+from ...attention import launch as attention
+from ...common import device
+from ...common.launch import Arguments, by_name, launch_kernel
+from ...linear_gelu import launch as linear_gelu
+from ...residual_norm import launch as residual_norm
+from ..executor.launch import Launch, Options
+from ..executor.launchers import on_gpu
+from ..executor.schedule import LOCKSTEP, RANDOM, Schedule
+from .cases import Case
+from .operators import Prepared, Results, as_on_gpu, prepare
+from .sources import kernel_name, source_hash
+
+SCHEDULES = (Schedule(LOCKSTEP), Schedule(RANDOM, 1), Schedule(RANDOM, 2))
+"""The orders of warps of the table."""
+SAME_BITS = "same bits"
+
+Edit = Callable[[str], str]
+
+
+class Run(NamedTuple):
+    """The results of a case in one order of warps."""
+
+    results: Results
+    launches: list[Launch]
+    tiles: dict[str, str]  # by kernel
+
+
+def run(case: Case, prepared: Prepared, schedule: Schedule, edit: Edit | None = None) -> Run:
+    """Execute the launches of a case. Hazards are counted; other errors of a kernel are raised."""
+    options = Options(schedule, collect=True)
+    tiles: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_on_gpu(case))
+        stack.enter_context(_recorded(tiles))
+        # By it the launchers know which faults of the compiler to avoid.
+        stack.enter_context(mock.patch.object(device, "capability_of", return_value=case.capability))
+        driver = stack.enter_context(on_gpu(case.capability, prepared.num_sms, options, edit))
+        results = prepared.launch()
+    return Run(results, driver.launches, tiles)
+
+
+@contextlib.contextmanager
+def _recorded(tiles: dict[str, str]) -> Iterator[None]:
+    """Note the blocks, warps and stages of each kernel that is launched."""
+
+    def launch(kernel: Any, programs: int, arguments: Arguments, **options: int) -> None:
+        tiles[kernel_name(kernel.__name__)] = _tile_name(by_name(arguments), options)
+        launch_kernel(kernel, programs, arguments, **options)
+
+    with contextlib.ExitStack() as stack:
+        for module in (attention, attention_inputs, linear_gelu, residual_norm):
+            stack.enter_context(mock.patch.object(module, "launch_kernel", launch))
+        yield
+
+
+def _tile_name(arguments: dict[str, Any], options: dict[str, int]) -> str:
+    blocks = [arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in arguments]
+    words = ["x".join(map(str, blocks))] if len(blocks) > 1 else []
+    return " ".join(words + [f"{options[name]}{name[4]}" for name in ("num_warps", "num_stages") if name in options])
+
+
+def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, Any]:
+    """Run a case in each order of warps; return a row of the results, which JSON can hold.
+
+    The row has the launched kernels with tile and source hash, the number of launches, budgets, the errors in each
+    order, hazards with their number in each order, and a list of what is wrong.
+    """
+    prepared = prepare(case)
+    row: dict[str, Any] = {"case": str(case), "kernels": {}, "launches": 0}
+    row |= {"budgets": _rounded(prepared.budgets), "errors": {}, "hazards": {}, "wrong": []}
+    first: Results | None = None
+    for schedule in schedules:
+        try:
+            done = run(case, prepared, schedule)
+        # Anything that stops a kernel is a result: the other orders and cases go on.
+        except Exception as error:
+            row["wrong"].append(f"{schedule}: {type(error).__name__}: {error}")
+            continue
+        row["launches"] += len(done.launches)
+        row["kernels"] |= {name: f"{tile} {source_hash(name)}".strip() for name, tile in done.tiles.items()}
+        for text, count in _hazards(done.launches).items():
+            row["hazards"].setdefault(text, {})[str(schedule)] = count
+        if first is not None and _same_bits(first, done.results):
+            row["errors"][str(schedule)] = SAME_BITS
+            continue
+        errors = {name: _error(done.results[name], exact) for name, exact in prepared.exact.items()}
+        row["errors"][str(schedule)] = _rounded(errors)
+        row["wrong"] += [f"{schedule}: {name}" for name, error in errors.items() if not error <= prepared.budgets[name]]
+        if first is not None:
+            # Kernels are deterministic.
+            row["wrong"].append(f"{schedule}: other bits than in {next(iter(row['errors']))}")
+        first = first or done.results
+    return row
+
+
+def _error(actual: Tensor, exact: Tensor) -> float:
+    return relative_error(actual, exact) if torch.isfinite(actual).all() else float("inf")
+
+
+def _same_bits(first: Results, second: Results) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _hazards(launches: Sequence[Launch]) -> Counter[str]:
+    """Count hazards by kernel and problem; lines and instructions differ from one version to the next."""
+    counts: Counter[str] = Counter()
+    for launch in launches:
+        for hazard, count in launch.hazards.items():
+            counts[f"{hazard.kind} in {kernel_name(hazard.kernel)}: {hazard.problem}"] += count
+        for name, count in launch.rewritten.items():
+            counts[f"Rewritten in {kernel_name(launch.kernel)}: elements of {name}"] += count
+    return counts
+
+
+def _rounded(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{number:.2g}") for name, number in numbers.items()}

@@ -1,0 +1,157 @@
+"""Operators with N(0, 1) inputs: their launchers, and what they should return."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.support.cases import GRADIENT_NAMES, attention_case
+from tests.support.cases import Case as Inputs
+from tests.support.linear_gelu import make_layer, plain
+from tests.support.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, attention_oracle, philox_keep, relative_error
+from tests.support.residual_norm import EPS, LEAVES, ResidualCase, eager, eager_sum, leaves_of, residual_case
+
+from ...attention import configs as attention_configs
+from ...attention import launch as attention
+from ...linear_gelu import launch as linear_gelu
+from ...residual_norm import launch as residual_norm
+from ..residual_norm_variants import ABSENT
+from .cases import DTYPES, AttentionCase, Case, LinearCase, NormCase
+from .loops import num_sms_of
+
+DROPOUT_P = 0.2
+SEED = 2**40 + 12345
+
+Results = dict[str, Tensor]
+
+
+class Prepared(NamedTuple):
+    """A case with its inputs."""
+
+    num_sms: int
+    launch: Callable[[], Results]
+    exact: Results  # in fp64
+    budgets: dict[str, float]  # largest relative errors
+
+
+def prepare(case: Case) -> Prepared:
+    """Draw the inputs of a case and compute its reference."""
+    if isinstance(case, AttentionCase):
+        return _prepare_attention(case)
+    return _prepare_linear(case) if isinstance(case, LinearCase) else _prepare_norm(case)
+
+
+def _budgets(exact: Results, rounded: Results, dtype: torch.dtype) -> dict[str, float]:
+    """Return the budgets of the operators' tests: a multiple of the error of PyTorch in the same dtypes."""
+    floor = 4 * torch.finfo(dtype).eps
+    factors = {name: BACKWARD_FACTOR if name.startswith("d") else FORWARD_FACTOR for name in exact}
+    return {name: factors[name] * relative_error(rounded[name], exact[name]) + floor for name in exact}
+
+
+@contextlib.contextmanager
+def as_on_gpu(case: Case) -> Iterator[None]:
+    """Choose the precision of fp32 products and the bias layout of the case."""
+    products = torch.backends.cuda.matmul
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+        products.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
+        if isinstance(case, AttentionCase) and case.layout == "extended":
+            # A window that needs this layout has 10 million pairs of patches.
+            stack.enter_context(mock.patch.object(attention_configs, "LARGEST_PATCH_BYTES", 0))
+        yield
+
+
+def _prepare_attention(case: AttentionCase) -> Prepared:
+    inputs = attention_case(
+        case.window, DTYPES[case.dtype], batch=case.batch, heads=case.heads, head_dim=case.head_dim,
+        biased=case.layout != "none", masked=case.key_mask, dropout_p=DROPOUT_P if case.dropout else 0.0, seed=SEED,
+        requires_grad=False,
+    )  # fmt: skip
+    q, k, v = inputs.query, inputs.key, inputs.value
+
+    def launch() -> Results:
+        table, key_mask, window = inputs.table, inputs.key_mask, inputs.window
+        numbers = inputs.scale, inputs.dropout_p, inputs.seed
+        out, lse = attention.attention_forward(q, k, v, table, key_mask, window, *numbers)
+        if not case.backward:
+            return {"out": out}
+        gradients = attention.attention_backward(
+            inputs.grad_out, q, k, v, table, key_mask, out, lse, window, *numbers, (True, True, True, True)
+        )
+        results = dict(zip(("out", *GRADIENT_NAMES), (out, *gradients), strict=True))
+        return {name: results[name] for name in exact}
+
+    exact = _attention_reference(inputs, torch.float64, case.backward)
+    rounded = _attention_reference(inputs, q.dtype, case.backward)
+    # Rounding fp32 to tf32 keeps 10 bits.
+    budgets = _budgets(exact, rounded, torch.float16 if case.dtype == "tf32" else q.dtype)
+    return Prepared(num_sms_of(case), launch, exact, budgets)
+
+
+def _attention_reference(inputs: Inputs, dtype: torch.dtype, backward: bool) -> Results:
+    q, k, v = (x.detach().to(dtype).requires_grad_(backward) for x in (inputs.query, inputs.key, inputs.value))
+    table = inputs.table
+    if table is not None:
+        table = table.detach().to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_(backward)
+    batch, tokens, heads, _ = q.shape
+    dropout_p = inputs.dropout_p
+    keep = _dropout_mask(dropout_p, batch, heads, tokens) if dropout_p else None
+    out = attention_oracle(q, k, v, table, inputs.window, inputs.key_mask, inputs.scale, keep, dropout_p)
+    leaves = [q, k, v] if table is None else [q, k, v, table]
+    gradients = torch.autograd.grad(out, leaves, inputs.grad_out.to(dtype)) if backward else ()
+    return dict(zip(("out", *GRADIENT_NAMES), (out.detach(), *gradients), strict=False))
+
+
+@functools.lru_cache(maxsize=16)
+def _dropout_mask(dropout_p: float, batch: int, heads: int, tokens: int) -> Tensor:
+    return philox_keep(SEED, dropout_p, batch, heads, tokens)
+
+
+def _prepare_linear(case: LinearCase) -> Prepared:
+    dtype = DTYPES[case.dtype]
+    x, weight, bias = make_layer((case.rows,), case.inputs, case.outputs, dtype, biased=case.bias)
+    exact = {"out": plain(x.double(), weight.double(), None if bias is None else bias.double())}
+    budgets = _budgets(exact, {"out": plain(x, weight, bias)}, torch.float16 if case.dtype == "tf32" else dtype)
+    return Prepared(1, lambda: {"out": linear_gelu.linear_gelu(x, weight, bias)}, exact, budgets)
+
+
+def _prepare_norm(case: NormCase) -> Prepared:
+    dtype, row_dtype = DTYPES[case.dtype], DTYPES[case.row_dtype]
+    absent = ABSENT[case.form]
+    without: list[str] = [name for name in ("branch", "scale", "drop_path_scale", "weight", "bias") if name in absent]
+    if case.form == "sum alone" or case.form == "gradient of the sum alone":
+        without += ["weight", "bias", "grad_normalized"]
+    inputs = residual_case(case.batch, case.tokens, case.size, row_dtype, without=tuple(dict.fromkeys(without)))
+    if inputs.branch is not None:
+        inputs = dataclasses.replace(inputs, branch=inputs.branch.to(dtype))
+    reference = eager if inputs.grad_normalized is not None else eager_sum
+    exact = reference(inputs.to(torch.float64))
+    coarsest = max(dtype, row_dtype, key=lambda one: torch.finfo(one).eps)
+    budgets = _budgets(exact, reference(inputs), coarsest)
+    return Prepared(case.num_sms, functools.partial(_launch_norm, inputs), exact, budgets)
+
+
+def _launch_norm(inputs: ResidualCase) -> Results:
+    """Launch forward and backward as the operators do."""
+    residual, branch, is_norm = inputs.residual, inputs.branch, inputs.grad_normalized is not None
+    total = None if branch is None else torch.empty_like(residual)
+    normalized = torch.empty_like(residual) if is_norm else None
+    mean, rstd = (torch.empty(residual.shape[:2]) if is_norm else None for _ in range(2))
+    vectors = inputs.scale, inputs.drop_path_scale
+    affine = inputs.weight, inputs.bias
+    residual_norm.fill_forward(residual, branch, *vectors, *affine, EPS, total, normalized, mean, rstd)
+    leaves = leaves_of(inputs)
+    gradients = {name: torch.empty_like(leaf.detach()) for name, leaf in leaves.items()}
+    rows = inputs.grad_sum, inputs.grad_normalized, residual if total is None else total, branch
+    residual_norm.fill_backward(*rows, *vectors, inputs.weight, mean, rstd, [gradients.get(name) for name in LEAVES])
+    results = {"sum": residual if total is None else total}
+    if normalized is not None:
+        results["normalized"] = normalized
+    return results | {f"d{name}": gradient for name, gradient in gradients.items()}

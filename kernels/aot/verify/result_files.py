@@ -1,0 +1,67 @@
+"""Files of results: one for each Triton and compute capability, one line for each case."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ....utils.files import atomic_write_text
+from .cases import Case
+from .sources import MODULES, source_hash
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The rows of one file, by case. Each change replaces the file as a whole.
+
+    Args:
+        file: JSON lines.
+        cases: The cases of the table, which give the order of the lines. Rows of other cases are dropped.
+    """
+
+    def __init__(self, file: Path, cases: Iterable[Case]) -> None:
+        self.file = file
+        names = [str(case) for case in cases]
+        rows = {row["case"]: row for row in read(file)}
+        self.rows = {name: rows.get(name) for name in names}
+
+    def add(self, row: Row) -> None:
+        """Store the row of a case."""
+        self.rows[row["case"]] = row
+        text = "".join(json.dumps(row) + "\n" for row in self.rows.values() if row is not None)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self.file, text)
+
+    def is_current(self, case: Case) -> bool:
+        """Return whether the results hold the case, for kernels as they are now."""
+        row = self.rows.get(str(case))
+        return row is not None and is_current(row)
+
+
+def result_file(triton_version: str, capability: int, folder: Path = FOLDER) -> Path:
+    return folder / f"triton-{triton_version}" / f"sm_{capability}.jsonl"
+
+
+def read(file: Path) -> list[Row]:
+    """Return the rows of a file, none if it does not exist."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def is_current(row: Row) -> bool:
+    """Return whether the kernels of a row are compiled from the same source now."""
+    # A case that failed before its first launch names no kernel.
+    return bool(row["kernels"]) and all(
+        name in MODULES and text.split()[-1] == source_hash(name) for name, text in row["kernels"].items()
+    )
+
+
+def checked_sources(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
+    """Yield kernel and source hash of everything that was launched."""
+    for row in rows:
+        for name, text in row["kernels"].items():
+            yield name, text.split()[-1]

@@ -1,0 +1,75 @@
+"""Hashes of the source that a kernel is compiled from, by which results are known to be out of date."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[2]
+
+MODULES = {
+    "forward": "attention.forward",
+    "combine_splits": "attention.forward",
+    "pack_bias": "attention.pack_bias",
+    "backward_preprocess": "attention.backward_preprocess",
+    "backward_dkv": "attention.backward_dkv",
+    "backward_dq": "attention.backward_dq",
+    "backward_dbias": "attention.backward_dbias",
+    "dbias_cls_column": "attention.backward_dbias",
+    "dtable_patches": "attention.backward_dbias",
+    "dtable_cls": "attention.backward_dbias",
+    "linear_gelu": "linear_gelu.kernel",
+    "residual_norm": "residual_norm.forward",
+    "residual_norm_backward": "residual_norm.backward",
+    "sum_partials": "residual_norm.backward",
+}
+"""The module of each kernel."""
+
+
+@functools.cache
+def source_hash(kernel: str) -> str:
+    """Return a hash of the kernel's module and of what it imports from this folder.
+
+    Comments, docstrings and formatting do not count: the compiler does not see them.
+    """
+    names = sorted(_with_imports(MODULES[kernel]))
+    text = "\n".join(f"{name}\n{_code(_file(name))}" for name in names)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def kernel_name(entry: str) -> str:
+    """Return the key in MODULES of a compiled kernel's entry point."""
+    return entry.removesuffix("_kernel").removeprefix("attention_")
+
+
+@functools.cache
+def _with_imports(name: str) -> frozenset[str]:
+    """Return a module and all modules of this folder that it imports, directly or not."""
+    found = {name}
+    package = name.split(".")[:-1]
+    for node in ast.walk(ast.parse(_file(name).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            targets = [".".join(parts)] if node.module else [".".join([*parts, alias.name]) for alias in node.names]
+            for target in targets:
+                found |= _with_imports(target)
+    return frozenset(found)
+
+
+def _file(name: str) -> Path:
+    return FOLDER.joinpath(*name.split(".")).with_suffix(".py")
+
+
+def _code(file: Path) -> str:
+    """Return the source as Python prints it, without docstrings."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                del body[0]
+    return ast.unparse(tree)
