@@ -7,6 +7,9 @@ TRANSFORMERS ?= transformers==5.23.0
 TIMM ?= timm==1.0.31
 # Other versions that `make test-full` runs, each in a folder of its own laid over .venv.
 OTHER_TRITONS ?= 3.6.0 3.9.0
+# Others whose compiled kernels `make verify-compiled` executes.
+VERIFIED_TRITONS ?= 3.6.0 3.8.0 3.9.0
+VERIFY_JOBS ?= 2
 OTHER_TRANSFORMERS ?= 4.57.6
 
 # Where there is a GPU: a Python that has torch with CUDA, Triton, pytest and Hypothesis already.
@@ -25,13 +28,18 @@ OUT ?= demo.png
 BENCH_OPTIONS ?=
 
 .PHONY: demo test test-fallback test-full
-.PHONY: sanitize bench lint docs wheel format clean
+.PHONY: sanitize verify-compiled verify-compiled-quick bench lint docs wheel format clean
 .PHONY: gpu gpu-library gpu-selftest gpu-tune gpu-test gpu-test-kernels gpu-test-device
 .PHONY: gpu-bench gpu-bench-models gpu-bench-parts
 
 # The main job: BEiT on a photograph under three attention backends.
 demo: $(VENV)/.demo $(NATIVE)
 	$(BIN)/python examples/demo.py --out "$(OUT)" $(if $(IMAGE),--image "$(IMAGE)") $(if $(MODEL),--model "$(MODEL)")
+
+define newline
+
+
+endef
 
 # Two processes at a time, each on one thread; what one of them prints is held back until it ends.
 SIDE_BY_SIDE := $(MAKE) --jobs=2 --output-sync=target --no-print-directory
@@ -86,6 +94,19 @@ test-triton-%: .venvs/triton-%/.done
 
 test-transformers-%: .venvs/transformers-%/.done
 	PYTHONPATH=$(CURDIR)/.venvs/transformers-$* $(BIN)/pytest tests/versions
+
+# Execute the PTX of every kernel on the CPU, in every shipped tile and layout, for every architecture and Triton. Hours:
+# each case is written as it ends, and the same command resumes. A case that fails does not stop the others.
+VERIFY := OMP_NUM_THREADS=1 $(BIN)/python -m beit_fast.kernels.aot.verify
+verify-compiled: $(VENV)/.test $(VERIFIED_TRITONS:%=.venvs/triton-%/.done)
+	-TRITON_CACHE_DIR=build/verify/pinned $(VERIFY) --jobs=$(VERIFY_JOBS)
+	$(foreach version,$(VERIFIED_TRITONS),-PYTHONPATH=$(CURDIR)/.venvs/triton-$(version) \
+	  TRITON_CACHE_DIR=build/verify/$(version) $(VERIFY) --jobs=$(VERIFY_JOBS)$(newline))
+	$(VERIFY) --summary $(patsubst triton==%,%,$(TRITON)) $(VERIFIED_TRITONS)
+
+# One case of each kernel and bias layout for each architecture, with the pinned Triton alone.
+verify-compiled-quick: $(VENV)/.test
+	TRITON_CACHE_DIR=build/verify/pinned $(VERIFY) --quick --jobs=$(VERIFY_JOBS)
 
 # Test the operators with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package. Preload both
 # libraries, or exceptions are not intercepted. Leak detection is off: Python and torch do not free everything at exit.

@@ -50,17 +50,14 @@ def is_refused(case: Case, triton_version: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 if nothing is wrong that is not refused."""
+    """Run the command; return 0 if nothing is missing, and nothing wrong that is not refused."""
     options = _parse(argv)
     require_compiler()
     if options.quick:
         return _run_quick(options)
-    if not options.summary:
+    if options.summary is None:
         _run_table(options)
-    files = sorted(options.results.glob("triton-*/sm_*.jsonl"))
-    rows = [(file.parent.name.removeprefix("triton-"), row) for file in files for row in read(file)]
-    cases = {str(case): case for capability in CAPABILITIES for case in table(capability)}
-    return _report([(cases[row["case"]], version, row) for version, row in rows if row["case"] in cases])
+    return _summarize(options.summary or [triton.__version__], options)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,7 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("capabilities", nargs="*", type=int, default=list(CAPABILITIES), help="such as 80 90")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     parser.add_argument("--quick", action="store_true", help="one case of each kernel and layout; writes nothing")
-    parser.add_argument("--summary", action="store_true", help="run nothing; add up the results of every Triton")
+    parser.add_argument("--summary", nargs="+", metavar="TRITON", help="run nothing; add up results of these releases")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of results")
     parser.add_argument("--only", default="", help="run the cases whose name contains this text")
     return parser.parse_args(argv)
@@ -83,7 +80,9 @@ def _run_table(options: argparse.Namespace) -> None:
     }
     # Architectures take turns, so that an interrupted run has seen something of each.
     in_turns = [case for cases in itertools.zip_longest(*tables.values()) for case in cases if case is not None]
-    missing = [case for case in in_turns if options.only in str(case) and not results[case.capability].is_current(case)]
+    missing = [
+        case for case in in_turns if options.only in str(case) and results[case.capability].current(case) is None
+    ]
     capability_of = {str(case): case.capability for case in missing}
     for row in tqdm(_checked(missing, len(SCHEDULES), options.jobs), f"Triton {triton.__version__}", len(missing)):
         results[capability_of[row["case"]]].add(row)
@@ -115,6 +114,21 @@ def _checked(cases: Sequence[Case], orders: int, jobs: int) -> Iterator[Row]:
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         for future in concurrent.futures.as_completed([pool.submit(run, case) for case in cases]):
             yield future.result()
+
+
+def _summarize(versions: Sequence[str], options: argparse.Namespace) -> int:
+    """Add up the results of some releases of Triton."""
+    rows, missing = [], 0
+    for version, capability in itertools.product(versions, options.capabilities):
+        results = Results(result_file(version, capability, options.results), table(capability))
+        for case in results.cases:
+            row = results.current(case)
+            missing += row is None
+            if row is not None:
+                rows.append((case, version, row))
+    if missing:
+        print(f"{missing} of {missing + len(rows)} cases have not run with the kernels as they are")
+    return _report(rows) or int(missing > 0)
 
 
 def _report(rows: Sequence[tuple[Case, str, Row]]) -> int:

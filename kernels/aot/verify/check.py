@@ -99,7 +99,7 @@ def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, An
         if first is not None and _same_bits(first, done.results):
             row["errors"][str(schedule)] = SAME_BITS
             continue
-        errors = {name: _error(done.results[name], exact) for name, exact in prepared.exact.items()}
+        errors = {name: error_of(done.results[name], exact) for name, exact in prepared.exact.items()}
         row["errors"][str(schedule)] = _rounded(errors)
         row["wrong"] += [f"{schedule}: {name}" for name, error in errors.items() if not error <= prepared.budgets[name]]
         if first is not None:
@@ -109,7 +109,7 @@ def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, An
     return row
 
 
-def _error(actual: Tensor, exact: Tensor) -> float:
+def error_of(actual: Tensor, exact: Tensor) -> float:
     return relative_error(actual, exact) if torch.isfinite(actual).all() else float("inf")
 
 

@@ -26,9 +26,9 @@ class Results:
 
     def __init__(self, file: Path, cases: Iterable[Case]) -> None:
         self.file = file
-        names = [str(case) for case in cases]
+        self.cases = list(cases)
         rows = {row["case"]: row for row in read(file)}
-        self.rows = {name: rows.get(name) for name in names}
+        self.rows = {str(case): rows.get(str(case)) for case in self.cases}
 
     def add(self, row: Row) -> None:
         """Store the row of a case."""
@@ -37,10 +37,10 @@ class Results:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(self.file, text)
 
-    def is_current(self, case: Case) -> bool:
-        """Return whether the results hold the case, for kernels as they are now."""
-        row = self.rows.get(str(case))
-        return row is not None and is_current(row)
+    def current(self, case: Case) -> Row | None:
+        """Return the row of a case if it is of the kernels as they are now."""
+        row = self.rows[str(case)]
+        return row if row is not None and is_current(row) else None
 
 
 def result_file(triton_version: str, capability: int, folder: Path = FOLDER) -> Path:

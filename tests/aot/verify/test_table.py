@@ -1,0 +1,146 @@
+"""What the table of executed cases covers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
+
+from beit_fast.kernels.aot.compile import CAPABILITIES
+from beit_fast.kernels.aot.verify import loops, table
+from beit_fast.kernels.aot.verify.cases import (
+    DTYPES,
+    AttentionCase,
+    LinearCase,
+    NormCase,
+    architecture_of,
+    arithmetic_of,
+)
+from beit_fast.kernels.aot.verify.loops import Loop, checked_kernels
+from beit_fast.kernels.attention import configs
+from beit_fast.kernels.linear_gelu import configs as linear_configs
+from beit_fast.kernels.residual_norm import configs as norm_configs
+
+REQUIRED_CASES = 1500
+
+
+def test_table_has_enough_distinct_cases() -> None:
+    checked = [entry for case in table.full_table() for entry in checked_kernels(case)]
+    assert len(set(checked)) >= REQUIRED_CASES
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_table_covers_every_shipped_tile_layout_and_dtype(capability: int) -> None:
+    architecture = architecture_of(capability)
+    required = {
+        (kernel, tuple(tiles[place]), dropout, block_d, layout, dtype)
+        for (kernel, arithmetic, dropout, owner), tiles in configs.TILES.items()
+        for place, block_d in enumerate(configs.HEAD_DIMS)
+        for dtype in DTYPES
+        for layout in _layouts(architecture, dtype)
+        if owner == architecture
+        and arithmetic == arithmetic_of(dtype)
+        and (layout != configs.NO_BIAS or kernel != "backward_dbias")
+    }
+    found = {
+        (
+            loop.kernel,
+            loop.tile,
+            case.dropout,
+            configs.padded_head_dim(case.head_dim),
+            _layout_of(case, architecture),
+            case.dtype,
+        )
+        for case in table.table(capability)
+        if isinstance(case, AttentionCase)
+        for loop in loops.loops(case)
+        if loop.counts
+    }
+    assert required
+    assert not required - found
+
+
+def _layouts(architecture: str, dtype: str) -> set[configs.BiasLayout]:
+    size = DTYPES[dtype].itemsize
+    return {configs.bias_layout(architecture, size, window) for window in ((14, 14), (15, 15), (96, 96))} | {
+        configs.NO_BIAS
+    }
+
+
+def _layout_of(case: AttentionCase, architecture: str) -> configs.BiasLayout:
+    """Return the layout in which the launcher has the bias of the case read."""
+    if case.layout == "none":
+        return configs.NO_BIAS
+    window = (96, 96) if case.layout == "extended" else case.window
+    return configs.bias_layout(architecture, DTYPES[case.dtype].itemsize, window)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_table_covers_masks_splits_and_head_dims(capability: int) -> None:
+    cases = [case for case in table.table(capability) if isinstance(case, AttentionCase)]
+    assert {case.head_dim for case in cases} == {8, 16, 24, 32, 40, 64, 72, 80, 96, 128}
+    for kernel in ("forward", "backward_dkv", "backward_dq", "backward_dbias"):
+        of_kernel = [case for case in cases if any(loop.kernel == kernel and loop.counts for loop in loops.loops(case))]
+        assert {case.dtype for case in of_kernel if case.key_mask} == set(DTYPES)
+        if kernel in ("forward", "backward_dbias"):
+            assert {case.dtype for case in of_kernel if case.split} == set(DTYPES)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_table_covers_every_linear_tile(capability: int) -> None:
+    architecture = architecture_of(capability)
+    tiles = {
+        (dtype, tuple(tile)) for dtype in DTYPES for tile in linear_configs.TILES[arithmetic_of(dtype), architecture]
+    }
+    cases = [case for case in table.table(capability) if isinstance(case, LinearCase)]
+    assert tiles == {(case.dtype, loop.tile) for case in cases for loop in loops.loops(case) if loop.counts}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_table_covers_every_number_of_warps_of_residual_norm(capability: int) -> None:
+    cases = [case for case in table.table(capability) if isinstance(case, NormCase)]
+    sizes = range(1, 3073)
+    assert {norm_configs.backward_warps(case.size) for case in cases} == set(map(norm_configs.backward_warps, sizes))
+    assert {norm_configs.forward_warps(case.size) for case in cases} == set(map(norm_configs.forward_warps, sizes))
+    assert {loop.kernel for case in cases for loop in loops.loops(case) if loop.counts} == {
+        "residual_norm_backward",
+        "sum_partials",
+    }
+
+
+def test_checked_kernels_without_a_second_step_or_a_tail_are_empty() -> None:
+    case = AttentionCase(80, "bf16", 64, "none", (8, 16))
+    assert loops.loops(case)[0].whole_steps == 2
+    assert checked_kernels(case) == []  # 128 patches are whole tiles everywhere
+    short = AttentionCase(80, "bf16", 64, "none", (3, 5))
+    assert checked_kernels(short) == []
+
+
+def test_loops_of_a_split_forward_are_those_of_its_last_split() -> None:
+    case = table.attention_case(90, "bf16", 64, "paired", split=True, backward=False)
+    forward, combine = loops.loops(case)
+    assert combine.whole_steps >= 2
+    assert forward.whole_steps * combine.whole_steps * 64 < case.patch_count
+
+
+def test_quick_cases_cover_every_kernel_and_layout() -> None:
+    for capability in CAPABILITIES:
+        cases = table.quick_cases(capability)
+        found = {case.layout for case in cases if isinstance(case, AttentionCase) and case.dtype in ("bf16", "fp16")}
+        assert found == set(table.layouts(capability, "bf16"))
+        kernels = {loop.kernel for case in cases for loop in loops.loops(case)}
+        assert kernels == {
+            *("forward", "combine_splits", "backward_dkv", "backward_dq", "backward_dbias"),
+            *("linear_gelu", "residual_norm_backward", "sum_partials"),
+        }
+        assert set(cases) <= set(table.table(capability))
+
+
+def test_loop_counts_two_whole_steps_and_a_tail() -> None:
+    assert Loop("forward", (), 2, True).counts
+    assert not Loop("forward", (), 1, True).counts
+    assert not Loop("forward", (), 2, False).counts
