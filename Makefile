@@ -8,7 +8,7 @@ TIMM ?= timm==1.0.31
 # Other versions that `make test-full` runs, each in a folder of its own laid over .venv.
 OTHER_TRITONS ?= 3.6.0 3.9.0
 # Others whose compiled kernels `make verify-compiled` executes.
-VERIFIED_TRITONS ?= 3.6.0 3.8.0 3.9.0
+VERIFIED_TRITONS ?= 3.6.0 3.7.0 3.8.0 3.9.0
 VERIFY_JOBS ?= 2
 OTHER_TRANSFORMERS ?= 4.57.6
 

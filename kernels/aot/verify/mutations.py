@@ -52,7 +52,10 @@ MUTATIONS: Mapping[str, tuple[str, Replacement]] = {
     ),
     "ldmatrix from 16 bytes further": (r"(ldmatrix[^\[;]*\[ *%r\d+)(?:\+(\d+))? *\]", _shifted(16)),
     "tensor memory 4 columns further": (r"(tcgen05\.(?:ld|st)[^\[;]*\[%r\d+) \+ 0", r"\1 + 4"),
-    "operand of products 16 bytes further": (r"((?:or\.b64|add\.s64)[ \t]+%rd\d+, %rd\d+, )(461\d{16});", _larger(1)),
+    "operand of products 16 bytes further": (
+        r"((?:or\.b64|add\.s64)[ \t]+%rd\d+, %rd\d+, )(461\d{16})(?=;)",
+        _larger(1),
+    ),
     # guards
     "guard of a global access dropped": (r"@%p\d+ ((?:ld|st)\.(?:volatile\.)?global)", r"\1"),
     "comparison includes equality": (r"setp\.lt\.s32", "setp.le.s32"),

@@ -1,0 +1,177 @@
+"""One executed case as a row of the results, and the commands that keep and add up rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
+
+from beit_fast.kernels.aot.verify import __main__ as command  # noqa: E402
+from beit_fast.kernels.aot.verify import check, mutate, operators, sources, table  # noqa: E402
+from beit_fast.kernels.aot.verify.cases import Case, LinearCase, NormCase  # noqa: E402
+from beit_fast.kernels.aot.verify.result_files import Results, Row, is_current, result_file  # noqa: E402
+from beit_fast.kernels.common.compiler_hazards import compiler_hazards  # noqa: E402
+
+REFUSED = next(version for version in ("3.6.0", "3.7.1") if compiler_hazards(100, version))
+LINEAR = LinearCase(80, "bf16", 70, 144, 72)
+
+
+def row_of(case: Case, **changes: Any) -> Row:
+    """Return a row without errors, of kernels as they are."""
+    kernel = "linear_gelu" if isinstance(case, LinearCase) else "residual_norm"
+    kernels = {kernel: f"4w {sources.source_hash(kernel)}"}
+    return {"case": str(case), "kernels": kernels, "launches": 3, "wrong": [], "hazards": {}} | changes
+
+
+def test_check_returns_errors_within_the_budget_and_the_tile() -> None:
+    row = check.check(LINEAR, check.SCHEDULES[:2])
+    assert json.loads(json.dumps(row)) == row
+    assert row["kernels"] == {"linear_gelu": f"64x64x64 4w 4s {sources.source_hash('linear_gelu')}"}
+    assert row["launches"] == 2
+    assert 0 < row["errors"]["lockstep"]["out"] < row["budgets"]["out"]
+    assert row["errors"]["random 1"] == check.SAME_BITS
+    assert row["wrong"] == []
+    assert row["hazards"] == {}
+
+
+def test_check_of_a_launch_that_fails_keeps_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ValueError("no such tile")
+
+    monkeypatch.setattr(check, "run", fail)
+    row = check.check(LINEAR, check.SCHEDULES[:1])
+    assert row["wrong"] == ["lockstep: ValueError: no such tile"]
+    assert not is_current(row)
+
+
+def test_check_of_wrong_numbers_names_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = operators.prepare
+
+    def with_other_reference(case: Case) -> operators.Prepared:
+        prepared = prepare(case)
+        return prepared._replace(exact={"out": 1.1 * prepared.exact["out"]})
+
+    monkeypatch.setattr(check, "prepare", with_other_reference)
+    assert check.check(LINEAR, check.SCHEDULES[:1])["wrong"] == ["lockstep: out"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "verdict"),
+    [
+        (80, "wait for copies dropped", "PipelineError"),
+        (80, "wait for one group of copies less", "PipelineError"),
+        (80, "copy from 16 bytes further", "wrong numbers"),
+        (80, "factors of a product exchanged", "wrong numbers"),
+        (90, "fence between proxies dropped", "ProxyError"),
+        (90, "wait for warpgroup products dropped", "PipelineError"),
+        (90, "operand of products 16 bytes further", "wrong numbers"),
+    ],
+)
+def test_judge_of_a_broken_kernel_returns_the_fault(capability: int, kind: str, verdict: str) -> None:
+    subject = mutate.Subject("linear_gelu_kernel", LINEAR._replace(capability=capability))
+    assert [found.text for found in mutate.judge(subject, 1, kind)] == [verdict]
+
+
+def test_judge_of_dropped_barriers_returns_races() -> None:
+    found = list(mutate.judge(mutate.Subject("linear_gelu_kernel", LINEAR), 9, "barrier dropped"))
+    # The first two barriers guard memory that nothing has touched before: see mutants.md.
+    assert [verdict.text for verdict in found] == [mutate.SAME_BITS] * 2 + ["RaceError"] * (len(found) - 2)
+    assert len(found) > 2
+
+
+def test_source_hash_ignores_comments_and_follows_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hashes(kernel_file: str, shared_file: str) -> str:
+        (tmp_path / "linear_gelu").mkdir(exist_ok=True)
+        (tmp_path / "common").mkdir(exist_ok=True)
+        (tmp_path / "linear_gelu" / "kernel.py").write_text(kernel_file)
+        (tmp_path / "common" / "primitives.py").write_text(shared_file)
+        sources.source_hash.cache_clear()
+        sources._with_imports.cache_clear()
+        return sources.source_hash("linear_gelu")
+
+    monkeypatch.setattr(sources, "FOLDER", tmp_path)
+    try:
+        kernel, shared = "from ..common.primitives import f\nx = f(1)\n", "def f(x):\n    return x\n"
+        first = hashes(kernel, shared)
+        assert first == hashes('"""Doc."""\n' + kernel, 'def f(x):\n    """Doc."""\n    return (x)  # comment\n')
+        assert first != hashes(kernel, shared.replace("return x", "return -x"))
+        assert first != hashes(kernel.replace("1", "2"), shared)
+    finally:
+        sources.source_hash.cache_clear()
+        sources._with_imports.cache_clear()
+
+
+def test_results_keep_rows_in_the_order_of_the_table(tmp_path: Path) -> None:
+    cases: list[Case] = [LINEAR, NormCase(80, "bf16", "bf16", 768), NormCase(80, "fp32", "fp32", 768)]
+    file = result_file("3.7.1", 80, tmp_path)
+    results = Results(file, cases)
+    for case in reversed(cases[1:]):
+        results.add(row_of(case))
+    assert [json.loads(line)["case"] for line in file.read_text().splitlines()] == [str(case) for case in cases[1:]]
+    again = Results(file, cases)
+    assert [again.current(case) is not None for case in cases] == [False, True, True]
+
+
+def test_results_of_another_source_are_not_current(tmp_path: Path) -> None:
+    results = Results(result_file("3.7.1", 80, tmp_path), [LINEAR])
+    results.add(row_of(LINEAR, kernels={"linear_gelu": "64x64x64 4w 4s 0123456789ab"}))
+    assert results.current(LINEAR) is None
+
+
+def test_main_resumes_with_the_cases_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases: list[Case] = [LINEAR, NormCase(80, "bf16", "bf16", 768)]
+    monkeypatch.setattr(command, "table", lambda capability: cases)
+    ran = []
+
+    def record(case: Case, schedules: Any) -> Row:
+        ran.append(case)
+        return row_of(case)
+
+    monkeypatch.setattr(command, "check", record)
+    Results(result_file(triton.__version__, 80, tmp_path), cases).add(row_of(cases[0]))
+    assert command.main(["80", "--results", str(tmp_path)]) == 0
+    assert ran == cases[1:]
+    assert capsys.readouterr().out.splitlines()[-1] == "6 launches, 0 wrong, 0 hazards"
+
+
+def test_main_summary_fails_for_hazards_unless_the_pair_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear = LINEAR._replace(capability=100)
+    monkeypatch.setattr(command, "table", lambda capability: [linear])
+    row = row_of(linear, hazards={"RaceError in linear_gelu: a race": {"lockstep": 2}}, wrong=["lockstep: out"])
+    for version in (REFUSED, "3.9.0"):
+        Results(result_file(version, 100, tmp_path), [linear]).add(row)
+    assert command.main(["100", "--results", str(tmp_path), "--summary", REFUSED]) == 0
+    assert "refused pairs, recorded only: 3 launches, 1 wrong, 2 hazards" in capsys.readouterr().out
+    assert command.main(["100", "--results", str(tmp_path), "--summary", "3.9.0"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "3 launches, 1 wrong, 2 hazards"
+
+
+def test_main_summary_fails_if_a_case_has_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["80", "--results", str(tmp_path), "--summary", "3.9.0"]) == 1
+    assert f"{len(table.table(80))} of {len(table.table(80))} cases have not run" in capsys.readouterr().out
+
+
+def test_main_quick_fails_if_the_results_are_of_another_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "quick_cases", lambda capability: [LINEAR])
+    monkeypatch.setattr(command, "check", lambda case, schedules: row_of(case))
+    file = result_file(triton.__version__, 80, tmp_path)
+    everything = {name: f"4w {sources.source_hash(name)}" for name in sources.MODULES}
+    Results(file, [LINEAR]).add(row_of(LINEAR, kernels=everything))
+    assert command.main(["80", "--quick", "--results", str(tmp_path)]) == 0
+    everything["backward_dq"] = "4w 0123456789ab"
+    Results(file, [LINEAR]).add(row_of(LINEAR, kernels=everything))
+    assert command.main(["80", "--quick", "--results", str(tmp_path)]) == 1
+    assert "backward_dq: the committed results are of another source" in capsys.readouterr().out
