@@ -27,11 +27,16 @@ class Results:
     def __init__(self, file: Path, cases: Iterable[Case]) -> None:
         self.file = file
         self.cases = list(cases)
-        rows = {row["case"]: row for row in read(file)}
-        self.rows = {str(case): rows.get(str(case)) for case in self.cases}
+        self.rows: dict[str, Row | None] = {str(case): None for case in self.cases}
+        self._read()
+
+    def _read(self) -> None:
+        self.rows |= {row["case"]: row for row in read(self.file) if row["case"] in self.rows}
 
     def add(self, row: Row) -> None:
         """Store the row of a case."""
+        # Another process may run other cases of the same file.
+        self._read()
         self.rows[row["case"]] = row
         text = "".join(json.dumps(row) + "\n" for row in self.rows.values() if row is not None)
         self.file.parent.mkdir(parents=True, exist_ok=True)

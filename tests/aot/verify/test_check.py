@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from beit_fast.kernels.aot.verify import __main__ as command  # noqa: E402
 from beit_fast.kernels.aot.verify import check, mutate, operators, sources, table  # noqa: E402
 from beit_fast.kernels.aot.verify.cases import Case, LinearCase, NormCase  # noqa: E402
-from beit_fast.kernels.aot.verify.result_files import Results, Row, is_current, result_file  # noqa: E402
+from beit_fast.kernels.aot.verify.result_files import Results, Row, is_current, read, result_file  # noqa: E402
 from beit_fast.kernels.common.compiler_hazards import compiler_hazards  # noqa: E402
 
 REFUSED = next(version for version in ("3.6.0", "3.7.1") if compiler_hazards(100, version))
@@ -117,6 +117,14 @@ def test_results_keep_rows_in_the_order_of_the_table(tmp_path: Path) -> None:
     assert [json.loads(line)["case"] for line in file.read_text().splitlines()] == [str(case) for case in cases[1:]]
     again = Results(file, cases)
     assert [again.current(case) is not None for case in cases] == [False, True, True]
+
+
+def test_results_of_two_processes_keep_the_rows_of_both(tmp_path: Path) -> None:
+    cases: list[Case] = [LINEAR, NormCase(80, "bf16", "bf16", 768)]
+    first, second = (Results(result_file("3.7.1", 80, tmp_path), cases) for _ in range(2))
+    first.add(row_of(cases[0]))
+    second.add(row_of(cases[1]))
+    assert [row["case"] for row in read(first.file)] == [str(case) for case in cases]
 
 
 def test_results_of_another_source_are_not_current(tmp_path: Path) -> None:
