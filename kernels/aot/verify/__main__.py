@@ -19,6 +19,7 @@ from ...common.compiler_hazards import compiler_hazards
 from ..compile import CAPABILITIES, require_compiler
 from .cases import Case, NormCase
 from .check import SCHEDULES, check
+from .loops import checked_kernels
 from .result_files import FOLDER, Results, Row, checked_sources, read, result_file
 from .sources import MODULES, source_hash
 from .table import quick_cases, table
@@ -126,6 +127,8 @@ def _summarize(versions: Sequence[str], options: argparse.Namespace) -> int:
             missing += row is None
             if row is not None:
                 rows.append((case, version, row))
+    distinct = {entry for case, _, _ in rows for entry in checked_kernels(case)}
+    print(f"{len(distinct)} distinct cases of a kernel whose loop runs twice and ends with a ragged step")
     if missing:
         print(f"{missing} of {missing + len(rows)} cases have not run with the kernels as they are")
     return _report(rows) or int(missing > 0)
