@@ -18,7 +18,9 @@ from ...attention import launch as attention
 from ...common import device
 from ...common.launch import Arguments, by_name, launch_kernel
 from ...linear_gelu import launch as linear_gelu
+from ...linear_gelu.kernel import linear_gelu_kernel
 from ...residual_norm import launch as residual_norm
+from .. import attention_variants, residual_norm_variants
 from ..executor.launch import Launch, Options
 from ..executor.launchers import on_gpu
 from ..executor.schedule import LOCKSTEP, RANDOM, Schedule
@@ -29,6 +31,8 @@ from .sources import kernel_name, source_hash
 SCHEDULES = (Schedule(LOCKSTEP), Schedule(RANDOM, 1), Schedule(RANDOM, 2))
 """The orders of warps of the table."""
 SAME_BITS = "same bits"
+
+KERNELS = (*attention_variants.KERNELS.values(), *residual_norm_variants.KERNELS.values(), linear_gelu_kernel)
 
 Edit = Callable[[str], str]
 
@@ -106,6 +110,9 @@ def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, An
             # Kernels are deterministic.
             row["wrong"].append(f"{schedule}: other bits than in {next(iter(row['errors']))}")
         first = first or done.results
+    # A table compiles thousands of kernels, of which each holds half a megabyte of text.
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
     return row
 
 
