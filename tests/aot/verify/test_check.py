@@ -81,9 +81,9 @@ def test_judge_of_a_broken_kernel_returns_the_fault(capability: int, kind: str, 
 
 def test_judge_of_dropped_barriers_returns_races() -> None:
     found = list(mutate.judge(mutate.Subject("linear_gelu_kernel", LINEAR), 9, "barrier dropped"))
-    # The first two barriers guard memory that nothing has touched before: see mutants.md.
-    assert [verdict.text for verdict in found] == [mutate.SAME_BITS] * 2 + ["RaceError"] * (len(found) - 2)
-    assert len(found) > 2
+    # With some Tritons, the first two barriers guard memory that nothing has touched before: see mutants.md.
+    assert [verdict.text for verdict in found[2:]] == ["RaceError"] * (len(found) - 2) != []
+    assert {verdict.text for verdict in found[:2]} <= {mutate.SAME_BITS, "RaceError"}
 
 
 def test_source_hash_ignores_comments_and_follows_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
