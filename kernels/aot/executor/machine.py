@@ -194,6 +194,7 @@ class Machine:
         self._find_common()
 
     def _release(self, ctas: Array | None) -> None:
+        self._turns.end(ctas)
         self.shared.barrier(ctas)
         if self.tensor is not None:
             self.tensor.barrier(ctas)
@@ -263,7 +264,7 @@ class Machine:
         self._failed_polls = 0 if (complete & self.is_active).any() else self._failed_polls + 1
         if self._failed_polls > MAXIMUM_POLLS:
             raise self.site(instruction).fault(BarrierError, "threads wait for an event that does not happen", 0)
-        self._turns.give_way(np.flatnonzero(waits) // self.layout.threads)
+        self._turns.end(np.flatnonzero(waits) // self.layout.threads)
 
     # Messages
 

@@ -15,14 +15,13 @@ from typing import NamedTuple
 import triton
 from tqdm import tqdm
 
-from ...common.compiler_hazards import compiler_hazards
 from ..compile import CAPABILITIES, require_compiler
-from .cases import Case, NormCase
+from .cases import Case
 from .check import SCHEDULES, check
 from .loops import checked_kernels
 from .result_files import FOLDER, Results, Row, checked_sources, read, result_file
 from .sources import MODULES, source_hash
-from .table import quick_cases, table
+from .table import cases_of, is_refused, quick_cases
 
 
 class Totals(NamedTuple):
@@ -42,12 +41,6 @@ class Totals(NamedTuple):
 
 def totals(row: Row) -> Totals:
     return Totals(row["launches"], len(row["wrong"]), sum(sum(counts.values()) for counts in row["hazards"].values()))
-
-
-def is_refused(case: Case, triton_version: str) -> bool:
-    """Return whether this release of Triton is refused for the case: its results are recorded and nothing else."""
-    # Kernels without a matrix product are compiled correctly everywhere.
-    return not isinstance(case, NormCase) and bool(compiler_hazards(case.capability, triton_version))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,18 +67,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run_table(options: argparse.Namespace) -> None:
     """Run the cases without a current result, and write each as it ends."""
-    tables = {capability: table(capability) for capability in options.capabilities}
-    results = {
-        capability: Results(result_file(triton.__version__, capability, options.results), cases)
-        for capability, cases in tables.items()
-    }
+    version = triton.__version__
+    tables = {capability: cases_of(capability, version) for capability in options.capabilities}
+    results = {capability: Results(version, capability, cases, options.results) for capability, cases in tables.items()}
     # Architectures take turns, so that an interrupted run has seen something of each.
     in_turns = [case for cases in itertools.zip_longest(*tables.values()) for case in cases if case is not None]
     missing = [
         case for case in in_turns if options.only in str(case) and results[case.capability].current(case) is None
     ]
     capability_of = {str(case): case.capability for case in missing}
-    for row in tqdm(_checked(missing, len(SCHEDULES), options.jobs), f"Triton {triton.__version__}", len(missing)):
+    for row in tqdm(_checked(missing, len(SCHEDULES), options.jobs), f"Triton {version}", len(missing)):
         results[capability_of[row["case"]]].add(row)
 
 
@@ -121,7 +112,7 @@ def _summarize(versions: Sequence[str], options: argparse.Namespace) -> int:
     """Add up the results of some releases of Triton."""
     rows, missing = [], 0
     for version, capability in itertools.product(versions, options.capabilities):
-        results = Results(result_file(version, capability, options.results), table(capability))
+        results = Results(version, capability, cases_of(capability, version), options.results)
         for case in results.cases:
             row = results.current(case)
             missing += row is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...attention import configs
+from ...common.compiler_hazards import is_pipelined, needs_copy_fence
 from ...linear_gelu import configs as linear_configs
 from ...residual_norm import configs as norm_configs
 from .cases import AttentionCase, Case, LinearCase, NormCase, architecture_of, arithmetic_of
@@ -126,3 +128,11 @@ def checked_kernels(case: Case) -> list[tuple[object, ...]]:
     else:
         properties = (case.capability, case.dtype, case.row_dtype, case.size, case.form)
     return [(loop.kernel, loop.tile, *properties) for loop in loops(case) if loop.counts]
+
+
+def plan_hash(case: Case, triton_version: str) -> str:
+    """Return a hash of what is not in a kernel's source: the tiles and what a release of Triton changes in them."""
+    kernels = loops(case)
+    stages = [is_pipelined(loop.kernel, case.capability, triton_version) for loop in kernels]
+    plan = repr((kernels, stages, needs_copy_fence(case.capability, triton_version)))
+    return hashlib.sha256(plan.encode()).hexdigest()[:8]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ....utils.files import atomic_write_text
 from .cases import Case
+from .loops import plan_hash
 from .sources import MODULES, source_hash
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -20,12 +21,15 @@ class Results:
     """The rows of one file, by case. Each change replaces the file as a whole.
 
     Args:
-        file: JSON lines.
+        triton_version: The release that compiles the kernels.
+        capability: The compute capability that they are compiled for.
         cases: The cases of the table, which give the order of the lines. Rows of other cases are dropped.
+        folder: Of all files.
     """
 
-    def __init__(self, file: Path, cases: Iterable[Case]) -> None:
-        self.file = file
+    def __init__(self, triton_version: str, capability: int, cases: Iterable[Case], folder: Path = FOLDER) -> None:
+        self.triton_version = triton_version
+        self.file = result_file(triton_version, capability, folder)
         self.cases = list(cases)
         self.rows: dict[str, Row | None] = {str(case): None for case in self.cases}
         self._read()
@@ -43,9 +47,9 @@ class Results:
         atomic_write_text(self.file, text)
 
     def current(self, case: Case) -> Row | None:
-        """Return the row of a case if it is of the kernels as they are now."""
+        """Return the row of a case if it is of the kernels and tiles as they are now."""
         row = self.rows[str(case)]
-        return row if row is not None and is_current(row) else None
+        return row if row is not None and is_current(row, case, self.triton_version) else None
 
 
 def result_file(triton_version: str, capability: int, folder: Path = FOLDER) -> Path:
@@ -57,12 +61,12 @@ def read(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def is_current(row: Row) -> bool:
-    """Return whether the kernels of a row are compiled from the same source now."""
+def is_current(row: Row, case: Case, triton_version: str) -> bool:
+    """Return whether the kernels of a row are compiled from the same source now, and launched in the same way."""
     # A case that failed before its first launch names no kernel.
-    return bool(row["kernels"]) and all(
-        name in MODULES and text.split()[-1] == source_hash(name) for name, text in row["kernels"].items()
-    )
+    if not row["kernels"] or row["plan"] != plan_hash(case, triton_version):
+        return False
+    return all(name in MODULES and text.split()[-1] == source_hash(name) for name, text in row["kernels"].items())
 
 
 def checked_sources(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:

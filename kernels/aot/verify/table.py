@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from ...attention import configs
+from ...common.compiler_hazards import compiler_hazards
 from ...linear_gelu import configs as linear_configs
 from .. import residual_norm_variants
 from ..attention_variants import layout_name
@@ -30,6 +31,18 @@ def table(capability: int) -> list[Case]:
     for block_d, dropout in itertools.product((64, 32, 128, 16), (False, True)):
         cases += _attention_cases(capability, block_d, dropout)
     return list(dict.fromkeys(cases))
+
+
+def is_refused(case: Case, triton_version: str) -> bool:
+    """Return whether this release of Triton is refused for the case: its results are recorded and nothing else."""
+    # Kernels without a matrix product are compiled correctly everywhere.
+    return not isinstance(case, NormCase) and bool(compiler_hazards(case.capability, triton_version))
+
+
+def cases_of(capability: int, triton_version: str) -> list[Case]:
+    """Return the cases to run with a release of Triton: of a refused pair, the quick ones alone."""
+    quick = quick_cases(capability)
+    return [case for case in table(capability) if case in quick or not is_refused(case, triton_version)]
 
 
 def full_table() -> list[Case]:
@@ -66,14 +79,22 @@ def _windows(capability: int, dtype: str) -> dict[str, tuple[int, int]]:
 
 
 def _attention_cases(capability: int, block_d: int, dropout: bool) -> Iterator[AttentionCase]:
-    """Yield every dtype and layout of the tiles for a padded head dimension."""
+    """Yield every dtype and layout of the tiles for a padded head dimension.
+
+    GPUs that share their tiles also share the layouts with dropout: each has some of them.
+    """
     sizes = HEAD_DIMS[block_d]
+    sharing = [other for other in CAPABILITIES if architecture_of(other) == architecture_of(capability)]
     for row, dtype in enumerate(DTYPES):
         for column, layout in enumerate(layouts(capability, dtype)):
+            if dropout and (row + column) % len(sharing) != sharing.index(capability):
+                continue
             # Masks and odd sizes alternate, so that each tile and each layout meets both.
             head_dim = sizes[(row + column + dropout) % len(sizes)]
             key_mask = (row + column // 2 + dropout) % 2 == 1
             yield attention_case(capability, dtype, head_dim, layout, key_mask=key_mask, dropout=dropout)
+        if dropout and row != block_d.bit_length() % len(DTYPES):
+            continue
         layout = layouts(capability, dtype)[(row + dropout) % len(layouts(capability, dtype))]
         head_dim = sizes[row % len(sizes)]
         key_mask = (row + block_d // 32) % 2 == 1

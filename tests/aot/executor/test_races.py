@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,11 +16,11 @@ from beit_fast.kernels.aot.executor.errors import (
     UnsupportedInstructionError,
 )
 from beit_fast.kernels.aot.executor.launch import Options
-from beit_fast.kernels.aot.executor.schedule import LOCKSTEP, RANDOM, REVERSED, Schedule
+from beit_fast.kernels.aot.executor.schedule import HALVES, LOCKSTEP, RANDOM, REVERSED, Schedule, Turns
 
 from ...support.executor import THREAD, run_ptx, stored
 
-SCHEDULES = [Schedule(LOCKSTEP), Schedule(REVERSED), Schedule(RANDOM, 1), Schedule(RANDOM, 2)]
+SCHEDULES = [Schedule(LOCKSTEP), Schedule(REVERSED), Schedule(RANDOM, 1), Schedule(HALVES, 2)]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 
 EXCHANGE = THREAD + "st.shared.b32 [%r3], %r1; bar.sync 0; xor.b32 %r4, %r3, 128; ld.shared.b32 %r8, [%r4];"
@@ -198,3 +199,45 @@ def test_copies_land_in_groups() -> None:
 def test_instruction_that_is_not_known_is_an_error_that_names_it(statement: str) -> None:
     with pytest.raises(UnsupportedInstructionError, match=f"`{re.escape(statement.rstrip(';'))}`"):
         run_ptx(statement)
+
+
+def test_schedule_with_an_unknown_order_lists_the_orders() -> None:
+    with pytest.raises(ValueError, match=r"'backwards' is not supported \(expected lockstep, rev"):
+        Schedule("backwards")
+
+
+@pytest.mark.parametrize(("order", "at_once"), [(REVERSED, 1), (RANDOM, 1), (HALVES, 4)])
+def test_turns_run_each_warp_once_between_two_barriers(order: str, at_once: int) -> None:
+    turns = Turns(Schedule(order, 1), 0, 2, 256, 1)
+    firsts = set()
+    for _ in range(8):
+        waiting = np.zeros((2, 8, 32), bool)
+        runs = []
+        while not waiting.all():
+            runs.append(turns.choose(~waiting.reshape(-1)).reshape(2, 8, 32))
+            assert (runs[-1].any(2) == runs[-1].all(2)).all()  # whole warps
+            assert (runs[-1].all(2).sum(1) == at_once).all()
+            assert not (runs[-1] & waiting).any()
+            waiting |= runs[-1]
+        assert len(runs) == 8 // at_once
+        turns.end(None)
+        firsts.add(runs[0][:, :, 0].tobytes())
+    assert (len(firsts) == 1) == (order == REVERSED)
+
+
+def test_turns_of_halves_stay_until_all_their_warps_wait() -> None:
+    turns = Turns(Schedule(HALVES, 1), 0, 1, 128, 1)
+    first = turns.choose(np.ones(128, bool))
+    waits = np.zeros(128, bool)
+    waits[np.flatnonzero(first)[:32]] = True
+    assert (turns.choose(~waits) == (first & ~waits)).all()
+    assert (turns.choose(~first) == ~first).all()
+
+
+def test_turns_of_halves_change_when_a_warp_waits_for_another() -> None:
+    turns = Turns(Schedule(HALVES, 1), 0, 1, 256, 1)
+    drawn = set()
+    for _ in range(8):
+        drawn.add(turns.choose(np.ones(256, bool)).tobytes())
+        turns.end(np.array([0]))
+    assert len(drawn) > 1

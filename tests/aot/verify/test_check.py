@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
 
 from beit_fast.kernels.aot.verify import __main__ as command  # noqa: E402
-from beit_fast.kernels.aot.verify import check, mutate, operators, sources, table  # noqa: E402
+from beit_fast.kernels.aot.verify import check, loops, mutate, operators, sources, table  # noqa: E402
 from beit_fast.kernels.aot.verify.cases import Case, LinearCase, NormCase  # noqa: E402
 from beit_fast.kernels.aot.verify.result_files import Results, Row, is_current, read, result_file  # noqa: E402
 from beit_fast.kernels.common.compiler_hazards import compiler_hazards  # noqa: E402
@@ -23,11 +23,12 @@ REFUSED = next(version for version in ("3.6.0", "3.7.1") if compiler_hazards(100
 LINEAR = LinearCase(80, "bf16", 70, 144, 72)
 
 
-def row_of(case: Case, **changes: Any) -> Row:
+def row_of(case: Case, version: str = triton.__version__, **changes: Any) -> Row:
     """Return a row without errors, of kernels as they are."""
     kernel = "linear_gelu" if isinstance(case, LinearCase) else "residual_norm"
     kernels = {kernel: f"4w {sources.source_hash(kernel)}"}
-    return {"case": str(case), "kernels": kernels, "launches": 3, "wrong": [], "hazards": {}} | changes
+    row = {"case": str(case), "plan": loops.plan_hash(case, version), "kernels": kernels}
+    return row | {"launches": 3, "wrong": [], "hazards": {}} | changes
 
 
 def test_check_returns_errors_within_the_budget_and_the_tile() -> None:
@@ -36,7 +37,7 @@ def test_check_returns_errors_within_the_budget_and_the_tile() -> None:
     assert row["kernels"] == {"linear_gelu": f"64x64x64 4w 4s {sources.source_hash('linear_gelu')}"}
     assert row["launches"] == 2
     assert 0 < row["errors"]["lockstep"]["out"] < row["budgets"]["out"]
-    assert row["errors"]["random 1"] == check.SAME_BITS
+    assert row["errors"]["halves 1"] == check.SAME_BITS
     assert row["wrong"] == []
     assert row["hazards"] == {}
 
@@ -48,7 +49,7 @@ def test_check_of_a_launch_that_fails_keeps_the_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(check, "run", fail)
     row = check.check(LINEAR, check.SCHEDULES[:1])
     assert row["wrong"] == ["lockstep: ValueError: no such tile"]
-    assert not is_current(row)
+    assert not is_current(row, LINEAR, triton.__version__)
 
 
 def test_check_of_wrong_numbers_names_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,34 +111,51 @@ def test_source_hash_ignores_comments_and_follows_imports(tmp_path: Path, monkey
 
 def test_results_keep_rows_in_the_order_of_the_table(tmp_path: Path) -> None:
     cases: list[Case] = [LINEAR, NormCase(80, "bf16", "bf16", 768), NormCase(80, "fp32", "fp32", 768)]
-    file = result_file("3.7.1", 80, tmp_path)
-    results = Results(file, cases)
+    results = Results("3.7.1", 80, cases, tmp_path)
     for case in reversed(cases[1:]):
-        results.add(row_of(case))
-    assert [json.loads(line)["case"] for line in file.read_text().splitlines()] == [str(case) for case in cases[1:]]
-    again = Results(file, cases)
+        results.add(row_of(case, "3.7.1"))
+    lines = result_file("3.7.1", 80, tmp_path).read_text().splitlines()
+    assert [json.loads(line)["case"] for line in lines] == [str(case) for case in cases[1:]]
+    again = Results("3.7.1", 80, cases, tmp_path)
     assert [again.current(case) is not None for case in cases] == [False, True, True]
 
 
 def test_results_of_two_processes_keep_the_rows_of_both(tmp_path: Path) -> None:
     cases: list[Case] = [LINEAR, NormCase(80, "bf16", "bf16", 768)]
-    first, second = (Results(result_file("3.7.1", 80, tmp_path), cases) for _ in range(2))
+    first, second = (Results("3.7.1", 80, cases, tmp_path) for _ in range(2))
     first.add(row_of(cases[0]))
     second.add(row_of(cases[1]))
     assert [row["case"] for row in read(first.file)] == [str(case) for case in cases]
 
 
 def test_results_of_another_source_are_not_current(tmp_path: Path) -> None:
-    results = Results(result_file("3.7.1", 80, tmp_path), [LINEAR])
+    results = Results(triton.__version__, 80, [LINEAR], tmp_path)
     results.add(row_of(LINEAR, kernels={"linear_gelu": "64x64x64 4w 4s 0123456789ab"}))
     assert results.current(LINEAR) is None
+
+
+def test_results_of_another_tile_are_not_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(triton.__version__, 80, [LINEAR], tmp_path)
+    results.add(row_of(LINEAR))
+    assert results.current(LINEAR) is not None
+    tile = loops.linear_tile(LINEAR)
+    monkeypatch.setattr(loops, "linear_tile", lambda case: tile._replace(num_stages=tile.num_stages + 1))
+    assert results.current(LINEAR) is None
+
+
+def test_results_are_not_current_when_a_release_of_triton_gets_another_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = table.quick_cases(100)[0]
+    row = row_of(case, "3.9.0", kernels={"forward": f"4w {sources.source_hash('forward')}"})
+    assert is_current(row, case, "3.9.0")
+    monkeypatch.setattr(loops, "is_pipelined", lambda kernel, capability, version: kernel != "forward")
+    assert not is_current(row, case, "3.9.0")
 
 
 def test_main_resumes_with_the_cases_that_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases: list[Case] = [LINEAR, NormCase(80, "bf16", "bf16", 768)]
-    monkeypatch.setattr(command, "table", lambda capability: cases)
+    monkeypatch.setattr(command, "cases_of", lambda capability, version: cases)
     ran = []
 
     def record(case: Case, schedules: Any) -> Row:
@@ -145,7 +163,7 @@ def test_main_resumes_with_the_cases_that_are_missing(
         return row_of(case)
 
     monkeypatch.setattr(command, "check", record)
-    Results(result_file(triton.__version__, 80, tmp_path), cases).add(row_of(cases[0]))
+    Results(triton.__version__, 80, cases, tmp_path).add(row_of(cases[0]))
     assert command.main(["80", "--results", str(tmp_path)]) == 0
     assert ran == cases[1:]
     assert capsys.readouterr().out.splitlines()[-1] == "6 launches, 0 wrong, 0 hazards"
@@ -155,10 +173,11 @@ def test_main_summary_fails_for_hazards_unless_the_pair_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     linear = LINEAR._replace(capability=100)
-    monkeypatch.setattr(command, "table", lambda capability: [linear])
-    row = row_of(linear, hazards={"RaceError in linear_gelu: a race": {"lockstep": 2}}, wrong=["lockstep: out"])
+    monkeypatch.setattr(command, "cases_of", lambda capability, version: [linear])
     for version in (REFUSED, "3.9.0"):
-        Results(result_file(version, 100, tmp_path), [linear]).add(row)
+        hazards = {"RaceError in linear_gelu: a race": {"lockstep": 2}}
+        row = row_of(linear, version, hazards=hazards, wrong=["lockstep: out"])
+        Results(version, 100, [linear], tmp_path).add(row)
     assert command.main(["100", "--results", str(tmp_path), "--summary", REFUSED]) == 0
     assert "refused pairs, recorded only: 3 launches, 1 wrong, 2 hazards" in capsys.readouterr().out
     assert command.main(["100", "--results", str(tmp_path), "--summary", "3.9.0"]) == 1
@@ -174,11 +193,11 @@ def test_main_summary_counts_distinct_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases: list[Case] = [LINEAR, LINEAR._replace(rows=71), LINEAR._replace(inputs=160), LINEAR._replace(inputs=48)]
-    monkeypatch.setattr(command, "table", lambda capability: cases)
+    monkeypatch.setattr(command, "cases_of", lambda capability, version: cases)
     for version in ("3.8.0", "3.9.0"):
-        results = Results(result_file(version, 80, tmp_path), cases)
+        results = Results(version, 80, cases, tmp_path)
         for case in cases:
-            results.add(row_of(case))
+            results.add(row_of(case, version))
     command.main(["80", "--results", str(tmp_path), "--summary", "3.8.0", "3.9.0"])
     # The number of rows is not a property of a case, and 48 inputs are less than one step.
     assert capsys.readouterr().out.startswith("2 distinct cases")
@@ -189,11 +208,11 @@ def test_main_quick_fails_if_the_results_are_of_another_source(
 ) -> None:
     monkeypatch.setattr(command, "quick_cases", lambda capability: [LINEAR])
     monkeypatch.setattr(command, "check", lambda case, schedules: row_of(case))
-    file = result_file(triton.__version__, 80, tmp_path)
+    results = Results(triton.__version__, 80, [LINEAR], tmp_path)
     everything = {name: f"4w {sources.source_hash(name)}" for name in sources.MODULES}
-    Results(file, [LINEAR]).add(row_of(LINEAR, kernels=everything))
+    results.add(row_of(LINEAR, kernels=everything))
     assert command.main(["80", "--quick", "--results", str(tmp_path)]) == 0
     everything["backward_dq"] = "4w 0123456789ab"
-    Results(file, [LINEAR]).add(row_of(LINEAR, kernels=everything))
+    results.add(row_of(LINEAR, kernels=everything))
     assert command.main(["80", "--quick", "--results", str(tmp_path)]) == 1
     assert "backward_dq: the committed results are of another source" in capsys.readouterr().out

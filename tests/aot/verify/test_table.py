@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import pytest
 
@@ -33,11 +34,36 @@ def test_table_has_enough_distinct_cases() -> None:
     assert len(set(checked)) >= REQUIRED_CASES
 
 
+@pytest.mark.parametrize("architecture", sorted(set(map(architecture_of, CAPABILITIES))))
+def test_table_covers_every_shipped_tile_layout_and_dtype(architecture: str) -> None:
+    sharing = [capability for capability in CAPABILITIES if architecture_of(capability) == architecture]
+    found = {entry for capability in sharing for entry in _checked_tiles(capability)}
+    required = _shipped_tiles(architecture)
+    assert required
+    assert not required - found
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_table_covers_every_shipped_tile_layout_and_dtype(capability: int) -> None:
-    architecture = architecture_of(capability)
-    required = {
-        (kernel, tuple(tiles[place]), dropout, block_d, layout, dtype)
+def test_table_covers_every_shipped_tile_and_dtype_of_each_gpu(capability: int) -> None:
+    found = _checked_tiles(capability)
+    required = _shipped_tiles(architecture_of(capability))
+    # GPUs that share their tiles share the layouts with dropout.
+    assert not {entry for entry in required if not entry.dropout} - found
+    assert not {entry._replace(layout=None) for entry in required} - {entry._replace(layout=None) for entry in found}
+
+
+class TileUse(NamedTuple):
+    kernel: str
+    tile: tuple[int, ...]
+    dropout: bool
+    block_d: int
+    layout: configs.BiasLayout | None
+    dtype: str
+
+
+def _shipped_tiles(architecture: str) -> set[TileUse]:
+    return {
+        TileUse(kernel, tuple(tiles[place]), dropout, block_d, layout, dtype)
         for (kernel, arithmetic, dropout, owner), tiles in configs.TILES.items()
         for place, block_d in enumerate(configs.HEAD_DIMS)
         for dtype in DTYPES
@@ -46,8 +72,12 @@ def test_table_covers_every_shipped_tile_layout_and_dtype(capability: int) -> No
         and arithmetic == arithmetic_of(dtype)
         and (layout != configs.NO_BIAS or kernel != "backward_dbias")
     }
-    found = {
-        (
+
+
+def _checked_tiles(capability: int) -> set[TileUse]:
+    architecture = architecture_of(capability)
+    return {
+        TileUse(
             loop.kernel,
             loop.tile,
             case.dropout,
@@ -60,8 +90,6 @@ def test_table_covers_every_shipped_tile_layout_and_dtype(capability: int) -> No
         for loop in loops.loops(case)
         if loop.counts
     }
-    assert required
-    assert not required - found
 
 
 def _layouts(architecture: str, dtype: str) -> set[configs.BiasLayout]:
@@ -144,3 +172,11 @@ def test_loop_counts_two_whole_steps_and_a_tail() -> None:
     assert Loop("forward", (), 2, True).counts
     assert not Loop("forward", (), 1, True).counts
     assert not Loop("forward", (), 2, False).counts
+
+
+def test_cases_of_a_refused_pair_are_the_quick_ones_and_those_without_a_product() -> None:
+    refused = table.cases_of(100, "3.6.0")
+    assert set(table.quick_cases(100)) <= set(refused)
+    assert {type(case) for case in set(refused) - set(table.quick_cases(100))} == {NormCase}
+    assert table.cases_of(100, "3.9.0") == table.table(100)
+    assert table.cases_of(80, "3.6.0") == table.table(80)
