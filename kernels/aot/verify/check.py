@@ -23,6 +23,7 @@ from ...linear_gelu import launch as linear_gelu
 from ...linear_gelu.kernel import linear_gelu_kernel
 from ...residual_norm import launch as residual_norm
 from .. import attention_variants, residual_norm_variants
+from ..executor.kernel_code import load
 from ..executor.launch import Launch, Options
 from ..executor.launchers import on_gpu
 from ..executor.schedule import HALVES, LOCKSTEP, Schedule
@@ -88,12 +89,14 @@ def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, An
     The row has the hash of the plan, the launched kernels with tile and source hash, the number of launches, budgets,
     the errors in each order, hazards with their number in each order, and a list of what is wrong.
     """
-    # Parsed kernels are many small objects without cycles, which the collector would visit again and again.
+    # Parsed kernels are many small objects, which the collector would visit again and again.
     gc.disable()
     try:
         return _check(case, schedules)
     finally:
+        _forget_kernels()
         gc.enable()
+        gc.collect()
 
 
 def _check(case: Case, schedules: Sequence[Schedule]) -> dict[str, Any]:
@@ -122,10 +125,14 @@ def _check(case: Case, schedules: Sequence[Schedule]) -> dict[str, Any]:
             # Kernels are deterministic.
             row["wrong"].append(f"{schedule}: other bits than in {next(iter(row['errors']))}")
         first = first or done.results
-    # A table compiles thousands of kernels, of which each holds half a megabyte of text.
+    return row
+
+
+def _forget_kernels() -> None:
+    """Drop compiled and parsed kernels: a table has thousands, of several megabytes each."""
     for kernel in KERNELS:
         kernel.device_caches.clear()
-    return row
+    load.cache_clear()
 
 
 def error_of(actual: Tensor, exact: Tensor) -> float:
