@@ -15,6 +15,8 @@ from torch import Tensor
 from .operator_case import OperatorCase
 from .reference import attention_oracle, philox_keep
 
+GRADIENT_NAMES = ("dq", "dk", "dv", "dtable")
+
 
 @dataclass
 class Case(OperatorCase):

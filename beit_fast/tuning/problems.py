@@ -15,7 +15,7 @@ from ..ops.linear_gelu import linear_gelu
 from ..ops.patch_embed import patch_embed
 from ..position_bias import Window, gather_bias, relative_position_index
 from . import linear_case, patch_case, residual_case
-from .attention_case import Case, attention_case, oracle_by_sample
+from .attention_case import GRADIENT_NAMES, Case, attention_case, oracle_by_sample
 from .timer import Step
 
 Results = dict[str, Tensor]
@@ -44,7 +44,7 @@ def attention_problem(window: Window, dtype: torch.dtype, device: torch.device, 
     """Draw a call of `rel_pos_attention`; `options` are those of `attention_case`."""
     case = attention_case(window, dtype, device=device, **options)
     leaves = case.leaves()
-    names = ("dq", "dk", "dv", "dtable")[: len(leaves)]
+    names = GRADIENT_NAMES[: len(leaves)]
 
     def forward() -> Tensor:
         options: dict[str, Any] = {"key_mask": case.key_mask, "dropout_p": case.dropout_p, "seed": case.seed}

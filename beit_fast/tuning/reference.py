@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,26 +52,25 @@ def dense_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
 def philox_keep(seed: int, dropout_p: float, batch: int, heads: int, tokens: int) -> Tensor:
     """Compute the dropout mask of Philox4x32-10 (Salmon et al., SC 2011), bool `[B, H, N, N]`.
 
-    It uses Python integers, so that it shares no code with the tensor and Triton versions.
+    Only numpy computes it, so that it shares no code with the tensor and Triton versions.
     """
     threshold = int(dropout_p * 2**31)
-    kept = [
-        (_philox_first_word(seed, i, j, plane) >> 1) >= threshold
-        for plane in range(batch * heads)
-        for i in range(tokens)
-        for j in range(tokens)
-    ]
-    return torch.tensor(kept).reshape(batch, heads, tokens, tokens)
+    plane, row, column = np.ogrid[: batch * heads, :tokens, :tokens]
+    words = _philox_first_words(seed, row, column, plane)
+    return torch.from_numpy((words >> 1) >= threshold).reshape(batch, heads, tokens, tokens)
 
 
-def _philox_first_word(seed: int, c0: int, c1: int, c2: int) -> int:
-    low = 0xFFFFFFFF
-    c3 = 0
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & low, (first >> 32) ^ c3 ^ k1, first & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+def _philox_first_words(seed: int, *counters: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the first of four words for three words of a counter; its last word is 0."""
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0, c1, c2 = (counter.astype(np.uint64) for counter in counters)
+    c3 = np.zeros_like(c0)
+    for step in range(10):
+        k0, k1 = (
+            np.uint64(((seed >> place) + step * weyl) % 2**32) for place, weyl in ((0, 0x9E3779B9), (32, 0xBB67AE85))
+        )
+        first, second = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (second >> shift) ^ c1 ^ k0, second & low, (first >> shift) ^ c3 ^ k1, first & low
     return c0
 
 

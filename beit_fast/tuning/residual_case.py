@@ -81,6 +81,13 @@ def eager(case: ResidualCase) -> dict[str, Tensor]:
     return differentiate(case, leaves, total, F.layer_norm(total, total.shape[-1:], weight, bias, eps=EPS))
 
 
+def eager_sum(case: ResidualCase) -> dict[str, Tensor]:
+    """Compute the sum without the norm in plain PyTorch."""
+    results = eager(replace(case, grad_normalized=None, weight=None, bias=None))
+    del results["normalized"]
+    return results
+
+
 def fused(case: ResidualCase, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Compute sum, normalized rows and gradients with the operator."""
     leaves = leaves_of(case)

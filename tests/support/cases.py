@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import beit_fast
-from beit_fast.tuning.attention_case import Case, attention_case, dropout_mask, run_oracle
+from beit_fast.tuning.attention_case import GRADIENT_NAMES, Case, attention_case, dropout_mask, run_oracle
 
 from .oracle import compare_results
 
@@ -26,8 +26,6 @@ __all__ = [
     "run_operator",
     "run_oracle",
 ]
-
-GRADIENT_NAMES = ("dq", "dk", "dv", "dtable")
 
 
 def run_eager(case: Case) -> list[Tensor]:

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from beit_fast.ops.residual_norm import residual_add
-from beit_fast.tuning.residual_case import EPS, LEAVES, ROWS, ResidualCase, eager, fused, leaves_of, residual_case
+from beit_fast.tuning.residual_case import (
+    EPS,
+    LEAVES,
+    ROWS,
+    ResidualCase,
+    eager,
+    eager_sum,
+    fused,
+    leaves_of,
+    residual_case,
+)
 
 from .oracle import compare_results
 
@@ -29,13 +39,6 @@ __all__ = [
     "leaves_of",
     "residual_case",
 ]
-
-
-def eager_sum(case: ResidualCase) -> dict[str, Tensor]:
-    """Compute the sum without the norm in plain PyTorch."""
-    results = eager(replace(case, grad_normalized=None, weight=None, bias=None))
-    del results["normalized"]
-    return results
 
 
 def fused_sum(case: ResidualCase) -> dict[str, Tensor]:

@@ -9,6 +9,6 @@
 | `sources`, `result_files` | the committed results, and whether they are current |
 | `mutations`, `mutate` | kernels broken on purpose, which the check must notice; `mutants.md` explains the rest |
 
-`python -m beit_fast.kernels.aot.verify` runs the table; see `make verify-compiled`. The references are those of the
-tests, so that these commands run in the root of the repository.
+`python -m beit_fast.kernels.aot.verify` runs the table; see `make verify-compiled`. The references are those of
+`beit_fast.tuning`.
 """

@@ -13,8 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tests.support.oracle import relative_error
-
+from ....tuning.reference import relative_error
 from ...attention import inputs as attention_inputs
 from ...attention import launch as attention
 from ...common import device

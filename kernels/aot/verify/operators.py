@@ -12,12 +12,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tests.support.cases import GRADIENT_NAMES, attention_case
-from tests.support.cases import Case as Inputs
-from tests.support.linear_gelu import make_layer, plain
-from tests.support.oracle import BACKWARD_FACTOR, FORWARD_FACTOR, attention_oracle, philox_keep, relative_error
-from tests.support.residual_norm import EPS, LEAVES, ResidualCase, eager, eager_sum, leaves_of, residual_case
-
+from ....tuning.attention_case import GRADIENT_NAMES, attention_case, dropout_mask
+from ....tuning.attention_case import Case as Inputs
+from ....tuning.linear_case import make_layer, plain
+from ....tuning.reference import attention_oracle, error_budgets
+from ....tuning.residual_case import EPS, LEAVES, ResidualCase, eager, eager_sum, leaves_of, residual_case
 from ...attention import configs as attention_configs
 from ...attention import launch as attention
 from ...linear_gelu import launch as linear_gelu
@@ -50,9 +49,8 @@ def prepare(case: Case) -> Prepared:
 
 def _budgets(exact: Results, rounded: Results, dtype: torch.dtype) -> dict[str, float]:
     """Return the budgets of the operators' tests: a multiple of the error of PyTorch in the same dtypes."""
-    floor = 4 * torch.finfo(dtype).eps
-    factors = {name: BACKWARD_FACTOR if name.startswith("d") else FORWARD_FACTOR for name in exact}
-    return {name: factors[name] * relative_error(rounded[name], exact[name]) + floor for name in exact}
+    outputs = [name for name in exact if not name.startswith("d")]
+    return error_budgets(exact, rounded, outputs, dtype)
 
 
 @contextlib.contextmanager
@@ -88,30 +86,23 @@ def _prepare_attention(case: AttentionCase) -> Prepared:
         results = dict(zip(("out", *GRADIENT_NAMES), (out, *gradients), strict=True))
         return {name: results[name] for name in exact}
 
-    exact = _attention_reference(inputs, torch.float64, case.backward)
-    rounded = _attention_reference(inputs, q.dtype, case.backward)
+    keep = dropout_mask(inputs)
+    exact = _attention_reference(inputs, torch.float64, keep, case.backward)
+    rounded = _attention_reference(inputs, q.dtype, keep, case.backward)
     # Rounding fp32 to tf32 keeps 10 bits.
     budgets = _budgets(exact, rounded, torch.float16 if case.dtype == "tf32" else q.dtype)
     return Prepared(num_sms_of(case), launch, exact, budgets)
 
 
-def _attention_reference(inputs: Inputs, dtype: torch.dtype, backward: bool) -> Results:
+def _attention_reference(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None, backward: bool) -> Results:
     q, k, v = (x.detach().to(dtype).requires_grad_(backward) for x in (inputs.query, inputs.key, inputs.value))
     table = inputs.table
     if table is not None:
         table = table.detach().to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_(backward)
-    batch, tokens, heads, _ = q.shape
-    dropout_p = inputs.dropout_p
-    keep = _dropout_mask(dropout_p, batch, heads, tokens) if dropout_p else None
-    out = attention_oracle(q, k, v, table, inputs.window, inputs.key_mask, inputs.scale, keep, dropout_p)
+    out = attention_oracle(q, k, v, table, inputs.window, inputs.key_mask, inputs.scale, keep, inputs.dropout_p)
     leaves = [q, k, v] if table is None else [q, k, v, table]
     gradients = torch.autograd.grad(out, leaves, inputs.grad_out.to(dtype)) if backward else ()
     return dict(zip(("out", *GRADIENT_NAMES), (out.detach(), *gradients), strict=False))
-
-
-@functools.lru_cache(maxsize=16)
-def _dropout_mask(dropout_p: float, batch: int, heads: int, tokens: int) -> Tensor:
-    return philox_keep(SEED, dropout_p, batch, heads, tokens)
 
 
 def _prepare_linear(case: LinearCase) -> Prepared:
