@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import uuid
 from pathlib import Path
 
 import pytest
+
+from beit_fast.kernels.aot.nvcc import find_nvcc
 
 from .cuda_emulation import REPOSITORY, SOURCES, content_key, torch_includes
 
@@ -18,29 +18,21 @@ FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler", "-Wall,-Wex
 SECONDS = 300
 
 
-def find_nvcc() -> str | None:
-    """Find nvcc on the path or in the CUDA toolkit."""
-    toolkits = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    folders = [f"{toolkit}/bin" for toolkit in toolkits if toolkit]
-    return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
-
-
 NVCC = find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc, a part of the CUDA toolkit, was not found")
 
 
-def compiled(file: str, capability: int, kind: str = "cubin") -> Path:
-    """Compile a source file to a cubin, or to PTX with line numbers, unless it is cached."""
+def compiled(file: str, capability: int) -> Path:
+    """Compile a source file to a cubin unless it is cached."""
     assert NVCC is not None
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     key = content_key([SOURCES / "cuda"], version, *FLAGS)
-    output = REPOSITORY / "build" / "cuda" / f"{key}-{file}-{capability}.{kind}"
+    output = REPOSITORY / "build" / "cuda" / f"{key}-{file}-{capability}.cubin"
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         unfinished = output.with_suffix(f".{uuid.uuid4().hex}")
-        lines = ["-lineinfo"] if kind == "ptx" else []
         source = str(PATCH_EMBED / f"{file}.cu")
-        run_nvcc(f"-{kind}", *lines, f"-arch=sm_{capability}", "-o", str(unfinished), source)
+        run_nvcc("-cubin", f"-arch=sm_{capability}", "-o", str(unfinished), source)
         unfinished.replace(output)
     return output
 

@@ -24,8 +24,9 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from . import kernel_code, launch
-from .dtypes import UNINITIALIZED
+from .dtypes import UNINITIALIZED, Array
 from .global_memory import GlobalMemory
+from .kernel_code import Code
 from .launch import Launch, Options
 from .parameters import Argument, bind
 
@@ -112,12 +113,28 @@ class ExecutorDriver(DriverBase):
             grid: CTAs by axis.
             arguments: The arguments that are not constants.
         """
-        program = kernel_code.load(self.edit(ptx) if self.edit else ptx)
+        program = self.load(ptx)
         memory = GlobalMemory()
         parameters = bind(program, memory, [*arguments, *_SCRATCH])
         threads = program.function.threads
         if threads is None:
             raise ValueError(f"{program.function.name} has no .reqntid")
+        return self.launch(program, memory, parameters, grid, threads, shared)
+
+    def load(self, ptx: str) -> Code:
+        """Parse the module of a kernel, which `edit` may change before."""
+        return kernel_code.load(self.edit(ptx) if self.edit else ptx)
+
+    def launch(
+        self,
+        program: Code,
+        memory: GlobalMemory,
+        parameters: Array,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+    ) -> Launch:
+        """Execute a kernel, see `launch.run`, and record the launch."""
         record = launch.run(program, memory, parameters, grid, (threads, 1, 1), shared, self.options)
         self.launches.append(record)
         return record

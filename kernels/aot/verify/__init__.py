@@ -5,6 +5,7 @@
 | `cases`, `table` | what is checked: operators with their inputs, for one compute capability each |
 | `loops` | which kernels of a case run their loop twice and end it with a ragged step |
 | `operators` | launchers, inputs and fp64 references of the operators |
+| `patch_table`, `patch_embed` | the cases of patch embedding, which nvcc compiles, and its launcher |
 | `check` | errors, budgets and hazards of a case |
 | `sources`, `result_files` | the committed results, and whether they are current |
 | `mutations`, `mutate` | kernels broken on purpose, which the check must notice; `mutants.md` explains the rest |

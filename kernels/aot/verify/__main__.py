@@ -16,9 +16,11 @@ import triton
 from tqdm import tqdm
 
 from ..compile import CAPABILITIES, require_compiler
-from .cases import Case
+from ..nvcc import MISSING, nvcc_version
+from .cases import Case, PatchCase
 from .check import SCHEDULES, check
 from .loops import checked_kernels
+from .patch_table import patch_cases
 from .result_files import FOLDER, Results, Row, checked_sources, read, result_file
 from .sources import MODULES, source_hash
 from .table import cases_of, is_refused, quick_cases
@@ -67,27 +69,47 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run_table(options: argparse.Namespace) -> None:
     """Run the cases without a current result, and write each as it ends."""
-    version = triton.__version__
-    tables = {capability: cases_of(capability, version) for capability in options.capabilities}
-    results = {capability: Results(version, capability, cases, options.results) for capability, cases in tables.items()}
-    # Architectures take turns, so that an interrupted run has seen something of each.
-    in_turns = [case for cases in itertools.zip_longest(*tables.values()) for case in cases if case is not None]
-    missing = [
-        case for case in in_turns if options.only in str(case) and results[case.capability].current(case) is None
+    version, nvcc = triton.__version__, nvcc_version()
+    files = [
+        Results(version, capability, cases_of(capability, version), options.results)
+        for capability in options.capabilities
     ]
-    capability_of = {str(case): case.capability for case in missing}
+    if nvcc is not None:
+        files += [_nvcc_results(nvcc, capability, options.results) for capability in options.capabilities]
+    elif any(patch_cases(capability) for capability in options.capabilities):
+        print(f"{MISSING}: patch_embed does not run")
+    file_of = {str(case): file for file in files for case in file.cases}
+    # Architectures take turns, so that an interrupted run has seen something of each.
+    in_turns = itertools.zip_longest(*(file.cases for file in files))
+    cases = [case for together in in_turns for case in together if case is not None and options.only in str(case)]
+    missing = [case for case in cases if file_of[str(case)].current(case) is None]
     for row in tqdm(_checked(missing, len(SCHEDULES), options.jobs), f"Triton {version}", len(missing)):
-        results[capability_of[row["case"]]].add(row)
+        file_of[row["case"]].add(row)
+
+
+def _nvcc_results(version: str, capability: int, folder: Path) -> Results:
+    return Results(f"nvcc-{version}", capability, patch_cases(capability), folder)
+
+
+def _nvcc_versions(folder: Path) -> list[str]:
+    """Return the versions of nvcc that have results, and the one that is installed."""
+    found = {path.name.removeprefix("nvcc-") for path in folder.glob("nvcc-*")} | {nvcc_version() or ""}
+    return sorted(found - {""})
 
 
 def _run_quick(options: argparse.Namespace) -> int:
     cases = [case for capability in options.capabilities for case in quick_cases(capability)]
+    if nvcc_version() is not None:
+        cases += [case for capability in options.capabilities for case in patch_cases(capability)[:1]]
+    elif any(patch_cases(capability) for capability in options.capabilities):
+        print(f"{MISSING}: patch_embed does not run")
     by_name = {str(case): case for case in cases}
     rows = list(tqdm(_checked(cases, 2, options.jobs), f"Triton {triton.__version__}", len(cases)))
+    compilers = [triton.__version__, *(f"nvcc-{version}" for version in _nvcc_versions(options.results))]
     checked = {
         pair
-        for capability in CAPABILITIES
-        for pair in checked_sources(read(result_file(triton.__version__, capability, options.results)))
+        for compiler, capability in itertools.product(compilers, CAPABILITIES)
+        for pair in checked_sources(read(result_file(compiler, capability, options.results)))
     }
     outdated = [name for name in MODULES if (name, source_hash(name)) not in checked]
     for name in outdated:
@@ -109,8 +131,9 @@ def _checked(cases: Sequence[Case], orders: int, jobs: int) -> Iterator[Row]:
 
 
 def _summarize(versions: Sequence[str], options: argparse.Namespace) -> int:
-    """Add up the results of some releases of Triton."""
-    rows, missing = [], 0
+    """Add up the results of some releases of Triton, and those of nvcc."""
+    rows: list[tuple[Case, str, Row]] = []
+    missing = 0
     for version, capability in itertools.product(versions, options.capabilities):
         results = Results(version, capability, cases_of(capability, version), options.results)
         for case in results.cases:
@@ -118,10 +141,20 @@ def _summarize(versions: Sequence[str], options: argparse.Namespace) -> int:
             missing += row is None
             if row is not None:
                 rows.append((case, version, row))
+    not_compiled = 0
+    for capability in options.capabilities:
+        by_nvcc = [_nvcc_results(nvcc, capability, options.results) for nvcc in _nvcc_versions(options.results)]
+        for case in patch_cases(capability):
+            found = [(case, file.triton_version, row) for file in by_nvcc if (row := file.current(case)) is not None]
+            not_compiled += not found
+            rows += found
+    missing += not_compiled
     distinct = {entry for case, _, _ in rows for entry in checked_kernels(case)}
     print(f"{len(distinct)} distinct cases of a kernel whose loop runs twice and ends with a ragged step")
     if missing:
         print(f"{missing} of {missing + len(rows)} cases have not run with the kernels as they are")
+    if not_compiled and nvcc_version() is None:
+        print(f"{not_compiled} of them are cases of patch_embed: {MISSING}")
     return _report(rows) or int(missing > 0)
 
 
@@ -134,7 +167,8 @@ def _report(rows: Sequence[tuple[Case, str, Row]]) -> int:
             continue
         served += totals(row)
         for text in (*row["wrong"], *row["hazards"]):
-            print(f"Triton {version}, {case}: {text}")
+            compiler = version.replace("-", " ") if isinstance(case, PatchCase) else f"Triton {version}"
+            print(f"{compiler}, {case}: {text}")
     if refused.launches:
         print(f"refused pairs, recorded only: {refused}")
     print(served)

@@ -71,7 +71,28 @@ class NormCase(NamedTuple):
         return " ".join([*words, f"B={self.batch} N={self.tokens}", f"{self.num_sms} SMs"])
 
 
-Case = AttentionCase | LinearCase | NormCase
+class PatchCase(NamedTuple):
+    """Patch embedding, compiled by nvcc."""
+
+    capability: int
+    dtype: str  # of weight and bias
+    pixels: str  # dtype
+    tokens: str  # dtype of CLS, mask token and positions
+    tile: str  # large or small
+    image: tuple[int, int]
+    patch: tuple[int, int]
+    columns: int
+    layout: str  # of the pixels: see tuning.patch_case.LAYOUTS
+    form: str = "everything"  # see patch_table.ABSENT
+    batch: int = 2
+
+    def __str__(self) -> str:
+        sizes = "/".join(f"{height}x{width}" for height, width in (self.image, self.patch))
+        words = ["patch_embed", f"sm_{self.capability}", self.dtype, f"{self.pixels} pixels", f"{self.tokens} tokens"]
+        return " ".join([*words, self.tile, sizes, f"E={self.columns}", self.layout, self.form, f"B={self.batch}"])
+
+
+Case = AttentionCase | LinearCase | NormCase | PatchCase
 
 
 def architecture_of(capability: int) -> str:

@@ -26,8 +26,8 @@ from ..executor.kernel_code import load
 from ..executor.launch import Launch, Options
 from ..executor.launchers import on_gpu
 from ..executor.schedule import HALVES, LOCKSTEP, Schedule
-from .cases import Case
-from .loops import plan_hash
+from .cases import Case, PatchCase
+from .loops import loops, plan_hash
 from .operators import Prepared, Results, as_on_gpu, prepare
 from .sources import kernel_name, source_hash
 
@@ -59,6 +59,8 @@ def run(case: Case, prepared: Prepared, schedule: Schedule, edit: Edit | None = 
         stack.enter_context(mock.patch.object(device, "capability_of", return_value=case.capability))
         driver = stack.enter_context(on_gpu(case.capability, prepared.num_sms, options, edit))
         results = prepared.launch()
+    if isinstance(case, PatchCase):
+        tiles = {loop.kernel: "x".join(map(str, loop.tile)) for loop in loops(case)}
     return Run(results, driver.launches, tiles)
 
 

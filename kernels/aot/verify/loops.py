@@ -10,10 +10,16 @@ from ...attention import configs
 from ...common.compiler_hazards import is_pipelined, needs_copy_fence
 from ...linear_gelu import configs as linear_configs
 from ...residual_norm import configs as norm_configs
-from .cases import AttentionCase, Case, LinearCase, NormCase, architecture_of, arithmetic_of
+from .cases import DTYPES, AttentionCase, Case, LinearCase, NormCase, PatchCase, architecture_of, arithmetic_of
 
 SPLIT_SMS = 1000
 """SMs of cases with splits: as many splits as the sizes allow."""
+
+
+PATCH_TILES = {"large": (128, 128, 1), "small": (64, 64, 2)}
+"""Patches, columns and slabs of a tile of patch embedding: see csrc/cuda/patch_embed/arguments.cuh."""
+SLAB_BYTES = 64
+"""Bytes of depth in a slab."""
 
 
 class Loop(NamedTuple):
@@ -33,7 +39,9 @@ def loops(case: Case) -> list[Loop]:
     """Return the loops of the kernels with one that the case launches, by kernel and tile."""
     if isinstance(case, AttentionCase):
         return list(_attention_loops(case))
-    return [_linear_loop(case)] if isinstance(case, LinearCase) else list(_norm_loops(case))
+    if isinstance(case, LinearCase):
+        return [_linear_loop(case)]
+    return [_patch_loop(case)] if isinstance(case, PatchCase) else list(_norm_loops(case))
 
 
 def attention_tile(case: AttentionCase, kernel: str) -> configs.TileConfig:
@@ -114,6 +122,13 @@ def _norm_loops(case: NormCase) -> Iterator[Loop]:
         yield Loop("sum_partials", (block, norm_configs.COLUMNS_BLOCK), share.programs // block, ragged)
 
 
+def _patch_loop(case: PatchCase) -> Loop:
+    rows, columns, slabs = PATCH_TILES[case.tile]
+    step = slabs * SLAB_BYTES // DTYPES[case.dtype].itemsize
+    depth = 3 * case.patch[0] * case.patch[1]
+    return Loop("patch_embed", (rows, columns, step), depth // step, depth % step != 0)
+
+
 def _ceil(size: int, block: int) -> int:
     return -(-size // block)
 
@@ -125,6 +140,8 @@ def checked_kernels(case: Case) -> list[tuple[object, ...]]:
         properties: tuple[object, ...] = case[: case._fields.index("backward")]
     elif isinstance(case, LinearCase):
         properties = (case.capability, case.dtype, case.inputs, case.outputs, case.bias)
+    elif isinstance(case, PatchCase):
+        properties = case[: case._fields.index("batch")]
     else:
         properties = (case.capability, case.dtype, case.row_dtype, case.size, case.form)
     return [(loop.kernel, loop.tile, *properties) for loop in loops(case) if loop.counts]
@@ -133,6 +150,8 @@ def checked_kernels(case: Case) -> list[tuple[object, ...]]:
 def plan_hash(case: Case, triton_version: str) -> str:
     """Return a hash of what is not in a kernel's source: the tiles and what a release of Triton changes in them."""
     kernels = loops(case)
+    if isinstance(case, PatchCase):  # Triton does not compile it
+        return hashlib.sha256(repr(kernels).encode()).hexdigest()[:8]
     stages = [is_pipelined(loop.kernel, case.capability, triton_version) for loop in kernels]
     plan = repr((kernels, stages, needs_copy_fence(case.capability, triton_version)))
     return hashlib.sha256(plan.encode()).hexdigest()[:8]

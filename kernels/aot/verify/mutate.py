@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -74,7 +75,7 @@ def judge(subject: Subject, limit: int, kind: str = "", schedule: Schedule = Sch
     original: list[str] = []
 
     def remember(ptx: str) -> str:
-        if f".entry {subject.kernel}(" in ptx:
+        if re.search(rf"\.entry \w*{subject.kernel}\w*\(", ptx):  # nvcc's names have more around it
             original.append(ptx)
         return ptx
 

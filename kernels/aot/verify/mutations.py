@@ -45,7 +45,10 @@ MUTATIONS: Mapping[str, tuple[str, Replacement]] = {
     "wait for stores of tensor memory dropped": (r"^[ \t]*tcgen05\.wait::st[^;]*;", ""),
     # addresses
     "global access 16 bytes further": (r"((?:ld|st)\.(?:volatile\.)?global\.[^\[;]*\[ *%rd\d+) \+ 0", r"\1 + 16"),
-    "copy from 16 bytes further": (r"(cp\.async\.c[ga]\.shared\.global \[ %r\d+ \+ 0 \], \[ %rd\d+) \+ 0", r"\1 + 16"),
+    "copy from 16 bytes further": (
+        r"(cp\.async\.c[ga]\.shared\.global \[[^\]]*\], \[ *%rd\d+)(?: \+ 0)?( *\])",
+        r"\1 + 16\2",
+    ),
     "shared access 16 bytes further": (
         rf"((?:ld|st)\.{_SHARED}\.[^\[;]*\[ *%r\d+)(?: \+ 0|\+(\d+))? *\]",
         _shifted(16),
@@ -65,7 +68,7 @@ MUTATIONS: Mapping[str, tuple[str, Replacement]] = {
     "halves of a register exchanged": (r"(cvt\.rn\.(?:bf16|f16)x2\.f32[ \t]+%r\d+), (%r\d+), (%r\d+);", r"\1, \3, \2;"),
     "shuffle with another lane": (r"(shfl\.sync\.bfly\.b32[ \t]+%r\d+, %r\d+), 2,", r"\1, 1,"),
     "factors of a product exchanged": (
-        r"(mma\.sync\.[^{]*\{[^}]*\}, )\{ (%r\d+), (%r\d+), (%r\d+), (%r\d+) \}",
+        r"(mma\.sync\.[^{]*\{[^}]*\}, )\{ *(%r\d+), (%r\d+), (%r\d+), (%r\d+) *\}",
         r"\1{ \3, \2, \4, \5 }",
     ),
 }

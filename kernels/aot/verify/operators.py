@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from ....tuning.attention_case import GRADIENT_NAMES, attention_case, dropout_mask
 from ....tuning.attention_case import Case as Inputs
 from ....tuning.linear_case import make_layer, plain
+from ....tuning.patch_case import convolution, in_precision, make_inputs
 from ....tuning.reference import attention_oracle, error_budgets
 from ....tuning.residual_case import EPS, LEAVES, ResidualCase, eager, eager_sum, leaves_of, residual_case
 from ...attention import configs as attention_configs
@@ -22,8 +23,10 @@ from ...attention import launch as attention
 from ...linear_gelu import launch as linear_gelu
 from ...residual_norm import launch as residual_norm
 from ..residual_norm_variants import ABSENT
-from .cases import DTYPES, AttentionCase, Case, LinearCase, NormCase
+from . import patch_embed
+from .cases import DTYPES, AttentionCase, Case, LinearCase, NormCase, PatchCase
 from .loops import num_sms_of
+from .patch_table import ABSENT as ABSENT_TOKENS
 
 DROPOUT_P = 0.2
 SEED = 2**40 + 12345
@@ -44,6 +47,8 @@ def prepare(case: Case) -> Prepared:
     """Draw the inputs of a case and compute its reference."""
     if isinstance(case, AttentionCase):
         return _prepare_attention(case)
+    if isinstance(case, PatchCase):
+        return _prepare_patch(case)
     return _prepare_linear(case) if isinstance(case, LinearCase) else _prepare_norm(case)
 
 
@@ -111,6 +116,32 @@ def _prepare_linear(case: LinearCase) -> Prepared:
     exact = {"out": plain(x.double(), weight.double(), None if bias is None else bias.double())}
     budgets = _budgets(exact, {"out": plain(x, weight, bias)}, torch.float16 if case.dtype == "tf32" else dtype)
     return Prepared(1, lambda: {"out": linear_gelu.linear_gelu(x, weight, bias)}, exact, budgets)
+
+
+def _prepare_patch(case: PatchCase) -> Prepared:
+    dtype = DTYPES[case.dtype]
+    inputs = make_inputs(
+        case.image, case.patch, batch=case.batch, embed=case.columns, pixel_dtype=DTYPES.get(case.pixels, torch.uint8),
+        dtype=dtype, token_dtype=DTYPES[case.tokens], layout=case.layout, absent=ABSENT_TOKENS[case.form],
+    )  # fmt: skip
+    exact = convolution(**in_precision(inputs, torch.float64))
+    eager = convolution(**inputs) if case.dtype != "tf32" else _convolution_in_tf32(**inputs)
+    budgets = _budgets({"tokens": exact}, {"tokens": eager}, dtype)
+
+    def launch() -> Results:
+        return {"tokens": patch_embed.launch(inputs, case.tile, allow_tf32=case.dtype == "tf32")}
+
+    return Prepared(1, launch, {"tokens": exact}, budgets)
+
+
+def _convolution_in_tf32(pixels: Tensor, weight: Tensor, mean: Any, std: Any, **tokens: Any) -> Tensor:
+    """Compute `convolution` of an fp32 weight with both factors rounded to 10 bits, as tf32 does."""
+    pixels = pixels.float()
+    if mean is not None:
+        pixels = pixels - torch.tensor(mean)[:, None, None]
+    if std is not None:
+        pixels = pixels / torch.tensor(std)[:, None, None]
+    return convolution(pixels.half().float(), weight.half().float(), mean=None, std=None, **tokens)
 
 
 def _prepare_norm(case: NormCase) -> Prepared:

@@ -1,4 +1,4 @@
-"""Files of results: one for each Triton and compute capability, one line for each case."""
+"""Files of results: one for each compiler and compute capability, one line for each case."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Results:
     """The rows of one file, by case. Each change replaces the file as a whole.
 
     Args:
-        triton_version: The release that compiles the kernels.
+        triton_version: The release that compiles the kernels, or that of nvcc, such as nvcc-13.0.88.
         capability: The compute capability that they are compiled for.
         cases: The cases of the table, which give the order of the lines. Rows of other cases are dropped.
         folder: Of all files.
@@ -53,7 +53,8 @@ class Results:
 
 
 def result_file(triton_version: str, capability: int, folder: Path = FOLDER) -> Path:
-    return folder / f"triton-{triton_version}" / f"sm_{capability}.jsonl"
+    compiler = triton_version if triton_version.startswith("nvcc-") else f"triton-{triton_version}"
+    return folder / compiler / f"sm_{capability}.jsonl"
 
 
 def read(file: Path) -> list[Row]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import re
 from pathlib import Path
 
+from ..nvcc import SOURCES, included_files
+
 FOLDER = Path(__file__).resolve().parents[2]
+CUDA_FOLDER = SOURCES
 
 MODULES = {
     "forward": "attention.forward",
@@ -24,8 +28,11 @@ MODULES = {
     "residual_norm": "residual_norm.forward",
     "residual_norm_backward": "residual_norm.backward",
     "sum_partials": "residual_norm.backward",
+    "patch_embed": "cuda/patch_embed/kernel.cuh",
 }
-"""The module of each kernel."""
+"""The module of each kernel; for nvcc, its file in csrc/."""
+PLAN = "cuda/patch_embed/plan.cuh"
+"""The file that computes the arguments of a kernel that nvcc compiles."""
 
 
 @functools.cache
@@ -34,13 +41,19 @@ def source_hash(kernel: str) -> str:
 
     Comments, docstrings and formatting do not count: the compiler does not see them.
     """
-    names = sorted(_with_imports(MODULES[kernel]))
-    text = "\n".join(f"{name}\n{_code(_file(name))}" for name in names)
+    if MODULES[kernel].endswith(".cuh"):
+        files = included_files([CUDA_FOLDER / name for name in (MODULES[kernel], PLAN)], CUDA_FOLDER)
+        text = "\n".join(f"{file.name}\n{_without_comments(file.read_text())}" for file in files)
+    else:
+        names = sorted(_with_imports(MODULES[kernel]))
+        text = "\n".join(f"{name}\n{_code(_file(name))}" for name in names)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def kernel_name(entry: str) -> str:
     """Return the key in MODULES of a compiled kernel's entry point."""
+    if "patch_embed_kernel" in entry:  # a template's name in C++
+        return "patch_embed"
     return entry.removesuffix("_kernel").removeprefix("attention_")
 
 
@@ -73,3 +86,14 @@ def _code(file: Path) -> str:
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 del body[0]
     return ast.unparse(tree)
+
+
+def _without_comments(text: str) -> str:
+    """Return C++ without comments, with one space for any white space."""
+    kept = re.sub(
+        r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])')|//[^\n]*|/\*.*?\*/""",
+        lambda found: found[1] or " ",
+        text,
+        flags=re.DOTALL,
+    )
+    return " ".join(kept.split())

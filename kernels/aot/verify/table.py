@@ -12,7 +12,7 @@ from ...linear_gelu import configs as linear_configs
 from .. import residual_norm_variants
 from ..attention_variants import layout_name
 from ..compile import CAPABILITIES
-from .cases import DTYPES, AttentionCase, Case, LinearCase, NormCase, architecture_of, arithmetic_of
+from .cases import DTYPES, AttentionCase, Case, LinearCase, NormCase, PatchCase, architecture_of, arithmetic_of
 from .loops import attention_tile, loops
 
 HEAD_DIMS = {16: (16, 8), 32: (32, 24), 64: (64, 40), 128: (128, 80, 96, 72)}
@@ -35,8 +35,8 @@ def table(capability: int) -> list[Case]:
 
 def is_refused(case: Case, triton_version: str) -> bool:
     """Return whether this release of Triton is refused for the case: its results are recorded and nothing else."""
-    # Kernels without a matrix product are compiled correctly everywhere.
-    return not isinstance(case, NormCase) and bool(compiler_hazards(case.capability, triton_version))
+    # Kernels without a matrix product are compiled correctly everywhere; Triton does not compile patch embedding.
+    return not isinstance(case, NormCase | PatchCase) and bool(compiler_hazards(case.capability, triton_version))
 
 
 def cases_of(capability: int, triton_version: str) -> list[Case]:

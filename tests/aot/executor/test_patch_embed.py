@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from beit_fast.kernels.aot.executor.launch import Options
+pytest.importorskip("triton", reason="needs Triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
+
+from beit_fast.kernels.aot.executor.launch import Launch, Options
+from beit_fast.kernels.aot.executor.launchers import on_gpu
 from beit_fast.kernels.aot.executor.schedule import RANDOM, Schedule
+from beit_fast.kernels.aot.verify import patch_embed
 
-from ...support.cuda_emulation import compiler
 from ...support.nvcc import needs_nvcc
 from ...support.oracle import assert_within_budget
-from ...support.patch_embed_ptx import embed
 from ...support.patch_embedding import convolution, in_precision, make_inputs
 
-pytestmark = [
-    pytest.mark.slow,
-    needs_nvcc,
-    pytest.mark.skipif(compiler() is None, reason="a C++ compiler for the launcher's plan was not found"),
-]
+pytestmark = [pytest.mark.slow, needs_nvcc]
 CASES = {
     "half, vectors": {"image": (24, 48), "patch": (4, 8), "dtype": torch.bfloat16},
     "half, bytes, one by one": {
@@ -30,6 +34,14 @@ CASES = {
     },
     "single": {"image": (16, 24), "patch": (8, 8), "dtype": torch.float32, "layout": "cropped"},
 }  # fmt: skip
+
+
+def embed(
+    arguments: dict[str, Any], capability: int, tile: str, options: Options, allow_tf32: bool = False
+) -> tuple[Tensor, Launch]:
+    with on_gpu(capability, 1, options) as driver:
+        tokens = patch_embed.launch(arguments, tile, allow_tf32=allow_tf32)
+    return tokens, driver.launches[-1]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -23,6 +23,12 @@ REFUSED = next(version for version in ("3.6.0", "3.7.1") if compiler_hazards(100
 LINEAR = LinearCase(80, "bf16", 70, 144, 72)
 
 
+@pytest.fixture(autouse=True)
+def _no_patch_embed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the cases of nvcc, which have tests of their own."""
+    monkeypatch.setattr(command, "patch_cases", lambda capability: [])
+
+
 def row_of(case: Case, version: str = triton.__version__, **changes: Any) -> Row:
     """Return a row without errors, of kernels as they are."""
     kernel = "linear_gelu" if isinstance(case, LinearCase) else "residual_norm"

@@ -1,32 +1,29 @@
-"""Patch embedding compiled by nvcc, executed on a CPU from its PTX."""
+"""Patch embedding compiled by nvcc, executed from its PTX."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import re
-import subprocess
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
-from beit_fast.kernels.aot.executor import kernel_code, launch
-from beit_fast.kernels.aot.executor.dtypes import U8
-from beit_fast.kernels.aot.executor.global_memory import GlobalMemory
-from beit_fast.kernels.aot.executor.launch import Launch, Options
+from ..executor.driver import ExecutorDriver
+from ..executor.dtypes import U8
+from ..executor.global_memory import GlobalMemory
+from ..nvcc import compiled
 
-from .cuda_emulation import REPOSITORY, SOURCES, compiler, content_key
-from .nvcc import compiled
-
+FOLDER = Path(__file__).resolve().parent
+KERNEL = FOLDER / "patch_embed_kernel.cu"
+PLAN = FOLDER / "patch_embed_plan.cpp"
 SCALARS = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
-ARITHMETIC = {torch.float16: 0, torch.bfloat16: 1, "tf32": 2, torch.float32: 3}
-ROWS = {"large": 128, "small": 64}
+ARITHMETIC = {torch.float16: "kFloat16", torch.bfloat16: "kBFloat16", torch.float32: "kFloat32"}
+ARITHMETIC_NUMBERS = {"kFloat16": 0, "kBFloat16": 1, "kTensorFloat32": 2, "kFloat32": 3}
 THREADS = 128
-PLAN = Path(__file__).with_name("patch_embed_plan.cpp")
 
 
 class _Rows(ctypes.Structure):
@@ -61,41 +58,55 @@ class _Call(ctypes.Structure):
 @functools.cache
 def _plan_library() -> ctypes.CDLL:
     """Compile the launcher's plan of a call."""
-    cxx = compiler()
-    assert cxx is not None
-    library = REPOSITORY / "build" / "cuda" / f"{content_key([SOURCES / 'cuda', PLAN.parent], cxx)}-plan.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{uuid.uuid4().hex}")
-        command = [cxx, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{SOURCES}", str(PLAN), "-o", str(unfinished)]
-        subprocess.run(command, check=True)
-        unfinished.replace(library)
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(compiled(PLAN, ".so", "-shared", "-O1", "-Xcompiler", "-fPIC")))
     loaded.plan_call.restype = loaded.argument_bytes.restype = ctypes.c_int64
     loaded.plan_call.argtypes = (ctypes.POINTER(_Call), ctypes.c_int, ctypes.c_bool, ctypes.c_void_p)
     return loaded
 
 
-def kernel_name(ptx: str, arithmetic: int, rows: int) -> str:
-    names = re.findall(rf"\.entry\s+(\w+ArithmeticE{arithmetic}ENS0_4TileILi{rows}E\w+)", ptx)
-    assert len(names) == 1
-    return str(names[0])
+def kernel_ptx(capability: int, arithmetic: str, tile: str) -> str:
+    """Return the module with one kernel, compiled as in the library."""
+    chosen = f"-DARITHMETIC={arithmetic}", f"-DTILE={tile.capitalize()}Tile"
+    return compiled(KERNEL, ".ptx", "-ptx", "-O3", "-lineinfo", f"-arch=sm_{capability}", *chosen).read_text()
 
 
-def embed(
-    arguments: dict[str, Any], capability: int, tile: str, options: Options, *, allow_tf32: bool = False
-) -> tuple[Tensor, Launch]:
-    """Execute the kernel on the inputs of `make_inputs`; return the tokens and the record of the launch."""
+def launch(arguments: dict[str, Any], tile: str, *, allow_tf32: bool = False) -> Tensor:
+    """Launch the kernel on the active executor, as the operator does, and return the tokens.
+
+    Args:
+        arguments: Those of `tuning.patch_case.make_inputs`.
+        tile: "large" or "small".
+        allow_tf32: Whether fp32 products may use TF32.
+    """
+    active = driver.active
+    assert isinstance(active, ExecutorDriver)
+    dtype = arguments["weight"].dtype
+    arithmetic = "kTensorFloat32" if allow_tf32 and dtype == torch.float32 else ARITHMETIC[dtype]
+    program = active.load(kernel_ptx(active.capability, arithmetic, tile))
+    memory, out = GlobalMemory(), _empty_tokens(arguments)
+    rows = _weight_rows(arguments["pixels"], arguments["weight"])
+    call = _call(arguments, rows, out, memory)
+    memory.written.add("out")
+    library = _plan_library()
+    block = np.zeros(library.argument_bytes(), U8)
+    blocks = library.plan_call(call, ARITHMETIC_NUMBERS[arithmetic], tile == "large", block.ctypes.data)
+    assert program.parameter_bytes == len(block)
+    active.launch(program, memory, block, (blocks, 1, 1), THREADS, 0)
+    return out
+
+
+def _empty_tokens(arguments: dict[str, Any]) -> Tensor:
+    """Allocate the result: fp32 unless all dtypes are the same."""
     pixels, weight = arguments["pixels"], arguments["weight"]
-    dtype = weight.dtype
-    arithmetic = ARITHMETIC["tf32" if allow_tf32 and dtype == torch.float32 else dtype]
-    rows = _weight_rows(pixels, weight)
-    batch, patches = len(pixels), (pixels.shape[2] // weight.shape[2]) * (pixels.shape[3] // weight.shape[3])
-    token_dtypes = {value.dtype for name in ("cls", "mask_token", "pos") if (value := arguments[name]) is not None}
-    out_dtype = functools.reduce(lambda a, b: a if a == b else torch.float32, token_dtypes, dtype)
-    out = torch.empty(batch, patches + (arguments["cls"] is not None), len(weight), dtype=out_dtype)
+    patches = (pixels.shape[2] // weight.shape[2]) * (pixels.shape[3] // weight.shape[3])
+    dtypes = {value.dtype for name in ("cls", "mask_token", "pos") if (value := arguments[name]) is not None}
+    dtype = weight.dtype if dtypes <= {weight.dtype} else torch.float32
+    return torch.empty(len(pixels), patches + (arguments["cls"] is not None), len(weight), dtype=dtype)
 
-    memory = GlobalMemory()
+
+def _call(arguments: dict[str, Any], rows: Tensor, out: Tensor, memory: GlobalMemory) -> _Call:
+    """Return the call with the addresses of its tensors in the executor's memory."""
+    pixels, weight = arguments["pixels"], arguments["weight"]
 
     def address(name: str, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -110,7 +121,7 @@ def embed(
         values = arguments[name]
         return None if values is None else (ctypes.c_double * len(values))(*values)
 
-    call = _Call(
+    return _Call(
         pixels=address("pixels", pixels),
         pixel_type=SCALARS[pixels.dtype],
         sizes=(ctypes.c_int64 * 4)(*pixels.shape),
@@ -130,14 +141,6 @@ def embed(
         mean=numbers("mean"),
         deviation=numbers("std"),
     )
-    memory.written.add("out")
-    library = _plan_library()
-    block = np.zeros(library.argument_bytes(), U8)
-    blocks = library.plan_call(call, arithmetic, tile == "large", block.ctypes.data)
-    ptx = compiled("single" if dtype == torch.float32 else "half", capability, "ptx").read_text()
-    code = kernel_code.load(ptx, kernel_name(ptx, arithmetic, ROWS[tile]))
-    assert code.parameter_bytes == len(block)
-    return out, launch.run(code, memory, block, (blocks, 1, 1), (THREADS, 1, 1), 0, options)
 
 
 def _weight_rows(pixels: Tensor, weight: Tensor) -> Tensor:
