@@ -58,6 +58,7 @@ class AccessLog:
         }
         self._read_span, self._write_span = _Span(pitch), _Span(pitch)
         self._accesses: list[Access] = []
+        self._first = np.zeros(cta_count, np.int64)  # of each CTA, the first access since its last barrier
 
     def add(self, places: Array, size: int, lanes: Array, site: Site, values: Array | None = None) -> None:
         """Note accesses of `size` bytes at `places` by `lanes`. `values` are written; None for reads."""
@@ -109,7 +110,21 @@ class AccessLog:
         if ctas is None:
             self._read_span.clear()
             self._write_span.clear()
-            self._accesses.clear()
+        self._forget(chosen)
+
+    def _forget(self, chosen: slice | Array) -> None:
+        """Drop the accesses of these CTAs, which have passed a barrier; others may not have."""
+        self._first[chosen] = len(self._accesses)
+        dropped = int(self._first.min())
+        if dropped:
+            del self._accesses[:dropped]
+            self._first -= dropped
+
+    def _since_barrier(self) -> list[tuple[Access, Array]]:
+        """Return the accesses, and which of their places a barrier did not separate from what follows."""
+        return [
+            (access, self._first[access.places // self.pitch] <= number) for number, access in enumerate(self._accesses)
+        ]
 
     def _races(self, writes: Array, reads: Array, first: int, chosen: slice | Array) -> Array | None:
         """Return which granules one warp wrote and another accessed, `[CTAs, granules]`; None if there are none."""
@@ -134,11 +149,11 @@ class AccessLog:
         flat = suspects.reshape(-1)
         value, result = np.zeros(self._rest, U8), np.zeros(flat.shape, bool)
         written = []
-        for access in self._accesses:
+        for access, is_current in self._since_barrier():
             if access.values is None:
                 continue
             granules = access.places[:, None] // self.granule + np.arange(access.size // self.granule)
-            if (hit := flat[granules].any(1)).any():
+            if (hit := flat[granules].any(1) & is_current).any():
                 places = (access.places[hit, None] + np.arange(access.size)).reshape(-1)
                 written.append((places, np.ascontiguousarray(access.values[hit]).view(U8)))
                 value[places] = written[-1][1]
@@ -151,9 +166,9 @@ class AccessLog:
         cta = int(np.arange(self._cta_count)[chosen][row])
         offset = (first + granule) * self.granule
         place = cta * self.pitch + offset
-        accesses = [access for access in self._accesses if self._touches(access, place).any()]
-        writer = next(access for access in reversed(accesses) if access.values is not None)
-        index = int(np.argmax(self._touches(writer, place)))
+        touching = [(access, self._touches(access, place) & current) for access, current in self._since_barrier()]
+        writer, hit = next((one, hit) for one, hit in reversed(touching) if one.values is not None and hit.any())
+        index = int(np.argmax(hit))
         writer.site.among(writer.lanes).report(
             RaceError,
             f"writes {self.memory} without a barrier between it and another warp's access",
@@ -168,9 +183,8 @@ class AccessLog:
     def _others(self, place: int) -> list[str]:
         """Describe the accesses to a byte."""
         found: dict[str, None] = {}
-        for access in self._accesses:
-            hit = self._touches(access, place)
-            if hit.any():
+        for access, is_current in self._since_barrier():
+            if (self._touches(access, place) & is_current).any():
                 verb = "read" if access.values is None else "written"
                 found[f"{verb} by {access.site.instruction}"] = None
         return list(found)[:6]

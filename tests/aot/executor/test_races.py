@@ -60,6 +60,19 @@ def test_equal_values_of_several_warps_are_not_a_race() -> None:
         run_ptx(same.replace("mov.b32 %r4, 5", "shr.u32 %r4, %r1, 5"))
 
 
+def test_values_before_a_barrier_of_one_cta_are_not_compared_with_those_behind_it() -> None:
+    work = "setp.lt.u32 %p1, %r1, 32; @%p1 st.shared.b32 [%r9], %r9; bar.sync 0; mov.b32 %r4, 5;"
+    work += "st.shared.b32 [%r9], %r4; bar.sync 0;"
+    # The two CTAs pass their barriers at different times.
+    body = THREAD + "mov.u32 %r8, %ctaid.x; setp.eq.u32 %p2, %r8, 1; @%p2 bra $other;"
+    body += f"{work} bra $out; $other: {work} $out:"
+    run_ptx(body, grid=(2, 1, 1))
+    with pytest.raises(RaceError) as raised:
+        run_ptx(body.replace("mov.b32 %r4, 5", "shr.u32 %r4, %r1, 5"), grid=(2, 1, 1))
+    assert "st.shared.b32 [%r9], %r4" in str(raised.value)
+    assert "st.shared.b32 [%r9], %r9" not in str(raised.value)
+
+
 @pytest.mark.parametrize("first", ["st.shared.v4.b32 [%r5], {%r1, %r1, %r1, %r1}", "st.shared.b16 [%r5+6], %rs1"])
 def test_accesses_of_different_sizes_are_compared_by_byte(first: str) -> None:
     body = THREAD + "cvt.u16.u32 %rs1, %r1; shr.u32 %r4, %r1, 5; setp.eq.u32 %p1, %r4, 0; add.s32 %r5, %r9, 0;"
