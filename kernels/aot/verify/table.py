@@ -21,6 +21,8 @@ SIZES = (40, 192, 384, 768, 1000, 1536, 3072)
 """Rows of residual_norm: the models' and two that 16 does not divide or that are small."""
 EVEN, ODD, LARGE = (14, 14), (15, 15), (96, 96)
 """Windows that are read in the three layouts of a bias."""
+WIDE = (4, 201)
+"""A window whose packed bias is too large for other layouts than "extended", with few patches."""
 
 
 def table(capability: int) -> list[Case]:
@@ -30,6 +32,7 @@ def table(capability: int) -> list[Case]:
     cases[0:0] = quick_cases(capability)
     for block_d, dropout in itertools.product((64, 32, 128, 16), (False, True)):
         cases += _attention_cases(capability, block_d, dropout)
+    cases.append(AttentionCase(capability, "bf16", 32, "extended", WIDE))
     return list(dict.fromkeys(cases))
 
 

@@ -119,6 +119,16 @@ def test_table_covers_masks_splits_and_head_dims(capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_table_has_a_window_that_needs_the_extended_layout(capability: int) -> None:
+    case = next(
+        case for case in table.table(capability) if isinstance(case, AttentionCase) and case.window == table.WIDE
+    )
+    size = DTYPES[case.dtype].itemsize
+    assert configs.bias_layout(architecture_of(capability), size, case.window).name == case.layout == "extended"
+    assert {loop.kernel for loop in loops.loops(case) if loop.counts} >= {"forward", "backward_dq", "backward_dbias"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_table_covers_every_linear_tile(capability: int) -> None:
     architecture = architecture_of(capability)
     tiles = {
