@@ -160,6 +160,47 @@ def test_attention_main_loop_holds_one_tile(capability: int) -> None:
         assert sass.multiply_adds(found.loop) == work.multiply_adds / work.warps, kernel
 
 
+REPEATED = {
+    ("backward_dkv", "half", dropout, architecture, 128): 1.5
+    for dropout in (False, True)
+    for architecture in (gpu.SMALL, gpu.SM80)
+}
+"""How often each product is executed by a tile (kernel, arithmetic, dropout, architecture, padded head dimension) whose
+warps repeat each other. Every other tile that was tried spills registers. Tiles that are not listed execute it once."""
+
+
+def executions(kernel: str, arithmetic: str, dropout: bool, capability: int, block_d: int) -> float:
+    """Return how many times the main loop of a shipped tile executes each product."""
+    dtype, precision = PRECISIONS[arithmetic]
+    layout = even_layout(capability, dtype)
+    variant = shipped(Variant(kernel, capability, None, dtype, precision, block_d, layout, dropout=dropout))
+    (found,) = inspect_variants(variant)
+    work = attention_variants.work(variant)
+    executed = sass.multiply_adds(found.loop)
+    assert executed is not None, f"{variant}: the names of its products have no shape"
+    return executed * work.warps / work.multiply_adds
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_attention_main_loop_multiplies_once(capability: int) -> None:
+    """A tile with fewer than 16 rows per warp makes warps repeat each other's products."""
+    architecture = gpu.architecture_class(*divmod(capability, 10))
+    for kernel in configs.KERNELS:
+        entry = (kernel, "half", False, architecture, 64)
+        assert entry not in REPEATED
+        assert executions(kernel, "half", False, capability, 64) == 1, entry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arithmetic", ["half"])
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_attention_main_loop_of_every_tile_multiplies_once_unless_listed(capability: int, arithmetic: str) -> None:
+    architecture = gpu.architecture_class(*divmod(capability, 10))
+    entries = list(itertools.product(configs.KERNELS, [arithmetic], (False, True), [architecture], configs.HEAD_DIMS))
+    repeated = {entry: round(executions(*entry[:3], capability, entry[-1]), 2) for entry in entries}
+    assert repeated == {entry: REPEATED.get(entry, 1) for entry in entries}
+
+
 def test_select_every_configuration_returns_tile() -> None:
     errors = []
     for entry in itertools.product(
