@@ -1,4 +1,7 @@
-"""BEiT (arXiv 2106.08254) with its relative position bias read inside fused attention kernels."""
+"""BEiT whose relative position bias is read inside fused attention kernels.
+
+The model is described in arXiv 2106.08254.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

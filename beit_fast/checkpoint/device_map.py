@@ -59,10 +59,11 @@ class Placement(NamedTuple):
         return torch.get_default_device() if self.device is None else torch.device(self.device)
 
     def dispatch(self, model: PretrainedModel) -> None:
-        """Place a model's layers by `device_map`, if there is one, with hooks that move tensors.
+        """Place a model's layers by `device_map`, with hooks that move tensors.
 
-        `model.hf_device_map` is the device of every module afterwards. Modules with hooks are called as modules, so
-        operators that replace several modules, such as patch embedding, are not used.
+        Without a `device_map`, nothing happens. `model.hf_device_map` is the device of every module afterwards.
+        Modules with hooks are called as modules, so operators that replace several modules, such as patch
+        embedding, are not used.
         """
         if self.device_map is None:
             return

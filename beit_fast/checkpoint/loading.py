@@ -123,7 +123,9 @@ def load_model(
 
 
 def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str | None:
-    """Return the dtype that was passed by its name `dtype` or by its older name `torch_dtype`.
+    """Return the dtype that was passed as `dtype` or as `torch_dtype`.
+
+    `torch_dtype` is the older name.
 
     Raises:
         ValueError: If both were passed and differ.

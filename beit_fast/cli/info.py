@@ -60,7 +60,10 @@ def _tuned_tiles() -> list[dict[str, Any]]:
 
 
 def _variables() -> list[dict[str, str | None]]:
-    """Describe the environment variables that are set, with the error that the first use raises."""
+    """Describe the environment variables that are set, with their errors.
+
+    The error is the one that the first use raises.
+    """
     from .. import native
     from ..ops.cpu_linear import choice
     from ..utils import variables

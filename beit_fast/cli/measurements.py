@@ -10,7 +10,9 @@ from typing import Any
 
 
 class RowLog:
-    """A file with a line of JSON for the conditions, then one for each row, written at once.
+    """A file of JSON lines: the conditions, then each row.
+
+    Each line is written as soon as its row is known.
 
     Args:
         path: The file, or None to write nothing.

@@ -36,7 +36,11 @@ _HEADER = (
 
 
 def selftest(options: SelftestOptions) -> int:
-    """Check every kernel, print a row for each case, and return the exit code: 1 if a case failed."""
+    """Check every kernel and print a row for each case.
+
+    Returns:
+        The exit code: 0, or 1 if a case failed.
+    """
     with availability.ignore_compiler_hazards() if options.include_refused else contextlib.nullcontext():
         return _selftest(options)
 
@@ -127,7 +131,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _error(row: Row, names: Sequence[str]) -> str:
-    """Return the error that takes the largest part of its budget, and that part."""
+    """Return the error that is closest to its budget, and the ratio."""
     if not names:
         return "-"
     worst = max(names, key=lambda name: row.errors[name] / row.budgets[name])

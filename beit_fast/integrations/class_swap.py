@@ -108,7 +108,10 @@ class ClassSwap(ABC):
         return ModuleChange(name, kind, LEFT_ALONE if reason else REPLACED, reason)
 
     def _open_or_close_scopes(self, model: nn.Module) -> None:
-        """Let the trunks with accelerated modules open a scope, in which these choose their kernels once."""
+        """Give trunks with accelerated modules a forward that opens a scope.
+
+        Within a scope the modules choose their kernels once. A trunk without such modules gets its class back.
+        """
         for trunk in (module for module in model.modules() if isinstance(module, self.trunks)):
             original = unscoped_class(type(trunk))
             accelerated = any(isinstance(module, tuple(self.originals)) for module in trunk.modules())

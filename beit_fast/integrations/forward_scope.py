@@ -22,7 +22,7 @@ from ..ops.functorch import transforms_are_active
 
 
 class _Facts(NamedTuple):
-    """All that a choice depends on and that may change within a forward."""
+    """What a choice depends on and may change within a forward."""
 
     implementation: str | None
     device: torch.device
@@ -36,7 +36,14 @@ _choices: ContextVar[dict[_Facts, Kernels] | None] = ContextVar("beit_fast_choic
 
 
 def choose_in_forward(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
-    """Choose the kernels for queries of this device and dtype, once in each forward of a trunk.
+    """Choose the kernels for queries, once in each forward of a trunk.
+
+    A repeated call with the same arguments returns the stored choice.
+
+    Args:
+        implementation: `"eager"`, `"sdpa"`, `"triton"` or None.
+        device, dtype: Of the queries.
+        head_dim: Elements of a head.
 
     Raises:
         ValueError: If the implementation is unknown, or `"triton"` is requested and no kernel serves.
@@ -93,7 +100,7 @@ def scoped_class(original: type[nn.Module], methods: tuple[str, ...]) -> type[nn
 
 
 def unscoped_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the original of a class that `scoped_class` made, or the class itself."""
+    """Return the original of a scoped class, or any other class unchanged."""
     original: type[nn.Module] = vars(cls).get("scoped_from", cls)
     return original
 

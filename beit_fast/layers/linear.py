@@ -30,7 +30,10 @@ def choose_training_gemm(kernel: str, device: torch.device, dtype: torch.dtype) 
 
 
 def trains_eagerly() -> bool:
-    """Whether a backward pass over fp32 modules may follow, and neither tracing nor transforms see the operators."""
+    """Return whether fp32 modules run eagerly and may need gradients.
+
+    False under autocast, compilation, tracing, `torch.func` transforms and forward-mode differentiation.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):

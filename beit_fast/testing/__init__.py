@@ -1,4 +1,7 @@
-"""Latency and peak CUDA memory of a call, for benchmarks, examples and tests."""
+"""Latency and peak CUDA memory of a call.
+
+Benchmarks, examples and tests use this folder; the package does not.
+"""
 
 from ..tuning.timer import synchronize
 from .memory import peak_memory

@@ -1,4 +1,5 @@
-"""Self-test and tuning of the kernels on the device of a user, with their timer and fp64 reference.
+"""Self-test and tuning of the kernels on the user's device.
 
-Benchmarks, examples and tests take the timer and the reference from here. Importing this folder imports nothing.
+The timer and the fp64 reference are here too. Benchmarks, examples and tests import them from here.
+Importing this folder imports nothing.
 """

@@ -43,7 +43,7 @@ class Case(OperatorCase):
         return [tensor for tensor in (self.query, self.key, self.value, self.table) if tensor is not None]
 
     def to(self, dtype: torch.dtype) -> Self:
-        """Convert to another dtype, the table too, as new leaves that require gradients."""
+        """Convert to another dtype, table included, as leaves that require gradients."""
         converted = super().to(dtype)
         for leaf in converted.leaves():
             leaf.requires_grad_()
@@ -102,9 +102,9 @@ def attention_case(
 
 
 def run_oracle(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """Return out, dq, dk, dv (and dtable) of the dense oracle in `dtype`.
+    """Compute the output and gradients of the dense oracle in `dtype`.
 
-    The result in fp64 is the reference.
+    Returns out, dq, dk, dv and, with a bias, dtable. The result in fp64 is the reference.
     """
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (case.query, case.key, case.value)]
     table = None

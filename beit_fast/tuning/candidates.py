@@ -11,7 +11,9 @@ PROGRAMS_PER_SM = (2, 4, 8)
 
 
 def attention_tiles(kernel: str, arithmetic: str, shipped: Tile) -> list[Tile]:
-    """List the tiles of the tables for all GPUs and head dimensions, and other stages of the shipped tile.
+    """List candidate tiles of an attention kernel.
+
+    They are the tiles for every GPU and head dimension, and the shipped tile with other numbers of stages.
 
     Args:
         kernel: One of kernels.attention.configs.KERNELS.
@@ -25,7 +27,10 @@ def attention_tiles(kernel: str, arithmetic: str, shipped: Tile) -> list[Tile]:
 
 
 def linear_gelu_tiles(arithmetic: str, shipped: Tile) -> list[Tile]:
-    """List the tiles of the tables for all GPUs and row counts, and other stages of the shipped tile."""
+    """List candidate tiles of the linear layer with GELU.
+
+    They are the tiles for every GPU and number of rows, and the shipped tile with other numbers of stages.
+    """
     from ..kernels.linear_gelu.configs import TILES
 
     listed = [tiles for (kind, _), tiles in TILES.items() if kind == arithmetic]
@@ -33,7 +38,10 @@ def linear_gelu_tiles(arithmetic: str, shipped: Tile) -> list[Tile]:
 
 
 def residual_norm_tiles(kernel: str, shipped: Tile) -> list[Tile]:
-    """List half, equal and twice the warps, in the backward for several numbers of programs."""
+    """List candidate configurations of residual and LayerNorm.
+
+    They have half, equal or twice the warps; in the backward each with several numbers of programs.
+    """
     warps = [count for count in (shipped[0] // 2, shipped[0], 2 * shipped[0]) if 1 <= count <= 32]
     if kernel == "residual_norm":
         return _unique([shipped, *((count,) for count in warps)])

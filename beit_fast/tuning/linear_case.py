@@ -1,4 +1,4 @@
-"""Random inputs of a linear layer with GELU, and its result by eager operations."""
+"""Random inputs of a linear layer with GELU, and the eager result."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass
 class OperatorCase:
-    """Inputs of one call of an operator and the gradients of its outputs, one field each."""
+    """Inputs of an operator and gradients of its outputs, one field each."""
 
     FIXED: ClassVar[tuple[str, ...]] = ()
     """Tensors whose dtype `to` does not change."""
@@ -23,7 +23,10 @@ class OperatorCase:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def map(self, function: Callable[[Tensor], Tensor], *names: str) -> Self:
-        """Copy the case with `function` applied to the named tensors that are not None."""
+        """Copy the case with `function` applied to the named tensors.
+
+        Names of fields that are None are ignored.
+        """
         mapped: dict[str, Any] = {name: function(x) for name, x in self.tensors().items() if name in names}
         return replace(self, **mapped)
 

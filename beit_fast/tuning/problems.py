@@ -100,7 +100,10 @@ def _attention_steps(case: Case, forward: Callable[[], Tensor]) -> dict[str, tup
 
 
 def residual_norm_problem(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Problem:
-    """Draw a call of `residual_norm` on rows `[B, N, E]` with layer scale and drop path."""
+    """Draw a call of `residual_norm` with layer scale and drop path.
+
+    `shape` is (B, N, E).
+    """
     case = residual_case.residual_case(*shape, dtype=dtype, device=device)
 
     def run() -> Results:
@@ -130,7 +133,10 @@ def linear_gelu_problem(rows: int, inputs: int, outputs: int, dtype: torch.dtype
 def patch_embed_problem(
     image: int, patch: int, batch: int, embed: int, pixels: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> Problem:
-    """Draw a call of `patch_embed` on square images, with CLS, mask tokens and positions."""
+    """Draw a call of `patch_embed` on square images.
+
+    It has a CLS token, mask tokens and positions.
+    """
     options: dict[str, Any] = {"batch": batch, "embed": embed, "pixel_dtype": pixels, "dtype": dtype, "device": device}
     arguments = patch_case.make_inputs((image, image), (patch, patch), **options)
 

@@ -40,7 +40,7 @@ def _paper_index(window: tuple[int, int]) -> Tensor:
 
 
 def paper_index(window: tuple[int, int]) -> Tensor:
-    """Return the bias table row of every (query, key) pair, int64 `[N, N]`."""
+    """Return the table row of each (query, key): int64 `[N, N]`."""
     return _paper_index(tuple(window)).clone()
 
 
@@ -50,9 +50,10 @@ def dense_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def philox_keep(seed: int, dropout_p: float, batch: int, heads: int, tokens: int) -> Tensor:
-    """Compute the dropout mask of Philox4x32-10 (Salmon et al., SC 2011), bool `[B, H, N, N]`.
+    """Compute the dropout mask of Philox4x32-10: bool `[B, H, N, N]`.
 
-    Only numpy computes it, so that it shares no code with the tensor and Triton versions.
+    The generator is by Salmon et al., SC 2011. Only numpy computes it, so that it shares no code
+    with the tensor and Triton versions.
     """
     threshold = int(dropout_p * 2**31)
     plane, row, column = np.ogrid[: batch * heads, :tokens, :tokens]
@@ -85,10 +86,10 @@ def attention_oracle(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Compute dense attention with relative position bias, `[B, N, H, D]` in and out.
+    """Compute dense attention with relative position bias.
 
-    With fp64 inputs this is the reference. With inputs of the tested dtype, its error is the error budget.
-    A query whose keys are all masked gives zeros.
+    Inputs and output are `[B, N, H, D]`. With fp64 inputs this is the reference. With inputs of the tested dtype,
+    its error is the error budget. A query whose keys are all masked gives zeros.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale  # [B, H, N, N]

@@ -1,4 +1,4 @@
-"""Random inputs of residual and LayerNorm, and their results by the operator and by eager operations."""
+"""Random inputs of residual and LayerNorm, with fused and eager results."""
 
 from __future__ import annotations
 

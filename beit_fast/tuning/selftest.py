@@ -150,7 +150,10 @@ def _on_second_stream(run: Callable[[], Results], device: torch.device) -> Resul
 
 
 def _replayed(run: Callable[[], Results], device: torch.device) -> Results:
-    """Capture a call in a CUDA graph and replay it into memory that was cleared."""
+    """Capture a call in a CUDA graph and replay it.
+
+    The results of the capture are cleared before the replay.
+    """
     _on_second_stream(run, device)  # the warm-up that torch asks for before a capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

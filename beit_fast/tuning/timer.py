@@ -125,7 +125,7 @@ def single_call(step: Step, device: torch.device | str, repeats: int = 7) -> flo
 
 
 def interleaved_medians(steps: Mapping[str, Step], clock: Clock, rounds: int) -> dict[str, float]:
-    """Time several steps in turns, and return the median seconds of one call of each; see `interleaved_times`."""
+    """Return the median seconds of a call of each step; see `interleaved_times`."""
     return {name: statistics.median(times) for name, times in interleaved_times(steps, clock, rounds).items()}
 
 
@@ -135,7 +135,7 @@ def interleaved_times(
     rounds: int,
     scope: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> dict[str, list[float]]:
-    """Time several steps in turns, and return the seconds of one call in each round.
+    """Time several steps in turns.
 
     A change of the GPU's clock then reaches all of them.
 

@@ -1,4 +1,4 @@
-"""Measure candidate tiles of the kernels, correctness before time, and keep the fastest."""
+"""Measure candidate tiles, first correctness and then time; keep the fastest."""
 
 from __future__ import annotations
 
@@ -167,7 +167,11 @@ def tune(
 
 
 def save(device: torch.device, job: Job, outcome: Outcome) -> Path:
-    """Add the result of a job to the tuned tiles of a device, and return the file."""
+    """Add the result of a job to the device's tuned tiles.
+
+    Returns:
+        The file.
+    """
     from ..kernels.common import tuned_tiles
 
     assert outcome.chosen is not None
@@ -211,7 +215,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def forget(device: torch.device) -> list[Path]:
-    """Delete the tuned tiles of a device, those of other versions too, and return the files."""
+    """Delete the tuned tiles of a device, for all versions.
+
+    Returns:
+        The deleted files.
+    """
     from ..kernels.common import tuned_tiles
 
     folder = tuned_tiles.file_of(tuned_tiles.identity_of(device)).parent

@@ -108,7 +108,10 @@ def _draw(shape: Shape, device: torch.device, **options: Any) -> Case:
 
 
 def attention_trial(kernel: str, shape: Shape, device: torch.device, masked: bool = False) -> Trial:
-    """Draw one attention call that launches `kernel` or the whole "backward", and compute it in fp64."""
+    """Draw an attention call that launches one kernel, with its fp64 reference.
+
+    `kernel` may also be "backward": all kernels of the backward.
+    """
     case = _draw(shape, device, masked=masked)
     names = ("out", *GRADIENTS) if shape.biased else ("out", *GRADIENTS[:3])
     exact, eager = (
@@ -120,7 +123,10 @@ def attention_trial(kernel: str, shape: Shape, device: torch.device, masked: boo
 
 
 def _attention_call(kernel: str, case: Case) -> tuple[Callable[[], Mapping[str, Tensor]], tuple[str, ...]]:
-    """Return a function that launches `kernel` and what it needs, and the names of its results."""
+    """Return a function that launches `kernel`, and its results' names.
+
+    The function also launches the kernels that `kernel` depends on.
+    """
     from ..kernels.attention import launch
 
     tensors = (case.query, case.key, case.value, case.table, case.key_mask)

@@ -107,7 +107,7 @@ def score_arguments(inputs: AttentionInputs) -> ScoreArguments:
 def matmul_arguments(inputs: AttentionInputs) -> MatmulArguments:
     """Precision of fp32 products; UPCAST is for Triton's interpreter, which cannot multiply 16-bit floats.
 
-    FENCE is for releases of Triton that forget a fence.
+    FENCE is for releases of Triton that omit a fence.
     """
     q = inputs.query
     return MatmulArguments(
@@ -191,7 +191,7 @@ def shipped_tile(kernel: str, inputs: AttentionInputs) -> configs.TileConfig:
 
 
 def tuned_shape(inputs: AttentionInputs) -> tuple[str, int]:
-    """Return the variant and the amount of a call, as tuned_tiles.find takes them."""
+    """Return the variant and the amount of a call for `tuned_tiles.find`."""
     q = inputs.query
     dtype, layout, dropout = tuned_tiles.dtype_name(q), inputs.bias_layout.name, int(inputs.dropout_p > 0.0)
     sizes = f"d{q.shape[-1]}-patches{inputs.patch_count}-{layout}-dropout{dropout}"

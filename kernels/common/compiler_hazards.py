@@ -1,4 +1,4 @@
-"""Faults of Triton releases in the code that they compile for these kernels, as data. Imports nothing.
+"""Table of Triton releases that compile these kernels wrongly. Imports nothing.
 
 The code of the releases in `EXECUTED` was executed for compute capabilities 8.0, 9.0, 10.0 and 12.0, instruction
 by instruction: see ../README.md. A release between or after these has the faults of the last one before it, and an
@@ -19,7 +19,10 @@ REFUSED, FENCED, ONE_STAGE = "refused", "fenced", "one stage"
 
 
 class Hazard(NamedTuple):
-    """A fault for one major compute capability, in every release of Triton before `sound`."""
+    """A compiler fault for one major compute capability.
+
+    Every release of Triton before `sound` has it.
+    """
 
     major: int
     sound: str  # first release without the fault

@@ -33,12 +33,12 @@ def architecture_of(tensor: Tensor) -> str:
 
 
 def needs_copy_fence(tensor: Tensor) -> bool:
-    """Return whether Triton forgets to fence asynchronous copies on the tensor's device."""
+    """Return whether Triton omits the fence after asynchronous copies on this device."""
     return compiler_hazards.needs_copy_fence(capability_of(tensor), triton.__version__)
 
 
 def is_pipelined(kernel: str, tensor: Tensor) -> bool:
-    """Return whether the loop of `kernel` may copy tiles asynchronously on the tensor's device."""
+    """Return whether `kernel` may copy tiles asynchronously on the tensor's device."""
     return compiler_hazards.is_pipelined(kernel, capability_of(tensor), triton.__version__)
 
 

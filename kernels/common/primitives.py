@@ -20,7 +20,7 @@ def split_program_id(program, inner_count, block_count):
 @triton.jit
 def fence_copies(FENCE: tl.constexpr):
     """Order asynchronous copies to shared memory before the matrix products that follow."""
-    # Only for releases of Triton that forget this fence: see compiler_hazards.py. The compiler keeps the order of
+    # Only for releases of Triton that omit this fence: see compiler_hazards.py. The compiler keeps the order of
     # assembly with side effects, so that the fence stays between the wait for the copies and the product.
     if FENCE:
         tl.inline_asm_elementwise(

@@ -65,7 +65,7 @@ class Measured(NamedTuple):
 
 
 class UnusableFileError(ValueError):
-    """A file of tuned tiles is damaged, or was written for something else."""
+    """A file of tuned tiles that is damaged or for other versions."""
 
 
 _forced: dict[str, Tile] = {}
@@ -74,7 +74,7 @@ _INTERPRETER = -1
 
 
 def find(kernel: str, variant: str, amount: int, tensor: Tensor) -> Tile | None:
-    """Return the tuned tile of a launch, or None for that of the tables.
+    """Return the tuned tile of a launch, or None if not measured.
 
     Args:
         kernel: One of TILE_FIELDS.
@@ -130,7 +130,10 @@ def forget_read_files() -> None:
 
 
 def identity_of(device: torch.device) -> Identity:
-    """Return the identity of a CUDA device, or of Triton's interpreter for a CPU."""
+    """Return the identity of a CUDA device.
+
+    For a CPU it is that of Triton's interpreter.
+    """
     gpu, capability = "interpreter", "0.0"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -139,7 +142,7 @@ def identity_of(device: torch.device) -> Identity:
 
 
 def folder() -> Path:
-    """Return the folder of tuned tiles in the user's cache, as XDG_CACHE_HOME says."""
+    """Return the folder of tuned tiles in the user's cache (XDG_CACHE_HOME)."""
     # The XDG specification ignores a relative path.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "")
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "beit_fast" / "tuned"
@@ -217,7 +220,7 @@ def _load(device: torch.device) -> dict[tuple[str, str], list[Measured]]:
 
 
 def _checked(entry: Any) -> Measured:
-    """Return an entry of a file if a kernel can be launched with it."""
+    """Return an entry of a file after checking it."""
     if not isinstance(entry, dict) or set(entry) != set(Measured._fields) or entry["kernel"] not in TILE_FIELDS:
         raise UnusableFileError(f"{entry!r} is not a measurement of a kernel")
     measured = Measured(**{**entry, "tile": tuple(entry["tile"]) if isinstance(entry["tile"], list) else ()})
@@ -236,7 +239,7 @@ def _checked(entry: Any) -> Measured:
 
 
 def _package_version() -> str:
-    """Return the version of the package that contains the kernels, without importing it."""
+    """Return the version of the package, without importing it."""
     package = sys.modules.get(__name__.partition(".")[0])
     return str(getattr(package, "__version__", "unknown"))
 

@@ -244,7 +244,7 @@ _hazards_are_ignored = False
 
 @contextmanager
 def ignore_compiler_hazards() -> Iterator[None]:
-    """Let Triton's kernels serve inside the context although they are known to be compiled wrongly.
+    """Allow wrongly compiled Triton kernels inside the context.
 
     The self-test measures such a pair of GPU and Triton. Models have to be built outside: their choices are cached.
     """
@@ -257,7 +257,10 @@ def ignore_compiler_hazards() -> Iterator[None]:
 
 
 def compiler_hazards_of(device: torch.device) -> tuple[str, ...]:
-    """List known faults of the installed Triton in kernels with matrix products for this device."""
+    """List faults of the installed Triton for this device.
+
+    They affect kernels with matrix products.
+    """
     if device.type != "cuda" or _cuda_reasons(device) or not has_triton():
         return ()
     return _compiler_hazards(device.index)
