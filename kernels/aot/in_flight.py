@@ -1,4 +1,4 @@
-"""Check that machine code of sm_90 leaves the registers of a product alone until it waits.
+"""Check that machine code of sm_90 waits before using a product's registers.
 
 HGMMA reads and writes registers while the warps execute what follows. `gsb0` at a product ends a group, and
 `WARPGROUP.DEPBAR.LE gsb0, n` waits until at most n groups are in flight. PTX forbids accesses before that, and Triton
@@ -49,7 +49,9 @@ MOST_GROUPS = 8
 
 
 def find_accesses(disassembly: str) -> list[str]:
-    """Return the instructions that use a product's registers before the wait, with the registers.
+    """Return the instructions that use a product's registers before the wait.
+
+    Each is followed by those registers.
 
     Args:
         disassembly: What `sass.disassemble` returns.
@@ -149,7 +151,7 @@ def _touched(instruction: Instruction, state: State) -> set[int]:
 
 
 def _accesses(instruction: Instruction) -> tuple[set[int], set[int]]:
-    """Return the registers that an instruction writes and those that it reads, at least."""
+    """Return at least the registers that an instruction writes and reads."""
     if product := PRODUCT.match(instruction.name):
         group = _registers_of(instruction, int(product[1]))
         return set(group.sums), set(group.factors)

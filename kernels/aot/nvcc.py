@@ -28,7 +28,7 @@ def find_nvcc() -> str | None:
 
 @functools.cache
 def nvcc_version() -> str | None:
-    """Return the version such as 13.0.88, or None if nvcc was not found."""
+    """Return nvcc's version (13.0.88), or None if it was not found."""
     nvcc = find_nvcc()
     if nvcc is None:
         return None
@@ -40,7 +40,10 @@ def nvcc_version() -> str | None:
 
 
 def included_files(files: Iterable[Path], folder: Path = SOURCES) -> list[Path]:
-    """Return files and all files of a folder that they include, directly or not, sorted."""
+    """Return files and the files of `folder` that they include, sorted.
+
+    Files that are included indirectly count too.
+    """
     found: set[Path] = set()
     waiting = list(files)
     while waiting:
