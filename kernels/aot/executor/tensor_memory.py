@@ -112,6 +112,10 @@ class TensorMemory:
     def free(self, cta: int, columns: int, site: Site) -> None:
         if any(product.cta == cta for product in self._products):
             raise site.fault(PipelineError, "frees tensor memory that a product still uses", 0)
+        cells = cta * self._pitch + np.arange(int(self._allocated[cta]) * ROWS)
+        lanes = np.broadcast_to(site.numbers[:1], cells.shape)
+        self._log.check_now(cells * CELL, CELL, lanes, site.among(lanes), is_write=True)
+        self._check_loaded(cells, lanes, site)
         self._allocated[cta] -= columns
         if self._allocated[cta] < 0:
             raise site.fault(AccessError, "frees more tensor memory than was allocated", 0)
@@ -157,6 +161,7 @@ class TensorMemory:
             others = [f"read by {product.site.instruction}"]
             problem = "writes tensor memory that a product may still read"
             site.among(lanes).report(PipelineError, problem, index, self._where(flat[index]), others)
+        self._check_loaded(flat, lanes, site)
         self._cells[flat] = pattern(IN_FLIGHT, U32)[0]
         self._stores.append(_Store(lanes, flat, values.reshape(-1), site))
 
@@ -193,6 +198,16 @@ class TensorMemory:
             problem = f"{verb} tensor memory of a product that this warp did not wait for"
             site.among(lanes).report(RaceError, problem, index, self._where(flat[index]))
 
+    def _check_loaded(self, flat: Array, lanes: Array, site: Site) -> None:
+        """Report writes to cells that a load may still read: the same thread has to wait, too."""
+        for load in self._loads:
+            busy = np.isin(flat, load.cells)
+            if busy.any():
+                index = int(np.argmax(busy))
+                problem = "writes tensor memory that tcgen05.ld may still read"
+                others = [f"read by {load.site.instruction}"]
+                site.among(lanes).report(PipelineError, problem, index, self._where(flat[index]), others)
+
     # Products
 
     def read_operand(self, cells: Array, site: Site) -> Array:
@@ -209,6 +224,7 @@ class TensorMemory:
         flat = cells.reshape(-1)
         lanes = np.broadcast_to(site.numbers[:, None, None], cells.shape).reshape(-1)
         self._log.check_now(flat * CELL, CELL, lanes, site.among(lanes), is_write=True)
+        self._check_loaded(flat, lanes, site)
         # Products of a CTA are executed in order, so sums of products in flight may be used.
         coming = self._writer[flat] != 0
         values = np.where(coming, self._coming[flat], self._cells[flat])

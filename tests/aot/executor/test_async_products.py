@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from beit_fast.kernels.aot.executor.errors import AccessError, BarrierError, PipelineError, ProxyError, RaceError
+from beit_fast.kernels.aot.executor.errors import (
+    AccessError,
+    BarrierError,
+    PipelineError,
+    ProxyError,
+    RaceError,
+    UnsupportedInstructionError,
+)
 from beit_fast.kernels.aot.executor.launch import Options
 from beit_fast.kernels.aot.executor.schedule import LOCKSTEP, RANDOM, REVERSED, Schedule
 
@@ -125,6 +132,7 @@ TENSOR = (
 )
 """Sums of 16 products of ones, in tensor memory."""
 STORE = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r14], {%r4};"
+WAIT_LD = "tcgen05.wait::ld.sync.aligned;"
 
 
 def run_tensor(body: str, schedule: Schedule = SCHEDULES[0]) -> list[int]:
@@ -174,6 +182,37 @@ def test_result_of_a_load_that_is_used_before_the_wait_is_noted(schedule: Schedu
     (note,) = run_ptx(body, **options).notes
     assert (note.problem, note.instruction) == (problem, "mov.b32 %r30, %r26")
     assert set(run_tensor(body, schedule)) == {16}
+
+
+@each_schedule
+def test_store_over_a_load_in_flight_is_found(schedule: Schedule) -> None:
+    store = STORE + "tcgen05.wait::st.sync.aligned;"
+    assert set(run_tensor(TENSOR.replace(WAIT_LD, WAIT_LD + store), schedule)) == {16}
+    with pytest.raises(PipelineError, match=r"writes tensor memory that tcgen05.ld may still read.*tcgen05.st"):
+        run_tensor(TENSOR.replace(WAIT_LD, store + WAIT_LD), schedule)
+
+
+@each_schedule
+def test_product_over_a_load_in_flight_is_found(schedule: Schedule) -> None:
+    begin, end = TENSOR.index("@%p2 tcgen05.mma"), TENSOR.index("shl.b32 %r14")
+    again = TENSOR[begin:end].replace("mov.b32 %r13, 0;", "mov.b32 %r13, 1;")
+    waited = f"{WAIT_LD} bar.sync 0; {again}"
+    assert set(run_tensor(TENSOR.replace(WAIT_LD, waited), schedule)) == {16}
+    # The other warps wait, but not the warp with the thread that multiplies.
+    with pytest.raises(PipelineError, match=r"writes tensor memory that tcgen05.ld may still read.*tcgen05.mma"):
+        run_tensor(TENSOR.replace(WAIT_LD, f"@!%p1 {waited} {WAIT_LD}"), schedule)
+
+
+@each_schedule
+def test_tensor_memory_that_is_freed_without_a_barrier_is_a_race(schedule: Schedule) -> None:
+    with pytest.raises((RaceError, AccessError), match="tensor memory"):
+        run_tensor(TENSOR.replace("bar.sync 0;@%p1 tcgen05.dealloc", "@%p1 tcgen05.dealloc"), schedule)
+
+
+def test_transposed_operand_in_tensor_memory_is_refused() -> None:
+    body = TENSOR.replace("[%r11], %rd4, %rd5", "[%r11], [%r11+8], %rd5")
+    with pytest.raises(UnsupportedInstructionError, match="an operand in tensor memory is transposed"):
+        run_tensor(body.replace(f"mov.b32 %r12, {SHAPE};", f"mov.b32 %r12, {SHAPE | 1 << 15};"))
 
 
 @each_schedule

@@ -55,6 +55,8 @@ class _Multiply:
         readers: list[list[Reader]] = [[] for _ in site.numbers]
         operands: Array | None = None
         if self._a_address is not None:
+            if shape.transposed[0]:
+                raise self._instruction.unsupported("an operand in tensor memory is transposed")
             operands = self._cells(machine, site, self._a_address(machine), shape.rows, _COLUMNS)
             words = tensor.read_operand(operands, site)
             a = fragments.unpack(words, shape.kind).reshape(len(words), shape.rows, -1)
