@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import triton
 from tqdm import tqdm
 
 from ..compile import require_compiler
 from ..executor.errors import KernelError, UnsupportedInstructionError
+from ..executor.kernel_code import load
 from ..executor.schedule import Schedule
+from . import check
 from .cases import Case, LinearCase, NormCase
 from .check import Run, error_of, run
-from .mutations import Mutant, mutants, spread
+from .mutations import ORDER, Limits, Mutant, mutants, spread
 from .operators import Prepared, prepare
+from .replay import Done, replayed
 from .table import attention_case, layouts
 
-NOTED = "noted, same bits"
-"""The executor notes what PTX forbids and ptxas mends."""
+CAUGHT, NOTED, SURVIVED = "caught", "noted", "survived"
+"""Outcomes. Noted: the bits are the same, and the executor notes what PTX forbids and ptxas mends."""
 SAME_BITS, OTHER_BITS = "survived, same bits", "survived, other bits"
 
+WINDOW = 15, 20
+"""With two steps, as in 12x14, a pipelined loop of sm_100 has all its products outside the loop."""
+
+SCHEDULES = check.SCHEDULES[:2]
+"""What warps in step do not show of the kinds of `ORDER` may show in another order."""
 
 WORSE = 1.5
 """Factor of an error that is a change of the results: other orders of sums change it by less than a tenth."""
@@ -43,11 +51,15 @@ class Verdict(NamedTuple):
 
     kernel: str
     mutant: Mutant
-    text: str  # the kind of fault, "wrong numbers", SAME_BITS or OTHER_BITS
+    text: str  # the kind of fault, "wrong numbers", NOTED, SAME_BITS or OTHER_BITS
 
     @property
-    def survived(self) -> bool:
-        return self.text in (SAME_BITS, OTHER_BITS)
+    def outcome(self) -> str:
+        return _outcome(self.text)
+
+
+def _outcome(text: str) -> str:
+    return {NOTED: NOTED, SAME_BITS: SURVIVED, OTHER_BITS: SURVIVED}.get(text, CAUGHT)
 
 
 KERNELS = (
@@ -65,36 +77,55 @@ def subject_of(kernel: str, capability: int) -> Subject:
         case = NormCase(capability, "bf16", "bf16", 768)
     else:
         case = attention_case(capability, "bf16", 64, layouts(capability, "bf16")[0])
-        case = case._replace(backward=kernel != "attention_forward")
+        case = case._replace(window=WINDOW, backward=kernel != "attention_forward")
     return Subject(f"{kernel}_kernel", case)
 
 
-def judge(subject: Subject, limit: int, kind: str = "", schedule: Schedule = Schedule()) -> Iterator[Verdict]:  # noqa: B008
-    """Yield the verdict on at most `limit` mutants of each kind."""
+def judge(
+    subject: Subject,
+    limits: Limits = Limits(),  # noqa: B008
+    kind: str = "",
+    done: Done | None = None,
+) -> Iterator[Verdict]:
+    """Yield the verdict on some mutants of each kind whose name contains `kind`. `done` keeps the other kernels."""
     prepared = prepare(subject.case)
     original: list[str] = []
 
     def remember(ptx: str) -> str:
-        if re.search(rf"\.entry \w*{subject.kernel}\w*\(", ptx):  # nvcc's names have more around it
+        if _is_of(subject, ptx):
             original.append(ptx)
         return ptx
 
-    right = run(subject.case, prepared, schedule, remember)
-    assert _text(subject.case, prepared, right, right) == SAME_BITS, f"{subject.kernel} is wrong without a mutation"
-    found = [mutant for mutant in mutants(original[0]) if kind in mutant.kind]
-    for mutant in spread(found, limit):
-        yield Verdict(subject.kernel, mutant, _verdict(subject.case, prepared, schedule, original[0], mutant, right))
+    with replayed(lambda ptx: _is_of(subject, ptx), {} if done is None else done):
+        right = {schedule: run(subject.case, prepared, schedule, remember) for schedule in SCHEDULES}
+        for result in right.values():  # another order has other notes
+            text = _text(prepared, result, right[SCHEDULES[0]])
+            assert text in (SAME_BITS, NOTED), f"{subject.kernel} is wrong without a mutation: {text}"
+        found = [mutant for mutant in mutants(original[0]) if kind in mutant.kind]
+        for mutant in spread(found, limits):
+            yield Verdict(subject.kernel, mutant, _verdict(subject.case, prepared, original[0], mutant, right))
+            load.cache_clear()  # each mutant is a module of its own
 
 
-def _verdict(case: Case, prepared: Prepared, schedule: Schedule, original: str, mutant: Mutant, right: Run) -> str:
-    try:
-        broken = run(case, prepared, schedule, lambda ptx: mutant.ptx if ptx == original else ptx)
-    except (KernelError, UnsupportedInstructionError) as error:
-        return type(error).__name__
-    return _text(case, prepared, broken, right)
+def _is_of(subject: Subject, ptx: str) -> bool:
+    return re.search(rf"\.entry \w*{subject.kernel}\w*\(", ptx) is not None  # nvcc's names have more around it
 
 
-def _text(case: Case, prepared: Prepared, done: Run, right: Run) -> str:
+def _verdict(case: Case, prepared: Prepared, original: str, mutant: Mutant, right: Mapping[Schedule, Run]) -> str:
+    """Return what is seen in the first order of warps in which the mutant is caught, or in the last."""
+    texts = []
+    for schedule in SCHEDULES if mutant.kind in ORDER else SCHEDULES[:1]:
+        try:
+            broken = run(case, prepared, schedule, lambda ptx: mutant.ptx if ptx == original else ptx)
+        except (KernelError, UnsupportedInstructionError) as error:
+            return type(error).__name__
+        texts.append(_text(prepared, broken, right[schedule]))
+        if _outcome(texts[-1]) == CAUGHT:
+            break
+    return NOTED if NOTED in texts and texts[-1] == SAME_BITS else texts[-1]
+
+
+def _text(prepared: Prepared, done: Run, right: Run) -> str:
     """Return how the results differ from the right ones."""
     hazards = [hazard.kind for launch in done.launches for hazard in launch.hazards]
     if hazards:
@@ -120,31 +151,50 @@ def _notes(done: Run) -> Counter[tuple[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what is caught and what survives, by kind."""
+    """Print what is caught, noted and not seen, by kind as a table, and where the mutants are that are not caught."""
     parser = argparse.ArgumentParser(prog="python -m beit_fast.kernels.aot.verify.mutate", description=__doc__)
     parser.add_argument("capabilities", nargs="+", type=int, help="such as 80 90")
-    parser.add_argument("--limit", type=int, default=6, help="mutants of each kind and kernel")
+    parser.add_argument("--limit", type=int, default=Limits().other, help="mutants of each kind and kernel")
+    parser.add_argument("--order-limit", type=int, help="the same for dropped barriers, waits and fences (default all)")
     parser.add_argument("--kernel", default="", help="kernels whose name contains this text")
     parser.add_argument("--kind", default="", help="kinds of mutants whose name contains this text")
     options = parser.parse_args(argv)
     require_compiler()
-    counts: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
-    survivors = []
-    for capability, subject in itertools.product(options.capabilities, KERNELS):
-        if options.kernel not in subject:
-            continue
-        verdicts = judge(subject_of(subject, capability), options.limit, options.kind)
-        for verdict in tqdm(verdicts, f"sm_{capability} {subject}"):
-            counts[capability, verdict.mutant.kind][verdict.text] += 1
-            if verdict.survived:
-                survivors.append((capability, verdict))
-    for (capability, kind), texts in counts.items():
-        survived = texts[SAME_BITS] + texts[OTHER_BITS]
-        details = ", ".join(f"{text} {count}" for text, count in texts.most_common())
-        print(f"sm_{capability} {kind}: caught {texts.total() - survived} of {texts.total()} ({details})")
-    for capability, (kernel, mutant, text) in survivors:
-        print(f"sm_{capability} {kernel}, line {mutant.line}, {mutant.kind}: {text}: {mutant.statement}")
+    limits = Limits(options.order_limit, options.limit)
+    for capability in options.capabilities:
+        verdicts: list[Verdict] = []
+        done: Done = {}
+        for kernel in KERNELS:
+            if options.kernel in kernel:
+                found = judge(subject_of(kernel, capability), limits, options.kind, done)
+                verdicts += tqdm(found, f"sm_{capability} {kernel}", disable=None)
+        print("\n".join(_report(capability, verdicts)))
     return 0
+
+
+def _report(capability: int, verdicts: Sequence[Verdict]) -> Iterator[str]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for verdict in verdicts:
+        counts[verdict.mutant.kind][verdict.text] += 1
+    yield f"sm_{capability}, Triton {triton.__version__}\n"
+    yield f"| kind | mutants | {CAUGHT} | {NOTED} | {SURVIVED} | caught by |\n|---|---|---|---|---|---|"
+    for kind, texts in counts.items():
+        yield _row(kind, texts)
+    yield _row("all", Counter(verdict.text for verdict in verdicts))
+    yield ""
+    for verdict in verdicts:
+        kernel, mutant, text = verdict
+        if verdict.outcome != CAUGHT:
+            yield f"sm_{capability} {kernel}, line {mutant.line}, {mutant.kind}: {text}: {mutant.statement}"
+
+
+def _row(kind: str, texts: Counter[str]) -> str:
+    outcomes: Counter[str] = Counter()
+    for text, count in texts.items():
+        outcomes[_outcome(text)] += count
+    by = ", ".join(f"{text} {count}" for text, count in texts.most_common() if _outcome(text) == CAUGHT)
+    cells = [texts.total(), *(outcomes[outcome] for outcome in (CAUGHT, NOTED, SURVIVED)), by]
+    return f"| {kind} | " + " | ".join(map(str, cells)) + " |"
 
 
 if __name__ == "__main__":

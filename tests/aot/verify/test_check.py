@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
 
 from beit_fast.kernels.aot.verify import __main__ as command  # noqa: E402
-from beit_fast.kernels.aot.verify import check, loops, mutate, operators, sources, table  # noqa: E402
+from beit_fast.kernels.aot.verify import check, loops, operators, sources, table  # noqa: E402
 from beit_fast.kernels.aot.verify.cases import Case, LinearCase, NormCase  # noqa: E402
 from beit_fast.kernels.aot.verify.result_files import Results, Row, is_current, read, result_file  # noqa: E402
 from beit_fast.kernels.common.compiler_hazards import compiler_hazards  # noqa: E402
@@ -67,30 +67,6 @@ def test_check_of_wrong_numbers_names_the_result(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(check, "prepare", with_other_reference)
     assert check.check(LINEAR, check.SCHEDULES[:1])["wrong"] == ["lockstep: out"]
-
-
-@pytest.mark.parametrize(
-    ("capability", "kind", "verdict"),
-    [
-        (80, "wait for copies dropped", "PipelineError"),
-        (80, "wait for one group of copies less", "PipelineError"),
-        (80, "copy from 16 bytes further", "wrong numbers"),
-        (80, "factors of a product exchanged", "wrong numbers"),
-        (90, "fence between proxies dropped", "ProxyError"),
-        (90, "wait for warpgroup products dropped", "PipelineError"),
-        (90, "operand of products 16 bytes further", "wrong numbers"),
-    ],
-)
-def test_judge_of_a_broken_kernel_returns_the_fault(capability: int, kind: str, verdict: str) -> None:
-    subject = mutate.Subject("linear_gelu_kernel", LINEAR._replace(capability=capability))
-    assert [found.text for found in mutate.judge(subject, 1, kind)] == [verdict]
-
-
-def test_judge_of_dropped_barriers_returns_races() -> None:
-    found = list(mutate.judge(mutate.Subject("linear_gelu_kernel", LINEAR), 9, "barrier dropped"))
-    # With some Tritons, the first two barriers guard memory that nothing has touched before: see mutants.md.
-    assert [verdict.text for verdict in found[2:]] == ["RaceError"] * (len(found) - 2) != []
-    assert {verdict.text for verdict in found[:2]} <= {mutate.SAME_BITS, "RaceError"}
 
 
 def test_source_hash_ignores_comments_and_follows_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

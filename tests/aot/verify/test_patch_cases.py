@@ -18,6 +18,7 @@ from beit_fast.kernels.aot import nvcc
 from beit_fast.kernels.aot.verify import __main__ as command
 from beit_fast.kernels.aot.verify import check, loops, mutate, patch_table, sources
 from beit_fast.kernels.aot.verify.cases import DTYPES, PatchCase
+from beit_fast.kernels.aot.verify.mutations import Limits
 from beit_fast.kernels.aot.verify.patch_table import PATCH_CAPABILITIES, patch_cases
 from beit_fast.kernels.aot.verify.result_files import Results, Row
 
@@ -51,12 +52,12 @@ def test_check_of_patch_embed_returns_errors_within_the_budget(capability: int) 
     [
         ("copy from 16 bytes further", "wrong numbers"),
         ("wait for one group of copies less", "PipelineError"),
-        ("factors of a product exchanged", "wrong numbers"),
+        ("rows of a first factor exchanged", "wrong numbers"),
     ],
 )
 def test_judge_of_a_broken_patch_embed_returns_the_fault(kind: str, verdict: str) -> None:
     subject = mutate.Subject("patch_embed_kernel", CASE)
-    assert [found.text for found in mutate.judge(subject, 1, kind)] == [verdict]
+    assert [found.text for found in mutate.judge(subject, Limits(1, 1), kind)] == [verdict]
 
 
 @pytest.mark.parametrize("capability", PATCH_CAPABILITIES)
