@@ -8,7 +8,7 @@
 | `patch_table`, `patch_embed` | the cases of patch embedding, which nvcc compiles, and its launcher |
 | `check` | errors, budgets and hazards of a case |
 | `sources`, `result_files` | the committed results, and whether they are current |
-| `mutations`, `mutate`, `replay` | kernels broken on purpose, which the check must notice; `mutants.md` explains the rest |
+| `mutations`, `mutate`, `replay` | kernels broken on purpose, which the check must notice; see `mutants.md` |
 
 `python -m beit_fast.kernels.aot.verify` runs the table; see `make verify-compiled`. The references are those of
 `beit_fast.tuning`.
