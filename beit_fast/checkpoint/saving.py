@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..utils.files import CONFIG_NAME, read_json_object, replace_files, unfinished_folder
+from ..utils.files import CONFIG_NAME, read_json_object, replace_files, unfinished_folder, writing
 from ..utils.hub import INDEX_NAME, WEIGHTS_NAME
 from ..utils.messages import join_some
 from .infer_config import copy_config
@@ -31,16 +31,21 @@ def save_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `config.json` and safetensors files; see `BeitPreTrainedModel.save_pretrained`."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
     if not safe_serialization:
         raise ValueError("safe_serialization=False is not supported: it writes a pickle (expected True)")
     config = copy_config(model.config, architectures=[type(model).__name__], dtype=model.dtype)
     config.validate()
     text = config.to_json_string()
     state = _state_to_save(model, state_dict)
-    target = Path(folder)
+    with writing("the checkpoint", folder):
+        _write(Path(folder), text, state, max_shard_size)
+
+
+def _write(target: Path, text: str, state: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+    """Write the configuration `text` and the tensors `state` into the folder `target`."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
     target.mkdir(parents=True, exist_ok=True)
     plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     names = _free_names(target, list(plan.filename_to_tensors)) if plan.is_sharded else {WEIGHTS_NAME: WEIGHTS_NAME}

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, writing
+from ..utils.messages import count_of
+from .devices import usable_device
+from .images import unreadable_reason
 from .options import TASKS, ClassifyOptions, ConvertOptions, ExitCode, ModelOptions, SegmentOptions
 
 
@@ -48,7 +51,10 @@ def segment(options: SegmentOptions) -> int:
     from PIL import Image
 
     model, processor = load(options, TASKS["semantic-segmentation"])
-    photograph = Image.fromarray(torch.as_tensor(read_image(options.image)).permute(1, 2, 0).contiguous().numpy())
+    try:
+        photograph = Image.fromarray(torch.as_tensor(read_image(options.image)).permute(1, 2, 0).contiguous().numpy())
+    except (OSError, ValueError) as error:
+        raise OSError(f"{options.image!r} {unreadable_reason(error, Path(options.image))}") from error
     pixels = processor([photograph], return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     with torch.inference_mode():
         outputs = model(pixels)
@@ -80,8 +86,9 @@ def convert(options: ConvertOptions) -> int:
     )
     if info["missing_keys"]:
         raise ValueError(
-            f"{options.source} misses {len(info['missing_keys'])} parameters of {name}, which would be random: "
-            f"{', '.join(sorted(info['missing_keys'])[:8])}; choose another --task ({', '.join(TASKS)})"
+            f"{options.source} lacks {count_of(len(info['missing_keys']), 'parameter')} of {name}, "
+            f"which would be random: {', '.join(sorted(info['missing_keys'])[:8])}; choose another --task "
+            f"({', '.join(TASKS)})"
         )
     model.save_pretrained(options.target)
     print(f"{options.target}: {name}, {model.num_parameters():,} parameters, {model.dtype}")
@@ -96,7 +103,7 @@ def load(options: ModelOptions, class_name: str) -> tuple[Any, Any]:
         options.model,
         attn_implementation=options.attn,
         dtype=options.dtype,
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=usable_device(options.device),
         local_files_only=options.local_files_only,
     )
     return model, processor_of(options.model, model.config, options.local_files_only)
@@ -142,7 +149,7 @@ def batches_of(paths: Sequence[str], size: int) -> Iterator[tuple[list[str], lis
                 images.append(read_image(path))
                 names.append(path)
             except (OSError, ValueError) as error:
-                unreadable.append({"image": path, "reason": str(error)})
+                unreadable.append({"image": path, "reason": unreadable_reason(error, Path(path))})
         yield names, images, unreadable
 
 
@@ -181,9 +188,10 @@ def class_color(index: int) -> tuple[float, float, float]:
 
 
 def _save_picture(picture: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as unfinished:
-        picture.save(unfinished)
+    with writing("the picture", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as unfinished:
+            picture.save(unfinished)
 
 
 def _architecture_of(source: str) -> str:
@@ -212,10 +220,11 @@ def _classification_lines(results: Sequence[dict[str, Any]]) -> list[str]:
 def _report(
     options: ModelOptions, model: Any, facts: dict[str, Any], failures: list[dict[str, str]], lines: list[str]
 ) -> None:
-    kernel = model.attention_report().kernel
+    report = model.attention_report()
+    kernel = report.kernel if report.has_run else None
     if options.json:
         print(json.dumps({"model": options.model, "kernel": kernel, **facts, "failures": failures}, indent=1))
     else:
-        print("\n".join([*lines, f"attention: {kernel}"]))
+        print("\n".join([*lines, *([f"attention: {kernel}"] if kernel else [])]))
     for failure in failures:
-        print(f"not read: {failure['image']}: {failure['reason']}", file=sys.stderr)
+        print(f"failed: {failure['image']}: {failure['reason']}", file=sys.stderr)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from .._version import __version__
 from ..utils.names import ATTENTION_IMPLEMENTATIONS, POSITION_INTERPOLATIONS
 from .options import (
     TASKS,
@@ -58,8 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="beit-fast", description="BEiT with its relative position bias inside the attention kernels."
     )
+    parser.add_argument("--version", action="version", version=f"beit_fast {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    info = commands.add_parser("info", help="print versions, devices, and the kernels that are available")
+    info = commands.add_parser(
+        "info",
+        help="print versions, devices, and the kernels that are available",
+        description="Print versions, devices, native libraries and environment variables, and for each kernel whether "
+        "it is available or every reason why it is not.",
+    )
     info.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _add_classify(commands)
     _add_segment(commands)
@@ -71,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_classify(commands: Any) -> None:
-    parser = commands.add_parser("classify", help="print the most probable classes of images")
+    parser = commands.add_parser(
+        "classify",
+        help="print the most probable classes of images",
+        description="Print the most probable classes of each image, with their probabilities.",
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--top", type=_positive, default=5, help="classes to print for each image (default: 5)")
     parser.add_argument("--batch-size", type=_positive, default=8, help="images in one forward (default: 8)")
@@ -79,11 +90,17 @@ def _add_classify(commands: Any) -> None:
 
 
 def _add_segment(commands: Any) -> None:
-    parser = commands.add_parser("segment", help="draw the class of every pixel over an image")
+    parser = commands.add_parser(
+        "segment",
+        help="draw the class of every pixel over an image",
+        description="Draw the class of every pixel in color over an image, and print the share of each class.",
+    )
     parser.add_argument("image", metavar="IMAGE", help="an image file")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")
     parser.add_argument("--labels", type=Path, metavar="PNG", help="also write the classes as a 16-bit gray picture")
-    parser.add_argument("--opacity", type=_fraction, default=0.5, help="of the colors, 0 to 1 (default: 0.5)")
+    parser.add_argument(
+        "--opacity", type=_fraction, default=0.5, help="opacity of the colors over the image, 0 to 1 (default: 0.5)"
+    )
     _add_model_options(parser)
 
 
@@ -96,7 +113,7 @@ def _add_predict(commands: Any) -> None:
     )
     parser.add_argument("dataset", metavar="DATASET", help="a folder, or a text file with one path per line")
     parser.add_argument("out", type=Path, metavar="OUT", help="the .jsonl or .parquet file to write")
-    parser.add_argument("--format", choices=get_args(Format), help="of OUT (default: inferred from its name)")
+    parser.add_argument("--format", choices=get_args(Format), help="format of OUT (default: by its suffix)")
     parser.set_defaults(output="classes", start="resume")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--top", type=_positive, default=5, help="most probable classes to record (default: 5)")
@@ -130,24 +147,38 @@ def _add_predict(commands: Any) -> None:
         action="store_const",
         dest="start",
         const="retry-failed",
-        help="run the batches with failed images again",
+        help="run the batches with failed images again, with all of their images",
     )
     _add_model_options(parser)
 
 
 def _add_convert(commands: Any) -> None:
-    parser = commands.add_parser("convert", help="rewrite a checkpoint of Transformers, timm, unilm or mmseg")
+    parser = commands.add_parser(
+        "convert",
+        help="rewrite a checkpoint of Transformers, timm, unilm or mmseg",
+        description="Rewrite a checkpoint of Transformers, timm, unilm or mmsegmentation in the layout of the hub: "
+        "config.json and safetensors.",
+    )
     parser.add_argument("source", metavar="SRC", help="a folder, a file, or a name on the hub")
     parser.add_argument("target", type=Path, metavar="DST", help="the folder to write")
     parser.add_argument("--task", choices=TASKS, help="the model in the checkpoint (default: from its config.json)")
     parser.add_argument("--image-size", type=_size, metavar="N or HxW", help="resize positions for this image size")
-    parser.add_argument("--position-interpolation", choices=POSITION_INTERPOLATIONS, default="bilinear")
+    parser.add_argument(
+        "--position-interpolation",
+        choices=POSITION_INTERPOLATIONS,
+        default="bilinear",
+        help="how --image-size resizes: bilinear as Transformers, geometric as timm and unilm (default: bilinear)",
+    )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
 
 
 def _add_selftest(commands: Any) -> None:
-    parser = commands.add_parser("selftest", help="check every kernel of this machine against fp64, and time it")
+    parser = commands.add_parser(
+        "selftest",
+        help="check every kernel of this machine against fp64, and time it",
+        description="Check every kernel, dtype and bias layout of this machine against fp64, and time it.",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
     parser.add_argument(
         "--include-refused",
@@ -164,12 +195,32 @@ def _add_tune(commands: Any) -> None:
         description="Measure candidate tiles of each kernel on a GPU. The fastest are written to the user's cache and "
         "used by every later launch on this GPU, with this Triton and this version. BEIT_FAST_TUNED=0 ignores them.",
     )
-    parser.add_argument("--image-size", type=_size, action="append", default=[], metavar="N or HxW", help="repeatable")
-    parser.add_argument("--batch", type=_positive, action="append", default=[], metavar="N", help="repeatable")
-    parser.add_argument("--dtype", choices=_HALF_AND_SINGLE, action="append", default=[], help="repeatable")
+    parser.add_argument(
+        "--image-size",
+        type=_size,
+        action="append",
+        default=[],
+        metavar="N or HxW",
+        help="image size to tune for; pass it again for more sizes (default: 224 and 384, or the model's)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        action="append",
+        default=[],
+        metavar="N",
+        help="images in a batch; pass it again for more (default: 16; without sizes 64 of 224 pixels, 16 and 1 of 384)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_HALF_AND_SINGLE,
+        action="append",
+        default=[],
+        help="dtype to tune for; pass it again for more dtypes (default: bfloat16)",
+    )
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--model", help="take sizes from a checkpoint: a folder, or a name on the hub")
-    sizes.add_argument("--head-dim", type=_positive, metavar="D", help="of 12 heads (default: BEiT-base, 64)")
+    sizes.add_argument("--head-dim", type=_positive, metavar="D", help="dimension of each of 12 heads (default: 64)")
     parser.add_argument("--device", help="cuda, cuda:1 ... (default: cuda)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no other kernel after this time")
     action = parser.add_mutually_exclusive_group()

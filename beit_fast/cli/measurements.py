@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import writing
+
 
 class RowLog:
     """A file of JSON lines: the conditions, then each row.
@@ -22,8 +24,9 @@ class RowLog:
     def __init__(self, path: Path | None, conditions: Mapping[str, Any]) -> None:
         self._path = path
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+            with writing("the rows", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("")
         self._append({"conditions": conditions, "date": datetime.date.today().isoformat()})
 
     def add(self, row: Mapping[str, Any]) -> None:

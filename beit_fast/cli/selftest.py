@@ -17,6 +17,7 @@ from ..tuning.selftest import Row, count_kernels, run_checks
 from ..tuning.selftest_cases import checks_for
 from ..tuning.timer import Clock, clock_of
 from .collect_env import environment
+from .devices import parse_device
 from .measurements import RowLog, milliseconds, table_lines
 from .options import ExitCode, SelftestOptions
 
@@ -46,7 +47,7 @@ def selftest(options: SelftestOptions) -> int:
 
 
 def _selftest(options: SelftestOptions) -> int:
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = parse_device(options.device)
     kernel = _serving_kernel(device)
     conditions = environment(device)
     checks, log, rows = checks_for(device, kernel), RowLog(options.rows, conditions), []

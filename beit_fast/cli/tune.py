@@ -19,6 +19,7 @@ from ..tuning import tune as tuning
 from ..tuning.timer import clock_of
 from ..tuning.tune_jobs import Shape, jobs_of
 from .collect_env import environment
+from .devices import parse_device
 from .measurements import RowLog, milliseconds, table_lines
 from .options import ExitCode, TuneOptions
 
@@ -74,7 +75,7 @@ def _gpu(name: str | None) -> torch.device:
     Raises:
         ValueError: If it is not a CUDA device of this machine.
     """
-    device = torch.device(name or "cuda")
+    device = parse_device(name or "cuda")
     if device.type != "cuda" or not torch.cuda.is_available():
         found = "torch finds no CUDA device" if device.type == "cuda" else f"{device} is not a CUDA device"
         raise ValueError(f"tiles are those of the GPU kernels, and {found}")

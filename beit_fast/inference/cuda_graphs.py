@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ..utils.messages import count_of
+
 DEVICE_TYPE = "cuda"
 _PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
 """Types of arguments that are not tensors: each value has graphs of its own."""
@@ -47,10 +49,10 @@ class GraphReport:
     plain: dict[str, int]
 
     def __str__(self) -> str:
-        counts = f"{self.captured} captured, {self.dropped} dropped; {self.replayed} calls replayed"
-        lines = [f"{len(self.graphs)} graphs of at most {self.limit}, {counts}"]
+        counts = f"{self.captured} captured, {self.dropped} dropped; {count_of(self.replayed, 'call')} replayed"
+        lines = [f"{count_of(len(self.graphs), 'graph')} of at most {self.limit}, {counts}"]
         lines += [f"  graph: {inputs}" for inputs in self.graphs]
-        lines += [f"  without a graph, {count} calls: {reason}" for reason, count in self.plain.items()]
+        lines += [f"  without a graph, {count_of(count, 'call')}: {reason}" for reason, count in self.plain.items()]
         return "\n".join(lines)
 
 
@@ -97,7 +99,7 @@ class GraphCache:
 
     def __init__(self, function: Callable[..., Any], limit: int = 8, held: Callable[[], Any] = lambda: None) -> None:
         if type(limit) is not int or limit < 1:
-            raise ValueError(f"limit is {limit!r}; the number of graphs must be an integer of at least 1")
+            raise ValueError(f"limit={limit!r} is not supported (expected an integer of at least 1)")
         self.function, self.limit, self._held = function, limit, held
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._captured = self._replayed = self._dropped = 0

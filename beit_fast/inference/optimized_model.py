@@ -15,6 +15,7 @@ from ..layers.embeddings import window_of
 from ..models.base import BeitPreTrainedModel
 from ..ops.dispatch import attention
 from ..position_bias import token_count
+from ..utils.messages import count_of
 from .cuda_graphs import GraphCache, GraphReport
 from .encoder import FoldedEncoder
 from .folding import folding_errors
@@ -73,7 +74,7 @@ def _check(model: Any, dtype: torch.dtype | None) -> None:
     if isinstance(model, OptimizedModel):
         raise ValueError("this model is already optimized; pass the model that it was made from")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype or None, not {dtype!r}")
+        raise TypeError(f"dtype={dtype!r} is not supported (expected a floating-point torch.dtype or None)")
     errors = folding_errors(getattr(model.base_model, "encoder", model))
     if errors:
         raise ValueError(
@@ -129,7 +130,8 @@ class InferenceReport:
         megabytes = [f"{count / 2**20:.0f} MiB" for count in (self.optimized_bytes, self.original_bytes)]
         return (
             f"optimized for inference in {str(self.dtype).removeprefix('torch.')}: {self.linears} linear layers, "
-            f"{megabytes[0]} of weights beside {megabytes[1]} of the original, cached biases of {self.windows} windows"
+            f"{megabytes[0]} of weights beside {megabytes[1]} of the original, "
+            f"cached biases of {count_of(self.windows, 'window')}"
         )
 
 

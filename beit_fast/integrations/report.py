@@ -89,7 +89,7 @@ def check_request(caller: str, model: nn.Module, attn_implementation: str | None
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller} takes a torch.nn.Module, not a {type(model).__name__}")
     if attn_implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation is {attn_implementation!r}; expected 'triton' or None")
+        raise ValueError(f"attn_implementation={attn_implementation!r} is not supported (expected 'triton' or None)")
 
 
 def check_some_change(model: nn.Module, changes: Iterable[ModuleChange]) -> None:

@@ -164,6 +164,7 @@ class BeitPreTrainedModel(nn.Module):
         Raises:
             ValueError: If `safe_serialization` is False, parameters are on the meta device or sharded over processes,
                 or `state_dict` does not match the model.
+            OSError: If the folder cannot be written.
         """
         from ..checkpoint.saving import save_model
 
@@ -348,6 +349,28 @@ class BeitPreTrainedModel(nn.Module):
     def _flag(self, value: bool | None, name: str) -> bool:
         """Return a forward argument, or the config's value if it is None."""
         return bool(getattr(self.config, name) if value is None else value)
+
+
+def check_tensors(
+    pixel_values: Tensor, bool_masked_pos: Tensor | None = None, attention_mask: Tensor | None = None
+) -> None:
+    """Check the types of a forward's arguments.
+
+    Raises:
+        TypeError: If some are not tensors; the error lists all of them.
+    """
+    if (
+        isinstance(pixel_values, Tensor)
+        and (bool_masked_pos is None or isinstance(bool_masked_pos, Tensor))
+        and (attention_mask is None or isinstance(attention_mask, Tensor))
+    ):
+        return
+    optional = {"bool_masked_pos": bool_masked_pos, "attention_mask": attention_mask}
+    given = {"pixel_values": pixel_values} | {name: value for name, value in optional.items() if value is not None}
+    errors = [
+        f"{name} is of type {type(value).__name__}" for name, value in given.items() if not isinstance(value, Tensor)
+    ]
+    raise TypeError(f"{', '.join(errors)} (expected a torch.Tensor)")
 
 
 def key_mask_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:

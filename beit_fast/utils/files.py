@@ -21,6 +21,23 @@ CONFIG_NAME = "config.json"
 
 
 @contextmanager
+def writing(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name what could not be written if the block raises the system's error.
+
+    Raises:
+        OSError: The error of the block, with its class and number, and a message that names `what` and `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # not the system's: it has a message of its own
+            raise
+        named = type(error)(f"{what} cannot be written to {os.fspath(path)!r}: {error.strerror}")
+        named.errno = error.errno
+        raise named from error
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; its file replaces `path` when the block ends.
 

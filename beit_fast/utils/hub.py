@@ -130,9 +130,9 @@ class Repository:
             reason = "local_files_only=True"
         else:
             reason = str(error).strip().splitlines()[0] if error is not None and str(error).strip() else repr(error)
+        missing = files[0] if len(files) == 1 else f"any of {', '.join(files)}"
         return (
             f"no checkpoint {self.name!r}: there is no such file or folder, and the hub repository of that name does "
-            f"not have {' or '.join(files)} at revision {self.hub.revision or 'main'!r}, neither in the cache "
-            f"{cache!r} nor on the network ({reason}). Without a network, pass the path of a local folder with "
-            f"{CONFIG_NAME} and {WEIGHTS_NAME}"
+            f"not have {missing} at revision {self.hub.revision or 'main'!r}, neither in the cache {cache!r} nor on "
+            f"the network ({reason}); without a network, pass a local folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
         )

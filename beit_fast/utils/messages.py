@@ -47,6 +47,11 @@ def describe(name: str, value: Any) -> str:
     return f"{name}={reprlib.repr(value)}"
 
 
+def count_of(number: int, noun: str) -> str:
+    """Count things, as in "1 image" and "2 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def join_some(items: Iterable[object], limit: int = _LIST_LIMIT) -> str:
     """Join the first `limit` items by commas and count the others."""
     shown = [str(item) for item in items]

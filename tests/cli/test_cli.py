@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -127,3 +128,23 @@ def test_format_facts_describes_a_library_in_one_line(library: dict[str, Any], e
     facts = info.gather_facts()
     facts["native_libraries"] = {"_C": {"serves": "operators on the CPU"} | library}
     assert f"  _C  {expected}" in info.format_facts(facts).splitlines()
+
+
+def test_main_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"beit_fast {__version__}\n")
+
+
+@pytest.mark.parametrize("command", main._COMMANDS)
+def test_help_describes_the_command_and_every_option(command: str) -> None:
+    """An option's help is a phrase of its own: no fragment that starts with "of", no single word."""
+    parser = main._parser()
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    described = commands.choices[command]
+    assert described.description is not None
+    assert described.description.endswith(".")
+    for action in described._actions:
+        assert action.help is not None, action.option_strings
+        assert len(action.help.split()) > 1, action.option_strings
+        assert not action.help.startswith("of "), action.option_strings

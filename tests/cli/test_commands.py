@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from beit_fast import BeitConfig, BeitForImageClassification, BeitForSemanticSegmentation
 from beit_fast.cli import main
 from beit_fast.cli.commands import class_color
+from beit_fast.cli.devices import usable_device
 from beit_fast.image_processing import BeitImageProcessor
 
 from ..support.devices import CPU_ATTENTION, DEFAULT_ATTENTION
@@ -90,8 +91,65 @@ def test_classify_unreadable_images_are_named(tmp_path, photographs, capsys):
     assert code == 1
     assert [result["image"] for result in answer["results"]] == [photographs[1]]
     assert [failure["image"] for failure in answer["failures"]] == [str(broken), str(tmp_path / "none.png")]
-    assert "broken.png" in err
-    assert "none.png" in err
+    broken_line, none_line = err.splitlines()
+    assert broken_line.startswith(f"failed: {broken}: cannot be decoded, the file is damaged or truncated")
+    assert none_line == f"failed: {tmp_path / 'none.png'}: cannot be read: there is no such file"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_classify_without_a_readable_image_names_no_kernel(tmp_path, capsys, form):
+    save(BeitForImageClassification, tmp_path / "model")
+    options = ["--json"] if form == "json" else []
+    none = tmp_path / "none.png"
+    code, out, _ = run(capsys, "classify", none, "--model", tmp_path / "model", "--device", "cpu", *options)
+    assert code == 1
+    if form == "json":
+        assert json.loads(out)["kernel"] is None
+    else:
+        assert "attention" not in out
+
+
+def test_segment_unreadable_image_is_named_once(tmp_path, capsys):
+    save(BeitForSemanticSegmentation, tmp_path / "model", **SEGMENTATION)
+    none, out = tmp_path / "none.png", tmp_path / "overlay.png"
+    code, _, err = run(capsys, "segment", none, "--model", tmp_path / "model", "--out", out, "--device", "cpu")
+    assert code == 2
+    assert err == f"beit-fast segment: {str(none)!r} cannot be read: there is no such file\n"
+
+
+@pytest.mark.parametrize("command", ["classify", "segment", "predict"])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("nope", "--device 'nope' is not supported (expected cpu, cuda or cuda:INDEX)"),
+        ("meta", "--device 'meta' cannot be used here (expected cpu, cuda or cuda:INDEX)"),
+        ("cuda", "--device 'cuda' cannot be used here: torch finds no CUDA device"),
+        ("cuda:1", "--device 'cuda:1' cannot be used here: torch finds no CUDA device"),
+    ],
+)
+def test_device_that_is_missing_is_one_plain_error(
+    tmp_path, photographs, capsys, monkeypatch, command, device, message
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    save(BeitForSemanticSegmentation if command == "segment" else BeitForImageClassification, tmp_path / "model",
+         **(SEGMENTATION if command == "segment" else {}))  # fmt: skip
+    places = {
+        "classify": [photographs[0]],
+        "segment": [photographs[0], "--out", tmp_path / "overlay.png"],
+        "predict": [tmp_path, tmp_path / "out.jsonl"],
+    }
+    code, out, err = run(capsys, command, *places[command], "--model", tmp_path / "model", "--device", device)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == f"beit-fast {command}: {message}"
+
+
+def test_usable_device_index_beyond_the_gpus_counts_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert usable_device(None) == usable_device("cuda") == torch.device("cuda")
+    assert usable_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=r"--device 'cuda:1' cannot be used here: torch finds 1 CUDA device$"):
+        usable_device("cuda:1")
 
 
 def test_segment_writes_overlay_and_classes(tmp_path, photographs, capsys):
@@ -130,6 +188,15 @@ def test_convert_rewrites_and_resizes(tmp_path, photographs, capsys):
     assert code == 0
     assert resized.config.image_height_width == (48, 64)
     assert resized.dtype == torch.bfloat16
+
+
+def test_convert_to_a_folder_that_cannot_be_made_names_it(tmp_path, capsys):
+    save(BeitForImageClassification, tmp_path / "model")
+    (tmp_path / "file").write_text("not a folder")
+    target = tmp_path / "file" / "out"
+    code, _, err = run(capsys, "convert", tmp_path / "model", target)
+    assert code == 2
+    assert err == f"beit-fast convert: the checkpoint cannot be written to {str(target)!r}: Not a directory\n"
 
 
 def test_convert_missing_parameters_exits_with_error(tmp_path, capsys):

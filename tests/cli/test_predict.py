@@ -263,7 +263,7 @@ def test_predict_list_reads_its_images(model, images, tmp_path, capsys):
     assert code == 1
     assert list(records) == sorted([".hidden.png", far, "missing.png", "no suffix"])
     assert [name for name, error in records.items() if error] == ["missing.png"]
-    assert "2 repeated lines are left out" in err
+    assert "left out: 2 repeated lines" in err
 
 
 def test_find_images_in_a_folder_selects_by_suffix(tmp_path):
@@ -275,7 +275,7 @@ def test_find_images_in_a_folder_selects_by_suffix(tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path / "part")
     found = find_images(tmp_path)
     assert found.paths == ("001.png", "002.png", "linked/000.png", "linked/003.png", "part/000.png", "part/003.png")
-    assert found.note == "2 files with other suffixes are left out"
+    assert found.note == "left out: 2 files with other suffixes"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have Unicode names only")

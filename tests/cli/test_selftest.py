@@ -110,6 +110,13 @@ def test_tune_without_a_gpu_is_refused(line: str, capsys: pytest.CaptureFixture[
     assert "tiles are those of the GPU kernels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["selftest", "tune"])
+def test_unknown_device_is_one_plain_error(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([command, "--device", "nope"]) == 2
+    message = "--device 'nope' is not supported (expected cpu, cuda or cuda:INDEX)"
+    assert capsys.readouterr().err == f"beit-fast {command}: {message}\n"
+
+
 def options(**changes: object) -> TuneOptions:
     given = {
         "image_size": [],

@@ -298,6 +298,7 @@ def test_optimized_model_bias_cache_is_limited():
     for columns in range(1, 13):
         optimized(images(1, 3, 32, 8 * columns))
     assert optimized.inference_report().windows == 8
+    assert str(optimized.inference_report()).endswith("cached biases of 8 windows")
     assert_same_outputs(optimized, model, images(1, 3, 32, 8))
 
 

@@ -200,7 +200,7 @@ def test_accelerate_beit_fast_model_is_already_fast():
     report = accelerate(ours)
     assert report.replaced == []
     assert len(report.already_fast) == 2
-    assert "is a layer of beit_fast" in str(report)
+    assert "): part of beit_fast" in str(report)
 
 
 def add_accelerate_hook(module):

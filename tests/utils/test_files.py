@@ -1,5 +1,6 @@
 """Atomic writes and the errors of JSON files."""
 
+import errno
 import os
 import stat
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from beit_fast.utils import files
-from beit_fast.utils.files import atomic_write, atomic_write_text, json_text, plain, read_json_object, unfinished_folder
+from beit_fast.utils.files import (
+    atomic_write,
+    atomic_write_text,
+    json_text,
+    plain,
+    read_json_object,
+    unfinished_folder,
+    writing,
+)
 
 
 @pytest.mark.parametrize("name", ["config.json", "out.parquet"])
@@ -23,6 +32,19 @@ def test_atomic_write_replaces_the_file_and_keeps_its_suffix(name, tmp_path):
     assert os.listdir(tmp_path) == [name]
     (tmp_path / "plain").touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_writing_names_what_cannot_be_written(tmp_path):
+    path = tmp_path / "missing" / "file"
+    with pytest.raises(FileNotFoundError) as caught, writing("the file", path):
+        path.write_text("new")
+    assert str(caught.value) == f"the file cannot be written to {str(path)!r}: No such file or directory"
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_writing_keeps_messages_that_are_not_of_the_system(tmp_path):
+    with pytest.raises(OSError, match=r"^the network is down$"), writing("the file", tmp_path):
+        raise OSError("the network is down")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from beit_fast.utils.messages import FieldError, join_choices, join_some, raise_errors
+from beit_fast.utils.messages import FieldError, count_of, join_choices, join_some, raise_errors
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,11 @@ def test_raise_errors_without_errors_returns():
 )
 def test_join_choices_separates_the_last_one_by_or(choices, text):
     assert join_choices(choices) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images")])
+def test_count_of_one_thing_is_singular(number, text):
+    assert count_of(number, "image") == text
 
 
 def test_join_some_counts_the_items_over_the_limit():

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..._version import __version__
+from ...utils.messages import count_of
 from ..commands import processor_of, top_classes
 from ..options import TASKS, ExitCode, Format, Output, PredictOptions
 from .dataset import Dataset, ImageBatch, ImageBatches, find_images
@@ -243,7 +244,8 @@ def _report(
     last: str,
 ) -> None:
     """Print what this process did, and the state of the run."""
-    kernel = predictor.model.attention_report().kernel
+    report = predictor.model.attention_report()
+    kernel = report.kernel if report.has_run else None
     rate = progress.images / progress.seconds if progress.seconds else 0.0
     if options.json:
         facts = {
@@ -267,13 +269,13 @@ def _report(
     if progress.images or progress.already_done:
         before = f", {progress.already_done} already done" if progress.already_done else ""
         lines.append(
-            f"{own}{progress.images} images in {progress.seconds:.1f} s, {rate:.1f} images/s, "
+            f"{own}{count_of(progress.images, 'image')} in {progress.seconds:.1f} s, {rate:.1f} images/s, "
             f"{len(progress.failures)} failed{before}"
         )
-    if progress.images:
+    if progress.images and kernel is not None:
         lines.append(f"{own}attention: {kernel}")
     if outcome is None:
         lines.append(f"{own}other ranks are still running; if they were killed, rerun the same command")
     else:
-        lines.append(f"{last}: {outcome.images} images, {outcome.failures} failed")
+        lines.append(f"{last}: {count_of(outcome.images, 'image')}, {outcome.failures} failed")
     print("\n".join(lines))

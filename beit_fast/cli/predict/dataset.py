@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from ...utils.messages import count_of
+from ..images import unreadable_reason
+
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
@@ -79,7 +82,7 @@ def _in_folder(folder: Path) -> Dataset:
             f"{', '.join(IMAGE_SUFFIXES)}"
         )
     left_out = len(files) - len(images)
-    note = f"{left_out} files with other suffixes are left out" if left_out else ""
+    note = f"left out: {count_of(left_out, 'file')} with other suffixes" if left_out else ""
     return Dataset(folder.resolve(), folder, tuple(images), note)
 
 
@@ -111,7 +114,7 @@ def _in_list(file: Path) -> Dataset:
         raise ValueError(f"the list {name!r} is empty (expected one path per line)")
     images = sorted(set(lines))
     left_out = len(lines) - len(images)
-    note = f"{left_out} repeated lines are left out" if left_out else ""
+    note = f"left out: {count_of(left_out, 'repeated line')}" if left_out else ""
     return Dataset(file.resolve(), file.parent, tuple(images), note)
 
 
@@ -170,7 +173,7 @@ class ImageBatches(TorchDataset[ImageBatch]):
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises nearly any exception for a damaged file
-            return _reason(error, file)
+            return unreadable_reason(error, file)
 
     def read_ahead(self, numbers: Sequence[int], workers: int) -> DataLoader[ImageBatch]:
         """Read the batches `numbers` in this order.
@@ -191,15 +194,3 @@ class ImageBatches(TorchDataset[ImageBatch]):
 def _ignore_interrupt(worker: int) -> None:
     # Ctrl-C reaches all processes of a terminal; the main process stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _reason(error: Exception, file: Path) -> str:
-    """Return the error without the folder of the data set.
-
-    The results then do not depend on the location of the data set.
-    """
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    name = os.fspath(file)
-    text = str(error).removeprefix(f"image 0 ({name!r}) ").replace(name, file.name)
-    return text or type(error).__name__

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self, TypeAlias
 
-from ...utils.files import atomic_write_text, json_text, read_json_object, replace_files
+from ...utils.files import atomic_write_text, json_text, read_json_object, replace_files, writing
 
 Record: TypeAlias = dict[str, Any]
 Writer: TypeAlias = Callable[[Path, Iterator[Sequence[Record]]], None]
@@ -179,7 +179,8 @@ class Run:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing("progress", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / _LOCK).open("ab") as stream:
             fcntl.lockf(stream, fcntl.LOCK_EX)  # released by the system when the process ends
             yield

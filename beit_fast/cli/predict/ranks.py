@@ -10,6 +10,8 @@ from typing import Self
 
 import torch
 
+from ..devices import usable_device
+
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -49,12 +51,12 @@ class Ranks:
         """The device `name` (default: CUDA if available, else the CPU), with this rank's index.
 
         Raises:
-            ValueError: If this machine has fewer GPUs than ranks.
+            ValueError: If this machine does not have the device, or fewer GPUs than ranks.
         """
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(name)
         if device.type != "cuda" or device.index is not None:
             return device
-        if torch.cuda.is_available() and self.local_rank >= torch.cuda.device_count():
+        if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"there is no GPU for rank {self.local_rank} of this machine, which has {torch.cuda.device_count()}; "
                 "start as many processes as there are GPUs, or pass --device"

@@ -107,7 +107,7 @@ class _TransformersSwap(ClassSwap):
         return _known_class(module)
 
     def already_fast(self, module: nn.Module) -> str | None:
-        return "is a layer of beit_fast" if isinstance(module, _OWN) else super().already_fast(module)
+        return "part of beit_fast" if isinstance(module, _OWN) else super().already_fast(module)
 
     def replacement(self, module: nn.Module, found: Modules) -> type[nn.Module]:
         inner = any(getattr(other, "relative_position_bias", None) is module for other in found.values())

@@ -117,6 +117,11 @@ class AttentionReport:
     unsupported_reasons: dict[str, tuple[str, ...]]
 
     @property
+    def has_run(self) -> bool:
+        """Whether attention has run in a layer, outside `torch.compile`."""
+        return any(kernel is not None for kernel in self.layers)
+
+    @property
     def kernel(self) -> str:
         """The kernels that ran, joined by commas; if none has run, the kernel that would run."""
         ran = sorted({kernel for kernel in self.layers if kernel is not None})
