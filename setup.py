@@ -85,7 +85,7 @@ def build_libraries(names):
     """Build the named libraries as BEIT_FAST_NATIVE says; results by name."""
     request = os.environ.get("BEIT_FAST_NATIVE", "")
     if request not in ("", "0", "1"):
-        raise SystemExit(f"BEIT_FAST_NATIVE is {request!r}; accepted are 0, 1, or nothing")
+        raise SystemExit(f"BEIT_FAST_NATIVE={request!r} is not supported (expected '0' or '1', or unset)")
     if request == "0":
         results = {name: native_build.Result(None, "BEIT_FAST_NATIVE=0 was set") for name in names}
     else:

@@ -111,7 +111,17 @@ def check_variables(device_type: str) -> None:
         ValueError: If `BEIT_FAST_NATIVE`, or for the CPU `BEIT_FAST_CPU_ISA`, cannot be honored.
     """
     _is_disabled()
-    error = instruction_set_error() if device_type == "cpu" else None
+    if device_type == "cpu":
+        check_instruction_set()
+
+
+def check_instruction_set() -> None:
+    """Check `BEIT_FAST_CPU_ISA` alone. Without `_C` it is not read.
+
+    Raises:
+        ValueError: If `_C` cannot run that instruction set here.
+    """
+    error = instruction_set_error()
     if error is not None:
         raise ValueError(error)
 

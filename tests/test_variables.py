@@ -14,6 +14,7 @@ from beit_fast import native
 from beit_fast.cli import info
 from beit_fast.ops.cpu_linear import onednn, split_bf16
 from beit_fast.utils import variables
+from beit_fast.utils.messages import join_choices
 
 USES = """
 import json
@@ -79,11 +80,34 @@ def test_native_unknown_value_raises_at_first_use() -> None:
 @needs_library
 @pytest.mark.parametrize("value", ["sse9", pytest.param(MISSING, marks=pytest.mark.skipif(not MISSING, reason="none"))])
 def test_cpu_isa_unavailable_value_raises_at_first_use(value: str) -> None:
-    message = (
-        f"BEIT_FAST_CPU_ISA='{value}' is not supported on this CPU by this build "
-        f"(expected one of {','.join(AVAILABLE)}, or unset)"
-    )
+    message = f"BEIT_FAST_CPU_ISA='{value}' is not supported (expected {join_choices(AVAILABLE)}, or unset)"
     check_error("BEIT_FAST_CPU_ISA", value, message, NATIVE_USES)
+
+
+def test_info_gives_each_variable_its_own_error() -> None:
+    inherited = {key: x for key, x in os.environ.items() if key not in (*variables._VALUES, "TRITON_INTERPRET")}
+    environment = {**inherited, "BEIT_FAST_NATIVE": "3", "BEIT_FAST_CPU_ISA": "amx"}
+    command = [sys.executable, "-m", "beit_fast", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = [line.split("  ") for line in done.stdout.splitlines() if line.startswith("  BEIT_FAST_")]
+    assert {cells[1]: cells[-1].strip() for cells in lines} == {
+        "BEIT_FAST_NATIVE=3": "error: BEIT_FAST_NATIVE='3' is not supported (expected '0' or '1', or unset)",
+        "BEIT_FAST_CPU_ISA=amx": "not read: the native library is not loaded",
+    }
+
+
+def test_tuned_unknown_value_raises_the_same_error_in_kernels_and_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from beit_fast.kernels.common import tuned_tiles
+
+    monkeypatch.setitem(variables._VALUES, variables.TUNED, "maybe")
+    monkeypatch.setenv(variables.TUNED, "maybe")
+    errors = []
+    for use in (lambda: variables.choice(variables.TUNED, ("0", "1")), tuned_tiles.is_enabled):
+        with pytest.raises(ValueError, match="BEIT_FAST_TUNED") as caught:
+            use()
+        errors.append(str(caught.value))
+    assert errors == ["BEIT_FAST_TUNED='maybe' is not supported (expected '0' or '1', or unset)"] * 2
 
 
 @pytest.mark.skipif(split_bf16.unsupported_reason() is None, reason="split_bf16 can serve here")

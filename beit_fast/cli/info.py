@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from ..utils import variables
+from ..utils.messages import count_of
 from .options import ExitCode, InfoOptions
 
 
@@ -66,11 +68,10 @@ def _variables() -> list[dict[str, str | None]]:
     """
     from .. import native
     from ..ops.cpu_linear import choice
-    from ..utils import variables
 
     checks: dict[str, Callable[[], object]] = {
         variables.NATIVE: lambda: native.check_variables("meta"),  # the CPU would check BEIT_FAST_CPU_ISA too
-        variables.CPU_ISA: lambda: native.check_variables("cpu"),
+        variables.CPU_ISA: native.check_instruction_set,
         variables.CPU_LINEAR: choice.choose_gemm,
         variables.TUNED: lambda: variables.choice(variables.TUNED, ("0", "1")),
     }
@@ -116,7 +117,7 @@ def _devices() -> list[dict[str, str]]:
 
     from .collect_env import cpu_name
 
-    devices = [{"name": "cpu", "what": f"{cpu_name()}, {torch.get_num_threads()} threads"}]
+    devices = [{"name": "cpu", "what": f"{cpu_name()}, {count_of(torch.get_num_threads(), 'thread')}"}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         what = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
@@ -141,7 +142,8 @@ def format_facts(facts: dict[str, Any]) -> str:
     lines += _aligned([(name, _library_line(library)) for name, library in facts["native_libraries"].items()])
     if facts["variables"]:
         lines += ["", "environment variables"]
-        lines += _aligned([_variable_line(variable) for variable in facts["variables"]])
+        loaded = facts["native_libraries"]["_C"]["loaded"]
+        lines += _aligned([_variable_line(variable, loaded) for variable in facts["variables"]])
     if facts["tuned_tiles"]:
         lines += ["", "tuned tiles (beit-fast tune)"]
         lines += _aligned([_tuned_line(row) for row in facts["tuned_tiles"]])
@@ -168,8 +170,11 @@ def _kernel_line(kernel: dict[str, Any]) -> tuple[str, ...]:
     return kernel["kernel"], verdict
 
 
-def _variable_line(variable: dict[str, str | None]) -> tuple[str, ...]:
-    return f"{variable['name']}={variable['value']}", f"error: {variable['error']}" if variable["error"] else "accepted"
+def _variable_line(variable: dict[str, str | None], is_native_loaded: bool) -> tuple[str, ...]:
+    verdict = f"error: {variable['error']}" if variable["error"] else "accepted"
+    if variable["name"] == variables.CPU_ISA and not is_native_loaded:
+        verdict = "not read: the native library is not loaded"
+    return f"{variable['name']}={variable['value']}", verdict
 
 
 def _library_line(library: dict[str, Any]) -> str:

@@ -91,6 +91,16 @@ std::string names_of(const std::vector<Isa>& isas) {
     return names;
 }
 
+// "'portable', 'avx2' or 'avx512'", as join_choices in Python.
+std::string choices_of(const std::vector<Isa>& isas) {
+    std::string text;
+    for (size_t index = 0; index < isas.size(); ++index) {
+        if (index > 0) text += index + 1 == isas.size() ? " or " : ", ";
+        text += "'" + std::string(isa_name(isas[index])) + "'";
+    }
+    return text;
+}
+
 Isa choose() {
     const char* asked = std::getenv("BEIT_FAST_CPU_ISA");
     if (asked == nullptr || *asked == '\0') return available_isas().back();
@@ -98,8 +108,7 @@ Isa choose() {
         if (std::string(isa_name(isa)) == asked) return isa;
     }
     throw std::invalid_argument("BEIT_FAST_CPU_ISA='" + std::string(asked) +
-                                "' is not supported on this CPU by this build (expected one of " +
-                                names_of(available_isas()) + ", or unset)");
+                                "' is not supported (expected " + choices_of(available_isas()) + ", or unset)");
 }
 
 }  // namespace
