@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..configuration.beit_config import BeitConfig
 from ..layers.block import BeitEncoder
 from ..layers.embeddings import BeitEmbeddings, window_of
-from .base import BeitPreTrainedModel, key_mask_of
+from .base import BeitPreTrainedModel, check_tensors, key_mask_of
 from .outputs import BeitModelOutputWithPooling, ImageClassifierOutput, MaskedLMOutput
 
 
@@ -82,6 +82,7 @@ class BeitModel(BeitPreTrainedModel):
             last_hidden_state `[B, N, E]`, pooler_output `[B, E]`, hidden_states (layers + 1 of `[B, N, E]`, before the
             final LayerNorm), attentions (layers of `[B, H, N, N]`).
         """
+        check_tensors(pixel_values, bool_masked_pos, attention_mask)
         window = window_of(pixel_values, self.config.patch_size)
         kernels = self._kernels_for(pixel_values)
         tokens = self.embeddings(pixel_values, window, bool_masked_pos, kernels.attention)

@@ -25,7 +25,13 @@ from .fallback import attention as fallback
 from .functorch import autograd_function, raise_on_forward_mode, transforms_are_active
 from .library import Autograd, Kernel, call_op, register_op
 from .transforms import cast_first, fold, map_entries, unfold
-from .validation import attention_backward_errors, attention_errors, attention_tensor_errors, raise_errors
+from .validation import (
+    attention_backward_errors,
+    attention_errors,
+    attention_tensor_errors,
+    raise_errors,
+    raise_type_errors,
+)
 
 
 def rel_pos_attention(
@@ -54,15 +60,18 @@ def rel_pos_attention(
         `[B, N, H, D]`, contiguous, in the dtype of q. Arithmetic is fp32 (fp64 for fp64 inputs, on CPU).
 
     Raises:
+        TypeError: If arguments have a wrong type; the error lists all of them.
         ValueError: If shapes, dtypes or devices do not fit, or no kernel serves them; the error lists every reason.
         RuntimeError: If forward-mode or double differentiation is requested.
     """
     if table is not None and window is None:
+        raise_type_errors("rel_pos_attention", AttentionArguments(q, k, v, table, key_mask, (1, 1), 1.0))
         errors = [*attention_tensor_errors(q, k, v, table, key_mask), "a table needs window=(height, width)"]
         raise_errors("rel_pos_attention", errors, AttentionArguments(q, k, v, table, key_mask, (1, 1), 1.0))
     raise_on_forward_mode(q, k, v, table)
     if scale is None:
-        scale = q.shape[-1] ** -0.5 if q.ndim == 4 and q.shape[-1] != 0 else 1.0  # the operator rejects any other q
+        is_valid = isinstance(q, Tensor) and q.ndim == 4 and q.shape[-1] != 0
+        scale = q.shape[-1] ** -0.5 if is_valid else 1.0  # the operator rejects any other q
     window = (1, 1) if window is None else window
     if torch.jit.is_tracing():  # sizes are tensors there, and an operator's integers must be constants
         window = (int(window[0]), int(window[1]))

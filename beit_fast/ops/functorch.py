@@ -25,7 +25,7 @@ def raise_on_forward_mode(*tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     unpack = torch.autograd.forward_ad.unpack_dual
-    if any(x is not None and unpack(x).tangent is not None for x in tensors):
+    if any(isinstance(x, Tensor) and unpack(x).tangent is not None for x in tensors):
         raise RuntimeError("beit_fast operators have no forward-mode derivative; use attn_implementation='eager'")
 
 

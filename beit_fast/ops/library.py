@@ -8,12 +8,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from .dispatch.availability import INTERPRETED
-from .validation import raise_errors
+from .validation import raise_errors, raise_type_errors
 
 library = torch.library.Library("beit_fast", "FRAGMENT")
 
 Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
 """A typed tuple of an operator's arguments, see `arguments.py`."""
+
+
+TYPE_ERRORS = (AttributeError, RuntimeError, TypeError)
+"""What a call raises if an argument has a wrong type."""
 
 
 def _no_reasons(arguments: Any) -> Sequence[str]:
@@ -41,9 +45,12 @@ class Autograd(NamedTuple):
 
 
 def call_op(op: Callable[..., Any], name: str, arguments: Arguments, errors: Callable[[Arguments], list[str]]) -> Any:
-    """Call an operator and list every error of its arguments. The native library raises only the first error."""
+    """Call an operator and list every error of its arguments. Torch and the native library raise only the first."""
     try:
         return op(*arguments)
+    except TYPE_ERRORS:
+        raise_type_errors(name, arguments)
+        raise
     except ValueError as error:
         first_error = error
     found = errors(arguments) if f"beit_fast::{name}: expected" in str(first_error) else []

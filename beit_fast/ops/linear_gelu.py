@@ -16,9 +16,9 @@ from torch import Tensor
 from .arguments import LINEAR_GELU, LinearGeluArguments
 from .dispatch import availability
 from .functorch import raise_on_forward_mode
-from .library import Autograd, Kernel, register_op
+from .library import TYPE_ERRORS, Autograd, Kernel, register_op
 from .transforms import cast_first, map_entries
-from .validation import linear_gelu_errors
+from .validation import linear_gelu_errors, raise_type_errors
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,11 +34,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         fp32 follow `torch.backends.cuda.matmul.fp32_precision`.
 
     Raises:
+        TypeError: If arguments have a wrong type; the error lists all of them.
         ValueError: If shapes, dtypes or devices do not fit, or no kernel serves them; the error lists every reason.
         RuntimeError: If a derivative is requested, backward or forward.
     """
     raise_on_forward_mode(x, weight, bias)
-    return linear_gelu_op(x, weight, bias)
+    try:
+        return linear_gelu_op(x, weight, bias)
+    except TYPE_ERRORS:
+        raise_type_errors("linear_gelu", LinearGeluArguments(x, weight, bias))
+        raise
 
 
 def _fallback(arguments: LinearGeluArguments) -> Tensor:

@@ -48,6 +48,7 @@ def patch_embed(
         `[B, 1 + P, E]`, or `[B, P, E]` without `cls`, in the widest dtype of weight, cls, mask_token and pos.
 
     Raises:
+        TypeError: If arguments have a wrong type; the error lists all of them.
         ValueError: If shapes, dtypes or devices do not fit; the error lists every reason.
     """
     raise_on_forward_mode(pixels, weight, bias, cls, mask_token, pos)

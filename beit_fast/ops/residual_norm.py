@@ -27,8 +27,9 @@ from .dispatch import availability
 from .fallback import residual_norm as fallback
 from .fallback.residual_norm import sum_dtype
 from .functorch import raise_on_forward_mode
-from .library import Autograd, Kernel, register_op
+from .library import TYPE_ERRORS, Autograd, Kernel, register_op
 from .validation import (
+    raise_type_errors,
     residual_add_backward_errors,
     residual_add_errors,
     residual_norm_backward_errors,
@@ -66,11 +67,17 @@ def residual_norm(
         on CPU), and the rounded sum is what is normalized.
 
     Raises:
+        TypeError: If arguments have a wrong type; the error lists all of them.
         ValueError: If shapes, dtypes or devices do not fit, or no kernel serves them; the error lists every reason.
         RuntimeError: If forward-mode or double differentiation is requested.
     """
     raise_on_forward_mode(residual, branch, scale, weight, bias)
-    total, normalized, _, _ = residual_norm_op(residual, branch, scale, drop_path_scale, weight, bias, eps, dtype)
+    try:
+        total, normalized, _, _ = residual_norm_op(residual, branch, scale, drop_path_scale, weight, bias, eps, dtype)
+    except TYPE_ERRORS:
+        arguments = ResidualNormArguments(residual, branch, scale, drop_path_scale, weight, bias, eps, dtype)
+        raise_type_errors("residual_norm", arguments)
+        raise
     return (residual if branch is None else total), normalized
 
 
@@ -79,7 +86,11 @@ def residual_add(
 ) -> Tensor:
     """`residual + drop_path_scale * scale * branch`; arguments, result and errors as in `residual_norm`."""
     raise_on_forward_mode(residual, branch, scale)
-    return residual_add_op(residual, branch, scale, drop_path_scale)
+    try:
+        return residual_add_op(residual, branch, scale, drop_path_scale)
+    except TYPE_ERRORS:
+        raise_type_errors("residual_add", ResidualAddArguments(residual, branch, scale, drop_path_scale))
+        raise
 
 
 def _unsupported_reasons(arguments: Any) -> Sequence[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
@@ -280,6 +281,39 @@ def _missing_input_errors(inputs: dict[str, Tensor | None], needed: Sequence[boo
     if needed[0] and branch is None:
         errors.append("the gradient of scale needs branch")
     return errors
+
+
+_EXPECTED: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    Tensor: ("a tensor", lambda value: isinstance(value, Tensor)),
+    Tensor | None: ("a tensor or None", lambda value: value is None or isinstance(value, Tensor)),
+    Window: ("two integers (height, width)", lambda value: _are_numbers(value, "__index__")),
+    int: ("an integer", lambda value: hasattr(value, "__index__")),
+    float: ("a number", lambda value: hasattr(value, "__float__")),
+    Sequence[float] | None: ("numbers or None", lambda value: value is None or _are_numbers(value, "__float__")),
+    torch.dtype | None: ("a torch.dtype or None", lambda value: value is None or isinstance(value, torch.dtype)),
+}
+"""What a public argument of each type may be, and a function that accepts it."""
+
+
+def _are_numbers(values: Any, method: str) -> bool:
+    return isinstance(values, Sequence) and all(hasattr(value, method) for value in values)
+
+
+def raise_type_errors(operator: str, arguments: Any) -> None:
+    """Raise one TypeError that lists every argument of a wrong type, if there are any.
+
+    The operators call it after torch has rejected a call, so that a correct call does not pay for the check.
+    """
+    errors = []
+    for name, kind in get_type_hints(type(arguments)).items():
+        expected, accepts = _EXPECTED[kind]
+        value = getattr(arguments, name)
+        if not accepts(value):
+            plain = isinstance(value, (str, int, float, tuple, list, type(None)))
+            given = reprlib.repr(value) if plain else f"of type {type(value).__name__}"
+            errors.append(f"{name} is {given} (expected {expected})")
+    if errors:
+        raise TypeError(f"beit_fast::{operator} cannot serve these arguments: {'; '.join(errors)}")
 
 
 def raise_errors(operator: str, errors: Sequence[str], arguments: Any) -> NoReturn:

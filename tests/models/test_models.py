@@ -196,6 +196,22 @@ def test_invalid_inputs_and_configs_raise():
         build(BeitBackbone, add_fpn=True, reshape_hidden_states=False, out_indices=[0, 1, 2, 3])
 
 
+def test_arguments_that_are_not_tensors_are_all_listed():
+    pixels = torch.randn(1, 3, 32, 32)
+    model = BeitModel(config(use_mask_token=True)).eval()
+    with pytest.raises(TypeError) as caught:
+        model(pixels.numpy(), [[True]], attention_mask=[[1]])
+    assert str(caught.value) == (
+        "pixel_values is of type ndarray, bool_masked_pos is of type list, attention_mask is of type list "
+        "(expected a torch.Tensor)"
+    )
+    backbone = BeitBackbone(config(num_hidden_layers=4, out_indices=[1, 2, 3, 4]))
+    classifier = BeitForImageClassification(config()).eval()
+    for other in (backbone, classifier, beit_fast.optimize_for_inference(classifier)):
+        with pytest.raises(TypeError, match=r"^pixel_values is of type ndarray \(expected a torch.Tensor\)$"):
+            other(pixels.numpy())
+
+
 def test_bool_masked_pos_as_grid_equals_flat():
     model = build(BeitModel)
     masked = torch.rand(2, 4, 4) > 0.5
