@@ -9,6 +9,9 @@ model classifies held-out handwritten digits.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from beit_fast import BeitConfig, BeitForImageClassification, BeitImageProcessor
-from beit_fast.cli.collect_env import environment
+from beit_fast import BeitConfig, BeitForImageClassification, BeitImageProcessor, __version__
 from beit_fast.position_bias import Window, gather_bias
 from beit_fast.testing import latency, peak_memory
 
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -
     except OSError as error:
         parser.error(f"cannot read the image: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    conditions = environment(device)
+    conditions = conditions_on(device)
     if options.model is None:
         model = build_model(config or BeitConfig(use_relative_position_bias=True, num_labels=1000), device)
         pixels = preprocess(photograph, model.config.image_size).to(device)
@@ -213,6 +215,17 @@ def classify_digits(folder: Path, device: torch.device) -> str:
         f"digits: {right} of {len(files)} held-out handwritten digits are correct with the trained model in "
         f"{folder.name}/ ({model.attention_report().kernel}): {' '.join(map(str, answers))}"
     )
+
+
+def conditions_on(device: torch.device) -> dict[str, Any]:
+    """The device and the versions that the numbers belong to."""
+    return {
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "beit_fast": __version__,
+    }
 
 
 def describe_run(model: BeitForImageClassification, conditions: dict[str, Any], image: Path, weights: str) -> str:

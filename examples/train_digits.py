@@ -9,8 +9,10 @@ clusters of patches here. A fifth of the digits is held out: neither weights nor
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
-from beit_fast.cli.collect_env import environment, installed_version
+from beit_fast import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling, __version__
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE, PATCH, TOKENS, LAYERS = 48, 8, 64, 4
@@ -96,7 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
         "split": {"training": len(digits.training), "held_out": len(digits.held_out), "random_state": options.seed},
         "options": {name: value for name, value in vars(options).items() if name != "out"},
         "seconds": round(time.perf_counter() - start, 1),
-        "environment": environment("cpu") | {"scikit-learn": installed_version("scikit-learn")},
+        "environment": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "scikit-learn": importlib.metadata.version("scikit-learn"),
+            "beit_fast": __version__,
+        },
         "pretraining": pretraining,
         "fine_tuning": fine_tuning,
     }

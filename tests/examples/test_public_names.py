@@ -15,7 +15,6 @@ PUBLIC = {
     "beit_fast",
     *(f"beit_fast.{name}" for name in ("checkpoint", "configuration", "image_processing", "inference", "kernels")),
     *(f"beit_fast.{name}" for name in ("layers", "ops", "parallel", "position_bias", "testing")),
-    "beit_fast.cli.collect_env",
     *(f"beit_fast.integrations.{name}" for name in ("mmseg", "timm", "transformers")),
 }
 

@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,9 @@ def test_kernel_import_errors_of_checkout_is_empty():
 def test_kernels_folder_is_not_a_package():
     """A regular package would shadow the distribution `kernels`, which Transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_import_layers_on_a_page_are_those_of_the_rule(page: str) -> None:
+    rule = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert "```text\n" + "\n".join(rule) + "\n```" in (ROOT / page).read_text()
