@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def unreadable_reason(error: Exception, file: Path) -> str:
-    """Return the error of reading a single file, without the file's index and folder.
+    """Return the error of reading one file, without index and folder.
 
     The results of `predict` then do not depend on the location of the data set.
     """

@@ -300,7 +300,7 @@ def _are_numbers(values: Any, method: str) -> bool:
 
 
 def raise_type_errors(operator: str, arguments: Any) -> None:
-    """Raise one TypeError that lists every argument of a wrong type, if there are any.
+    """Raise one TypeError that lists every argument of a wrong type.
 
     The operators call it after torch has rejected a call, so that a correct call does not pay for the check.
     """

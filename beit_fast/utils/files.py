@@ -22,7 +22,7 @@ CONFIG_NAME = "config.json"
 
 @contextmanager
 def writing(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name what could not be written if the block raises the system's error.
+    """Name what could not be written if the block fails.
 
     Raises:
         OSError: The error of the block, with its class and number, and a message that names `what` and `path`.
