@@ -83,7 +83,7 @@ test-slow-%:
 	$(BIN)/pytest -m slow $(PART_$*) || test $$? -eq 5
 
 # Another Triton: what its compiler or interpreter can break. Each kernel is compiled for one GPU of each class of tiles
-# (sm_120 stands for sm_86 and sm_89), and each branch of a kernel interpreted. Left out: strides, requested gradients and
+# (sm_120 represents sm_86 and sm_89), and each branch of a kernel interpreted. Left out: strides, requested gradients and
 # NaN of attention, which Triton does not decide, and loops whose instructions are counted with TRITON alone.
 TRITON_COMPILED := not (86 or 89 or attention_main_loop)
 TRITON_INTERPRETED := bias.py bias_layouts.py linear_gelu.py parity.py residual_norm.py

@@ -82,7 +82,7 @@ class BuildWheel(bdist_wheel):
 
 
 def build_libraries(names):
-    """Build the named libraries as BEIT_FAST_NATIVE says; results by name."""
+    """Build the named libraries by BEIT_FAST_NATIVE; return results by name."""
     request = os.environ.get("BEIT_FAST_NATIVE", "")
     if request not in ("", "0", "1"):
         raise SystemExit(f"BEIT_FAST_NATIVE={request!r} is not supported (expected '0' or '1', or unset)")

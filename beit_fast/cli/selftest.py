@@ -85,7 +85,7 @@ def _serving_kernel(device: torch.device) -> availability.KernelName:
 
 
 def _clock(device: torch.device, kernel: str) -> Callable[[], Clock] | None:
-    # The time of an interpreted kernel says nothing.
+    # Times of interpreted kernels are meaningless.
     return None if kernel == "triton-interpret" else functools.partial(clock_of, device)
 
 

@@ -78,7 +78,7 @@ def _gpu(name: str | None) -> torch.device:
     device = parse_device(name or "cuda")
     if device.type != "cuda" or not torch.cuda.is_available():
         found = "torch finds no CUDA device" if device.type == "cuda" else f"{device} is not a CUDA device"
-        raise ValueError(f"tiles are those of the GPU kernels, and {found}")
+        raise ValueError(f"only GPU kernels can be tuned, but {found}")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -85,7 +85,7 @@ def checks_for(device: torch.device, kernel: str) -> list[Check]:
         kernel: The attention kernel that serves there, of `availability.KERNELS`.
 
     Returns:
-        The checks. Those of a pair of GPU and Triton that the dispatcher refuses say so; run these inside
+        The checks. Those of a pair of GPU and Triton that the dispatcher refuses are labeled. Run them inside
         `availability.ignore_compiler_hazards`.
     """
     sizes = sizes_of(kernel)
@@ -125,7 +125,7 @@ def _attention_options(kernel: str, sizes: Sizes) -> list[Check]:
         _attention(kernel, sizes, window, half, dropout_p=0.25, batch=1, heads=1),
     ]
     if kernel == "triton":
-        # One image of 676 patches: the forward splits the keys and combines the parts.
+        # One image of 676 patches: the forward splits the keys and combines the results.
         checks.append(_attention(kernel, sizes, (26, 26), half, batch=1))
         checks.append(_attention(kernel, sizes, window, torch.float32, tf32=True))
     return checks

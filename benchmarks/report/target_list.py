@@ -19,7 +19,7 @@ class Target:
         text: Description.
         mode: Mode of the rows.
         needed: Least ratio.
-        against: Selects the rows to compare with; the one with the smallest quantity counts.
+        is_baseline: Selects the rows to compare with; the one with the smallest quantity counts.
         quantity: Field to compare.
         where: Selects the cases; by default those in 16 bits.
         baseline: Name of the baseline, if it is a single one, to report why it is missing.
@@ -31,7 +31,7 @@ class Target:
     text: str
     mode: str
     needed: float
-    against: Callable[[Row], bool]
+    is_baseline: Callable[[Row], bool]
     quantity: str = "median"
     where: Callable[[Row], bool] = lambda row: row["dtype"] != "fp32"
     baseline: str | None = None

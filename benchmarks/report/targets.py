@@ -24,7 +24,7 @@ class Verdict:
         case: Name of the case.
         ours: Our quantity.
         theirs: The smallest quantity of the baselines.
-        against: The baseline that it belongs to.
+        baseline: The baseline that it belongs to.
         missing: Why there is nothing to compare with.
         waited: Whether the device waited for the host in one of the two, so that the ratio includes host time.
     """
@@ -33,7 +33,7 @@ class Verdict:
     case: str
     ours: float | None = None
     theirs: float | None = None
-    against: str = ""
+    baseline: str = ""
     missing: str = ""
     waited: bool = False
 
@@ -75,7 +75,7 @@ def _comparable(target: Target, ours: list[Row], rows: list[Row]) -> list[Row]:
             one for one in ours if one.get("case") == row.get("case") and one.get("threads") == row.get("threads")
         ]
         compared = [
-            one for one in groups if any(_case(other) == _case(one) and target.against(other) for other in rows)
+            one for one in groups if any(_case(other) == _case(one) and target.is_baseline(other) for other in rows)
         ]
         if "group" not in row or row in (compared or groups[:1]):
             kept.append(row)
@@ -87,7 +87,7 @@ def _verdict(target: Target, ours: Row, rows: list[Row], results: dict[str, Any]
     value = ours[target.quantity]
     if value is None:
         return Verdict(target, case, missing="not measured on this device")
-    theirs = [row for row in rows if _case(row) == case and target.against(row) and row[target.quantity]]
+    theirs = [row for row in rows if _case(row) == case and target.is_baseline(row) and row[target.quantity]]
     if not theirs:
         return Verdict(target, case, value, missing=_reason(target, ours, results))
     best = min(theirs, key=lambda row: row[target.quantity])
@@ -130,8 +130,10 @@ def _line(verdict: Verdict, width: int) -> str:
     quantity, needed = verdict.target.quantity, verdict.target.needed
     result = "met" if verdict.met else f"MISSED, {100 * (1 - verdict.ratio / needed):.1f} % less is needed"
     ours, theirs = _amount(verdict.ours, quantity), _amount(verdict.theirs, quantity)
-    against = verdict.against + (", the device waited for the host" if verdict.waited else "")
-    return f"  {verdict.case:{width}}{ours:>11} against {theirs:>11}  ratio {verdict.ratio:5.2f}  {result}  ({against})"
+    baseline = verdict.baseline + (", the device waited for the host" if verdict.waited else "")
+    return (
+        f"  {verdict.case:{width}}{ours:>11} against {theirs:>11}  ratio {verdict.ratio:5.2f}  {result}  ({baseline})"
+    )
 
 
 def _amount(value: float, quantity: str) -> str:

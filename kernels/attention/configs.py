@@ -16,7 +16,7 @@ class BiasLayout(NamedTuple):
 class DbiasPlan(NamedTuple):
     """The part of the bias gradient that one launch computes."""
 
-    num_splits: int  # parts of the batch, each with its own sum
+    num_splits: int  # splits of the batch, each with its own sum
     heads: int
     rows: int
 

@@ -28,4 +28,4 @@ def prepare(name: str, log: str = "", seconds: float = 0.001, error: float = 0.0
         time.sleep(seconds)
 
     facts = {"kernel": "probe", "errors": {"out": error}, "process": os.getpid(), "threads": torch.get_num_threads()}
-    return Prepared(step, {**facts, "told": os.environ.get("PROBE")})
+    return Prepared(step, {**facts, "variable": os.environ.get("PROBE")})

@@ -73,7 +73,7 @@ def test_variants_of_without_a_tile_returns_the_shipped_and_the_reference(script
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--tile", "64,64"], "M,N,WARPS,STAGES"),
         (["--tile", "48,64,4,2"], "powers of two"),
@@ -86,12 +86,12 @@ def test_variants_of_without_a_tile_returns_the_shipped_and_the_reference(script
     ],
 )
 def test_parse_bad_options_exits(
-    script: ModuleType, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         script.main(options)
     assert stopped.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_main_kernel_that_does_not_compile_returns_1(script: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def test_worker_process_is_isolated_and_its_death_is_reported() -> None:
         process.run_round()
     assert result.failure is None
     assert result.facts["process"] not in (os.getpid(), None)
-    assert (result.facts["threads"], result.facts["told"]) == (2, "yes")
+    assert (result.facts["threads"], result.facts["variable"]) == (2, "yes")
     assert len(result.times) == 1
     assert result.median >= 0.001
     assert result.peak_memory is None or 0 <= result.peak_memory < result.loaded_memory

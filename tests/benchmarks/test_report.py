@@ -211,7 +211,7 @@ def test_captions_name_the_conditions() -> None:
 def test_targets_of_attention_are_judged_at_every_size() -> None:
     flash, learned, prebuilt, cudnn, training, memory = judged(attention_on_gpu()).values()
     assert [verdict.met for verdict in flash] == [True] * 7
-    assert [(verdict.met, verdict.against) for verdict in learned] == [(True, "flex_attention")] * 7
+    assert [(verdict.met, verdict.baseline) for verdict in learned] == [(True, "flex_attention")] * 7
     assert [verdict.ratio for verdict in prebuilt] == pytest.approx([1.6] * 7)
     assert [verdict.met for verdict in cudnn] == [None if "577" in verdict.case else False for verdict in cudnn]
     assert [verdict.met for verdict in training] == [False] * 7
@@ -249,7 +249,7 @@ def test_targets_of_patches() -> None:
         for name in bench_patch_embed.BASELINES[case.mode]
     ]
     close, faster, from_bytes = judged(results_on("cpu", rows)).values()
-    assert [(v.ratio, v.met, v.against) for v in close] == [(pytest.approx(0.96), False, "unfold + linear")] * 2
+    assert [(v.ratio, v.met, v.baseline) for v in close] == [(pytest.approx(0.96), False, "unfold + linear")] * 2
     assert [v.met for v in faster] == [False] * 2
     assert [(v.ratio, v.met) for v in from_bytes] == [(pytest.approx(1.5), True)] * 2
 
@@ -265,10 +265,10 @@ def test_ratios_are_taken_within_one_group() -> None:
         ],
     )
     verdicts = judged(content)
-    (against_theirs,) = verdicts["base 224 B=1 fp32 2.8x transformers sdpa"]
-    (against_runtime,) = verdicts["base 224 B=1 fp32 level with OpenVINO"]
-    assert (against_theirs.ratio, against_runtime.ratio) == pytest.approx((4.0, 1.1))
-    assert against_runtime.case == "base 1x197 fp32, threads 1, group 2"
+    (over_theirs,) = verdicts["base 224 B=1 fp32 2.8x transformers sdpa"]
+    (over_runtime,) = verdicts["base 224 B=1 fp32 level with OpenVINO"]
+    assert (over_theirs.ratio, over_runtime.ratio) == pytest.approx((4.0, 1.1))
+    assert over_runtime.case == "base 1x197 fp32, threads 1, group 2"
     (panel,) = plot_models.model_panels(content["rows"])
     assert [(one["baseline"], one["median"]) for one in panel] == [(ours, 1.5), (runtime, 2.2), (theirs, 4.0)]
     assert panel[0]["range"] == pytest.approx([0.9, 2.2])
@@ -300,7 +300,7 @@ def test_targets_are_printed_with_reasons_and_distances() -> None:
         ("cpu", "Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz", "intel-xeon-gold-6338-cpu-2-threads"),
     ],
 )
-def test_device_slug(device: str, name: str, slug: str) -> None:
+def test_device_slug_of_a_device_is_its_name_in_lower_case(device: str, name: str, slug: str) -> None:
     assert results.device_slug({"device": device, "device_name": name, "threads": 2}) == slug
 
 

@@ -105,7 +105,7 @@ def test_preprocess_with_another_type_raises(processor, image):
 
 @BOTH
 @pytest.mark.parametrize(
-    ("image", "problem"),
+    ("image", "message"),
     [
         (np.full((5, 5, 3), 256), "values from 256 to 256"),
         (np.full((5, 5, 3), -1), "values from -1 to -1"),
@@ -115,8 +115,8 @@ def test_preprocess_with_another_type_raises(processor, image):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_preprocess_with_values_out_of_range_raises(class_, image, problem):
-    with pytest.raises(ValueError, match=problem):
+def test_preprocess_with_values_out_of_range_raises(class_, image, message):
+    with pytest.raises(ValueError, match=message):
         class_(do_rescale=False)(image)
 
 

@@ -26,12 +26,12 @@ def check(case: Case, wanted: OutputMask) -> None:
 
 @given(attention_cases(), output_masks())
 @settings(derandomize=True, deadline=None, max_examples=FEW, suppress_health_check=[HealthCheck.too_slow])
-def test_drawn_cases(case: Case, wanted: OutputMask) -> None:
+def test_attention_drawn_cases_stay_within_their_budgets(case: Case, wanted: OutputMask) -> None:
     check(case, wanted)
 
 
 @pytest.mark.slow
 @given(attention_cases(), output_masks())
 @settings(derandomize=True, deadline=None, max_examples=MANY, suppress_health_check=[HealthCheck.too_slow])
-def test_many_drawn_cases(case: Case, wanted: OutputMask) -> None:
+def test_attention_many_drawn_cases_stay_within_their_budgets(case: Case, wanted: OutputMask) -> None:
     check(case, wanted)

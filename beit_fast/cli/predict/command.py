@@ -66,7 +66,7 @@ def predict(options: PredictOptions) -> int:
         return ExitCode.INTERRUPTED
     outcome = run.finish(writer(file_format, predictor.output))
     if outcome is None and ranks.world == 1:
-        raise RuntimeError(f"{run.folder} was modified while running and misses batches; rerun the same command")
+        raise RuntimeError(f"{run.folder} was modified while running and lacks batches; rerun the same command")
     _report(options, ranks, predictor, progress, outcome, f"results: {options.out}")
     return ExitCode.SOME_FAILED if outcome is not None and outcome.failures else ExitCode.DONE
 

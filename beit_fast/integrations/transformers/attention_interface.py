@@ -1,7 +1,7 @@
 """`attn_implementation="triton"` for Transformers' own BEiT and Data2VecVision classes.
 
 `register()` adds the name and patches the bias modules. Transformers' layers pass the bias to an attention function as
-a dense mask. If the configuration says "triton", the patched modules return their table, and the function reads it.
+a dense mask. If the configuration has "triton", the patched modules return their table, and the function reads it.
 """
 
 from __future__ import annotations

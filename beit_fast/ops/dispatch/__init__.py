@@ -1,1 +1,1 @@
-"""Choice of kernels by device, and the reasons against the other kernels."""
+"""Choice of kernels by device, with the reasons why others cannot serve."""

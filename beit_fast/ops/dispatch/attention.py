@@ -102,7 +102,9 @@ def describe_kernels(
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """Attention kernels that ran in a model, and reasons against the others. `str()` returns a readable summary.
+    """Attention kernels that ran in a model, and why others cannot.
+
+    `str()` returns a readable summary.
 
     Attributes:
         requested: `attn_implementation`, None if device and dtype decide.

@@ -74,7 +74,9 @@ def kernel_name(resolved: str, pixels: Tensor, weight: Tensor) -> str:
 
 @dataclass(frozen=True)
 class PatchEmbedReport:
-    """Patch embedding that ran in a model, and reasons against the others. `str()` returns a readable summary.
+    """Patch embedding that ran in a model, and why others cannot.
+
+    `str()` returns a readable summary.
 
     Attributes:
         requested: `patch_embed_implementation`, None if it follows attention.
