@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="needs Triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
 
+import triton
+
 from beit_fast.kernels.aot.executor import launch
 from beit_fast.kernels.aot.verify import mutate
 from beit_fast.kernels.aot.verify.cases import LinearCase, NormCase
@@ -21,6 +23,11 @@ from beit_fast.kernels.aot.verify.operators import prepare
 from beit_fast.kernels.aot.verify.replay import Done, replayed
 
 LINEAR = LinearCase(80, "bf16", 70, 144, 72)
+
+has_fences = pytest.mark.skipif(
+    triton.__version__.startswith("3.6."),
+    reason="Triton 3.6 leaves out fences on sm_100, so the kernel is broken already",
+)
 
 PTX = """
 \tbar.sync \t0;
@@ -90,8 +97,8 @@ def test_replayed_executes_other_kernels_once() -> None:
         (90, "first factor of products 16 bytes further", "wrong numbers"),
         (90, "other swizzle of the second factor", "wrong numbers"),
         (90, "second factor of products transposed", "wrong numbers"),
-        (100, "wait for an mbarrier dropped", "PipelineError"),
-        (100, "tensor memory 4 columns further", "AccessError"),
+        pytest.param(100, "wait for an mbarrier dropped", "PipelineError", marks=has_fences),
+        pytest.param(100, "tensor memory 4 columns further", "AccessError", marks=has_fences),
     ],
 )
 def test_judge_of_a_broken_kernel_returns_the_fault(capability: int, kind: str, verdict: str) -> None:
