@@ -22,6 +22,12 @@ SLAB_BYTES = 64
 """Bytes of depth in a slab."""
 
 
+def steps_to_count(capability: int) -> int:
+    """Return the whole steps of a loop with products after which it counts as checked."""
+    # For sm_100, Triton takes the first and the last product out of the loop, which two steps do not enter.
+    return 3 if capability == 100 else 2
+
+
 class Loop(NamedTuple):
     """One kernel's loop: steps that are whole, and whether a partial one ends it."""
 
@@ -29,10 +35,11 @@ class Loop(NamedTuple):
     tile: tuple[int, ...]
     whole_steps: int
     is_ragged: bool
+    needed_steps: int = 2
 
     @property
     def counts(self) -> bool:
-        return self.whole_steps >= 2 and self.is_ragged
+        return self.whole_steps >= self.needed_steps and self.is_ragged
 
 
 def loops(case: Case) -> list[Loop]:
@@ -70,16 +77,17 @@ def _attention_loops(case: AttentionCase) -> Iterator[Loop]:
         splits = configs.num_splits(programs, patches, forward.block_n, num_sms_of(case))
         per_split = _ceil(_ceil(patches, splits), forward.block_n) * forward.block_n
         keys = patches - (splits - 1) * per_split  # of the last split, which has the fewest
-    yield _over("forward", forward, keys, forward.block_n)
+    needed = steps_to_count(case.capability)
+    yield _over("forward", forward, keys, forward.block_n, needed)
     if splits > 1:
         ragged = (patches + 1) % configs.COMBINE_BLOCK != 0
         yield Loop("combine_splits", (configs.COMBINE_BLOCK,), splits, ragged)
     if not case.backward:
         return
     tile = attention_tile(case, "backward_dkv")
-    yield _over("backward_dkv", tile, patches, tile.block_m)
+    yield _over("backward_dkv", tile, patches, tile.block_m, needed)
     tile = attention_tile(case, "backward_dq")
-    yield _over("backward_dq", tile, patches, tile.block_n)
+    yield _over("backward_dq", tile, patches, tile.block_n, needed)
     if case.layout == "none":
         return
     # The loop is over samples; the tile itself is the ragged part.
@@ -87,11 +95,11 @@ def _attention_loops(case: AttentionCase) -> Iterator[Loop]:
     plan = configs.plan_backward_dbias(case.batch, patches, case.heads, tile, num_sms_of(case))
     samples = _ceil(case.batch, plan.num_splits)
     ragged = patches % tile.block_n != 0 and (patches + 1) % tile.block_m != 0
-    yield Loop("backward_dbias", tuple(tile), samples, ragged)
+    yield Loop("backward_dbias", tuple(tile), samples, ragged, needed)
 
 
-def _over(kernel: str, tile: configs.TileConfig, patches: int, step: int) -> Loop:
-    return Loop(kernel, tuple(tile), patches // step, patches % step != 0)
+def _over(kernel: str, tile: configs.TileConfig, patches: int, step: int, needed: int) -> Loop:
+    return Loop(kernel, tuple(tile), patches // step, patches % step != 0, needed)
 
 
 def linear_tile(case: LinearCase) -> linear_configs.LinearTile:
@@ -106,7 +114,7 @@ def _linear_loop(case: LinearCase) -> Loop:
     ragged = inputs % tile.block_k != 0 or (
         tile.block_k == 16 and case.rows % tile.block_m != 0 and case.outputs % tile.block_n != 0
     )
-    return Loop("linear_gelu", tuple(tile), inputs // tile.block_k, ragged)
+    return Loop("linear_gelu", tuple(tile), inputs // tile.block_k, ragged, steps_to_count(case.capability))
 
 
 def _norm_loops(case: NormCase) -> Iterator[Loop]:
@@ -149,9 +157,9 @@ def checked_kernels(case: Case) -> list[tuple[object, ...]]:
 
 def plan_hash(case: Case, triton_version: str) -> str:
     """Return a hash of what is not in a kernel's source: the tiles and what a release of Triton changes in them."""
-    kernels = loops(case)
+    kernels = [loop[:4] for loop in loops(case)]  # the steps that count are not part of a launch
     if isinstance(case, PatchCase):  # Triton does not compile it
         return hashlib.sha256(repr(kernels).encode()).hexdigest()[:8]
-    stages = [is_pipelined(loop.kernel, case.capability, triton_version) for loop in kernels]
+    stages = [is_pipelined(kernel, case.capability, triton_version) for kernel, *_ in kernels]
     plan = repr((kernels, stages, needs_copy_fence(case.capability, triton_version)))
     return hashlib.sha256(plan.encode()).hexdigest()[:8]

@@ -13,7 +13,7 @@ from .. import residual_norm_variants
 from ..attention_variants import layout_name
 from ..compile import CAPABILITIES
 from .cases import DTYPES, AttentionCase, Case, LinearCase, NormCase, PatchCase, architecture_of, arithmetic_of
-from .loops import attention_tile, loops
+from .loops import attention_tile, loops, steps_to_count
 
 HEAD_DIMS = {16: (16, 8), 32: (32, 24), 64: (64, 40), 128: (128, 80, 96, 72)}
 """Head dimensions by what they are padded to."""
@@ -32,7 +32,7 @@ def table(capability: int) -> list[Case]:
     cases[0:0] = quick_cases(capability)
     for block_d, dropout in itertools.product((64, 32, 128, 16), (False, True)):
         cases += _attention_cases(capability, block_d, dropout)
-    cases.append(AttentionCase(capability, "bf16", 32, "extended", WIDE))
+    cases.append(AttentionCase(capability, "bf16", 32, "extended", WIDE, batch=steps_to_count(capability)))
     return list(dict.fromkeys(cases))
 
 
@@ -122,7 +122,8 @@ def attention_case(
 ) -> AttentionCase:
     """Return a case with the smallest window with which every kernel counts."""
     # The last sample of a mask attends to nothing; dropout's reference is slow.
-    batch = 4 if split and backward else 3 if key_mask and backward else 2
+    samples = steps_to_count(capability)
+    batch = 2 * samples if split and backward else samples + 1 if key_mask and backward else samples
     heads = 2 if arithmetic_of(dtype) != "half" and not (dropout or split or key_mask) else 1
     for window in _candidates():
         is_even = window[1] % 2 == 0
@@ -162,12 +163,13 @@ def _linear_cases(capability: int) -> Iterator[LinearCase]:
 
 
 def _linear_case(capability: int, dtype: str, row_class: str, whole_steps: bool) -> LinearCase:
-    """Return a layer of three steps or of two and a partial one, with partial blocks of rows and outputs."""
+    """Return a layer whose last step is whole or partial, with partial blocks of rows and outputs."""
     rows = {linear_configs.FEW: 70, linear_configs.SOME: 650, linear_configs.MANY: 4100}[row_class]
     outputs = 80 if row_class == linear_configs.MANY else 176
     architecture = architecture_of(capability)
     tile = linear_configs.select(architecture, arithmetic_of(dtype), rows, outputs)
-    inputs = 3 * tile.block_k if whole_steps else 2 * tile.block_k + min(16, tile.block_k // 2)
+    steps = steps_to_count(capability)
+    inputs = (steps + 1) * tile.block_k if whole_steps else steps * tile.block_k + min(16, tile.block_k // 2)
     return LinearCase(capability, dtype, rows, inputs, outputs, bias=not whole_steps)
 
 

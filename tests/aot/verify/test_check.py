@@ -198,3 +198,18 @@ def test_main_quick_fails_if_the_results_are_of_another_source(
     results.add(row_of(LINEAR, kernels=everything))
     assert command.main(["80", "--quick", "--results", str(tmp_path)]) == 1
     assert "backward_dq: the committed results are of another source" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_run_executes_every_product_of_the_compiled_kernels(capability: int) -> None:
+    case = table.quick_cases(capability)[0]
+    launches = check.run(case, operators.prepare(case), check.SCHEDULES[0]).launches
+    products = [
+        launch.executed[number]
+        for launch in launches
+        for number, block in enumerate(launch.code.blocks)
+        for instruction in launch.code.instructions[block.first : block.last + 1]
+        if instruction.opcode == "mma" or {"mma", "mma_async"} & set(instruction.modifiers)
+    ]
+    assert len(products) > 20
+    assert all(products)

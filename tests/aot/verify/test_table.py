@@ -178,6 +178,12 @@ def test_quick_cases_cover_every_kernel_and_layout() -> None:
         assert set(cases) <= set(table.table(capability))
 
 
+def test_cases_of_sm_100_enter_the_loop_behind_the_first_product() -> None:
+    two_steps = AttentionCase(100, "bf16", 32, "none", (12, 14), batch=3)
+    assert [loop.kernel for loop in loops.loops(two_steps) if loop.counts] == []
+    assert all(loop.whole_steps >= 3 for loop in loops.loops(table.quick_cases(100)[0]))
+
+
 def test_loop_counts_two_whole_steps_and_a_tail() -> None:
     assert Loop("forward", (), 2, True).counts
     assert not Loop("forward", (), 1, True).counts
