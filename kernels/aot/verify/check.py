@@ -48,10 +48,15 @@ class Run(NamedTuple):
     tiles: dict[str, str]  # by kernel
 
 
-def run(case: Case, prepared: Prepared, schedule: Schedule, edit: Edit | None = None) -> Run:
-    """Execute the launches of a case. Hazards are counted; other errors of a kernel are raised."""
+def run(
+    case: Case, prepared: Prepared, schedule: Schedule, edit: Edit | None = None, tiles: dict[str, str] | None = None
+) -> Run:
+    """Execute the launches of a case. Hazards are counted; other errors of a kernel are raised.
+
+    `tiles` gets the kernels that were launched, also if one raises.
+    """
     options = Options(schedule, collect=True)
-    tiles: dict[str, str] = {}
+    tiles = {} if tiles is None else tiles
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_on_gpu(case))
         stack.enter_context(_recorded(tiles))
@@ -60,7 +65,7 @@ def run(case: Case, prepared: Prepared, schedule: Schedule, edit: Edit | None = 
         driver = stack.enter_context(on_gpu(case.capability, prepared.num_sms, options, edit))
         results = prepared.launch()
     if isinstance(case, PatchCase):
-        tiles = {loop.kernel: "x".join(map(str, loop.tile)) for loop in loops(case)}
+        tiles.update((loop.kernel, "x".join(map(str, loop.tile))) for loop in loops(case))
     return Run(results, driver.launches, tiles)
 
 
@@ -106,14 +111,16 @@ def _check(case: Case, schedules: Sequence[Schedule]) -> dict[str, Any]:
     row |= {"budgets": _rounded(prepared.budgets), "errors": {}, "hazards": {}, "wrong": []}
     first: Results | None = None
     for schedule in schedules:
+        tiles: dict[str, str] = {}
         try:
-            done = run(case, prepared, schedule)
+            done = run(case, prepared, schedule, tiles=tiles)
         # Anything that stops a kernel is a result: the other orders and cases go on.
         except Exception as error:
             row["wrong"].append(f"{schedule}: {type(error).__name__}: {error}")
             continue
+        finally:
+            row["kernels"] |= {name: f"{tile} {source_hash(name)}".strip() for name, tile in tiles.items()}
         row["launches"] += len(done.launches)
-        row["kernels"] |= {name: f"{tile} {source_hash(name)}".strip() for name, tile in done.tiles.items()}
         for text, count in _hazards(done.launches).items():
             row["hazards"].setdefault(text, {})[str(schedule)] = count
         if first is not None and _same_bits(first, done.results):

@@ -49,13 +49,23 @@ def test_check_returns_errors_within_the_budget_and_the_tile() -> None:
 
 
 def test_check_of_a_launch_that_fails_keeps_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise ValueError("no such tile")
 
     monkeypatch.setattr(check, "run", fail)
     row = check.check(LINEAR, check.SCHEDULES[:1])
     assert row["wrong"] == ["lockstep: ValueError: no such tile"]
     assert not is_current(row, LINEAR, triton.__version__)
+
+
+def test_check_of_a_kernel_that_raises_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ValueError("a deadlock")
+
+    monkeypatch.setattr(check, "launch_kernel", fail)
+    row = check.check(LINEAR, check.SCHEDULES[:1])
+    assert row["wrong"] == ["lockstep: ValueError: a deadlock"]
+    assert is_current(row, LINEAR, triton.__version__)
 
 
 def test_check_of_wrong_numbers_names_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
