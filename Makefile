@@ -28,7 +28,7 @@ OUT ?= demo.png
 BENCH_OPTIONS ?=
 
 .PHONY: demo test test-fallback test-full
-.PHONY: sanitize verify-compiled verify-compiled-quick bench lint docs wheel format clean
+.PHONY: sanitize verify-compiled verify-compiled-quick count-kernels bench lint docs wheel format clean
 .PHONY: gpu gpu-library gpu-selftest gpu-tune gpu-test gpu-test-kernels gpu-test-device
 .PHONY: gpu-bench gpu-bench-models gpu-bench-parts
 
@@ -107,6 +107,11 @@ verify-compiled: $(VENV)/.test $(VERIFIED_TRITONS:%=.venvs/triton-%/.done)
 # One case of each kernel and bias layout for each architecture, with the pinned Triton alone.
 verify-compiled-quick: $(VENV)/.test
 	TRITON_CACHE_DIR=build/verify/pinned $(VERIFY) --quick --jobs=$(VERIFY_JOBS)
+
+# Count what each kernel does on each architecture, in the executor and in machine code, with the pinned Triton: minutes.
+count-kernels: $(VENV)/.test
+	OMP_NUM_THREADS=1 TRITON_CACHE_DIR=build/verify/pinned $(BIN)/python -m beit_fast.kernels.aot.counts \
+	  --commit "$$(git rev-parse --short HEAD)"
 
 # Test the operators with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package. Preload both
 # libraries, or exceptions are not intercepted. Leak detection is off: Python and torch do not free everything at exit.

@@ -85,9 +85,9 @@ def resources(cubin: bytes) -> Resources:
     return Resources(fields["REG"], fields["STACK"], fields["LOCAL"])
 
 
-def disassemble(cubin: bytes) -> str:
-    """Return the machine code of a cubin as nvdisasm prints it."""
-    return _run_on(cubin, knobs.nvidia.nvdisasm.path, "-c")
+def disassemble(cubin: bytes, *options: str) -> str:
+    """Return the machine code of a cubin as nvdisasm prints it; "-hex" adds encodings."""
+    return _run_on(cubin, knobs.nvidia.nvdisasm.path, "-c", *options)
 
 
 def _run_on(cubin: bytes, *command: str) -> str:

@@ -1,0 +1,49 @@
+"""Count every shipped kernel for every GPU: `python -m beit_fast.kernels.aot.counts`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+
+from ..compile import CAPABILITIES, require_compiler
+from .measure import LaunchRow, LoopRow, measure
+from .table import markdown, to_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0."""
+    parser = argparse.ArgumentParser(prog="python -m beit_fast.kernels.aot.counts", description=__doc__)
+    parser.add_argument("capabilities", nargs="*", type=int, default=list(CAPABILITIES), help="such as 80 90")
+    parser.add_argument("--commit", default="unknown", help="recorded with the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write counts.md and counts.json to")
+    options = parser.parse_args(argv)
+    if unknown := sorted(set(options.capabilities) - set(CAPABILITIES)):
+        parser.error(f"compute capabilities {unknown} are not supported (expected {', '.join(map(str, CAPABILITIES))})")
+    require_compiler()
+    torch.manual_seed(0)
+    loops: list[LoopRow] = []
+    launches: list[LaunchRow] = []
+    for capability in tqdm(options.capabilities, desc="counting", disable=not sys.stderr.isatty()):
+        more_loops, more_launches = measure(capability)
+        loops += more_loops
+        launches += more_launches
+    loops.sort(key=lambda row: row.kernel)
+    launches.sort(key=lambda row: row.kernel)
+    page = markdown(loops, launches, triton.__version__, options.commit)
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "counts.md").write_text(page)
+    (options.results / "counts.json").write_text(to_json(loops, launches, triton.__version__, options.commit))
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
