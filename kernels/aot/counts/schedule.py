@@ -1,4 +1,4 @@
-"""The schedule that ptxas writes into machine code, and the cycles of a loop that follow from it.
+"""The schedule in machine code, and the cycles of a loop.
 
 Each instruction carries a stall count, the least cycles until its warp issues the next one. Instructions of variable
 latency set one of six scoreboards, and others name the scoreboards that they wait for. One warp that runs alone
@@ -51,7 +51,7 @@ class Scheduled(NamedTuple):
 
 
 class LoopCycles(NamedTuple):
-    """Cycles of one iteration of a loop for one warp that runs alone."""
+    """Cycles of an iteration for one warp that runs alone."""
 
     stalls: int  # by stall counts
     waits: Counter[str]  # more cycles, by the instruction that is waited for
@@ -89,7 +89,8 @@ def parse(disassembly: str) -> tuple[list[Scheduled], list[tuple[int, int]]]:
 
 
 def _scheduled(text: str, upper: int) -> Scheduled:
-    """Decode the control bits, which are bits 41 to 57 of the upper half of the 128 bits of an instruction."""
+    """Decode the control bits."""
+    # They are bits 41 to 57 of the upper half of the 128 bits of an instruction.
     name, _, operands = re.sub(r"^@!?\w+\s+", "", text).partition(" ")
     control = upper >> 41
     waits = tuple(number for number in range(6) if control >> (11 + number) & 1)
@@ -127,7 +128,7 @@ class _Pending(NamedTuple):
 
 
 class _Warp:
-    """The time of one warp, and the results that it may wait for."""
+    """The time of one warp, and its pending results."""
 
     def __init__(self, wgmma_cycles: float) -> None:
         self.time = 0.0
