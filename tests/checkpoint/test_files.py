@@ -214,10 +214,10 @@ def test_from_pretrained_with_an_unknown_repository_lists_files_and_cache(local_
     message = str(raised.value)
     for part in (
         "'someone/other'",
-        "model.safetensors or model.safetensors.index.json or pytorch_model.bin",
+        "any of model.safetensors, model.safetensors.index.json, pytorch_model.bin",
         "revision 'v2'",
         repr(str(cache)),
-        "pass the path of a local folder with config.json and model.safetensors",
+        "pass a local folder with config.json and model.safetensors",
     ):
         assert part in message
     assert ("(local_files_only=True)" in message) == local_files_only
