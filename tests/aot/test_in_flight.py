@@ -95,6 +95,6 @@ def test_compiled_kernels_leave_registers_in_flight_alone(kernel: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", PRODUCTS)
 def test_every_compiled_tile_leaves_registers_in_flight_alone(kernel: str) -> None:
-    shapes = itertools.product((16, 32, 64, 80, 128), ("bf16", "fp32"), (False, True))
+    shapes = itertools.product((32, 80), ("bf16", "fp32"), (False, True))
     counts = [in_flight.count_products(check_machine_code(variant(kernel, *shape))) for shape in shapes]
     assert sum(count > 0 for count in counts) > len(counts) // 2

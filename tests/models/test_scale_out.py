@@ -377,13 +377,13 @@ def test_triton_kernels_in_sharded_model_equal_one_process(tmp_path: Path) -> No
 def test_ddp_digits_in_two_processes_learns(tmp_path: Path) -> None:
     script = ROOT / "examples" / "ddp_digits.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    options = ["--epochs", "3", "--out", str(tmp_path / "model")]
+    options = ["--epochs", "6", "--out", str(tmp_path / "model")]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"^epoch +\d+: loss ([\d.]+)$", done.stdout, re.MULTILINE)]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] / 2
     (accuracy,) = re.findall(r"^2 processes, .* held-out accuracy ([\d.]+)%$", done.stdout, re.MULTILINE)
-    assert float(accuracy) > 30  # chance level: 10 %
+    assert float(accuracy) > 60  # chance level: 10 %
     model = beit_fast.BeitForImageClassification.from_pretrained(tmp_path / "model")
     assert model.config.num_labels == 10
 
