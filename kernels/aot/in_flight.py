@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-LABEL = re.compile(r"(\.L_x_\d+):")
+from . import sass
+
 PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\d+\.F32")
 REGISTER = re.compile(r"(?<![A-Z])R(\d+)(\.64)?")
 A_REGISTERS = 4
@@ -80,19 +80,15 @@ def count_products(disassembly: str) -> int:
 
 
 def _parse(disassembly: str) -> list[Instruction]:
-    code: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in disassembly.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = len(code)
-        elif found := LINE.match(line):
-            operands = tuple(part.strip() for part in found[3].split(",")) if found[3] else ()
-            code.append(Instruction(f"{found[2]} {found[3]}", found[2], operands, found[1]))
     return [
-        instruction._replace(target=labels[target[1]])
-        if instruction.name.startswith("BRA") and (target := re.search(r"`\((\.L_x_\d+)\)", instruction.text))
-        else instruction
-        for instruction in code
+        Instruction(
+            f"{line.name} {line.operands}",
+            line.name,
+            tuple(part.strip() for part in line.operands.split(",")) if line.operands else (),
+            line.guard,
+            line.target,
+        )
+        for line in sass.parse(disassembly)
     ]
 
 

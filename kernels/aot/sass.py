@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from triton import knobs
@@ -29,6 +30,20 @@ NAMES = {
 }
 PIPE_OF = {name: pipe for pipe, names in NAMES.items() for name in names.split()}
 MATRIX = re.compile(r"(H|HG|I|QG|UTC\w*)MMA")
+LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:;.*)?$")
+LABEL = re.compile(r"(\.L_x_\d+):")
+TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+ENCODING = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
+
+
+class Line(NamedTuple):
+    """One instruction of machine code."""
+
+    name: str  # with modifiers
+    operands: str
+    guard: str | None
+    encoding: int = 0  # upper half, if it was disassembled with "-hex"
+    target: int = -1  # number of the instruction that a branch goes to
 
 
 class Resources(NamedTuple):
@@ -101,8 +116,8 @@ def main_loop(disassembly: str) -> Counter[str]:
     """Count the instructions, with modifiers, of the loop that multiplies matrices; empty if there is none."""
     # Choose the innermost loop around a matrix instruction: on sm_100, barrier waits after the code branch back as
     # well. Without tensor cores, choose the shortest loop with the most FFMA.
-    instructions, loops = _instructions_and_loops(disassembly)
-    bodies = [instructions[first : last + 1] for first, last in loops]
+    code = parse(disassembly)
+    bodies = [[line.name for line in code[first : last + 1]] for first, last in loops(code)]
     with_matrices = [body for body in bodies if any(MATRIX.match(name) for name in body)]
     if with_matrices:
         return Counter(with_matrices[0])
@@ -112,21 +127,29 @@ def main_loop(disassembly: str) -> Counter[str]:
     return Counter(candidates[0] if candidates else [])
 
 
-def _instructions_and_loops(disassembly: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Return the names of all instructions, and (first, last) of each loop."""
-    # A loop is the code between a label and a branch back to it. Loops are in the order of their ends.
-    instructions: list[str] = []
+def parse(disassembly: str) -> list[Line]:
+    """Return the instructions of what nvdisasm prints."""
+    code: list[Line] = []
     labels: dict[str, int] = {}
-    branches: list[tuple[str, int]] = []
-    for line in disassembly.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            if base_name(found[1]) == "BRA" and (target := re.search(r"`\((\.L_x_\d+)\)", found[2])):
-                branches.append((target[1], len(instructions)))
-            instructions.append(found[1])
-    loops = [(labels[target], place) for target, place in branches if labels[target] <= place]
-    return instructions, loops
+    for text in disassembly.splitlines():
+        if label := LABEL.match(text):
+            labels[label[1]] = len(code)
+        elif found := LINE.match(text):
+            code.append(Line(found[2], found[3], found[1]))
+        elif code and (found := ENCODING.match(text)):
+            code[-1] = code[-1]._replace(encoding=int(found[1], 16))
+    return [
+        line._replace(target=labels[target[1]])
+        if base_name(line.name) == "BRA" and (target := TARGET.search(line.operands))
+        else line
+        for line in code
+    ]
+
+
+def loops(code: Sequence[Line]) -> list[tuple[int, int]]:
+    """Return (first, last) of each loop in the order of their ends."""
+    # A loop is the code between a label and a branch back to it.
+    return [(line.target, place) for place, line in enumerate(code) if 0 <= line.target <= place]
 
 
 def base_name(instruction: str) -> str:

@@ -62,46 +62,24 @@ class LoopCycles(NamedTuple):
         return self.stalls + self.waits.total()
 
 
-def parse(disassembly: str) -> tuple[list[Scheduled], list[tuple[int, int]]]:
-    """Parse what nvdisasm prints with encodings.
-
-    Returns:
-        All instructions, and (first, last) of each loop in the order of their ends.
-    """
-    instructions: list[Scheduled] = []
-    labels: dict[str, int] = {}
-    branches: list[tuple[str, int]] = []
-    text = ""
-    for line in disassembly.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.+?)\s*;\s+/\* 0x[0-9a-f]{16} \*/", line):
-            text = found[1]
-        elif text and (found := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/", line)):
-            instruction = _scheduled(text, int(found[1], 16))
-            if sass.base_name(instruction.name) == "BRA" and (
-                target := re.search(r"`\((\.L_x_\d+)\)", instruction.operands)
-            ):
-                branches.append((target[1], len(instructions)))
-            instructions.append(instruction)
-            text = ""
-    return instructions, [(labels[target], place) for target, place in branches if labels[target] <= place]
-
-
-def _scheduled(text: str, upper: int) -> Scheduled:
+def scheduled(line: sass.Line) -> Scheduled:
     """Decode the control bits."""
     # They are bits 41 to 57 of the upper half of the 128 bits of an instruction.
-    name, _, operands = re.sub(r"^@!?\w+\s+", "", text).partition(" ")
-    control = upper >> 41
+    control = line.encoding >> 41
     waits = tuple(number for number in range(6) if control >> (11 + number) & 1)
-    return Scheduled(name, operands.strip(), control & 15, control >> 5 & 7, control >> 8 & 7, waits)
+    return Scheduled(line.name, line.operands, control & 15, control >> 5 & 7, control >> 8 & 7, waits)
 
 
 def main_loop(disassembly: str) -> list[Scheduled]:
-    """Return the innermost loop that multiplies matrices; empty if there is none."""
-    instructions, loops = parse(disassembly)
-    bodies = [instructions[first : last + 1] for first, last in loops]
-    return next((body for body in bodies if any(sass.MATRIX.match(one.name) for one in body)), [])
+    """Return the innermost loop that multiplies matrices; empty if there is none.
+
+    Args:
+        disassembly: What nvdisasm prints with encodings.
+    """
+    code = sass.parse(disassembly)
+    bodies = [code[first : last + 1] for first, last in sass.loops(code)]
+    found = next((body for body in bodies if any(sass.MATRIX.match(line.name) for line in body)), [])
+    return list(map(scheduled, found))
 
 
 def loop_cycles(body: Sequence[Scheduled], wgmma_cycles: float) -> LoopCycles:

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton")
 
+from beit_fast.kernels.aot import sass
 from beit_fast.kernels.aot.counts import schedule
 from beit_fast.kernels.aot.counts.schedule import NO_SCOREBOARD, LoopCycles, Scheduled
 
@@ -39,7 +40,8 @@ def cycles(*body: Scheduled) -> LoopCycles:
 
 
 def test_parse_decodes_stalls_and_scoreboards() -> None:
-    instructions, loops = schedule.parse(DISASSEMBLY)
+    code = sass.parse(DISASSEMBLY)
+    instructions, loops = [schedule.scheduled(line) for line in code], sass.loops(code)
     assert instructions[0] == Scheduled("MUFU.RCP", "R0, R0", 8, 3, 7, (3,))
     assert instructions[1] == Scheduled("I2F.RP", "R3, UR17", 1, 5, 7, (5,))
     assert [instruction.name for instruction in instructions] == [
