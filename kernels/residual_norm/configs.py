@@ -9,10 +9,9 @@ LARGEST_ROW_COUNT = 2**30
 
 FORWARD_WARP_COLUMNS = 1024
 """Columns per warp: 32 elements per lane. Up to this width the sums of a row need no shared memory."""
-BACKWARD_WARP_COLUMNS = 128
-"""Columns per warp, of two rows: 8 elements per lane. Three sums over rows stay in registers as well."""
-BACKWARD_WIDE_WARP_COLUMNS = 256
-"""Columns per warp for rows of more than 1024 elements. No tested Triton spills with either."""
+BACKWARD_WARP_COLUMNS = 256
+"""Columns per warp, of two rows: 16 elements per lane. With 128, the rows lie in different warps: their sums would pass
+through shared memory."""
 BACKWARD_ROWS = 2
 """Rows per step: their loads and sums hide each other's latency."""
 
@@ -42,8 +41,7 @@ def forward_warps(size: int) -> int:
 
 
 def backward_warps(size: int) -> int:
-    columns = padded_size(size)
-    return max(1, columns // (BACKWARD_WARP_COLUMNS if columns <= 1024 else BACKWARD_WIDE_WARP_COLUMNS))
+    return max(1, padded_size(size) // BACKWARD_WARP_COLUMNS)
 
 
 def share_rows(row_count: int, num_sms: int, programs_per_sm: int = PROGRAMS_PER_SM) -> RowShare:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
 
@@ -20,6 +20,8 @@ from beit_fast.kernels.residual_norm import configs
 CACHE = aot.cache_folder(Path(__file__).resolve().parents[2] / "build" / "aot")
 LARGEST_SHARED_MEMORY = 16 * 1024
 """Bytes for reductions and layout conversions; every GPU has more."""
+SPILLED = {("3.6.0", "residual_norm backward sm_100 bf16/fp32 E=768 everything"): 8}
+"""Bytes by release of Triton and variant. This release compiles no kernel with a matrix product for sm_100 correctly."""
 
 
 def find_errors(variants: Iterable[NormVariant], workers: int = 1) -> list[str]:
@@ -28,7 +30,7 @@ def find_errors(variants: Iterable[NormVariant], workers: int = 1) -> list[str]:
     for variant, found in aot.inspect_all(variants, CACHE, workers, with_loop=False):
         if isinstance(found, str):
             errors.append(found)
-        elif found.spills:
+        elif found.stack + found.local != SPILLED.get((triton.__version__, str(variant)), 0):
             errors.append(f"{variant}: spills {found.stack} + {found.local} bytes")
         elif found.shared > LARGEST_SHARED_MEMORY:
             errors.append(f"{variant}: {found.shared} bytes of shared memory")
