@@ -1,4 +1,6 @@
-"""Execute the PTX of compiled kernels on a CPU, with NumPy and without a GPU.
+"""Execute the PTX of compiled kernels on a CPU with NumPy.
+
+No GPU is needed.
 
 | modules | hold |
 |---|---|

@@ -71,7 +71,7 @@ class AccessLog:
         self._accesses.append(Access(places, lanes, size, values, site))
 
     def check_now(self, places: Array, size: int, lanes: Array, site: Site, is_write: bool) -> None:
-        """Report an asynchronous access if another warp accessed the bytes since the last barrier."""
+        """Report an asynchronous access without a barrier after another warp's access. Both access the same bytes."""
         if self.warps == 1 or (self._write_span.is_empty and not (is_write and not self._read_span.is_empty)):
             return
         reads, writes, _ = self._marks[size]
@@ -121,7 +121,10 @@ class AccessLog:
             self._first -= dropped
 
     def _since_barrier(self) -> list[tuple[Access, Array]]:
-        """Return the accesses, and which of their places a barrier did not separate from what follows."""
+        """Return the accesses, each with a mask of its places.
+
+        The mask is true where no barrier separates a place from what follows.
+        """
         return [
             (access, self._first[access.places // self.pitch] <= number) for number, access in enumerate(self._accesses)
         ]

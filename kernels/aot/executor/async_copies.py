@@ -40,7 +40,7 @@ class AsyncCopies:
         self.copies.append(Copy(lanes, places, values, np.full(len(lanes), OPEN, np.int32), site))
 
     def commit(self, is_active: Array) -> None:
-        """Make the open copies of the active threads a group of each thread."""
+        """Make the open copies of each active thread one group."""
         for number, copy in enumerate(self.copies):
             joins = (copy.group == OPEN) & is_active[copy.lanes]
             if joins.any():
@@ -73,7 +73,10 @@ class AsyncCopies:
         return landed
 
     def find(self, values: Array, places: Array, size: int) -> tuple[int, Copy] | None:
-        """Return the first item with the pattern of bytes in flight, and the copy that will write it."""
+        """Return the first item in flight, and its copy.
+
+        The item holds the pattern of bytes in flight, and the copy will write it.
+        """
         # The pattern alone may be a number.
         marked = np.flatnonzero(holds_pattern(values, IN_FLIGHT))
         for copy in self.copies:

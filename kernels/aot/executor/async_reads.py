@@ -1,4 +1,7 @@
-"""Chunks of shared memory that matrix instructions read asynchronously, and that must not be written until they end."""
+"""Chunks of shared memory that matrix instructions read asynchronously.
+
+They must not be written until the instructions end.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ class AsyncReads:
         self.readers = [reader for reader in self.readers if id(reader) not in ended]
 
     def find(self, places: Array) -> tuple[int, Reader] | None:
-        """Return the first of these bytes that a matrix instruction may still read, and the instruction."""
+        """Return the first byte that may still be read, and its reader. The reader is a matrix instruction."""
         busy = self._count[places // CHUNK] > 0
         if not busy.any():
             return None
@@ -86,7 +89,7 @@ class AsyncReads:
 
 
 class Guard:
-    """Units of memory that only some warps may access until the next barrier.
+    """Units of memory reserved for some warps until the next barrier.
 
     A product of tcgen05.mma ends when a thread observes it at an mbarrier. Warps that did not observe it need a barrier
     before they touch its operands or its result.

@@ -57,7 +57,7 @@ def operand_addresses(descriptors: Array, long_axis: int, element: Element, tran
 
 
 def chunks_to_operand(chunks: Array, kind: str, transposed: bool) -> Array:
-    """Return fp32 `[n, long axis, K]` of 16-byte items in the shape of `operand_addresses`."""
+    """Return 16-byte items as fp32 `[n, long axis, K]`. The items are in the shape of `operand_addresses`."""
     words = np.ascontiguousarray(chunks).view(U32).reshape(*chunks.shape[:2], -1)
     values = unpack(words, kind).reshape(*chunks.shape[:2], -1)
     return values.swapaxes(1, 2) if transposed else values

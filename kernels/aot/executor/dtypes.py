@@ -56,7 +56,10 @@ _WORDS = {(half, size): pattern(half, ITEMS[size]) for half in (UNINITIALIZED, I
 
 
 def holds_pattern(values: Array, half: int) -> Array:
-    """Return for each item whether one of its 32-bit words, or all of it, is the pattern."""
+    """Return which items hold the pattern.
+
+    An item holds it if one of its 32-bit words, or all of it, is the pattern.
+    """
     size = min(values.dtype.itemsize, 4)
     words = values.view(ITEMS[size]).reshape(len(values), -1)
     return np.asarray((words == _WORDS[half, size]).any(1))

@@ -1,4 +1,4 @@
-"""Errors of a kernel that the executor finds, and instructions that it does not know."""
+"""Errors that the executor finds in a kernel, and unknown instructions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Hazard(NamedTuple):
-    """One error of a kernel, without the thread and the address, which differ from one occurrence to the next."""
+    """One error of a kernel, without the thread and the address. These differ from one occurrence to the next."""
 
     kind: str  # name of the fault class
     kernel: str
@@ -23,7 +23,7 @@ class Hazard(NamedTuple):
 
 
 class UnsupportedInstructionError(NotImplementedError):
-    """An instruction, or a form of one, that the executor does not implement."""
+    """The executor does not implement an instruction, or a form of it."""
 
 
 class KernelError(RuntimeError):
@@ -40,24 +40,33 @@ class KernelError(RuntimeError):
 
 
 class AccessError(KernelError):
-    """An access outside a buffer, or an access that is not aligned to its size."""
+    """An access outside a buffer, or one not aligned to its size."""
 
 
 class RaceError(KernelError):
-    """Two threads access a byte without a barrier between them, and at least one writes it."""
+    """Two threads access a byte without a barrier between them. At least one of them writes it."""
 
 
 class PipelineError(KernelError):
-    """The result of an asynchronous operation is used before a wait, or its operands are overwritten too early."""
+    """A kernel does not wait for the end of an asynchronous operation.
+
+    The result is used before a wait, or the operands are overwritten too early.
+    """
 
 
 class ProxyError(KernelError):
-    """The asynchronous proxy reads what the generic proxy wrote, without `fence.proxy.async` between them."""
+    """The asynchronous proxy reads what the generic proxy wrote, without a fence.
+
+    `fence.proxy.async` is missing between them.
+    """
 
 
 class BarrierError(KernelError):
-    """Threads do not reach a barrier, or a warp is not complete at an instruction that needs all its threads."""
+    """Threads do not reach a barrier, or a warp is not complete.
+
+    The warp is at an instruction that needs all its threads.
+    """
 
 
 class UninitializedError(KernelError):
-    """A register or memory decides an address, a branch or a size before it was written."""
+    """A register or memory is used before it was written. It decides an address, a branch or a size."""

@@ -54,7 +54,7 @@ def f64_to_f16(values: Array) -> Array:
 
 
 def f32_to_tf32(values: Array) -> Array:
-    """Round to 10 fraction bits, to nearest and ties away from zero (cvt.rna)."""
+    """Round to 10 fraction bits, to nearest (cvt.rna). Ties round away from zero."""
     bits = values.view(U32)
     rounded = (bits + U32.type(0x1000)) & U32.type(0xFFFFE000)
     return np.where(np.isfinite(values), rounded, bits & U32.type(0xFFFFE000))
@@ -91,7 +91,7 @@ def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
 
 
 def _resolve_ties(product: Array, addend: Array, total: Array, ties: Array) -> Array:
-    """Move sums off the middle between two fp32 numbers, if the fp64 addition rounded them onto it."""
+    """Move sums off the middle between two fp32 numbers. Only sums that the fp64 addition rounded onto it move."""
     # The error of the sum is exact (Knuth's TwoSum); it says on which side of the middle the true sum is.
     product = np.broadcast_to(product, total.shape)
     virtual = total - product

@@ -25,7 +25,10 @@ class GlobalObserver(Protocol):
 
 
 class Extent:
-    """Host memory that one or several arguments share, and the CTAs that accessed its elements."""
+    """Host memory that one or several arguments share.
+
+    `writer` and `reader` hold the CTAs that accessed its elements.
+    """
 
     def __init__(self, start: int, end: int, granule: int) -> None:
         self.start = start
@@ -72,7 +75,7 @@ class Buffer:
         return self.origin + self.first
 
     def is_outside(self, offsets: Array, size: int) -> Array:
-        """Return which accesses touch a byte that does not belong to an element."""
+        """Return which accesses touch a byte outside the buffer's elements."""
         outside = (offsets < self.first) | (offsets > self.end - size)
         if self.gaps is not None:
             inside = np.where(outside, 0, offsets)
@@ -80,7 +83,7 @@ class Buffer:
         return np.asarray(outside)
 
     def granules(self, offsets: Array, size: int) -> Array:
-        """Return the granules of the extent that each access touches, `[accesses, granules of one]`."""
+        """Return the extent's granules that each access touches, `[accesses, granules of one]`."""
         granule = self.extent.granule
         start = offsets + (self.pointer - self.first - self.extent.start)
         return np.asarray(start[:, None] // granule + np.arange(max(1, size // granule)))
@@ -93,7 +96,7 @@ def _host_bytes(pointer: int, size: int) -> Array:
 
 
 def _gaps_before(first: int, shape: Sequence[int], strides: Sequence[int], item: int, size: int) -> Array:
-    """Count for each byte the bytes before it that do not belong to an element."""
+    """Count the gap bytes before each byte. A gap byte does not belong to an element."""
     inside = np.zeros(size + 1, bool)
     elements = inside[first : first + (size - first) // item * item].reshape(-1, item)
     steps = tuple(stride * item for stride in strides)
@@ -132,7 +135,7 @@ class GlobalMemory:
         return self.buffers[number].address
 
     def share_extents(self) -> None:
-        """Join the extents of buffers that overlap, and note which of them the kernel may store to."""
+        """Join the extents of buffers that overlap. Also note which extents the kernel may store to."""
         ordered = sorted(self.buffers.values(), key=lambda buffer: buffer.extent.start)
         last: Extent | None = None
         for buffer in ordered:

@@ -128,7 +128,7 @@ def _block_starts(function: Function) -> list[int]:
 
 
 def _check_exit(instruction: Instruction) -> None:
-    """Raise UnsupportedInstructionError for barriers of a part of a CTA, and for unknown branches."""
+    """Raise UnsupportedInstructionError for barriers of part of a CTA and unknown branches."""
     if instruction.opcode in ("bar", "barrier"):
         instruction.allow("sync", "cta", "aligned")
         if instruction.modifiers[-1:] == () or "sync" not in instruction.modifiers or len(instruction.operands) != 1:
@@ -140,7 +140,10 @@ def _check_exit(instruction: Instruction) -> None:
 
 
 def _place_variables(variables: list[Variable]) -> tuple[dict[str, int], int, int]:
-    """Return the addresses of shared and local variables, the bytes of shared memory and those of local memory."""
+    """Place shared and local variables in memory.
+
+    Return their addresses, the bytes of shared memory and those of local memory.
+    """
     shared = [variable for variable in variables if variable.space == "shared"]
     fixed, size = _offsets([variable for variable in shared if variable.size], BASE)
     for variable in shared:

@@ -1,4 +1,4 @@
-"""Run the package's launchers on CPU tensors as on a GPU of some compute capability."""
+"""Run the package's launchers on CPU tensors as on a GPU. The caller chooses the GPU's compute capability."""
 
 from __future__ import annotations
 

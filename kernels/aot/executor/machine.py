@@ -175,7 +175,7 @@ class Machine:
         self._common = first if together else None
 
     def _arrive(self, following: int) -> None:
-        """Let the active threads wait until all threads of their CTA have arrived."""
+        """Let the active threads wait for all threads of their CTA."""
         mask = self.registers.mask
         if mask is None:
             self._release(None)
@@ -259,7 +259,7 @@ class Machine:
     # Polling
 
     def poll(self, instruction: Instruction, complete: Array) -> None:
-        """Note a test for an event that another warp or a product causes. `complete` has one element per thread."""
+        """Note a test for an event of another warp or a product. `complete` has one element per thread."""
         waits = self.is_active & ~complete
         self._failed_polls = 0 if (complete & self.is_active).any() else self._failed_polls + 1
         if self._failed_polls > MAXIMUM_POLLS:

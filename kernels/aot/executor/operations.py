@@ -16,7 +16,7 @@ Function = Callable[..., Array]
 
 
 class Operation(NamedTuple):
-    """A function of arrays that hold one element per thread, or one for all."""
+    """A function of arrays and its types. An array holds one element per thread, or one for all."""
 
     function: Function
     result: Dtype
@@ -278,7 +278,7 @@ def _to_integer(x: Array, mode: str, dtype: Dtype) -> Array:
 
 
 def _float_conversion(to: str, source: str, modifiers: set[str]) -> Operation | None:
-    """Return a conversion that involves 16-bit floats or tf32, None if it is not one of them."""
+    """Return a conversion that involves 16-bit floats or tf32. Return None if it is not one of them."""
     plain, rounded = modifiers <= {"ftz"}, modifiers <= {"rn", "ftz"} and "rn" in modifiers
     if (to, source) == ("f32", "bf16") and plain:
         return Operation(floats.bf16_to_f32, F32, (U16,))

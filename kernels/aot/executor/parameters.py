@@ -1,4 +1,4 @@
-"""Bind the arguments of a launch to the parameters of a kernel, as Triton's CUDA launcher does."""
+"""Bind the arguments of a launch to the parameters of a kernel. Triton's CUDA launcher binds them in the same way."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FLOATS = {"fp32": "<f", "f32": "<f", "fp64": "<d", "fp16": "<e"}
 
 
 def scalar_bytes(argument: Argument) -> bytes:
-    """Return an argument that is not a pointer as the launcher passes it.
+    """Return a non-pointer argument as the launcher passes it.
 
     Raises:
         OverflowError: If an integer does not fit its type.

@@ -41,7 +41,7 @@ def written_parameters(function: Function) -> frozenset[str]:
 
 
 def _flows(function: Function, parameters: set[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield for each instruction the registers that it writes, and the registers and parameters that it reads."""
+    """Yield what each instruction writes and reads. It writes registers, and it reads registers and parameters."""
     for instruction in function.instructions:
         if len(instruction.operands) < 2 or instruction.opcode == "st":
             continue

@@ -1,9 +1,9 @@
-"""Order between the generic proxy, which loads and stores use, and the asynchronous proxy.
+"""Order between the generic proxy and the asynchronous proxy.
 
-wgmma and tcgen05.mma read shared memory through the asynchronous proxy. They see what the generic proxy wrote only if
-`fence.proxy.async` stands on the path of barriers and program order between both. So a fence of the writing warp covers
-its earlier writes for every thread behind the next barrier, and a fence behind a barrier covers all writes before that
-barrier for its own thread.
+Loads and stores use the generic proxy. wgmma and tcgen05.mma read shared memory through the asynchronous proxy. They
+see what the generic proxy wrote only if `fence.proxy.async` stands on the path of barriers and program order between
+both. So a fence of the writing warp covers its earlier writes for every thread behind the next barrier, and a fence
+behind a barrier covers all writes before that barrier for its own thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHUNK = 16
 
 
 class GenericWrites:
-    """Chunks of shared memory that the generic proxy wrote and no fence covers.
+    """Chunks of shared memory with unfenced writes of the generic proxy.
 
     Args:
         cta_count: Number of CTAs.

@@ -102,7 +102,7 @@ class Instruction:
         return operand.name
 
     def items(self, position: int) -> tuple[Scalar, ...]:
-        """Return the parts of a vector operand without sinks, or a scalar alone."""
+        """Return the parts of a vector operand, or a scalar alone. Sinks are not supported."""
         operand = self.operand(position)
         parts = operand.items if isinstance(operand, Vector) else (operand,)
         scalars = tuple(part for part in parts if isinstance(part, Register | Immediate | Symbol))

@@ -1,4 +1,4 @@
-"""Registers of all threads that run together, and which of the threads are active."""
+"""Registers of all threads that run together, and the active threads."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class RegisterFile:
         return self._marked(slot) if values.dtype.kind == "V" else values
 
     def _marked(self, slot: int) -> Array:
-        """Return the values of a marked register, after a check of the active threads."""
+        """Check the active threads of a marked register, and return its values."""
         states = self.states[slot]
         active = states if self.mask is None else states & self.mask  # DEFINED is 0
         if active.any():
@@ -84,7 +84,7 @@ class RegisterFile:
         return self.values[slot].view(self._kinds[slot])
 
     def _check_states(self, slot: int) -> None:
-        """Raise for a read in flight, note a read of an undefined register."""
+        """Raise for a read in flight. Note a read of an undefined register."""
         if self._has_state(slot, FLYING):
             raise self._fault(slot, "is read before the kernel waited for the instruction that writes it")
         if self._has_state(slot, UNDEFINED):
@@ -136,7 +136,7 @@ class RegisterFile:
         self._mark(slot, merged, self.states[slot] * ~mask)
 
     def write_lanes(self, slot: int, lanes: Array | None, values: Array) -> None:
-        """Set a register of the threads `lanes`, which are active, to one value each."""
+        """Set a register of the active threads `lanes` to one value each."""
         if lanes is None:
             self.write(slot, values)
             return
@@ -168,7 +168,7 @@ class RegisterFile:
         return self.flying > 0 and self._has_state(slot, FLYING)
 
     def launch(self, slot: int, values: Array, state: int = FLYING) -> None:
-        """Set a register of the active threads to what an asynchronous instruction will leave in it."""
+        """Set a register to what an asynchronous instruction will leave in it. It is set for active threads only."""
         states = self.states.get(slot)
         was_flying = states is not None and bool((states == FLYING).any())
         if self.mask is None:
@@ -181,7 +181,7 @@ class RegisterFile:
         self.flying += bool((self.states[slot] == FLYING).any()) - was_flying
 
     def launch_fragments(self, slots: Sequence[int], warps: Array, values: Array, state: int = FLYING) -> None:
-        """Set registers of the active warps from `[registers, warps, 32]`, as `launch` does."""
+        """Set registers of the active warps as `launch` does. `values` is `[registers, warps, 32]`."""
         for slot, part in zip(slots, values, strict=True):
             flat = np.ascontiguousarray(part).reshape(-1)
             if len(flat) < self.lane_count:

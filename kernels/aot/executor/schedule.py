@@ -74,11 +74,14 @@ class Turns:
         return np.asarray(ready & (rank < self._at_once))
 
     def _behind(self, ready: Array, ends: Array) -> Array:
-        """Return the next turn below the last one, then from the highest one on."""
+        """Return the next turn below the last one. After the lowest turn, the highest one follows."""
         distance = (self._last[:, None] - 1 - np.arange(self._count)) % self._count
         self._last = np.where(ends, np.where(ready, distance, self._count).argmin(1), self._last)
         return np.asarray(np.arange(self._count) == self._last[:, None])
 
     def end(self, ctas: Array | None) -> None:
-        """End the turns of these CTAs, at a barrier or because their threads wait for other warps; None for all."""
+        """End the turns of these CTAs, or of all if None.
+
+        A turn ends at a barrier, or because its threads wait for other warps.
+        """
         self._ends[slice(None) if ctas is None else ctas] = True

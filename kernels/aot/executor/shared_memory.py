@@ -52,7 +52,10 @@ class SharedMemory:
         self.guard = Guard(cta_count, self.pitch // CHUNK, threads)
 
     def place(self, addresses: Array, size: int, site: Site) -> Array:
-        """Return the places of addresses, one for each thread of the site, after a check of bounds and alignment."""
+        """Return the places of addresses after a check of bounds and alignment.
+
+        There is one address for each thread of the site.
+        """
         offsets = addresses.astype(np.int64) - BASE
         wrong = (offsets < 0) | (offsets > self.size - size) | (offsets & (size - 1) != 0)
         if wrong.any():
@@ -81,7 +84,7 @@ class SharedMemory:
         self._views[size][places // size] = values
 
     def touch(self, places: Array, size: int, site: Site) -> None:
-        """Note a read by an instruction that keeps its data elsewhere, such as an mbarrier."""
+        """Note a read by an instruction that keeps its data elsewhere. An example is an mbarrier."""
         self._log.add(places, size, site.numbers, site)
 
     def _write(self, places: Array, values: Array, lanes: Array, site: Site) -> None:
@@ -117,7 +120,10 @@ class SharedMemory:
         return site.fault(PipelineError, problem, index, self._byte(places[index]), others)
 
     def _check_overwritten(self, places: Array, size: int, site: Site) -> None:
-        """Raise for a write to bytes that a copy will write or that a matrix instruction may still read."""
+        """Raise for a write to bytes that are still in use.
+
+        A copy will write them, or a matrix instruction may still read them.
+        """
         if self._copies:
             current = self._views[size].take(places // size)
             if has_pattern(current, IN_FLIGHT) and (found := self._copies.find(current, places, size)):

@@ -91,7 +91,7 @@ class Site:
 
     @property
     def slots(self) -> Array:
-        """For each thread, the place of its CTA among those that run together."""
+        """The place of each thread's CTA among those that run together."""
         return self.numbers // self.layout.threads
 
     @property
@@ -106,7 +106,7 @@ class Site:
         return values if self.lanes is None else values[self.lanes]
 
     def among(self, lanes: Array) -> Site:
-        """Return the same instruction for other threads, or for threads in another order."""
+        """Return the same instruction for other threads or another order of threads."""
         return Site(self.layout, self.reporter, self.instruction, lanes, self.all_lanes)
 
     def thread(self, index: int) -> str:

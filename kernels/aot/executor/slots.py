@@ -51,7 +51,7 @@ class Slots:
         return self._numbers[key]
 
     def scalar(self, operand: Scalar, dtype: Dtype) -> int:
-        """Return the slot of a register, of a number or of an address, which is read as `dtype`."""
+        """Return the slot of a register, a number or an address. It is read as `dtype`."""
         if isinstance(operand, Register):
             return self.register(operand.name)
         if isinstance(operand, Immediate):

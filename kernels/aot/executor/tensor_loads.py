@@ -9,7 +9,7 @@ from .registers import LOADED, RegisterFile
 
 
 class TensorLoads:
-    """The registers that loads wrote and for which a thread did not wait.
+    """Registers that loads wrote and for which a thread did not wait.
 
     Triton moves uses before the wait, and the hardware tracks these registers. So uses are noted and are not an error.
     """

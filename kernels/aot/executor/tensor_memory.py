@@ -262,7 +262,7 @@ class TensorMemory:
         del self._barriers[cta, address]
 
     def commit(self, cta: int, address: int, site: Site) -> None:
-        """Let the mbarrier complete a phase after all earlier products of the thread."""
+        """Let the mbarrier complete a phase after all the thread's earlier products."""
         self._serial += 1
         lane = int(site.numbers[0])
         for product in self._products:
@@ -271,9 +271,10 @@ class TensorMemory:
         self._barrier(cta, address, site).arrivals.append(self._serial)
 
     def try_wait(self, cta: int, address: int, parity: int, warps: list[int], site: Site) -> bool:
-        """Return whether the phase of this parity is over, as these warps of the CTA observe it.
+        """Return whether the phase of this parity is over.
 
-        An event that may happen at any time happens as late as possible: when a thread asks for it.
+        `warps` of the CTA observe it. An event that may happen at any time happens as late as possible: when a thread
+        asks for it.
         """
         barrier = self._barrier(cta, address, site)
         if barrier.phase & 1 == parity:

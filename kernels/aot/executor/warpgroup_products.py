@@ -64,7 +64,7 @@ class WarpgroupProducts:
                 self._reporter.note("an operand of wgmma is written behind wgmma.fence", instruction)
 
     def start(self, slots: Sequence[int], values: Array, warps: Array, site: Site) -> None:
-        """Start a product of the active warpgroups, whose sums are fp32 `[registers, warps, 32]`."""
+        """Start a product of the active warpgroups. Its sums are fp32 `[registers, warps, 32]`."""
         self._registers.launch_fragments(slots, warps, values.astype(F32, copy=False))
         group = np.where(self._active_groups(), OPEN, DONE)
         self._products.append(Product(set(slots), group, site))
@@ -97,7 +97,7 @@ class WarpgroupProducts:
         self._products = [product for product in self._products if (product.group != DONE).any()]
 
     def _land(self, product: Product, end: Array, later: list[Product]) -> None:
-        """Let the warpgroups `end` use the registers, unless a later product writes them again."""
+        """Let the warpgroups `end` use registers that no later product writes again."""
         registers = self._registers
         before = registers.mask
         waiting = [other for other in later if (end & (other.group != DONE)).any()]

@@ -1,4 +1,4 @@
-"""Check every compiled kernel against fp64 on the executor, and keep the results.
+"""Check every compiled kernel against fp64 on the executor.
 
 | modules | hold |
 |---|---|
@@ -10,6 +10,6 @@
 | `sources`, `result_files` | the committed results, and whether they are current |
 | `mutations`, `mutate`, `replay` | kernels broken on purpose, which the check must notice; see `mutants.md` |
 
-`python -m beit_fast.kernels.aot.verify` runs the table; see `make verify-compiled`. The references are those of
-`beit_fast.tuning`.
+`python -m beit_fast.kernels.aot.verify` runs the table and keeps the results; see `make verify-compiled`. The
+references are those of `beit_fast.tuning`.
 """

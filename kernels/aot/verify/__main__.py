@@ -68,7 +68,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run_table(options: argparse.Namespace) -> None:
-    """Run the cases without a current result, and write each as it ends."""
+    """Run the cases without a current result. Each result is written as its case ends."""
     version, nvcc = triton.__version__, nvcc_version()
     files = [
         Results(version, capability, cases_of(capability, version), options.results)
@@ -92,7 +92,7 @@ def _nvcc_results(version: str, capability: int, folder: Path) -> Results:
 
 
 def _nvcc_versions(folder: Path) -> list[str]:
-    """Return the versions of nvcc that have results, and the one that is installed."""
+    """Return the versions of nvcc with results, and the installed one."""
     found = {path.name.removeprefix("nvcc-") for path in folder.glob("nvcc-*")} | {nvcc_version() or ""}
     return sorted(found - {""})
 
@@ -131,7 +131,7 @@ def _checked(cases: Sequence[Case], orders: int, jobs: int) -> Iterator[Row]:
 
 
 def _summarize(versions: Sequence[str], options: argparse.Namespace) -> int:
-    """Add up the results of some releases of Triton, and those of nvcc."""
+    """Add up the results of some Triton releases and of nvcc."""
     rows: list[tuple[Case, str, Row]] = []
     missing = 0
     for version, capability in itertools.product(versions, options.capabilities):
@@ -159,7 +159,7 @@ def _summarize(versions: Sequence[str], options: argparse.Namespace) -> int:
 
 
 def _report(rows: Sequence[tuple[Case, str, Row]]) -> int:
-    """Print what is wrong, by pairs of GPU and Triton, and the totals as the last line."""
+    """Print what is wrong, by pairs of GPU and Triton. The totals are the last line."""
     served, refused = Totals(), Totals()
     for case, version, row in rows:
         if is_refused(case, version):

@@ -1,4 +1,7 @@
-"""Which kernels of a case run their loop at least twice and then a ragged step: only these count as checked."""
+"""Which kernels of a case count as checked.
+
+Only a kernel that runs its loop at least twice and then a ragged step counts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ SLAB_BYTES = 64
 
 
 def steps_to_count(capability: int) -> int:
-    """Return the whole steps of a loop with products after which it counts as checked."""
+    """Return whole steps after which a loop with products counts as checked."""
     # For sm_100, Triton takes the first and the last product out of the loop, which two steps do not enter.
     return 3 if capability == 100 else 2
 
@@ -43,7 +46,7 @@ class Loop(NamedTuple):
 
 
 def loops(case: Case) -> list[Loop]:
-    """Return the loops of the kernels with one that the case launches, by kernel and tile."""
+    """Return the loops of the case's kernels, by kernel and tile. Kernels without a loop are left out."""
     if isinstance(case, AttentionCase):
         return list(_attention_loops(case))
     if isinstance(case, LinearCase):
@@ -58,7 +61,7 @@ def attention_tile(case: AttentionCase, kernel: str) -> configs.TileConfig:
 
 
 def num_sms_of(case: AttentionCase) -> int:
-    """Return the number of SMs for which the launcher splits as the case says."""
+    """Return the number of SMs for the splits of the case. With it, the launcher splits as the case says."""
     if not case.split:
         return 1
     if not case.backward:

@@ -87,7 +87,7 @@ def judge(
     kind: str = "",
     done: Done | None = None,
 ) -> Iterator[Verdict]:
-    """Yield the verdict on some mutants of each kind whose name contains `kind`. `done` keeps the other kernels."""
+    """Yield verdicts on some mutants of each kind whose name contains `kind`. `done` keeps the other kernels."""
     prepared = prepare(subject.case)
     original: list[str] = []
 
@@ -112,7 +112,7 @@ def _is_of(subject: Subject, ptx: str) -> bool:
 
 
 def _verdict(case: Case, prepared: Prepared, original: str, mutant: Mutant, right: Mapping[Schedule, Run]) -> str:
-    """Return what is seen in the first order of warps in which the mutant is caught, or in the last."""
+    """Return what is seen of the mutant. The first order of warps in which it is caught counts, or the last."""
     texts = []
     for schedule in SCHEDULES if mutant.kind in ORDER else SCHEDULES[:1]:
         try:
@@ -151,7 +151,10 @@ def _notes(done: Run) -> Counter[tuple[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what is caught, noted and not seen, by kind as a table, and where the mutants are that are not caught."""
+    """Print a table of what is caught, noted and not seen.
+
+    The table is by kind. The places of the mutants that are not caught follow.
+    """
     parser = argparse.ArgumentParser(prog="python -m beit_fast.kernels.aot.verify.mutate", description=__doc__)
     parser.add_argument("capabilities", nargs="+", type=int, help="such as 80 90")
     parser.add_argument("--limit", type=int, default=Limits().other, help="mutants of each kind and kernel")

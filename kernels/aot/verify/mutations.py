@@ -28,7 +28,7 @@ class Limits(NamedTuple):
 
 
 def _shifted(bytes_: int) -> Replacement:
-    """Move an address by an offset that is in the text already, or is added to it."""
+    """Move an address by an offset. The offset is in the text already, or is added to it."""
     return lambda found: f"{found[1]}+{int(found[2] or 0) + bytes_}]"
 
 

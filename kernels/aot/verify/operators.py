@@ -60,7 +60,7 @@ def _budgets(exact: Results, rounded: Results, dtype: torch.dtype) -> dict[str, 
 
 @contextlib.contextmanager
 def as_on_gpu(case: Case) -> Iterator[None]:
-    """Choose the precision of fp32 products and the bias layout of the case."""
+    """Choose the case's precision of fp32 products and its bias layout."""
     products = torch.backends.cuda.matmul
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
@@ -140,7 +140,7 @@ def _prepare_patch(case: PatchCase) -> Prepared:
 
 
 def _convolution_in_tf32(pixels: Tensor, weight: Tensor, mean: Any, std: Any, **tokens: Any) -> Tensor:
-    """Compute `convolution` of an fp32 weight with both factors rounded to 10 bits, as tf32 does."""
+    """Compute `convolution` of an fp32 weight as tf32 does. Both factors are rounded to 10 bits."""
     pixels = pixels.float()
     if mean is not None:
         pixels = pixels - torch.tensor(mean)[:, None, None]

@@ -71,7 +71,9 @@ def kernel_ptx(capability: int, arithmetic: str, tile: str) -> str:
 
 
 def launch(arguments: dict[str, Any], tile: str, *, allow_tf32: bool = False) -> Tensor:
-    """Launch the kernel on the active executor, as the operator does, and return the tokens.
+    """Launch the kernel on the active executor, and return the tokens.
+
+    The operator launches it in the same way.
 
     Args:
         arguments: Those of `tuning.patch_case.make_inputs`.
@@ -105,7 +107,7 @@ def _empty_tokens(arguments: dict[str, Any]) -> Tensor:
 
 
 def _call(arguments: dict[str, Any], rows: Tensor, out: Tensor, memory: GlobalMemory) -> _Call:
-    """Return the call with the addresses of its tensors in the executor's memory."""
+    """Return the call with its tensors' addresses in the executor's memory."""
     pixels, weight = arguments["pixels"], arguments["weight"]
 
     def address(name: str, tensor: Tensor | None) -> int:
@@ -144,7 +146,7 @@ def _call(arguments: dict[str, Any], rows: Tensor, out: Tensor, memory: GlobalMe
 
 
 def _weight_rows(pixels: Tensor, weight: Tensor) -> Tensor:
-    """Arrange the weight in the order of the pixels, with rows of whole 16-byte vectors."""
+    """Arrange the weight in the order of the pixels. Its rows consist of whole 16-byte vectors."""
     if pixels.shape[1] > 1 and pixels.stride(1) < pixels.stride(3):  # channels last
         weight = weight.permute(0, 2, 3, 1)
     rows = weight.reshape(len(weight), -1)

@@ -20,9 +20,9 @@ Done = dict[tuple[object, ...], tuple[Launch, list[Tensor]]]
 
 @contextlib.contextmanager
 def replayed(is_executed: Callable[[str], bool], done: Done) -> Iterator[None]:
-    """Execute a kernel until its first hazard inside `with`, and every launch of another kernel once.
+    """Execute a kernel until its first hazard inside `with`.
 
-    The next launch of another kernel with the same arguments returns the same results.
+    Every launch of another kernel is executed once. Its next launch with the same arguments returns the same results.
 
     Args:
         is_executed: Tells from the PTX whether a kernel is always executed.

@@ -47,7 +47,7 @@ class Results:
         atomic_write_text(self.file, text)
 
     def current(self, case: Case) -> Row | None:
-        """Return the row of a case if it is of the kernels and tiles as they are now."""
+        """Return the row of a case if it is current. A current row is of the kernels and tiles as they are now."""
         row = self.rows[str(case)]
         return row if row is not None and is_current(row, case, self.triton_version) else None
 
@@ -63,7 +63,10 @@ def read(file: Path) -> list[Row]:
 
 
 def is_current(row: Row, case: Case, triton_version: str) -> bool:
-    """Return whether the kernels of a row are compiled from the same source now, and launched in the same way."""
+    """Return whether a row is of the kernels as they are now.
+
+    They are compiled from the same source and launched in the same way.
+    """
     # A case that failed before its first launch names no kernel.
     if not row["kernels"] or row["plan"] != plan_hash(case, triton_version):
         return False

@@ -1,4 +1,4 @@
-"""Hashes of the source that a kernel is compiled from, by which results are known to be out of date."""
+"""Hashes of the source that a kernel is compiled from. They show which results are out of date."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ PLAN = "cuda/patch_embed/plan.cuh"
 
 @functools.cache
 def source_hash(kernel: str) -> str:
-    """Return a hash of the kernel's module and of what it imports from this folder.
+    """Return a hash of the kernel's module and of its imports.
 
-    Comments, docstrings and formatting do not count: the compiler does not see them.
+    Only imports from this folder count. Comments, docstrings and formatting do not count: the compiler ignores them.
     """
     if MODULES[kernel].endswith(".cuh"):
         files = included_files([CUDA_FOLDER / name for name in (MODULES[kernel], PLAN)], CUDA_FOLDER)
@@ -59,7 +59,7 @@ def kernel_name(entry: str) -> str:
 
 @functools.cache
 def _with_imports(name: str) -> frozenset[str]:
-    """Return a module and all modules of this folder that it imports, directly or not."""
+    """Return a module and all modules of this folder that it imports. Indirect imports count too."""
     found = {name}
     package = name.split(".")[:-1]
     for node in ast.walk(ast.parse(_file(name).read_text())):

@@ -26,7 +26,7 @@ WIDE = (4, 201)
 
 
 def table(capability: int) -> list[Case]:
-    """Return the cases of a compute capability, distinct and in the order in which they run."""
+    """Return the distinct cases of a compute capability. They are in the order in which they run."""
     # All dtypes and layouts of one head dimension come first: an interrupted run has seen something of everything.
     cases: list[Case] = [*_linear_cases(capability), *_norm_cases(capability)]
     cases[0:0] = quick_cases(capability)
@@ -69,12 +69,12 @@ def quick_cases(capability: int) -> list[Case]:
 
 
 def layouts(capability: int, dtype: str) -> list[str]:
-    """Return the names of the bias layouts of a GPU, without a bias last."""
+    """Return the names of the bias layouts of a GPU. The last one is without a bias."""
     return [*_windows(capability, dtype), "none"]
 
 
 def _windows(capability: int, dtype: str) -> dict[str, tuple[int, int]]:
-    """Map the name of each layout to a window that is read in it."""
+    """Map each layout's name to a window that is read in it."""
     size = DTYPES[dtype].itemsize
     architecture = architecture_of(capability)
     named = {layout_name(configs.bias_layout(architecture, size, window)): window for window in (LARGE, ODD, EVEN)}
@@ -82,7 +82,7 @@ def _windows(capability: int, dtype: str) -> dict[str, tuple[int, int]]:
 
 
 def _attention_cases(capability: int, block_d: int, dropout: bool) -> Iterator[AttentionCase]:
-    """Yield every dtype and layout of the tiles for a padded head dimension.
+    """Yield every dtype and layout of one padded head dimension's tiles.
 
     GPUs that share their tiles also share the layouts with dropout: each has some of them.
     """
@@ -140,7 +140,7 @@ def attention_case(
 
 
 def _has_long_tail(case: AttentionCase) -> bool:
-    """Return whether the tail is long, where warps meet in memory, and splits are used if they are asked for."""
+    """Return whether the tail is long and requested splits are used. In a long tail, warps meet in memory."""
     step = attention_tile(case, "forward").block_n
     if case.split:
         combines = any(loop.kernel == "combine_splits" for loop in loops(case))
@@ -151,7 +151,7 @@ def _has_long_tail(case: AttentionCase) -> bool:
 
 @functools.cache
 def _candidates() -> list[tuple[int, int]]:
-    """Return windows that are nearly square and not square, by number of patches."""
+    """Return nearly square windows, without square ones, by number of patches."""
     windows = [(height, width) for height in range(4, 40) for width in range(4, 40) if 0 < abs(height - width) <= 4]
     return sorted(windows, key=lambda window: (window[0] * window[1], window))
 
@@ -163,7 +163,7 @@ def _linear_cases(capability: int) -> Iterator[LinearCase]:
 
 
 def _linear_case(capability: int, dtype: str, row_class: str, whole_steps: bool) -> LinearCase:
-    """Return a layer whose last step is whole or partial, with partial blocks of rows and outputs."""
+    """Return a layer whose last step is whole or partial. It has partial blocks of rows and outputs."""
     rows = {linear_configs.FEW: 70, linear_configs.SOME: 650, linear_configs.MANY: 4100}[row_class]
     outputs = 80 if row_class == linear_configs.MANY else 176
     architecture = architecture_of(capability)

@@ -90,7 +90,7 @@ _COMBINATIONS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def _comparison(instruction: Instruction, slots: Slots) -> Step:
-    """setp, with an optional second result and an optional predicate to combine with."""
+    """setp, with an optional second result. An optional predicate is combined with the results."""
     relation, *others = instruction.modifiers[:-1]
     combination = next((name for name in others if name in _COMBINATIONS), None)
     instruction.allow(relation, "ftz", instruction.modifiers[-1], *_COMBINATIONS)

@@ -24,7 +24,7 @@ _HINTS = ("nc", "volatile", "weak", "v2", "v4")
 
 
 def address_of(instruction: Instruction, position: int, slots: Slots, dtype: Dtype) -> Callable[[Machine], Array]:
-    """Return a function that computes an address operand, one element for each thread or one for all."""
+    """Return a function that computes an address operand. Its result has one element per thread, or one for all."""
     address = instruction.address(position)
     base = slots.base(address, dtype)
     if not address.offset:

@@ -38,7 +38,7 @@ def _shuffle(instruction: Instruction, slots: Slots) -> Step:
     own = np.arange(LANES)
 
     def source_lanes(amount: Array, limit: Array) -> tuple[Array, Array]:
-        """Return for each lane the lane to read, and whether it is in range."""
+        """Return the source of each lane, and whether it is in range. The source is the lane to read."""
         segment = (limit >> 8) & 31
         last = (own & segment) | (limit & 31 & ~segment)
         first = own & segment
