@@ -26,11 +26,11 @@ from .primitives import (
 
 @triton.jit
 def backward_dkv_step(
-    key_acc,  # [N, D] fp32, or None
-    value_acc,
+    key_acc,  # [N, D] fp32; without KEY a number, which stays as it is
+    value_acc,  # as key_acc, without VALUE
     start,  # first query patch of this step
     k,  # [N, D]
-    v,  # [N, D], or None without key_acc
+    v,  # [N, D]
     keys,  # [N] tokens
     key,  # pointers to token 0 of the head
     value,
@@ -62,6 +62,8 @@ def backward_dkv_step(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     FENCE: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Return (key_acc, value_acc) after BLOCK_M more queries."""
@@ -83,13 +85,13 @@ def backward_dkv_step(
         keep = dropout_keep(
             patches[None, :] + 1, keys[:, None], batch, head, head_count, seed_low, seed_high, drop_threshold
         )
-    if value_acc is not None:
+    if VALUE:
         # dV sees the weights after dropout; ds needs those before it.
         dropped = p
         if DROPOUT:
             dropped = tl.where(keep, p * drop_scale, 0.0)
         value_acc += matmul(dropped.to(do.dtype), do, PRECISION, UPCAST)
-    if key_acc is not None:
+    if KEY:
         dp = matmul(v, tl.trans(do), PRECISION, UPCAST)  # [N, M]
         ds = score_gradient(p, dp, tl.load(delta_base + patches)[None, :], keep, drop_scale, DROPOUT)
         key_acc += matmul(ds.to(q.dtype), q, PRECISION, UPCAST)
@@ -177,14 +179,17 @@ def backward_dkv_kernel(
     if DROPOUT:
         keep = dropout_keep(0, keys, batch, head, head_count, seed_low, seed_high, drop_threshold)
         dropped = tl.where(keep, p * drop_scale, 0.0)
-    value_acc = None
-    if grad_value is not None:
+    # Triton's loops carry tensors and never None: a sum that is not needed is a number.
+    if grad_value is not None:  # noqa: SIM108 - compiled
         value_acc = dropped[:, None] * cls_gradient  # [N, D]
-    key_acc = None
+    else:
+        value_acc = tl.full((), 0.0, tl.float32)
     if grad_key is not None:
         dp = tl.sum(v.to(tl.float32) * cls_gradient, 1)
         cls_delta = tl.load(delta_base + lse_stride - 4)
         key_acc = score_gradient(p, dp, cls_delta, keep, drop_scale, DROPOUT)[:, None] * cls_query
+    else:
+        key_acc = tl.full((), 0.0, tl.float32)
 
     query = patch_base(query, 0, query_strides)
     grad_out = patch_base(grad_out, 0, grad_strides)
@@ -195,7 +200,7 @@ def backward_dkv_kernel(
             key_acc, value_acc, start, k, v, keys, key, value, query, grad_out, lse_base, delta_base, row_pointers,
             column_offsets, key_strides, value_strides, query_strides, grad_strides, batch, head, head_count,
             patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_M,
-            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, FENCE,
+            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, FENCE, grad_key is not None, grad_value is not None,
             False,
         )  # fmt: skip
         query += BLOCK_M * token_stride(query_strides, tl.int64)
@@ -205,7 +210,7 @@ def backward_dkv_kernel(
             key_acc, value_acc, whole, k, v, keys, key, value, query, grad_out, lse_base, delta_base, row_pointers,
             column_offsets, key_strides, value_strides, query_strides, grad_strides, batch, head, head_count,
             patch_count, scale_log2, drop_threshold, drop_scale, seed_low, seed_high, HEAD_DIM, BLOCK_D, BLOCK_M,
-            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, FENCE,
+            BIAS_LAYOUT, BIAS_VECTOR, DROPOUT, PRECISION, UPCAST, FENCE, grad_key is not None, grad_value is not None,
             True,
         )  # fmt: skip
 

@@ -23,11 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m beit_fast.kernels.aot.counts", description=__doc__)
     parser.add_argument("capabilities", nargs="*", type=int, default=list(CAPABILITIES), help="such as 80 90")
     parser.add_argument("--commit", default="unknown", help="recorded with the results")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write counts.md and counts.json to")
+    parser.add_argument("--results", type=Path, help="folder to write counts.md and counts.json to; here by default")
     options = parser.parse_args(argv)
     if unknown := sorted(set(options.capabilities) - set(CAPABILITIES)):
         parser.error(f"compute capabilities {unknown} are not supported (expected {', '.join(map(str, CAPABILITIES))})")
-    require_compiler()
+    folder = options.results or RESULTS
+    if options.results is None and set(options.capabilities) != set(CAPABILITIES):
+        parser.error("counts of some compute capabilities do not replace those of all: give --results FOLDER")
+    try:
+        require_compiler()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     loops: list[LoopRow] = []
     launches: list[LaunchRow] = []
@@ -38,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     loops.sort(key=lambda row: row.kernel)
     launches.sort(key=lambda row: row.kernel)
     page = markdown(loops, launches, triton.__version__, options.commit)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "counts.md").write_text(page)
-    (options.results / "counts.json").write_text(to_json(loops, launches, triton.__version__, options.commit))
+    (folder / "counts.md").write_text(page)
+    (folder / "counts.json").write_text(to_json(loops, launches, triton.__version__, options.commit))
     print(page)
     return 0
 

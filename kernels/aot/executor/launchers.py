@@ -37,7 +37,6 @@ def on_gpu(
         RuntimeError: If TRITON_INTERPRET is set.
     """
     require_compiler()
-    architecture = gpu.architecture_class(*divmod(capability, 10))
     run = JITFunction.run
 
     @functools.wraps(run)
@@ -47,14 +46,25 @@ def on_gpu(
             kwargs["UPCAST"] = False
         return run(self, *args, **kwargs)
 
+    with launching_for(capability, num_sms), contextlib.ExitStack() as stack:
+        _replace(stack, JITFunction, "run", run_compiled)
+        yield stack.enter_context(ExecutorDriver(capability, options, edit))
+
+
+@contextlib.contextmanager
+def launching_for(capability: int, num_sms: int) -> Iterator[None]:
+    """Let the launchers choose for CPU tensors as on a GPU.
+
+    They choose tiles, bias layouts, splits, and what avoids faults of the compiler.
+    """
+    architecture = gpu.architecture_class(*divmod(capability, 10))
     with contextlib.ExitStack() as stack:
         for module in (inputs, linear_gelu):
             _replace(stack, module, "architecture_of", lambda tensor: architecture)
         _replace(stack, device, "capability_of", lambda tensor: capability)
         for module in (attention, residual_norm):
             _replace(stack, module, "num_sms_of", lambda tensor: num_sms)
-        _replace(stack, JITFunction, "run", run_compiled)
-        yield stack.enter_context(ExecutorDriver(capability, options, edit))
+        yield
 
 
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import itertools
 import multiprocessing
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from .loops import checked_kernels
 from .patch_table import patch_cases
 from .result_files import FOLDER, Results, Row, checked_sources, read, result_file
 from .sources import MODULES, source_hash
-from .table import cases_of, is_refused, quick_cases
+from .table import cases_of, is_refused, quick_cases, table
 
 
 class Totals(NamedTuple):
@@ -47,24 +48,53 @@ def totals(row: Row) -> Totals:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 if nothing is missing, and nothing wrong that is not refused."""
-    options = _parse(argv)
-    require_compiler()
-    if options.quick:
-        return _run_quick(options)
-    if options.summary is None:
-        _run_table(options)
-    return _summarize(options.summary or [triton.__version__], options)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    options.capabilities = list(dict.fromkeys(options.capabilities))
+    options.summary = list(dict.fromkeys(options.summary or []))
+    if error := _options_error(options):
+        parser.error(error)
+    try:
+        require_compiler()
+        if options.quick:
+            return _run_quick(options)
+        if not options.summary:
+            _run_table(options)
+        return _summarize(options.summary or [triton.__version__], options)
+    except (ValueError, RuntimeError) as problem:  # a damaged file, or Triton's interpreter
+        parser.error(str(problem))
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m beit_fast.kernels.aot.verify", description=__doc__)
     parser.add_argument("capabilities", nargs="*", type=int, default=list(CAPABILITIES), help="such as 80 90")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     parser.add_argument("--quick", action="store_true", help="one case of each kernel and layout; writes nothing")
     parser.add_argument("--summary", nargs="+", metavar="TRITON", help="run nothing; add up results of these releases")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of results")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this text")
-    return parser.parse_args(argv)
+    parser.add_argument("--only", default="", help="run and add up the cases whose name contains this text")
+    return parser
+
+
+def _options_error(options: argparse.Namespace) -> str | None:
+    """Return what is wrong with the options, None if nothing is."""
+    if unknown := sorted(set(options.capabilities) - set(CAPABILITIES)):
+        return f"compute capabilities {unknown} are not supported (expected {', '.join(map(str, CAPABILITIES))})"
+    if no_releases := [text for text in options.summary if not re.fullmatch(r"\d+\.\d+\.\d+", text)]:
+        return (
+            f"--summary takes releases of Triton, such as 3.9.0, and not {', '.join(no_releases)}; "
+            "compute capabilities stand before it"
+        )
+    if options.jobs < 1:
+        return f"--jobs is {options.jobs} (expected 1 or more)"
+    if options.quick and (options.only or options.summary):
+        return "--quick runs its own cases: --only and --summary do not go with it"
+    names = [
+        str(case) for capability in options.capabilities for case in [*table(capability), *patch_cases(capability)]
+    ]
+    if not any(options.only in name for name in names):
+        return f"no case contains {options.only!r}; the first one is {names[0]!r}"
+    return None
 
 
 def _run_table(options: argparse.Namespace) -> None:
@@ -111,9 +141,15 @@ def _run_quick(options: argparse.Namespace) -> int:
         for compiler, capability in itertools.product(compilers, CAPABILITIES)
         for pair in checked_sources(read(result_file(compiler, capability, options.results)))
     }
-    outdated = [name for name in MODULES if (name, source_hash(name)) not in checked]
-    for name in outdated:
-        print(f"{name}: the committed results are of another source; run `make verify-compiled`")
+    outdated = [
+        f"{name}: results are of another source" for name in MODULES if (name, source_hash(name)) not in checked
+    ]
+    for capability in options.capabilities:
+        results = Results(triton.__version__, capability, quick_cases(capability), options.results)
+        stale = [case for case in results.cases if results.current(case) is None]
+        outdated += [f"{case}: no result is of its launches as they are" for case in stale]
+    for text in outdated:
+        print(f"{text}; run `make verify-compiled`, and commit what it writes")
     status = _report([(by_name[row["case"]], triton.__version__, row) for row in rows])
     return status or int(bool(outdated))
 
@@ -136,20 +172,20 @@ def _summarize(versions: Sequence[str], options: argparse.Namespace) -> int:
     missing = 0
     for version, capability in itertools.product(versions, options.capabilities):
         results = Results(version, capability, cases_of(capability, version), options.results)
-        for case in results.cases:
-            row = results.current(case)
-            missing += row is None
-            if row is not None:
-                rows.append((case, version, row))
+        selected = [case for case in results.cases if options.only in str(case)]
+        current = [(case, version, row) for case in selected if (row := results.current(case)) is not None]
+        missing += len(selected) - len(current)
+        rows += current
     not_compiled = 0
     for capability in options.capabilities:
         by_nvcc = [_nvcc_results(nvcc, capability, options.results) for nvcc in _nvcc_versions(options.results)]
-        for case in patch_cases(capability):
+        for case in [case for case in patch_cases(capability) if options.only in str(case)]:
             found = [(case, file.triton_version, row) for file in by_nvcc if (row := file.current(case)) is not None]
             not_compiled += not found
             rows += found
     missing += not_compiled
-    distinct = {entry for case, _, _ in rows for entry in checked_kernels(case)}
+    served = [case for case, version, row in rows if not (row["wrong"] or is_refused(case, version))]
+    distinct = {entry for case in served for entry in checked_kernels(case)}
     print(f"{len(distinct)} distinct cases of a kernel whose loop runs twice and ends with a ragged step")
     if missing:
         print(f"{missing} of {missing + len(rows)} cases have not run with the kernels as they are")
@@ -166,7 +202,8 @@ def _report(rows: Sequence[tuple[Case, str, Row]]) -> int:
             refused += totals(row)
             continue
         served += totals(row)
-        for text in (*row["wrong"], *row["hazards"]):
+        first = [f"the first one: {row['first hazard']}"] if row.get("first hazard") else []
+        for text in (*row["wrong"], *row["hazards"], *first):
             compiler = version.replace("-", " ") if isinstance(case, PatchCase) else f"Triton {version}"
             print(f"{compiler}, {case}: {text}")
     if refused.launches:

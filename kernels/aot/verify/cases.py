@@ -26,6 +26,7 @@ class AttentionCase(NamedTuple):
     backward: bool = True
     batch: int = 2
     heads: int = 1
+    gradients: str = "all"  # or "dk" or "dv": that one alone
 
     @property
     def patch_count(self) -> int:
@@ -35,6 +36,8 @@ class AttentionCase(NamedTuple):
         words = ["attention", f"sm_{self.capability}", self.dtype, f"D={self.head_dim}", self.layout]
         words += [f"{self.window[0]}x{self.window[1]}", f"B={self.batch}", f"H={self.heads}"]
         words += [name.replace("_", " ") for name in ("key_mask", "dropout", "split") if getattr(self, name)]
+        if self.gradients != "all":
+            words.append(f"{self.gradients} alone")
         return " ".join(words if self.backward else [*words, "forward"])
 
 

@@ -7,28 +7,24 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 
 from ....tuning.reference import relative_error
-from ...attention import inputs as attention_inputs
-from ...attention import launch as attention
-from ...common import device
 from ...common.launch import Arguments, by_name, launch_kernel
-from ...linear_gelu import launch as linear_gelu
 from ...linear_gelu.kernel import linear_gelu_kernel
-from ...residual_norm import launch as residual_norm
 from .. import attention_variants, residual_norm_variants
+from ..executor.errors import KernelError
 from ..executor.kernel_code import load
 from ..executor.launch import Launch, Options
 from ..executor.launchers import on_gpu
 from ..executor.schedule import HALVES, LOCKSTEP, Schedule
 from .cases import Case, PatchCase
-from .loops import loops, plan_hash
+from .loops import loops
 from .operators import Prepared, Results, as_on_gpu, prepare
+from .plans import launching_by, plan_hash
 from .sources import kernel_name, source_hash
 
 SCHEDULES = (Schedule(LOCKSTEP), Schedule(HALVES, 1), Schedule(HALVES, 2))
@@ -49,19 +45,22 @@ class Run(NamedTuple):
 
 
 def run(
-    case: Case, prepared: Prepared, schedule: Schedule, edit: Edit | None = None, tiles: dict[str, str] | None = None
+    case: Case,
+    prepared: Prepared,
+    schedule: Schedule,
+    edit: Edit | None = None,
+    tiles: dict[str, str] | None = None,
+    collect: bool = True,
 ) -> Run:
     """Execute the launches of a case. Hazards are counted; other errors of a kernel are raised.
 
-    `tiles` gets the kernels that were launched, also if one raises.
+    `tiles` gets the kernels that were launched, also if one raises. Without `collect`, the first hazard is raised.
     """
-    options = Options(schedule, collect=True)
+    options = Options(schedule, collect=collect)
     tiles = {} if tiles is None else tiles
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_on_gpu(case))
         stack.enter_context(_recorded(tiles))
-        # By it the launchers know which faults of the compiler to avoid.
-        stack.enter_context(mock.patch.object(device, "capability_of", return_value=case.capability))
         driver = stack.enter_context(on_gpu(case.capability, prepared.num_sms, options, edit))
         results = prepared.launch()
     if isinstance(case, PatchCase):
@@ -77,9 +76,7 @@ def _recorded(tiles: dict[str, str]) -> Iterator[None]:
         tiles[kernel_name(kernel.__name__)] = _tile_name(by_name(arguments), options)
         launch_kernel(kernel, programs, arguments, **options)
 
-    with contextlib.ExitStack() as stack:
-        for module in (attention, attention_inputs, linear_gelu, residual_norm):
-            stack.enter_context(mock.patch.object(module, "launch_kernel", launch))
+    with launching_by(launch):
         yield
 
 
@@ -93,7 +90,8 @@ def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, An
     """Run a case in each order of warps; return a row of the results, which JSON can hold.
 
     The row has the hash of the plan, the launched kernels with tile and source hash, the number of launches, budgets,
-    the errors in each order, hazards with their number in each order, and a list of what is wrong.
+    the errors in each order, hazards with their number in each order, and a list of what is wrong. If there are
+    hazards, it has the whole text of the first one: source line, instruction, thread and address.
     """
     # Parsed kernels are many small objects, which the collector would visit again and again.
     gc.disable()
@@ -107,8 +105,9 @@ def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, An
 
 def _check(case: Case, schedules: Sequence[Schedule]) -> dict[str, Any]:
     prepared = prepare(case)
+    reference = prepared.reference()
     row: dict[str, Any] = {"case": str(case), "plan": plan_hash(case, triton.__version__), "kernels": {}, "launches": 0}
-    row |= {"budgets": _rounded(prepared.budgets), "errors": {}, "hazards": {}, "wrong": []}
+    row |= {"budgets": _rounded(reference.budgets), "errors": {}, "hazards": {}, "wrong": []}
     first: Results | None = None
     for schedule in schedules:
         tiles: dict[str, str] = {}
@@ -123,17 +122,30 @@ def _check(case: Case, schedules: Sequence[Schedule]) -> dict[str, Any]:
         row["launches"] += len(done.launches)
         for text, count in _hazards(done.launches).items():
             row["hazards"].setdefault(text, {})[str(schedule)] = count
+        if row["hazards"] and "first hazard" not in row:
+            row["first hazard"] = _first_hazard(case, prepared, schedule)
         if first is not None and _same_bits(first, done.results):
             row["errors"][str(schedule)] = SAME_BITS
             continue
-        errors = {name: error_of(done.results[name], exact) for name, exact in prepared.exact.items()}
+        errors = {name: error_of(done.results[name], exact) for name, exact in reference.exact.items()}
         row["errors"][str(schedule)] = _rounded(errors)
-        row["wrong"] += [f"{schedule}: {name}" for name, error in errors.items() if not error <= prepared.budgets[name]]
+        row["wrong"] += [
+            f"{schedule}: {name}" for name, error in errors.items() if not error <= reference.budgets[name]
+        ]
         if first is not None:
             # Kernels are deterministic.
             row["wrong"].append(f"{schedule}: other bits than in {next(iter(row['errors']))}")
         first = first or done.results
     return row
+
+
+def _first_hazard(case: Case, prepared: Prepared, schedule: Schedule) -> str:
+    """Return the text of the first hazard, which is lost where hazards are counted."""
+    try:
+        run(case, prepared, schedule, collect=False)
+    except KernelError as error:
+        return str(error)
+    return "none alone"  # an element that is written twice
 
 
 def _forget_kernels() -> None:

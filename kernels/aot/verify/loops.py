@@ -5,12 +5,10 @@ Only a kernel that runs its loop at least twice and then a ragged step counts.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...attention import configs
-from ...common.compiler_hazards import is_pipelined, needs_copy_fence
 from ...linear_gelu import configs as linear_configs
 from ...residual_norm import configs as norm_configs
 from .cases import DTYPES, AttentionCase, Case, LinearCase, NormCase, PatchCase, architecture_of, arithmetic_of
@@ -89,6 +87,8 @@ def _attention_loops(case: AttentionCase) -> Iterator[Loop]:
         return
     tile = attention_tile(case, "backward_dkv")
     yield _over("backward_dkv", tile, patches, tile.block_m, needed)
+    if case.gradients in ("dk", "dv"):
+        return
     tile = attention_tile(case, "backward_dq")
     yield _over("backward_dq", tile, patches, tile.block_n, needed)
     if case.layout == "none":
@@ -148,7 +148,7 @@ def checked_kernels(case: Case) -> list[tuple[object, ...]]:
     """Return what the case checks, one entry for each kernel that counts: kernel, tile and every property of it."""
     # An operator's tensors and sizes, without the numbers of samples, rows and heads.
     if isinstance(case, AttentionCase):
-        properties: tuple[object, ...] = case[: case._fields.index("backward")]
+        properties: tuple[object, ...] = (*case[: case._fields.index("backward")], case.gradients)
     elif isinstance(case, LinearCase):
         properties = (case.capability, case.dtype, case.inputs, case.outputs, case.bias)
     elif isinstance(case, PatchCase):
@@ -156,13 +156,3 @@ def checked_kernels(case: Case) -> list[tuple[object, ...]]:
     else:
         properties = (case.capability, case.dtype, case.row_dtype, case.size, case.form)
     return [(loop.kernel, loop.tile, *properties) for loop in loops(case) if loop.counts]
-
-
-def plan_hash(case: Case, triton_version: str) -> str:
-    """Return a hash of what is not in a kernel's source: the tiles and what a release of Triton changes in them."""
-    kernels = [loop[:4] for loop in loops(case)]  # the steps that count are not part of a launch
-    if isinstance(case, PatchCase):  # Triton does not compile it
-        return hashlib.sha256(repr(kernels).encode()).hexdigest()[:8]
-    stages = [is_pipelined(kernel, case.capability, triton_version) for kernel, *_ in kernels]
-    plan = repr((kernels, stages, needs_copy_fence(case.capability, triton_version)))
-    return hashlib.sha256(plan.encode()).hexdigest()[:8]

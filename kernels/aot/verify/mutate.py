@@ -13,14 +13,14 @@ import torch
 import triton
 from tqdm import tqdm
 
-from ..compile import require_compiler
+from ..compile import CAPABILITIES, require_compiler
 from ..executor.errors import KernelError, UnsupportedInstructionError
 from ..executor.kernel_code import load
 from ..executor.schedule import Schedule
 from . import check
 from .cases import Case, LinearCase, NormCase
 from .check import Run, error_of, run
-from .mutations import ORDER, Limits, Mutant, mutants, spread
+from .mutations import MUTATIONS, ORDER, Limits, Mutant, mutants, spread
 from .operators import Prepared, prepare
 from .replay import Done, replayed
 from .table import attention_case, layouts
@@ -132,13 +132,14 @@ def _text(prepared: Prepared, done: Run, right: Run) -> str:
         return hazards[0]
     if any(launch.rewritten for launch in done.launches):
         return "rewritten"
-    errors = {name: error_of(done.results[name], exact) for name, exact in prepared.exact.items()}
-    if any(not error <= prepared.budgets[name] for name, error in errors.items()):
+    reference = prepared.reference()
+    errors = {name: error_of(done.results[name], exact) for name, exact in reference.exact.items()}
+    if any(not error <= reference.budgets[name] for name, error in errors.items()):
         return "wrong numbers"
     if all(torch.equal(done.results[name], right.results[name]) for name in errors):
         return NOTED if _notes(done) - _notes(right) else SAME_BITS
     # The budget of 16 bits is wide; the committed results hold the error itself.
-    usual = {name: error_of(right.results[name], exact) for name, exact in prepared.exact.items()}
+    usual = {name: error_of(right.results[name], exact) for name, exact in reference.exact.items()}
     return "larger error" if any(error > WORSE * usual[name] for name, error in errors.items()) else OTHER_BITS
 
 
@@ -162,15 +163,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="kernels whose name contains this text")
     parser.add_argument("--kind", default="", help="kinds of mutants whose name contains this text")
     options = parser.parse_args(argv)
+    if unknown := sorted(set(options.capabilities) - set(CAPABILITIES)):
+        parser.error(f"compute capabilities {unknown} are not supported (expected {', '.join(map(str, CAPABILITIES))})")
+    kernels = [kernel for kernel in KERNELS if options.kernel in kernel]
+    if not kernels:
+        parser.error(f"no kernel contains {options.kernel!r} (expected one of {', '.join(KERNELS)})")
+    if not any(options.kind in kind for kind in MUTATIONS):
+        parser.error(f"no kind contains {options.kind!r} (expected one of {', '.join(MUTATIONS)})")
     require_compiler()
     limits = Limits(options.order_limit, options.limit)
     for capability in options.capabilities:
         verdicts: list[Verdict] = []
         done: Done = {}
-        for kernel in KERNELS:
-            if options.kernel in kernel:
-                found = judge(subject_of(kernel, capability), limits, options.kind, done)
-                verdicts += tqdm(found, f"sm_{capability} {kernel}", disable=None)
+        for kernel in kernels:
+            found = judge(subject_of(kernel, capability), limits, options.kind, done)
+            verdicts += tqdm(found, f"sm_{capability} {kernel}", disable=None)
         print("\n".join(_report(capability, verdicts)))
     return 0
 

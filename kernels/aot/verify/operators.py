@@ -34,28 +34,39 @@ SEED = 2**40 + 12345
 Results = dict[str, Tensor]
 
 
+class Reference(NamedTuple):
+    """What a case should return."""
+
+    exact: Results  # in fp64
+    budgets: dict[str, float]  # largest relative errors
+
+
 class Prepared(NamedTuple):
     """A case with its inputs."""
 
     num_sms: int
     launch: Callable[[], Results]
-    exact: Results  # in fp64
-    budgets: dict[str, float]  # largest relative errors
+    reference: Callable[[], Reference]  # computed once
 
 
 def prepare(case: Case) -> Prepared:
-    """Draw the inputs of a case and compute its reference."""
+    """Draw the inputs of a case."""
     if isinstance(case, AttentionCase):
-        return _prepare_attention(case)
-    if isinstance(case, PatchCase):
-        return _prepare_patch(case)
-    return _prepare_linear(case) if isinstance(case, LinearCase) else _prepare_norm(case)
+        prepared = _prepare_attention(case)
+    elif isinstance(case, PatchCase):
+        prepared = _prepare_patch(case)
+    else:
+        prepared = _prepare_linear(case) if isinstance(case, LinearCase) else _prepare_norm(case)
+    return prepared._replace(reference=functools.cache(prepared.reference))
 
 
-def _budgets(exact: Results, rounded: Results, dtype: torch.dtype) -> dict[str, float]:
-    """Return the budgets of the operators' tests: a multiple of the error of PyTorch in the same dtypes."""
+def _reference(exact: Results, rounded: Results, dtype: torch.dtype) -> Reference:
+    """Return exact results and the budgets of the operators' tests.
+
+    A budget is a multiple of the error of PyTorch in the same dtypes, which computed `rounded`.
+    """
     outputs = [name for name in exact if not name.startswith("d")]
-    return error_budgets(exact, rounded, outputs, dtype)
+    return Reference(exact, error_budgets(exact, rounded, outputs, dtype))
 
 
 @contextlib.contextmanager
@@ -90,21 +101,24 @@ def _prepare_attention(case: AttentionCase) -> Prepared:
         out, lse = attention.attention_forward(q, k, v, table, key_mask, window, *numbers)
         if not case.backward:
             return {"out": out}
+        dq, dk, dv, dtable = (case.gradients in ("all", name) for name in GRADIENT_NAMES)
         gradients = attention.attention_backward(
-            inputs.grad_out, q, k, v, table, key_mask, out, lse, window, *numbers, (True, True, True, True)
+            inputs.grad_out, q, k, v, table, key_mask, out, lse, window, *numbers, (dq, dk, dv, dtable)
         )
-        results = dict(zip(("out", *GRADIENT_NAMES), (out, *gradients), strict=True))
-        return {name: results[name] for name in exact}
+        results = {"out": out} | dict(zip(GRADIENT_NAMES, gradients, strict=True))
+        return {name: result for name, result in results.items() if _is_wanted(case, name)}
 
-    keep = dropout_mask(inputs)
-    exact = _attention_reference(inputs, torch.float64, keep, case.backward)
-    rounded = _attention_reference(inputs, q.dtype, keep, case.backward)
-    # Rounding fp32 to tf32 keeps 10 bits.
-    budgets = _budgets(exact, rounded, torch.float16 if case.dtype == "tf32" else q.dtype)
-    return Prepared(num_sms_of(case), launch, exact, budgets)
+    def reference() -> Reference:
+        keep = dropout_mask(inputs)
+        exact, rounded = (_attention_reference(case, inputs, dtype, keep) for dtype in (torch.float64, q.dtype))
+        # Rounding fp32 to tf32 keeps 10 bits.
+        return _reference(exact, rounded, torch.float16 if case.dtype == "tf32" else q.dtype)
+
+    return Prepared(num_sms_of(case), launch, reference)
 
 
-def _attention_reference(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None, backward: bool) -> Results:
+def _attention_reference(case: AttentionCase, inputs: Inputs, dtype: torch.dtype, keep: Tensor | None) -> Results:
+    backward = case.backward
     q, k, v = (x.detach().to(dtype).requires_grad_(backward) for x in (inputs.query, inputs.key, inputs.value))
     table = inputs.table
     if table is not None:
@@ -112,15 +126,26 @@ def _attention_reference(inputs: Inputs, dtype: torch.dtype, keep: Tensor | None
     out = attention_oracle(q, k, v, table, inputs.window, inputs.key_mask, inputs.scale, keep, inputs.dropout_p)
     leaves = [q, k, v] if table is None else [q, k, v, table]
     gradients = torch.autograd.grad(out, leaves, inputs.grad_out.to(dtype)) if backward else ()
-    return dict(zip(("out", *GRADIENT_NAMES), (out.detach(), *gradients), strict=False))
+    results = dict(zip(("out", *GRADIENT_NAMES), (out.detach(), *gradients), strict=False))
+    return {name: result for name, result in results.items() if _is_wanted(case, name)}
+
+
+def _is_wanted(case: AttentionCase, name: str) -> bool:
+    """Return whether a result is compared."""
+    if name == "dtable" and case.layout == "none":
+        return False
+    return name == "out" or case.gradients in ("all", name)
 
 
 def _prepare_linear(case: LinearCase) -> Prepared:
     dtype = DTYPES[case.dtype]
     x, weight, bias = make_layer((case.rows,), case.inputs, case.outputs, dtype, biased=case.bias)
-    exact = {"out": plain(x.double(), weight.double(), None if bias is None else bias.double())}
-    budgets = _budgets(exact, {"out": plain(x, weight, bias)}, torch.float16 if case.dtype == "tf32" else dtype)
-    return Prepared(1, lambda: {"out": linear_gelu.linear_gelu(x, weight, bias)}, exact, budgets)
+
+    def reference() -> Reference:
+        exact = {"out": plain(x.double(), weight.double(), None if bias is None else bias.double())}
+        return _reference(exact, {"out": plain(x, weight, bias)}, torch.float16 if case.dtype == "tf32" else dtype)
+
+    return Prepared(1, lambda: {"out": linear_gelu.linear_gelu(x, weight, bias)}, reference)
 
 
 def _prepare_patch(case: PatchCase) -> Prepared:
@@ -129,14 +154,16 @@ def _prepare_patch(case: PatchCase) -> Prepared:
         case.image, case.patch, batch=case.batch, embed=case.columns, pixel_dtype=DTYPES.get(case.pixels, torch.uint8),
         dtype=dtype, token_dtype=DTYPES[case.tokens], layout=case.layout, absent=ABSENT_TOKENS[case.form],
     )  # fmt: skip
-    exact = convolution(**in_precision(inputs, torch.float64))
-    eager = convolution(**inputs) if case.dtype != "tf32" else _convolution_in_tf32(**inputs)
-    budgets = _budgets({"tokens": exact}, {"tokens": eager}, dtype)
+
+    def reference() -> Reference:
+        exact = convolution(**in_precision(inputs, torch.float64))
+        eager = convolution(**inputs) if case.dtype != "tf32" else _convolution_in_tf32(**inputs)
+        return _reference({"tokens": exact}, {"tokens": eager}, dtype)
 
     def launch() -> Results:
         return {"tokens": patch_embed.launch(inputs, case.tile, allow_tf32=case.dtype == "tf32")}
 
-    return Prepared(1, launch, {"tokens": exact}, budgets)
+    return Prepared(1, launch, reference)
 
 
 def _convolution_in_tf32(pixels: Tensor, weight: Tensor, mean: Any, std: Any, **tokens: Any) -> Tensor:
@@ -158,11 +185,13 @@ def _prepare_norm(case: NormCase) -> Prepared:
     inputs = residual_case(case.batch, case.tokens, case.size, row_dtype, without=tuple(dict.fromkeys(without)))
     if inputs.branch is not None:
         inputs = dataclasses.replace(inputs, branch=inputs.branch.to(dtype))
-    reference = eager if inputs.grad_normalized is not None else eager_sum
-    exact = reference(inputs.to(torch.float64))
-    coarsest = max(dtype, row_dtype, key=lambda one: torch.finfo(one).eps)
-    budgets = _budgets(exact, reference(inputs), coarsest)
-    return Prepared(case.num_sms, functools.partial(_launch_norm, inputs), exact, budgets)
+
+    def reference() -> Reference:
+        compute = eager if inputs.grad_normalized is not None else eager_sum
+        coarsest = max(dtype, row_dtype, key=lambda one: torch.finfo(one).eps)
+        return _reference(compute(inputs.to(torch.float64)), compute(inputs), coarsest)
+
+    return Prepared(case.num_sms, functools.partial(_launch_norm, inputs), reference)
 
 
 def _launch_norm(inputs: ResidualCase) -> Results:

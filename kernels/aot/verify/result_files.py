@@ -9,12 +9,15 @@ from typing import Any
 
 from ....utils.files import atomic_write_text
 from .cases import Case
-from .loops import plan_hash
+from .check import SAME_BITS, SCHEDULES
+from .plans import plan_hash
 from .sources import MODULES, source_hash
 
 FOLDER = Path(__file__).resolve().parent / "results"
 
 Row = dict[str, Any]
+KEYS = {"case", "plan", "kernels", "launches", "budgets", "errors", "hazards", "wrong"}
+"""What every row has; see check.py."""
 
 
 class Results:
@@ -58,19 +61,48 @@ def result_file(triton_version: str, capability: int, folder: Path = FOLDER) -> 
 
 
 def read(file: Path) -> list[Row]:
-    """Return the rows of a file, none if it does not exist."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Return the rows of a file, none if it does not exist.
+
+    Raises:
+        ValueError: If a line is not a row; it names file and line.
+    """
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [_parse(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON ({error}); restore the file, or delete the line and rerun") from None
+    missing = KEYS - row.keys() if isinstance(row, dict) else KEYS
+    if missing:
+        raise ValueError(f"{place} is no row of results: {', '.join(sorted(missing))} missing")
+    assert isinstance(row, dict)
+    return row
 
 
 def is_current(row: Row, case: Case, triton_version: str) -> bool:
     """Return whether a row is of the kernels as they are now.
 
-    They are compiled from the same source and launched in the same way.
+    They are compiled from the same source and launched in the same way, and every order of warps was judged.
     """
     # A case that failed before its first launch names no kernel.
-    if not row["kernels"] or row["plan"] != plan_hash(case, triton_version):
+    if not row["kernels"] or not _is_judged(row) or row["plan"] != plan_hash(case, triton_version):
         return False
     return all(name in MODULES and text.split()[-1] == source_hash(name) for name, text in row["kernels"].items())
+
+
+def _is_judged(row: Row) -> bool:
+    """Return whether each order of warps has errors within the budgets, or is said to be wrong."""
+    budgets, orders = row["budgets"], set(map(str, SCHEDULES))
+    wrong = {order for order in orders for text in row["wrong"] if text.startswith(f"{order}: ")}
+    right = {
+        order
+        for order, errors in row["errors"].items()
+        if errors == SAME_BITS or all(name in errors and errors[name] <= budgets[name] for name in budgets)
+    }
+    return bool(budgets) and orders <= right | wrong and (row["launches"] > 0 or wrong == orders)
 
 
 def checked_sources(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:

@@ -17,8 +17,8 @@ from .loops import attention_tile, loops, steps_to_count
 
 HEAD_DIMS = {16: (16, 8), 32: (32, 24), 64: (64, 40), 128: (128, 80, 96, 72)}
 """Head dimensions by what they are padded to."""
-SIZES = (40, 192, 384, 768, 1000, 1536, 3072)
-"""Rows of residual_norm: the models' and two that 16 does not divide or that are small."""
+SIZES = (40, 192, 197, 384, 768, 1000, 1536, 3072)
+"""Rows of residual_norm: the models', a small one, and two that 16 does not divide. Rows of 197 are not aligned."""
 EVEN, ODD, LARGE = (14, 14), (15, 15), (96, 96)
 """Windows that are read in the three layouts of a bias."""
 WIDE = (4, 201)
@@ -32,6 +32,7 @@ def table(capability: int) -> list[Case]:
     cases[0:0] = quick_cases(capability)
     for block_d, dropout in itertools.product((64, 32, 128, 16), (False, True)):
         cases += _attention_cases(capability, block_d, dropout)
+    cases += _combined_cases(capability)
     cases.append(AttentionCase(capability, "bf16", 32, "extended", WIDE, batch=steps_to_count(capability)))
     return list(dict.fromkeys(cases))
 
@@ -109,6 +110,16 @@ def _attention_cases(capability: int, block_d: int, dropout: bool) -> Iterator[A
             yield attention_case(capability, dtype, head_dim, layout, split=True)
 
 
+def _combined_cases(capability: int) -> Iterator[AttentionCase]:
+    """Yield cases in which options meet that are apart in all others."""
+    # A split batch in the backward, and gradients that are computed alone.
+    paired, plain, *_ = layouts(capability, "bf16")
+    yield attention_case(capability, "bf16", 24, plain, key_mask=True, split=True)
+    yield attention_case(capability, "fp16", 72, paired, dropout=True, split=True)
+    for head_dim, gradient in ((64, "dk"), (32, "dv")):
+        yield attention_case(capability, "bf16", head_dim, paired)._replace(gradients=gradient, heads=2)
+
+
 @functools.cache
 def attention_case(
     capability: int,
@@ -160,12 +171,16 @@ def _linear_cases(capability: int) -> Iterator[LinearCase]:
     for dtype, rows in itertools.product(DTYPES, linear_configs.ROW_CLASSES):
         for whole_steps in (False, True):
             yield _linear_case(capability, dtype, rows, whole_steps)
+        if rows != linear_configs.SOME:
+            yield _linear_case(capability, dtype, rows, whole_steps=False, odd_outputs=True)
 
 
-def _linear_case(capability: int, dtype: str, row_class: str, whole_steps: bool) -> LinearCase:
+def _linear_case(
+    capability: int, dtype: str, row_class: str, whole_steps: bool, odd_outputs: bool = False
+) -> LinearCase:
     """Return a layer whose last step is whole or partial. It has partial blocks of rows and outputs."""
     rows = {linear_configs.FEW: 70, linear_configs.SOME: 650, linear_configs.MANY: 4100}[row_class]
-    outputs = 80 if row_class == linear_configs.MANY else 176
+    outputs = (80 if row_class == linear_configs.MANY else 176) - odd_outputs
     architecture = architecture_of(capability)
     tile = linear_configs.select(architecture, arithmetic_of(dtype), rows, outputs)
     steps = steps_to_count(capability)

@@ -73,6 +73,14 @@ def test_main_unknown_capability_exits(capsys: pytest.CaptureFixture[str]) -> No
     assert "compute capabilities [70] are not supported (expected 80," in capsys.readouterr().err
 
 
+def test_main_of_some_capabilities_does_not_replace_the_committed_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    before = (command.RESULTS / "counts.json").read_text()
+    with pytest.raises(SystemExit):
+        command.main(["80"])
+    assert "give --results FOLDER" in capsys.readouterr().err
+    assert (command.RESULTS / "counts.json").read_text() == before
+
+
 def test_main_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "measure", lambda capability: ([ROW._replace(capability=capability)], []))
     assert command.main(["90", "80", "--results", str(tmp_path), "--commit", "abc"]) == 0

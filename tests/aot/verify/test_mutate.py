@@ -111,3 +111,18 @@ def test_judge_of_dropped_barriers_returns_races() -> None:
     # With some Tritons, the first two barriers guard memory that nothing has touched before: see mutants.md.
     assert [verdict.text for verdict in found[2:]] == ["RaceError"] * (len(found) - 2) != []
     assert {verdict.text for verdict in found[:2]} <= {mutate.SAME_BITS, "RaceError"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["70"], "compute capabilities [70] are not supported"),
+        (["80", "--kernel", "gelu2"], "no kernel contains 'gelu2' (expected one of attention_forward"),
+        (["80", "--kind", "barier"], "no kind contains 'barier' (expected one of"),
+    ],
+)
+def test_main_with_wrong_options_exits(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        mutate.main(arguments)
+    assert stopped.value.code == 2
+    assert error in capsys.readouterr().err

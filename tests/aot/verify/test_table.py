@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from typing import NamedTuple
 
@@ -92,11 +94,12 @@ def _checked_tiles(capability: int) -> set[TileUse]:
     }
 
 
+@functools.cache
 def _layouts(architecture: str, dtype: str) -> set[configs.BiasLayout]:
-    size = DTYPES[dtype].itemsize
-    return {configs.bias_layout(architecture, size, window) for window in ((14, 14), (15, 15), (96, 96))} | {
-        configs.NO_BIAS
-    }
+    """Return the layouts of all windows."""
+    sizes = (*range(1, 66), 80, 95, 96, 127, 128, 200, 201)
+    windows = itertools.product(sizes, sizes)
+    return {configs.bias_layout(architecture, DTYPES[dtype].itemsize, window) for window in windows} | {configs.NO_BIAS}
 
 
 def _layout_of(case: AttentionCase, architecture: str) -> configs.BiasLayout:
@@ -116,6 +119,29 @@ def test_table_covers_masks_splits_and_head_dims(capability: int) -> None:
         assert {case.dtype for case in of_kernel if case.key_mask} == set(DTYPES)
         if kernel in ("forward", "backward_dbias"):
             assert {case.dtype for case in of_kernel if case.split} == set(DTYPES)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_table_covers_options_that_meet(capability: int) -> None:
+    cases = [case for case in table.table(capability) if isinstance(case, AttentionCase)]
+    split = [case for case in cases if case.split and case.backward]
+    assert {configs.padded_head_dim(case.head_dim) for case in split} == set(configs.HEAD_DIMS)
+    assert {(case.key_mask, case.dropout) for case in split} >= {(True, False), (False, True)}
+    assert any(case.key_mask and case.dropout for case in cases)
+    alone = {case.gradients: loops.loops(case) for case in cases if case.gradients != "all"}
+    assert set(alone) == {"dk", "dv"}
+    for found in alone.values():
+        assert [loop.kernel for loop in found if loop.counts] == ["forward", "backward_dkv"]
+    assert {case.dtype for case in cases if case.heads == 2} >= {"bf16", "tf32", "fp32"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_table_covers_sizes_that_16_does_not_divide(capability: int) -> None:
+    cases = table.table(capability)
+    linear = {(case.dtype, case.rows > 4096) for case in cases if isinstance(case, LinearCase) and case.outputs % 16}
+    assert linear == set(itertools.product(DTYPES, (False, True)))
+    unaligned = {(case.dtype, case.row_dtype) for case in cases if isinstance(case, NormCase) and case.size % 8}
+    assert unaligned == {("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32")}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
