@@ -140,7 +140,7 @@ def _check(case: Case, schedules: Sequence[Schedule]) -> dict[str, Any]:
 
 
 def _first_hazard(case: Case, prepared: Prepared, schedule: Schedule) -> str:
-    """Return the text of the first hazard, which is lost where hazards are counted."""
+    """Return the whole text of the first hazard. Counting hazards loses it."""
     try:
         run(case, prepared, schedule, collect=False)
     except KernelError as error:

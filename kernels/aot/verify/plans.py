@@ -56,7 +56,7 @@ def _planned(case: Case, triton_version: str) -> list[str]:
 
 
 def _described(value: Any) -> object:
-    """Return what Triton and the kernel see of an argument before they read memory."""
+    """Return what a launch sees of an argument. Numbers in memory do not count."""
     if isinstance(value, tuple):
         return tuple(map(_described, value))
     if not isinstance(value, Tensor):

@@ -94,7 +94,10 @@ def is_current(row: Row, case: Case, triton_version: str) -> bool:
 
 
 def _is_judged(row: Row) -> bool:
-    """Return whether each order of warps has errors within the budgets, or is said to be wrong."""
+    """Return whether each order of warps has a verdict.
+
+    Its errors are within the budgets, or it is said to be wrong.
+    """
     budgets, orders = row["budgets"], set(map(str, SCHEDULES))
     wrong = {order for order in orders for text in row["wrong"] if text.startswith(f"{order}: ")}
     right = {
