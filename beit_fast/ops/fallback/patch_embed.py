@@ -90,11 +90,14 @@ def patch_embed_backward(
     grad_weight = None
     if need_weight:
         patches = extract_patches(normalize_pixels(pixels, mean, std, weight.dtype), weight.shape[2:])
-        grad_weight = (grad_patches.flatten(0, 1).t() @ patches.flatten(0, 1)).view(weight.shape)
+        # not flatten: batched gradients (`is_grads_batched=True`) have rules for reshape and view only
+        rows, grad_rows = (x.reshape(-1, x.shape[-1]) for x in (patches, grad_patches))
+        grad_weight = (grad_rows.t() @ rows).view(weight.shape)
     grad_pixels = None
     if need_pixels:
         grad_input = grad_patches @ weight.flatten(1)  # [B, P, C * ph * pw]
         if std is not None:
-            grad_input.unflatten(2, (len(std), -1)).div_(grad_input.new_tensor(std).unsqueeze(-1))
+            divisors = torch.tensor(std, dtype=grad_input.dtype, device=weight.device).unsqueeze(-1)
+            grad_input.view(*grad_input.shape[:2], len(std), -1).div_(divisors)
         grad_pixels = merge_patches(grad_input, pixels.shape, weight.shape[2:]).to(pixels.dtype)
     return grad_pixels, grad_weight, grad_bias, grad_cls, None, grad_mask_token, grad_pos, None, None
