@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from .instructions import step_of
+from .instructions.forms import check_form
 from .parser import parse
 from .pointers import written_parameters
 from .ptx import Function, Instruction, Module, Variable
@@ -137,6 +138,7 @@ def _check_exit(instruction: Instruction) -> None:
             raise instruction.unsupported("only barrier 0 of all threads is implemented")
     else:
         instruction.allow("uni")
+    check_form(instruction)
 
 
 def _place_variables(variables: list[Variable]) -> tuple[dict[str, int], int, int]:

@@ -9,6 +9,7 @@ from ..errors import UnsupportedInstructionError
 from ..ptx import Instruction
 from ..slots import Slots
 from . import arithmetic, barriers, copies, matrices, memory, moves, tensor, warpgroups, warps
+from .forms import check_form
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -42,6 +43,7 @@ def step_of(instruction: Instruction, slots: Slots) -> Step:
     """
     try:
         step = BUILDERS.get(instruction.opcode, arithmetic.build)(instruction, slots)
+        check_form(instruction)  # last: a builder may name what it does not implement
     except UnsupportedInstructionError as error:
         raise named(error, instruction) from error
     if instruction.predicate is None:

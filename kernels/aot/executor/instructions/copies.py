@@ -35,7 +35,7 @@ def _copy(instruction: Instruction, slots: Slots) -> Step:
 def _copy_bytes(instruction: Instruction, slots: Slots) -> Step:
     """Copy 4, 8 or 16 bytes for each thread; bytes behind the source size are zeros."""
     size = instruction.integer(2)
-    if size not in (4, 8, 16) or len(instruction.operands) > 4:
+    if size not in (4, 8, 16) or (size != 16 and "cg" in instruction.modifiers):
         raise instruction.unsupported()
     target, source = address_of(instruction, 0, slots, U32), address_of(instruction, 1, slots, U64)
     whole = slots.constant(np.array([size], U32))

@@ -50,6 +50,9 @@ def _multiply(instruction: Instruction, slots: Slots) -> Step:
     if flags[:2] != [1, 1]:
         raise instruction.unsupported("operands are negated")
     in_registers = isinstance(instruction.operand(1), Vector)
+    # An operand of 16 bits in shared memory has a flag that says whether it is transposed.
+    if len(flags) != 2 + (0 if kind == "tf32" else 2 - in_registers):
+        raise instruction.unsupported(f"it has {len(instruction.operands)} operands")
     transposed = [bool(flag) for flag in flags[2:]] or [False, False]
     sums = slots.operands(instruction, 0, F32)
     if len(sums) != columns_count // 2:
