@@ -31,10 +31,16 @@ _LOCATION = re.compile(
 )
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"', re.M)
 _VARIABLE = re.compile(
-    r"\.(shared|local|param|global|const)\s+(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
+    r"^(?:\.(?:visible|weak|extern|common)\s+)*\.(shared|local|param|global|const)\s+(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
     r"(?:\.ptr\s*(?:\.\w+\s*)?(?:\.align\s+\d+\s+)?)?([\w$.]+)\s*((?:\[\s*\d*\s*\])*)\s*(?:=\s*(.*))?$",
     re.S,
 )
+_HEADING = re.compile(r"^[ \t]*\.(?:version|target|address_size|file)\b.*$", re.M)
+"""Statements of a module without a semicolon."""
+_DIRECTIVE = re.compile(r"\.(\w+)\s*([\d\s,]*)")
+_LIMITS = ("reqntid", "maxntid", "minnctapersm", "maxnctapersm", "maxnreg", "noreturn")
+"""Directives of a function that do not change what it computes."""
+_CLUSTERS = ("reqnctapercluster", "explicitcluster", "maxclusterrank", "blocksareclusters")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.+)$", re.S)
 _INSTRUCTION = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _ADDRESS = re.compile(r"\[\s*([\w$%.]+)\s*(?:([+-])\s*(-?\w+)\s*)?\]$")
@@ -68,8 +74,8 @@ def parse(text: str, kernel: str | None = None) -> Module:
     variables = [
         _variable(statement)
         for part in outside
-        for statement in _without_comments(part.partition("\t.section")[0]).split(";")
-        if re.search(r"\.(?:shared|global|const|local)\s", statement)
+        for statement in _HEADING.sub("", _without_comments(part.partition("\t.section")[0])).split(";")
+        if statement.strip()
     ]
     return Module(target[1], functions, variables)
 
@@ -88,9 +94,10 @@ def _function(text: str, head: re.Match[str], files: dict[str, str], wanted: str
     end = _closing_brace(text, body_start)
     match = re.match(r"\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*(?:\(([^)]*)\))?(.*)$", signature, re.S)
     assert match is not None
-    results, name, parameters, directives = match.groups()
+    results, name, parameters, text_behind = match.groups()
     if wanted not in (None, name):
         return None, end + 1
+    directives = _directives(name, text_behind)
     reader = _BodyReader(files)
     for line in text[body_start + 1 : end].splitlines():
         reader.line(line)
@@ -99,8 +106,8 @@ def _function(text: str, head: re.Match[str], files: dict[str, str], wanted: str
         [_variable(part) for part in (parameters or "").split(",") if part.strip()],
         [_variable(part) for part in (results or "").split(",") if part.strip()],
         head[1] == "entry",
-        _thread_counts("reqntid", directives),
-        _thread_counts("maxntid", directives),
+        directives.get("reqntid"),
+        directives.get("maxntid"),
         reader.registers,
         reader.variables,
         reader.instructions,
@@ -119,9 +126,18 @@ def _closing_brace(text: str, start: int) -> int:
     raise ValueError("PTX with an unclosed brace")
 
 
-def _thread_counts(directive: str, text: str) -> tuple[int, ...] | None:
-    found = re.search(rf"\.{directive}\s+([\d\s,]+)", text)
-    return None if found is None else tuple(int(number) for number in re.findall(r"\d+", found[1]))
+def _directives(function: str, text: str) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of each directive between the parameters and the body."""
+    rest = _DIRECTIVE.sub("", text).strip()
+    found = {name: tuple(map(int, re.findall(r"\d+", numbers))) for name, numbers in _DIRECTIVE.findall(text)}
+    if rest:
+        raise UnsupportedInstructionError(f"unsupported directive of {function}: {' '.join(text.split())}")
+    for name in found:
+        if name in _CLUSTERS:
+            raise UnsupportedInstructionError(f"unsupported directive of {function}: .{name} (clusters of CTAs)")
+        if name not in _LIMITS:
+            raise UnsupportedInstructionError(f"unsupported directive of {function}: .{name}")
+    return found
 
 
 _SIZES = {"pred": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8} | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 
 import pytest
@@ -99,6 +100,26 @@ def test_parse_module_with_several_kernels_names_them() -> None:
 def test_parse_unknown_statement_is_an_error(statement: str) -> None:
     with pytest.raises(UnsupportedInstructionError):
         instructions(statement)
+
+
+@pytest.mark.parametrize(
+    "directive", [".reqnctapercluster 2", ".explicitcluster", ".maxclusterrank 8", ".frobnicate 7"]
+)
+def test_parse_unknown_directive_of_a_kernel_is_an_error_that_names_it(directive: str) -> None:
+    name = directive.split()[0]
+    with pytest.raises(UnsupportedInstructionError, match=rf"directive of kernel: \{name}"):
+        parse(module("").replace(".reqntid 64", f".reqntid 64\n{directive}"))
+
+
+def test_parse_directives_that_limit_resources_are_allowed() -> None:
+    kernel = parse(module("").replace(".reqntid 64", ".maxntid 64, 1, 1\n.reqntid 32, 2\n.minnctapersm 2\n.maxnreg 80"))
+    assert (kernel.kernel.required_threads, kernel.kernel.maximum_threads) == ((32, 2), (64, 1, 1))
+
+
+@pytest.mark.parametrize("statement", [".frobnicate 7", ".frobnicate .shared .align 4 .b8 x[4];", ".alias f, g;"])
+def test_parse_unknown_statement_of_a_module_is_an_error_that_names_it(statement: str) -> None:
+    with pytest.raises(UnsupportedInstructionError, match=re.escape(f"declaration: {statement.rstrip(';')}")):
+        parse(module("").replace(".extern", f"{statement}\n.extern"))
 
 
 def test_written_parameters_follow_addresses_into_stores() -> None:
