@@ -64,9 +64,12 @@ class ProxyError(KernelError):
 class BarrierError(KernelError):
     """Threads do not reach a barrier, or a warp is not complete.
 
-    The warp is at an instruction that needs all its threads.
+    The warp is at an instruction that needs all its threads, or parts at a uniform branch.
     """
 
 
 class UninitializedError(KernelError):
-    """A register or memory is used before it was written. It decides an address, a branch or a size."""
+    """A value that was not written decides what a kernel does.
+
+    It decides an address, a branch or an asynchronous operation.
+    """

@@ -159,9 +159,8 @@ class GlobalMemory:
             if buffer.extent.is_written:
                 self._note_read(part, size, site)
             if size > 1 and has_pattern(values, UNINITIALIZED):
-                site.note(
-                    f"reads uninitialized memory of {buffer.name}", int(holds_pattern(values, UNINITIALIZED).sum())
-                )
+                unwritten = holds_pattern(values, UNINITIALIZED)
+                site.note_unwritten(f"memory of {buffer.name}", unwritten, part.chosen)
             if part.chosen is None:
                 return values
             result[part.chosen] = values

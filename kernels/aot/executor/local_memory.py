@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .dtypes import ITEMS, U8, U16, UNINITIALIZED, Array, has_pattern
+from .dtypes import ITEMS, U8, U16, UNINITIALIZED, Array, has_pattern, holds_pattern
 from .errors import AccessError
 from .sites import Site
 
@@ -33,9 +33,11 @@ class LocalMemory:
         return np.asarray(site.numbers * self._pitch + offsets)
 
     def load(self, addresses: Array, size: int, site: Site) -> Array:
-        values = self._views[size].take(self._places(addresses, size, site) // size)
-        if size > 1 and has_pattern(values, UNINITIALIZED):
-            site.note("reads uninitialized local memory")
+        places = self._places(addresses, size, site)
+        values = self._views[size].take(places // size)
+        checked = values if size > 1 else self._views[2].take(places // 2)  # a byte counts with its neighbor
+        if has_pattern(checked, UNINITIALIZED):
+            site.note_unwritten("local memory", holds_pattern(checked, UNINITIALIZED))
         return values
 
     def store(self, addresses: Array, values: Array, site: Site) -> None:

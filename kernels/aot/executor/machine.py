@@ -11,14 +11,15 @@ from collections import Counter
 
 import numpy as np
 
+from . import undefined
 from .dtypes import PRED, U32, Array
-from .errors import BarrierError, Hazard, KernelError, PipelineError, UninitializedError, UnsupportedInstructionError
+from .errors import BarrierError, Hazard, KernelError, PipelineError, UnsupportedInstructionError
 from .global_memory import GlobalMemory
 from .instructions import named
 from .kernel_code import Block, Code
 from .local_memory import LocalMemory
 from .ptx import Instruction
-from .registers import UNDEFINED, RegisterFile
+from .registers import RegisterFile
 from .schedule import Schedule, Turns
 from .shared_memory import SharedMemory
 from .sites import LANES, Layout, Reporter, Site
@@ -109,6 +110,8 @@ class Machine:
                 try:
                     for self.cursor, step in enumerate(block.steps):
                         step(self)
+                        if registers.undefined:
+                            undefined.follow(self)
                 except UnsupportedInstructionError as error:
                     raise named(error, self.instruction) from error
                 self.cursor = len(block.steps)
@@ -147,15 +150,26 @@ class Machine:
             self._go(target if block.predicate < 0 else self._branch(block, final, target, following))
 
     def _branch(self, block: Block, final: Instruction, target: int, following: int) -> int | Array:
-        states = self.registers.states.get(block.predicate)
-        if states is not None and (self.site(final).active(states) == UNDEFINED).any():
-            site = self.site(final)
-            index = int(np.argmax(site.active(states) == UNDEFINED))
-            site.report(UninitializedError, "a branch depends on a register that was not written", index)
         taken = self.registers.read(block.predicate, PRED) != final.negated
+        for lanes in self.registers.take_undefined().values():
+            undefined.report(self, final, "a branch", lanes)
         if taken.all():
             return target
-        return np.where(taken, target, following) if taken.any() else following
+        if not taken.any():
+            return following
+        if "uni" in final.modifiers:
+            self._check_together(taken, final)
+        return np.where(taken, target, following)
+
+    def _check_together(self, taken: Array, final: Instruction) -> None:
+        """Report a warp that parts at `bra.uni` or `ret.uni`."""
+        goes, stays = (part.reshape(-1, LANES) for part in (taken & self.is_active, ~taken & self.is_active))
+        parted = goes.any(1) & stays.any(1)
+        if parted.any():
+            warp = int(np.argmax(parted))
+            site = self.site(final, np.array([warp * LANES + int(np.argmax(stays[warp]))]))
+            problem = "only some threads of a warp take a branch that is marked as uniform (.uni)"
+            site.report(BarrierError, problem, 0, "it does not take the branch")
 
     def _go(self, block: int | Array) -> None:
         """Move the active threads."""

@@ -27,7 +27,7 @@ class RegisterFile:
     Args:
         kinds: Dtype of each register.
         lane_count: Number of threads.
-        note: Called when an active thread reads a register that was never written.
+        note: Called when an active thread reads an undefined register.
         fault: Returns the error for the use of a register in flight.
     """
 
@@ -44,6 +44,7 @@ class RegisterFile:
         self.values: list[Array] = [pattern(UNINITIALIZED, kind).view(_MARKED[kind.itemsize]) for kind in kinds]
         self.states: dict[int, Array] = dict.fromkeys(range(len(kinds)), np.full(1, UNDEFINED, np.uint8))
         self.flying = 0  # number of registers in flight
+        self.undefined: dict[int, Array] = {}  # threads of undefined registers that the instruction read
         self._kinds = kinds
         self._note = note
         self._fault = fault
@@ -81,14 +82,16 @@ class RegisterFile:
         active = states if self.mask is None else states & self.mask  # DEFINED is 0
         if active.any():
             self._check_states(slot)
-        return self.values[slot].view(self._kinds[slot])
+        return self.bits(slot)
 
     def _check_states(self, slot: int) -> None:
         """Raise for a read in flight. Note a read of an undefined register."""
         if self._has_state(slot, FLYING):
             raise self._fault(slot, "is read before the kernel waited for the instruction that writes it")
         if self._has_state(slot, UNDEFINED):
-            self._note("a register is read that was not written")
+            states = self.states[slot]
+            self.undefined[slot] = (states == UNDEFINED) if self.mask is None else (states == UNDEFINED) & self.mask
+            self._note("a register is read whose value was not written")
         if self._has_state(slot, LOADED):
             self._note("a result of tcgen05.ld is used before tcgen05.wait::ld")
 
@@ -99,6 +102,18 @@ class RegisterFile:
             return False
         active = states if self.mask is None or states.size == 1 else states[self.mask]
         return bool((active == state).any())
+
+    def take_undefined(self) -> dict[int, Array]:
+        """Return the undefined registers that were read since the last call.
+
+        Each has a mask of the threads.
+        """
+        found, self.undefined = self.undefined, {}
+        return found
+
+    def bits(self, slot: int) -> Array:
+        """Return a register without a check. Its type is unsigned."""
+        return self.values[slot].view(self._kinds[slot])
 
     def full(self, slot: int, dtype: Dtype) -> Array:
         """Return one element for each thread."""
@@ -150,6 +165,12 @@ class RegisterFile:
         lanes = None if whole else (warps[:, None] * LANES + np.arange(LANES)).reshape(-1)
         for slot, part in zip(slots, values, strict=True):
             self.write_lanes(slot, lanes, part.reshape(-1))
+
+    def forget(self, slot: int, lanes: Array) -> None:
+        """Mark a register of some threads as undefined. `lanes` is a mask."""
+        self._mark(
+            slot, self.bits(slot), np.where(lanes, np.uint8(UNDEFINED), self.states.get(slot, np.uint8(DEFINED)))
+        )
 
     def _mark(self, slot: int, values: Array, states: Array) -> None:
         """Store values with the state of each thread."""
@@ -203,4 +224,4 @@ class RegisterFile:
         was_flying = bool((states == FLYING).any())
         after = np.where(ends, np.uint8(DEFINED), states)
         self.flying += bool((after == FLYING).any()) - was_flying
-        self._mark(slot, self.values[slot].view(self._kinds[slot]), after)
+        self._mark(slot, self.bits(slot), after)

@@ -107,11 +107,9 @@ class SharedMemory:
         size = values.dtype.itemsize
         if self._copies and has_pattern(values, IN_FLIGHT) and (found := self._copies.find(values, places, size)):
             raise self._in_flight("reads", found, places, site)
-        if size > 1:
-            if has_pattern(values, UNINITIALIZED):
-                site.note("reads uninitialized shared memory", int(holds_pattern(values, UNINITIALIZED).sum()))
-        elif (self._views[2].take(places // 2) == UNINITIALIZED).any():
-            site.note("reads uninitialized shared memory")
+        checked = values if size > 1 else self._views[2].take(places // 2)  # a byte counts with its neighbor
+        if has_pattern(checked, UNINITIALIZED):
+            site.note_unwritten("shared memory", holds_pattern(checked, UNINITIALIZED))
 
     def _in_flight(self, verb: str, found: tuple[int, Copy], places: Array, site: Site) -> KernelError:
         index, copy = found

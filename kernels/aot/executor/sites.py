@@ -74,7 +74,7 @@ class Layout(NamedTuple):
 class Site:
     """The active threads at an instruction. `lanes` number the threads of all CTAs that run together."""
 
-    __slots__ = ("all_lanes", "instruction", "lanes", "layout", "reporter")
+    __slots__ = ("all_lanes", "instruction", "lanes", "layout", "reporter", "unwritten")
 
     def __init__(
         self, layout: Layout, reporter: Reporter, instruction: Instruction, lanes: Array | None, all_lanes: Array
@@ -84,6 +84,7 @@ class Site:
         self.instruction = instruction
         self.lanes = lanes  # None for all
         self.all_lanes = all_lanes
+        self.unwritten: Array | None = None  # which threads loaded memory that was not written
 
     @property
     def numbers(self) -> Array:
@@ -131,6 +132,22 @@ class Site:
 
     def note(self, problem: str, count: int = 1) -> None:
         self.reporter.note(problem, self.instruction, count)
+
+    def note_unwritten(self, memory: str, items: Array, chosen: Array | None = None) -> None:
+        """Note loads of memory that was not written.
+
+        Args:
+            memory: Its name.
+            items: Says for each access whether its memory was not written.
+            chosen: The accesses among those of all threads; None for all.
+        """
+        self.note(f"reads uninitialized {memory}", int(items.sum()))
+        if chosen is None:
+            self.unwritten = items
+            return
+        if self.unwritten is None:
+            self.unwritten = np.zeros(len(self.numbers), bool)
+        self.unwritten[chosen] = items
 
     def _detail(self, index: int, where: str) -> str:
         return f"{self.thread(index)}, {where}" if where else self.thread(index)

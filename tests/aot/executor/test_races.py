@@ -12,7 +12,6 @@ from beit_fast.kernels.aot.executor.errors import (
     BarrierError,
     PipelineError,
     RaceError,
-    UninitializedError,
     UnsupportedInstructionError,
 )
 from beit_fast.kernels.aot.executor.launch import Options
@@ -104,9 +103,20 @@ def test_warp_instruction_of_some_threads_is_found() -> None:
         stored(shuffle)
 
 
-def test_branch_on_an_unwritten_register_is_found() -> None:
-    with pytest.raises(UninitializedError, match="branch depends"):
-        run_ptx("@%p1 bra $out; mov.b32 %r1, 1; $out:")
+def test_uniform_branch_that_parts_a_warp_is_found() -> None:
+    body = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 bra.uni $out; mov.b32 %r2, 1; $out:"
+    run_ptx(body)
+    parted = body.replace("32; @", "39; @")
+    run_ptx(parted.replace(".uni", ""))
+    with pytest.raises(BarrierError, match=r"only some threads.*`@%p1 bra.uni \$out`.*thread 39 of CTA 0"):
+        run_ptx(parted)
+    # Threads that are elsewhere do not count.
+    run_ptx(parted.replace("@", "setp.lt.u32 %p2, %r1, 20; @!%p2 bra $out; @"))
+
+
+def test_uniform_return_that_parts_a_warp_is_found() -> None:
+    with pytest.raises(BarrierError, match=r"`@%p1 ret.uni`"):
+        run_ptx("mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 39; @%p1 ret.uni;")
 
 
 COLLATZ = """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..dtypes import DTYPES, ITEMS, S64, SIGNED, U32, U64, Array, Dtype, unsigned
+from ..dtypes import DTYPES, ITEMS, S64, SIGNED, U32, U64, UNINITIALIZED, Array, Dtype, holds_pattern, unsigned
 from ..errors import AccessError
 from ..ptx import Instruction
 from ..sites import Site
@@ -65,8 +65,21 @@ def _load(instruction: Instruction, slots: Slots) -> Step:
         for target, kind, column in zip(targets, kinds, columns, strict=True):
             if target is not None:
                 machine.registers.write_lanes(target, site.lanes, column if kind == dtype else column.astype(kind))
+                if site.unwritten is not None:
+                    _mark_unwritten(machine, target, column, site)
 
     return step
+
+
+def _mark_unwritten(machine: Machine, target: int, column: Array, site: Site) -> None:
+    """Mark what was loaded from memory that was not written. A vector may have other parts."""
+    assert site.unwritten is not None
+    unwritten = site.unwritten
+    if column.dtype.itemsize > 1:
+        unwritten = unwritten & holds_pattern(column, UNINITIALIZED)
+    lanes = np.zeros(machine.lane_count, bool)
+    lanes[site.numbers] = unwritten
+    machine.registers.forget(target, lanes)
 
 
 def _load_global(machine: Machine, addresses: Array, size: int, site: Site) -> Array:
