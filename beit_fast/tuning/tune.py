@@ -210,7 +210,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     except FileNotFoundError:
         return {**found, "reason": "none were measured (beit-fast tune)"}
     except tuned_tiles.UnusableFileError as error:
-        return {**found, "reason": f"the file is ignored: {error}"}
+        return {**found, "reason": f"the tuned tiles in {file} are ignored: {error}"}
     return {**found, "tiles": tuned_tiles.content_of(identity, entries)["tiles"]}
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ TILE_FIELDS = {
     "residual_norm_backward": ("num_warps", "programs_per_sm"),
 }
 """Kernels that can be tuned, and the fields of a tile of each."""
+
+MOST = {"num_warps": 32, "num_stages": 8, "programs_per_sm": 32}
+"""Largest accepted value of the other fields of a tile."""
+LARGEST_AMOUNT = 2**40
+LONGEST = 3600.0
+"""Most seconds of one launch."""
 
 Tile = tuple[int, ...]
 
@@ -166,13 +173,13 @@ def read(file: Path, identity: Identity) -> list[Measured]:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnusableFileError(f"it cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UnusableFileError(f"it does not have format {FORMAT}")
     written_for = content.get("identity")
     if written_for != identity._asdict():
-        raise UnusableFileError(f"it was written for {written_for}, not for {identity._asdict()}")
+        raise UnusableFileError(f"it was written for {_short(written_for)}, not for {identity._asdict()}")
     entries = content.get("tiles")
     if not isinstance(entries, list):
         raise UnusableFileError("it has no list of tiles")
@@ -220,22 +227,53 @@ def _load(device: torch.device) -> dict[tuple[str, str], list[Measured]]:
 
 
 def _checked(entry: Any) -> Measured:
-    """Return an entry of a file after checking it."""
-    if not isinstance(entry, dict) or set(entry) != set(Measured._fields) or entry["kernel"] not in TILE_FIELDS:
-        raise UnusableFileError(f"{entry!r} is not a measurement of a kernel")
-    measured = Measured(**{**entry, "tile": tuple(entry["tile"]) if isinstance(entry["tile"], list) else ()})
-    names = TILE_FIELDS[measured.kernel]
-    integers = (measured.amount, *measured.tile)
-    fits = len(measured.tile) == len(names) and all(type(value) is int and value >= 1 for value in integers)
+    """Return an entry of a file after checking it.
+
+    Raises:
+        UnusableFileError: If a field is missing, or has a type or a value that no measurement has.
+    """
+    if not isinstance(entry, dict) or set(entry) != set(Measured._fields):
+        raise UnusableFileError(f"{_short(entry)} is not a measurement (expected {', '.join(Measured._fields)})")
+    for name, value in entry.items():
+        accepted = _unmet(name, value)
+        if accepted is not None:
+            raise UnusableFileError(f"{name} {_short(value)} of a measurement is not supported (expected {accepted})")
+    names = TILE_FIELDS[entry["kernel"]]
+    if len(entry["tile"]) != len(names) or not all(map(_fits, names, entry["tile"])):
+        expected = f"{', '.join(names)} in their limits"
+        raise UnusableFileError(f"{_short(entry['tile'])} is not a tile of {entry['kernel']} (expected {expected})")
+    return Measured(**{**entry, "tile": tuple(entry["tile"])})
+
+
+def _unmet(name: str, value: Any) -> str | None:
+    """Return what is accepted in a field of a measurement if `value` is not, else None."""
+    if name == "kernel":
+        return None if isinstance(value, str) and value in TILE_FIELDS else f"one of {', '.join(TILE_FIELDS)}"
+    if name == "variant":
+        return None if isinstance(value, str) else "text"
+    if name == "tile":
+        return None if isinstance(value, list) else "a list of integers"
+    if name == "amount":
+        return None if type(value) is int and 1 <= value <= LARGEST_AMOUNT else f"an integer, 1 to {LARGEST_AMOUNT}"
+    # A NaN is in no interval.
+    return None if type(value) in (int, float) and 0 <= value <= LONGEST else f"seconds, 0 to {LONGEST:.0f}"
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Return whether a field of a tile can be launched."""
+    if type(value) is not int:  # a bool is not a number of warps
+        return False
     # Sides and warps of a kernel are powers of two; a longer side would read past the margins.
-    for name, value in zip(names, measured.tile, strict=False):
-        if name.startswith("block") and fits:
-            fits = 16 <= value <= LARGEST_BLOCK and value & (value - 1) == 0
-        elif name == "num_warps" and fits:
-            fits = value <= 32 and value & (value - 1) == 0
-    if not fits:
-        raise UnusableFileError(f"{entry!r} is not a tile of {measured.kernel}")
-    return measured
+    if name.startswith("block"):
+        return 16 <= value <= LARGEST_BLOCK and value & (value - 1) == 0
+    return 1 <= value <= MOST[name] and (name != "num_warps" or value & (value - 1) == 0)
+
+
+def _short(value: Any) -> str:
+    """Return the representation of a value from a file, however long or deep it is."""
+    shortened = reprlib.Repr()
+    shortened.maxdict = len(Measured._fields)
+    return shortened.repr(value)
 
 
 def _package_version() -> str:

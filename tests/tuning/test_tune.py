@@ -19,8 +19,11 @@ from beit_fast.tuning.tune import Job, Trial
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tunes kernels in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
 
+from beit_fast.cli.tune import _shown_lines
 from beit_fast.kernels.attention import launch
+from beit_fast.kernels.attention import tiles as attention_tiles
 from beit_fast.kernels.common import tuned_tiles
+from beit_fast.kernels.linear_gelu import configs as linear_configs
 from beit_fast.kernels.linear_gelu import launch as linear_launch
 from beit_fast.kernels.residual_norm import launch as residual_launch
 
@@ -236,31 +239,91 @@ def write_tile(tile: tuple[int, ...]) -> Path:
     )
 
 
-def damage(content: dict[str, tune.Any], kind: str) -> str:
-    if kind == "cut":
-        return json.dumps(content)[:-20]
-    if kind == "foreign":
-        content["identity"]["gpu"] = "another"
-    elif kind == "format":
-        content["format"] = 0
-    elif kind == "too long":
-        content["tiles"][0]["tile"][1] = 256
-    elif kind == "odd":
-        content["tiles"][0]["tile"][0] = 48
-    elif kind == "short":
-        content["tiles"][0]["tile"].pop()
-    elif kind == "kernel":
-        content["tiles"][0]["kernel"] = "other"
+def damage(content: dict[str, tune.Any], field: str, value: object) -> str:
+    """Return the file with one field of its first measurement, or of the file, replaced; "tile 1" is a number of one."""
+    name, _, index = field.partition(" ")
+    first = content["tiles"][0]
+    if index:
+        first[name][int(index)] = value
+    else:
+        (first if name in first else content)[name] = value
     return json.dumps(content)
 
 
-@pytest.mark.parametrize("kind", ["cut", "foreign", "format", "too long", "odd", "short", "kernel"])
+DAMAGES = {
+    "foreign": ("identity", {"gpu": "another"}),
+    "identity of another type": ("identity", [[]]),
+    "format": ("format", 0),
+    "no list": ("tiles", {}),
+    "no measurement": ("tiles", [[]]),
+    "no field": ("tiles", [{"kernel": "forward"}]),
+    "side too long": ("tile 1", 256),
+    "odd side": ("tile 0", 48),
+    "fraction": ("tile 0", 64.0),
+    "short tile": ("tile", [64, 32, 4]),
+    "text for a tile": ("tile", "6432"),
+    "too many warps": ("tile 2", 64),
+    "too many stages": ("tile 3", 10**9),
+    "true for a stage": ("tile 3", True),
+    "list in a tile": ("tile 3", [1]),
+    "unknown kernel": ("kernel", "other"),
+    "list for a kernel": ("kernel", []),
+    "list for a variant": ("variant", [1]),
+    "null for a variant": ("variant", None),
+    "text for an amount": ("amount", "1"),
+    "huge amount": ("amount", 10**400),
+    "text for seconds": ("seconds", "x"),
+    "null for seconds": ("shipped_seconds", None),
+    "no number of seconds": ("seconds", float("nan")),
+    "endless seconds": ("seconds", float("inf")),
+    "huge seconds": ("seconds", 10**400),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_read_damaged_field_is_one_error_and_show_names_the_file(kind: str) -> None:
+    file = write_tile(FAST)
+    file.write_text(damage(json.loads(file.read_text()), *DAMAGES[kind]))
+    with pytest.raises(tuned_tiles.UnusableFileError) as caught:
+        tuned_tiles.read(file, tuned_tiles.identity_of(CPU))
+    assert len(str(caught.value)) < 700
+    found = tune.describe(CPU)
+    assert found["reason"] == f"the tuned tiles in {file} are ignored: {caught.value}"
+    assert _shown_lines(found)[0] == f"no tuned tiles are in use: {found['reason']}"
+
+
+@pytest.mark.parametrize("programs", [0, 33, 10**9])
+def test_read_programs_per_sm_beyond_a_gpu_are_refused(programs: int) -> None:
+    entry = {"kernel": "residual_norm_backward", "variant": "", "amount": 1, "seconds": 1.0, "shipped_seconds": 1.0}
+    with pytest.raises(tuned_tiles.UnusableFileError, match="is not a tile of residual_norm_backward"):
+        tuned_tiles._checked({**entry, "tile": [4, programs]})
+    assert tuned_tiles._checked({**entry, "tile": [4, 8]}).tile == (4, 8)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "\xff", '{"format": 1'])
+def test_read_file_that_is_not_json_is_unusable(text: str) -> None:
+    file = write_tile(FAST)
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(tuned_tiles.UnusableFileError, match="cannot be read as JSON"):
+        tuned_tiles.read(file, tuned_tiles.identity_of(CPU))
+
+
+def test_read_every_candidate_tile_is_accepted() -> None:
+    """The limits leave room for what `beit-fast tune` can write."""
+    for found in tune_jobs.jobs_of([SHAPE], CPU):
+        names = tuned_tiles.TILE_FIELDS[found.kernel]
+        assert all(all(map(tuned_tiles._fits, names, tile)) for tile in found.tiles)
+    for tiles in (*attention_tiles.TILES.values(), *linear_configs.TILES.values()):
+        assert all(tile[-1] in range(1, tuned_tiles.MOST["num_stages"] + 1) for tile in tiles)
+
+
+@pytest.mark.parametrize("kind", ["foreign", "side too long", "list for a kernel", "list for a variant"])
 def test_launch_unusable_file_warns_once_and_takes_the_shipped_tile(
     kind: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_tile(FAST)
     assert launched_tiles(monkeypatch) == [FAST]
-    file.write_text(damage(json.loads(file.read_text()), kind))
+    file.write_text(damage(json.loads(file.read_text()), *DAMAGES[kind]))
     tuned_tiles.forget_read_files()
     with pytest.warns(RuntimeWarning, match="are ignored") as caught:
         assert launched_tiles(monkeypatch) == [SHIPPED]
