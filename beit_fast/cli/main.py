@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,7 +223,7 @@ def _add_tune(commands: Any) -> None:
     sizes.add_argument("--model", help="take sizes from a checkpoint: a folder, or a name on the hub")
     sizes.add_argument("--head-dim", type=_positive, metavar="D", help="dimension of each of 12 heads (default: 64)")
     parser.add_argument("--device", help="cuda, cuda:1 ... (default: cuda)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no other kernel after this time")
+    parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="start no other kernel after this time")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--forget", action="store_true", help="delete the tuned tiles of the GPU, of all versions")
     action.add_argument("--show", action="store_true", help="print the tuned tiles of the GPU")
@@ -265,6 +266,13 @@ def _fraction(text: str) -> float:
     value = float(text)
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < math.inf:  # NaN fails both
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
     return value
 
 

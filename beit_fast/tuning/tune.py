@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.files import atomic_write_text, json_text
+from ..utils.files import atomic_write_text, json_text, writing
 from .candidates import Tile
 from .reference import relative_error
 from .timer import Clock, interleaved_times
@@ -157,13 +158,36 @@ def exclusion_reason(kernel: str, tile: Tile, trial: Trial, may_spill: bool = Fa
 def tune(
     jobs: Sequence[Job], device: torch.device, clock_of: Callable[[], Clock], rounds: int = ROUNDS
 ) -> Iterator[Outcome]:
-    """Run jobs one by one; each result is written at once and used by this process from then on."""
+    """Run jobs one by one; each result is written at once and used by this process from then on.
+
+    Raises:
+        OSError: Before anything is measured, if no result could be written.
+    """
+    check_folder(device)
     for job in jobs:
         outcome = tune_job(job, clock_of, rounds)
         if outcome.chosen is not None:
             save(device, job, outcome)
         yield outcome
         gc.collect()
+
+
+def check_folder(device: torch.device) -> None:
+    """Create the folder of a device's tuned tiles, and write a file there.
+
+    Raises:
+        OSError: If this fails; the error names the folder and the variable that sets it.
+    """
+    from ..kernels.common import tuned_tiles
+
+    folder = tuned_tiles.file_of(tuned_tiles.identity_of(device)).parent
+    with writing(_WRITTEN, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+
+
+_WRITTEN = "tuned tiles (XDG_CACHE_HOME sets their folder)"
 
 
 def save(device: torch.device, job: Job, outcome: Outcome) -> Path:
@@ -180,8 +204,9 @@ def save(device: torch.device, job: Job, outcome: Outcome) -> Path:
     seconds = (outcome.seconds[tile_name(tile)] for tile in (outcome.chosen, outcome.shipped))
     measured = tuned_tiles.Measured(job.kernel, job.variant, job.amount, outcome.chosen, *seconds)
     kept = [entry for entry in load(file, identity) if entry[:3] != measured[:3]]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(file, json_text(tuned_tiles.content_of(identity, [*kept, measured]), "tuned tiles"))
+    with writing(_WRITTEN, file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(file, json_text(tuned_tiles.content_of(identity, [*kept, measured]), "tuned tiles"))
     tuned_tiles.forget_read_files()
     return file
 

@@ -189,6 +189,14 @@ def test_tune_budget_stops_after_a_kernel(
     assert len(file.read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("budget", ["nan", "inf", "-1", "-inf"])
+def test_tune_budget_that_is_not_a_time_is_refused(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(["tune", f"--budget={budget}"])
+    assert caught.value.code == 2
+    assert f"argument --budget: {budget} is not a number of seconds, 0 or more" in capsys.readouterr().err
+
+
 def test_tune_show_and_forget_without_a_file_say_so(
     tuned_gpu: list[Outcome], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -208,6 +208,20 @@ def test_tune_wrong_shipped_tile_writes_nothing(cache: Path) -> None:
     assert list(cache.rglob("*.json")) == []
 
 
+@pytest.mark.parametrize("blocked", ["", "beit_fast", "beit_fast/tuned/interpreter-0.0"])
+def test_tune_unwritable_cache_is_an_error_before_anything_runs(
+    blocked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (home / blocked).write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    never = replace(job(), trial=lambda: pytest.fail("a kernel was measured"))
+    with pytest.raises(OSError, match=r"tuned tiles \(XDG_CACHE_HOME sets their folder\) cannot be written to") as caught:
+        run(never, {})
+    assert str(tuned_tiles.file_of(tuned_tiles.identity_of(CPU)).parent) in str(caught.value)
+
+
 def test_tune_jobs_of_equal_shapes_are_listed_once() -> None:
     jobs = tune_jobs.jobs_of([SHAPE, SHAPE, replace(SHAPE, batch=2)], CPU)
     assert len(jobs) == 2 * len(tune_jobs.jobs_of([SHAPE], CPU))
