@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..ops.dispatch import availability
+from .child import Child, ChildError
 from .problems import Problem, Results
 from .reference import error_budgets, relative_error
 from .selftest_cases import Check
@@ -17,6 +20,10 @@ from .timer import Clock, interleaved_medians
 
 ROUNDS = 10
 """Timed rounds of each step."""
+LIMIT = 60.0
+"""Seconds that a check of a refused kernel may take."""
+WHOLE = 100.0
+"""Seconds after which a self-test stops if a check did not end: with imports the command takes two minutes."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +66,54 @@ class Row:
         return {**asdict(self), "passed": self.passed}
 
 
-def run_checks(checks: Sequence[Check], device: torch.device, clock_of: Callable[[], Clock] | None) -> Iterator[Row]:
-    """Yield a row for each check, as soon as it is known.
+def run_checks(
+    checks: Sequence[Check], device: torch.device, clock_of: Callable[[], Clock] | None, limit: float = LIMIT
+) -> Iterator[Row]:
+    """Yield a row for each check, as soon as it is known; refused kernels are the last.
 
     Args:
         checks: What to check.
         device: The device of the kernels.
         clock_of: Returns a new timer; None measures no time.
+        limit: Seconds for each check of a refused kernel.
     """
+    started = time.monotonic()
     for check in checks:
-        yield run_check(check, device, clock_of)
-        gc.collect()
+        if not check.refused:
+            yield run_check(check, device, clock_of)
+            gc.collect()
+    yield from _run_refused([check for check in checks if check.refused], device, limit, started + WHOLE)
+
+
+def _run_refused(checks: Sequence[Check], device: torch.device, limit: float, deadline: float) -> Iterator[Row]:
+    """Yield a row for each refused kernel, which runs in a child process because it may never end.
+
+    After a check without an end, the others have until `deadline` together.
+    """
+    child, is_late = Child(_check_refused), False
+    try:
+        for check in checks:
+            remaining = min(limit, deadline - time.monotonic()) if is_late else limit
+            try:
+                if remaining <= 0:
+                    raise ChildError(f"not run: {WHOLE:.0f} s of the self-test are over")
+                row = child.call(check, device, limit=remaining)
+            except ChildError as error:
+                row, is_late = _with(_row_of(check), failures=(str(error),)), True
+            yield row
+            # A fault of CUDA fails every later call of its process.
+            if not row.errors:
+                child.close()
+    finally:
+        child.close()
+
+
+def _check_refused(check: Check, device: torch.device) -> Row:
+    """Check a refused kernel, in a child process."""
+    with availability.ignore_compiler_hazards():
+        row = run_check(check, device, None)
+    gc.collect()
+    return row
 
 
 @contextmanager
@@ -90,7 +134,7 @@ def count_kernels(kernel: str) -> Iterator[Callable[[], int]]:
 
 def run_check(check: Check, device: torch.device, clock_of: Callable[[], Clock] | None) -> Row:
     """Check one kernel; an exception is a failure of the row."""
-    row = Row(check.kernel, check.case, check.dtype_label, check.bias, check.served_by, refused=check.refused)
+    row = _row_of(check)
     if check.refused:
         clock_of = None
     try:
@@ -99,6 +143,10 @@ def run_check(check: Check, device: torch.device, clock_of: Callable[[], Clock] 
     except Exception as error:  # one kernel that fails to compile must not hide the others
         text = " ".join(str(error).split()) or type(error).__name__
         return _with(row, failures=(f"{type(error).__name__}: {text}",))
+
+
+def _row_of(check: Check) -> Row:
+    return Row(check.kernel, check.case, check.dtype_label, check.bias, check.served_by, refused=check.refused)
 
 
 def _checked(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +18,7 @@ from torch import Tensor
 
 from beit_fast.ops.dispatch import availability
 from beit_fast.tuning import selftest
+from beit_fast.tuning.child import Child, ChildError
 from beit_fast.tuning.problems import Problem, Results
 from beit_fast.tuning.selftest_cases import Check, checks_for
 
@@ -174,6 +181,98 @@ def test_checks_of_a_refused_pair_label_the_kernels_with_products(monkeypatch: p
     labelled = {check.kernel for check in checks if check.refused}
     assert labelled == {"attention", "linear + GELU"}
     assert all(check.served_by == "triton" for check in checks if check.refused)
+
+
+def endless(device: torch.device) -> Problem:
+    time.sleep(600)
+    raise AssertionError
+
+
+def crashing(device: torch.device) -> Problem:
+    os._exit(3)
+
+
+def of_process(device: torch.device) -> Problem:
+    raise RuntimeError(f"in {os.getpid()}, faults ignored: {availability._hazards_are_ignored}")
+
+
+def exact(device: torch.device) -> Problem:
+    return problem(lambda: both(EXACT.half()), timed=True)
+
+
+def refused(build: Callable[[torch.device], Problem]) -> Check:
+    return dataclasses.replace(check_of(build), refused=("a fault",))
+
+
+def test_run_checks_refused_kernel_that_never_ends_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child is killed, and the others run in a new one, after the sound kernels."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the child imports this file
+    checks = [refused(build) for build in (endless, exact, crashing, of_process)]
+    rows = list(selftest.run_checks([*checks, check_of(exact)], CPU, CountingClock, limit=10))
+    assert not multiprocessing.active_children()
+    sound, late, passed, crashed, last = rows
+    assert [row.refused for row in rows] == [(), *[("a fault",)] * 4]
+    assert sound.seconds.keys() == {"forward"}
+    assert late.failures == ("no end within 10 s",)
+    assert (passed.failures, passed.seconds, set(passed.errors)) == ((), {}, {"out", "dq"})
+    assert crashed.failures == ("the child process ended with exit code 3",)
+    (text,) = last.failures
+    assert text.endswith("faults ignored: True")
+    assert f"in {os.getpid()}," not in text
+
+
+def test_run_checks_after_a_kernel_without_end_the_command_ends_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, limits, closed = [0.0], [], []
+
+    class SimulatedChild:
+        """Each check takes its whole limit."""
+
+        def __init__(self, function: object) -> None: ...
+
+        def call(self, check: Check, device: torch.device, limit: float) -> selftest.Row:
+            limits.append(limit)
+            now[0] += limit
+            raise ChildError(f"no end within {limit:.0f} s")
+
+        def close(self) -> None:
+            closed.append(len(limits))
+
+    monkeypatch.setattr(selftest, "Child", SimulatedChild)
+    monkeypatch.setattr(selftest, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    rows = list(selftest.run_checks([refused(exact)] * 4, CPU, None, limit=70))
+    assert limits == [70, 30]
+    assert [row.failures[0] for row in rows] == [
+        "no end within 70 s",
+        "no end within 30 s",
+        *["not run: 100 s of the self-test are over"] * 2,
+    ]
+    assert closed[:2] == [1, 2]
+
+
+def test_child_interrupted_is_killed() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    child = Child(time.sleep)
+    child.call(0, limit=60)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            child.call(600, limit=60)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not multiprocessing.active_children()
+
+
+def test_child_is_not_interrupted_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C of a terminal reaches both processes; the parent decides and prints."""
+    child = Child(signal.raise_signal)
+    try:
+        assert child.call(signal.SIGINT, limit=60) is None
+    finally:
+        child.close()
+    assert capfd.readouterr().err == ""
 
 
 class SimulatedStream:
