@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program, or None for `sys.argv[1:]`.
 
     Returns:
-        The exit code; bad input is one message on stderr and `ExitCode.ERROR`.
+        The exit code; bad input is one message on stderr and `ExitCode.ERROR`, and Ctrl-C one and
+        `ExitCode.INTERRUPTED`.
     """
     fields = vars(_parser().parse_args(arguments))
     name = fields.pop("command")
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"beit-fast {name}: {error}", file=sys.stderr)
         return ExitCode.ERROR
+    except KeyboardInterrupt:  # where a command has nothing to print
+        print(f"beit-fast {name}: interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,14 +1,17 @@
-"""What `selftest` and `tune` share: a log of rows, and tables."""
+"""What `selftest` and `tune` share: a log of rows, tables, and how an interrupt ends."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..utils import variables
 from ..utils.files import writing
+from .options import ExitCode
 
 
 class RowLog:
@@ -36,6 +39,26 @@ class RowLog:
         if self._path is not None:
             with self._path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def check_variables() -> None:
+    """Check the variables of the launchers, which a device without Triton kernels does not read.
+
+    Raises:
+        ValueError: If `BEIT_FAST_TUNED` has a value that is not accepted.
+    """
+    variables.choice(variables.TUNED, ("0", "1"))
+
+
+def interrupted(command: str, done: str) -> ExitCode:
+    """Print what ran before Ctrl-C, and return the exit code.
+
+    Args:
+        command: The name of the command.
+        done: What ran, as in "2 of 3 cases".
+    """
+    print(f"beit-fast {command}: interrupted after {done}", file=sys.stderr)
+    return ExitCode.INTERRUPTED
 
 
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -18,7 +18,7 @@ from ..tuning.selftest_cases import checks_for
 from ..tuning.timer import Clock, clock_of
 from .collect_env import environment
 from .devices import parse_device
-from .measurements import RowLog, milliseconds, table_lines
+from .measurements import RowLog, check_variables, interrupted, milliseconds, table_lines
 from .options import ExitCode, SelftestOptions
 
 _HEADER = (
@@ -47,25 +47,31 @@ def selftest(options: SelftestOptions) -> int:
 
 
 def _selftest(options: SelftestOptions) -> int:
+    check_variables()
     device = parse_device(options.device)
     kernel = _serving_kernel(device)
     conditions = environment(device)
     checks, log, rows = checks_for(device, kernel), RowLog(options.rows, conditions), []
-    started = time.monotonic()
+    started, is_interrupted = time.monotonic(), False
     with count_kernels(kernel) as compiled, tqdm(total=len(checks), unit="case", disable=None) as bar:
-        for row in run_checks(checks, device, _clock(device, kernel)):
-            rows.append(row)
-            log.add(row.as_json())
-            bar.set_postfix_str(f"{row.kernel} {row.dtype}", refresh=False)
-            bar.update()
+        try:
+            for row in run_checks(checks, device, _clock(device, kernel)):
+                rows.append(row)
+                log.add(row.as_json())
+                bar.set_postfix_str(f"{row.kernel} {row.dtype}", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            is_interrupted = True
         facts = {"device": str(device), "kernel": kernel, "compiled": compiled()}
-    facts["seconds"] = round(time.monotonic() - started, 1)
-    passed = all(row.passed for row in rows)
+    facts |= {"seconds": round(time.monotonic() - started, 1), "interrupted": is_interrupted}
+    passed = all(row.passed for row in rows) and not is_interrupted
     if options.json:
         listed = [row.as_json() for row in rows]
         print(json.dumps({"environment": conditions, **facts, "passed": passed, "rows": listed}, indent=1))
     else:
         print("\n".join(format_rows(rows, conditions, facts)))
+    if is_interrupted:
+        return interrupted("selftest", f"{len(rows)} of {len(checks)} cases")
     return ExitCode.DONE if passed else ExitCode.SOME_FAILED
 
 
@@ -107,8 +113,13 @@ def format_rows(rows: Sequence[Row], conditions: dict[str, Any], facts: dict[str
     failed = [row for row in rows if not row.passed]
     for row in failed:
         lines += ["", f"{row.kernel} {row.case} {row.dtype} {row.bias}:", *(f"  {text}" for text in row.failures)]
-    verdict = f"{len(failed)} of {len(rows)} cases failed" if failed else f"all {len(rows)} cases passed"
-    compiled = f", {facts['compiled']} kernels" if facts["compiled"] else ""
+    passed = (
+        f"{len(rows)} cases passed before the interrupt" if facts["interrupted"] else f"all {len(rows)} cases passed"
+    )
+    verdict = f"{len(failed)} of {len(rows)} cases failed" if failed else passed
+    # Refused kernels are compiled in another process.
+    is_counted = facts["compiled"] and not any(row.refused for row in rows)
+    compiled = f", {facts['compiled']} kernels" if is_counted else ""
     return [*lines, "", f"{verdict} ({facts['seconds']} s{compiled})"]
 
 

@@ -20,7 +20,7 @@ from ..tuning.timer import clock_of
 from ..tuning.tune_jobs import Shape, jobs_of
 from .collect_env import environment
 from .devices import parse_device
-from .measurements import RowLog, milliseconds, table_lines
+from .measurements import RowLog, check_variables, interrupted, milliseconds, table_lines
 from .options import ExitCode, TuneOptions
 
 BASE = Shape((14, 14), 64, torch.bfloat16)
@@ -32,41 +32,48 @@ _HEADER = ("kernel", "shape", "shipped", "chosen", "ms shipped", "ms chosen", "e
 
 def tune(options: TuneOptions) -> int:
     """Measure, show or delete tuned tiles, and return the exit code: 1 if a shipped tile is wrong."""
+    check_variables()
     device = _gpu(options.device)
     if options.forget:
         files = [str(file) for file in tuning.forget(device)]
         print(json.dumps({"deleted": files}, indent=1) if options.json else "\n".join(_deleted_lines(files)))
         return ExitCode.DONE
-    if not options.show:
-        outcomes = _measure(options, device)
-    found = tuning.describe(device)
     if options.show:
+        found = tuning.describe(device)
         print(json.dumps(found, indent=1) if options.json else "\n".join(_shown_lines(found)))
         return ExitCode.DONE
-    if options.json:
-        listed = [outcome.as_json() for outcome in outcomes]
-        print(json.dumps({"environment": environment(device), "file": found["file"], "rows": listed}, indent=1))
-    else:
-        print("\n".join(_outcome_lines(outcomes, found["file"])))
-    wrong = any(outcome.chosen is None for outcome in outcomes)
-    return ExitCode.SOME_FAILED if wrong else ExitCode.DONE
+    return _measure(options, device)
 
 
-def _measure(options: TuneOptions, device: torch.device) -> list[tuning.Outcome]:
+def _measure(options: TuneOptions, device: torch.device) -> int:
+    """Measure, and print what was found, also after an interrupt; return the exit code."""
     shapes = shapes_of(options)
     _check_kernels(shapes, device)
-    jobs = jobs_of(shapes, device)
-    log, outcomes = RowLog(options.rows, environment(device)), []
+    jobs, conditions = jobs_of(shapes, device), environment(device)
+    log, outcomes, is_interrupted = RowLog(options.rows, conditions), [], False
     started = time.monotonic()
     with tqdm(total=len(jobs), unit="kernel", disable=None) as bar:
-        for outcome in tuning.tune(jobs, device, functools.partial(clock_of, device)):
-            outcomes.append(outcome)
-            log.add(outcome.as_json())
-            bar.set_postfix_str(f"{outcome.kernel} {outcome.label}", refresh=False)
-            bar.update()
-            if options.budget is not None and time.monotonic() - started > options.budget:
-                break
-    return outcomes
+        try:
+            for outcome in tuning.tune(jobs, device, functools.partial(clock_of, device)):
+                outcomes.append(outcome)
+                log.add(outcome.as_json())
+                bar.set_postfix_str(f"{outcome.kernel} {outcome.label}", refresh=False)
+                bar.update()
+                if options.budget is not None and time.monotonic() - started > options.budget:
+                    break
+        except KeyboardInterrupt:
+            is_interrupted = True
+    file = tuning.describe(device)["file"]
+    if options.json:
+        listed = [outcome.as_json() for outcome in outcomes]
+        facts = {"environment": conditions, "file": file, "interrupted": is_interrupted, "rows": listed}
+        print(json.dumps(facts, indent=1))
+    else:
+        print("\n".join(_outcome_lines(outcomes, file)))
+    if is_interrupted:
+        return interrupted("tune", f"{len(outcomes)} of {len(jobs)} kernels")
+    wrong = any(outcome.chosen is None for outcome in outcomes)
+    return ExitCode.SOME_FAILED if wrong else ExitCode.DONE
 
 
 def _gpu(name: str | None) -> torch.device:
@@ -161,6 +168,8 @@ def _outcome_lines(outcomes: Sequence[tuning.Outcome], file: str) -> list[str]:
             lines += [f"  {tile}: {reason}" for tile, reason in outcome.excluded.items()]
     if any(outcome.chosen is None for outcome in outcomes):
         lines += ["", "A shipped tile does not compute what it should: run beit-fast selftest."]
+    if all(outcome.chosen is None for outcome in outcomes):
+        return [*lines, "", "nothing was written"]
     return [*lines, "", f"written to {file}; BEIT_FAST_TUNED=0 ignores it, beit-fast tune --forget deletes it"]
 
 

@@ -19,6 +19,7 @@ from beit_fast.ops.dispatch import availability
 from beit_fast.tuning import tune as tuning
 from beit_fast.tuning.selftest import Row
 from beit_fast.tuning.tune import Outcome
+from beit_fast.utils import variables
 
 PASSED = Row(
     *("attention", "2x253x4", "bfloat16", "paired", "triton"),
@@ -97,6 +98,48 @@ def test_selftest_rows_are_written_before_the_next_check(monkeypatch: pytest.Mon
     monkeypatch.setattr(command, "run_checks", slow)
     assert main.main(["selftest", "--device", "cpu", "--rows", str(file)]) == 0
     assert lengths == [1, 2]
+
+
+def stopped_after(*found: object) -> Iterator[object]:
+    """Results of a command that Ctrl-C stops."""
+    yield from found
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("found", [[], [PASSED], [PASSED, FAILED]])
+def test_selftest_interrupted_prints_the_rows_so_far(
+    found: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "run_checks", lambda checks, device, clock: stopped_after(*found))
+    monkeypatch.setattr(command, "checks_for", lambda device, kernel: [PASSED] * 3)
+    assert main.main(["selftest", "--device", "cpu"]) == 130
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == f"beit-fast selftest: interrupted after {len(found)} of 3 cases"
+    assert "Traceback" not in err
+    assert all(any(line.startswith(row.kernel) for line in out.splitlines()) for row in found)
+    assert "all" not in out.splitlines()[-1]
+    assert main.main(["selftest", "--device", "cpu", "--json"]) == 130
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["interrupted"], printed["passed"], len(printed["rows"])) == (True, False, len(found))
+
+
+def test_command_interrupted_elsewhere_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "checks_for", lambda device, kernel: next(stopped_after()))
+    assert main.main(["selftest", "--device", "cpu"]) == 130
+    assert capsys.readouterr() == ("", "beit-fast selftest: interrupted\n")
+
+
+@pytest.mark.parametrize("line", ["selftest --device cpu", "tune", "tune --show", "tune --forget"])
+@pytest.mark.parametrize("value", ["2", "yes"])
+def test_command_unknown_value_of_the_variable_is_one_error(
+    line: str, value: str, rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(variables._VALUES, variables.TUNED, value)
+    assert main.main(line.split()) == 2
+    message = f"BEIT_FAST_TUNED={value!r} is not supported (expected '0' or '1', or unset)"
+    assert capsys.readouterr() == ("", f"beit-fast {line.split()[0]}: {message}\n")
 
 
 def test_selftest_device_without_a_kernel_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +238,23 @@ def test_tune_budget_that_is_not_a_time_is_refused(budget: str, capsys: pytest.C
         main.main(["tune", f"--budget={budget}"])
     assert caught.value.code == 2
     assert f"argument --budget: {budget} is not a number of seconds, 0 or more" in capsys.readouterr().err
+
+
+def test_tune_interrupted_prints_the_outcomes_so_far(
+    tuned_gpu: list[Outcome], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tuning, "tune", lambda jobs, device, clock: stopped_after(*jobs))
+    assert main.main(["tune"]) == 130
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "beit-fast tune: interrupted after 1 of 1 kernels"
+    assert any(line.startswith("forward") for line in out.splitlines())
+    assert "written to" in out
+    monkeypatch.setattr(tuning, "tune", lambda jobs, device, clock: stopped_after())
+    assert main.main(["tune", "--json"]) == 130
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["interrupted"], printed["rows"]) == (True, [])
+    assert main.main(["tune"]) == 130
+    assert "nothing was written" in capsys.readouterr().out
 
 
 def test_tune_show_and_forget_without_a_file_say_so(

@@ -217,7 +217,9 @@ def test_tune_unwritable_cache_is_an_error_before_anything_runs(
     (home / blocked).write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     never = replace(job(), trial=lambda: pytest.fail("a kernel was measured"))
-    with pytest.raises(OSError, match=r"tuned tiles \(XDG_CACHE_HOME sets their folder\) cannot be written to") as caught:
+    with pytest.raises(
+        OSError, match=r"tuned tiles \(XDG_CACHE_HOME sets their folder\) cannot be written to"
+    ) as caught:
         run(never, {})
     assert str(tuned_tiles.file_of(tuned_tiles.identity_of(CPU)).parent) in str(caught.value)
 
@@ -254,7 +256,7 @@ def write_tile(tile: tuple[int, ...]) -> Path:
 
 
 def damage(content: dict[str, tune.Any], field: str, value: object) -> str:
-    """Return the file with one field of its first measurement, or of the file, replaced; "tile 1" is a number of one."""
+    """Return the file with one field of its first measurement, or of the file, replaced; "tile 1" is one number of it."""
     name, _, index = field.partition(" ")
     first = content["tiles"][0]
     if index:
