@@ -136,7 +136,12 @@ GPU_STAGE_BUDGET := 80
 GPU_RESULTS = $(or $(RESULTS),build)
 TRITON_WHEELS ?=
 GPU_TRITON := build/gpu-triton
-GPU_NEEDS := $(if $(TRITON_WHEELS),$(GPU_TRITON)/.done)
+# The stamp is named after the wheels, so that another folder, or another wheel in it, is installed anew.
+ifneq ($(TRITON_WHEELS),)
+GPU_WHEELS := $(shell cd "$(TRITON_WHEELS)" 2>&- && stat -c '%n %s %Y' "$$PWD"/triton-*.whl 2>&-)
+$(if $(GPU_WHEELS),,$(error TRITON_WHEELS=$(TRITON_WHEELS) has no wheel of Triton (expected a folder with triton-*.whl)))
+GPU_NEEDS := $(GPU_TRITON)/.done-$(firstword $(shell echo '$(GPU_WHEELS)' | cksum))
+endif
 GPU_PATH := $(if $(TRITON_WHEELS),$(CURDIR)/$(GPU_TRITON):)$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 gpu: $(GPU_NEEDS)
@@ -145,7 +150,7 @@ gpu: $(GPU_NEEDS)
 	    || { echo "gpu-$${stage%:*} failed, or took longer than $${stage#*:} seconds"; status=1; }; \
 	done; exit $$status
 
-$(GPU_TRITON)/.done: $(wildcard $(TRITON_WHEELS)/triton-*.whl)
+$(GPU_TRITON)/.done-%:
 	rm -rf $(@D)
 	$(GPU_PYTHON) -m pip install --no-deps --no-index --find-links "$(TRITON_WHEELS)" --target $(@D) triton
 	touch $@

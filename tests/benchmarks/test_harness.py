@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks import bench_cpu_attention, bench_patch_embed
@@ -137,6 +139,42 @@ def test_make_gpu_runs_the_self_test_first_and_takes_12_minutes() -> None:
 
 
 def test_make_gpu_takes_triton_from_wheels(tmp_path: Path) -> None:
+    (tmp_path / "triton-3.8.0-cp311.whl").touch()
     printed = dry_run(f"TRITON_WHEELS={tmp_path}")
     target = "--target build/gpu-triton triton"
     assert f'some-python -m pip install --no-deps --no-index --find-links "{tmp_path}" {target}' in printed
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_make_gpu_folder_without_wheels_is_one_error(is_folder: bool, tmp_path: Path) -> None:
+    folder = tmp_path if is_folder else tmp_path / "missing"
+    (tmp_path / "torch-2.14.whl").touch()
+    command = ["make", "--dry-run", "gpu-selftest", "GPU_PYTHON=some-python", f"TRITON_WHEELS={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, check=False)
+    message = f"TRITON_WHEELS={folder} has no wheel of Triton (expected a folder with triton-*.whl)"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_make_gpu_installs_other_wheels_again(tmp_path: Path) -> None:
+    """Each folder and each wheel is installed once, over what was there before."""
+    shutil.copy(BENCHMARKS.parent / "Makefile", tmp_path)
+    pip = tmp_path / "python"
+    pip.write_text('#!/bin/sh\ncase "$*" in *" pip "*) echo install; mkdir -p build/gpu-triton;; esac\n')
+    pip.chmod(0o755)
+    wheels = [tmp_path / "one" / "triton-3.7.1.whl", tmp_path / "two wheels" / "triton-3.7.1.whl"]
+    for wheel in wheels:
+        wheel.parent.mkdir()
+        wheel.touch()
+
+    def installs(folder: str) -> int:
+        command = ["make", "gpu-selftest", f"GPU_PYTHON={pip}", f"TRITON_WHEELS={folder}"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+        return done.stdout.splitlines().count("install")
+
+    assert [installs("one") for _ in range(2)] == [1, 0]
+    assert installs(str(tmp_path / "one")) == 0
+    assert [installs("two wheels") for _ in range(2)] == [1, 0]
+    assert installs("one") == 1
+    wheels[0].rename(wheels[0].with_name("triton-3.8.0.whl"))
+    assert installs("one") == 1

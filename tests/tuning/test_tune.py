@@ -256,7 +256,7 @@ def write_tile(tile: tuple[int, ...]) -> Path:
 
 
 def damage(content: dict[str, tune.Any], field: str, value: object) -> str:
-    """Return the file with one field of its first measurement, or of the file, replaced; "tile 1" is one number of it."""
+    """Return the file with a field of its first measurement replaced, or else its own; "tile 1" is one number."""
     name, _, index = field.partition(" ")
     first = content["tiles"][0]
     if index:
