@@ -1,4 +1,4 @@
-"""What `selftest` and `tune` share: a log of rows, tables, and how an interrupt ends."""
+"""What `selftest` and `tune` share: rows, tables, checks, interrupts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class RowLog:
 
 
 def check_variables() -> None:
-    """Check the variables of the launchers, which a device without Triton kernels does not read.
+    """Check the variables of the Triton launchers.
+
+    A device without these kernels does not read them.
 
     Raises:
         ValueError: If `BEIT_FAST_TUNED` has a value that is not accepted.

@@ -12,13 +12,14 @@ STARTUP = 120.0
 
 
 class ChildError(Exception):
-    """A child process that was stopped, or ended, without a result."""
+    """A child process without a result: it was killed, or ended."""
 
 
 class Child:
-    """A process that is started at the first call, and again after one without a result.
+    """A process that calls one function.
 
-    A kernel that never ends cannot be stopped in its own process: the process is killed.
+    It is started at the first call, and again after a call without a result. A kernel that never ends cannot be
+    stopped in its own process: the process is killed.
 
     Args:
         function: What the child calls: a function of a module, which must not raise.

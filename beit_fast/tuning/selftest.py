@@ -86,9 +86,10 @@ def run_checks(
 
 
 def _run_refused(checks: Sequence[Check], device: torch.device, limit: float, deadline: float) -> Iterator[Row]:
-    """Yield a row for each refused kernel, which runs in a child process because it may never end.
+    """Yield a row for each check of a refused kernel.
 
-    After a check without an end, the others have until `deadline` together.
+    It runs in a child process, because it may never end. After a check without an end, the others have until
+    `deadline` together.
     """
     child, is_late = Child(_check_refused), False
     try:

@@ -158,7 +158,9 @@ def exclusion_reason(kernel: str, tile: Tile, trial: Trial, may_spill: bool = Fa
 def tune(
     jobs: Sequence[Job], device: torch.device, clock_of: Callable[[], Clock], rounds: int = ROUNDS
 ) -> Iterator[Outcome]:
-    """Run jobs one by one; each result is written at once and used by this process from then on.
+    """Run jobs one by one, and write each result at once.
+
+    This process uses it from then on.
 
     Raises:
         OSError: Before anything is measured, if no result could be written.
@@ -173,7 +175,7 @@ def tune(
 
 
 def check_folder(device: torch.device) -> None:
-    """Create the folder of a device's tuned tiles, and write a file there.
+    """Create the folder of a device's tuned tiles, and write there.
 
     Raises:
         OSError: If this fails; the error names the folder and the variable that sets it.

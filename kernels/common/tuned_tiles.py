@@ -246,7 +246,7 @@ def _checked(entry: Any) -> Measured:
 
 
 def _unmet(name: str, value: Any) -> str | None:
-    """Return what is accepted in a field of a measurement if `value` is not, else None."""
+    """Return what a field accepts if it does not accept `value`."""
     if name == "kernel":
         return None if isinstance(value, str) and value in TILE_FIELDS else f"one of {', '.join(TILE_FIELDS)}"
     if name == "variant":
@@ -270,7 +270,7 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Return the representation of a value from a file, however long or deep it is."""
+    """Return a short representation of a value from a file."""
     shortened = reprlib.Repr()
     shortened.maxdict = len(Measured._fields)
     return shortened.repr(value)
