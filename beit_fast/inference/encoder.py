@@ -18,6 +18,7 @@ from ..ops.dispatch import availability
 from ..ops.packed_bias import pack_bias, packed_bias_attention
 from ..ops.residual_norm import residual_norm
 from ..position_bias import Window, resize_table, token_count
+from .compilation import raise_if_compiling
 from .folding import FoldedLayer, fold_layer
 from .linear import InferenceLinear, build_linear
 
@@ -151,6 +152,7 @@ class FoldedEncoder(nn.Module):
         kernels: Kernels | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Run all blocks, as `BeitEncoder.forward` does."""
+        raise_if_compiling()
         if kernels is None:
             kernels = kernels_for(hidden_states, self.attn_implementation, self.head_dim)
         kernels = kernels.eager() if output_attentions else kernels

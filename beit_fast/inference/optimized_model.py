@@ -16,6 +16,7 @@ from ..models.base import BeitPreTrainedModel
 from ..ops.dispatch import attention
 from ..position_bias import token_count
 from ..utils.messages import count_of
+from .compilation import raise_if_compiling
 from .cuda_graphs import GraphCache, GraphReport
 from .encoder import FoldedEncoder
 from .folding import folding_errors
@@ -156,10 +157,7 @@ class OptimizedModel(BeitPreTrainedModel):
 
     @torch.no_grad()
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "an optimized model does not support torch.compile or torch.export: pass the model it was made from"
-            )
+        raise_if_compiling()
         # A loss may select masked patches, which synchronizes and cannot be captured.
         graphs = self._graphs if len(args) < 2 and kwargs.get("labels") is None else None
         function = self._function if graphs is None else graphs

@@ -286,12 +286,6 @@ def test_optimized_model_autocast_has_no_effect():
     assert torch.equal(actual, optimized(pixels).logits)
 
 
-def test_optimized_model_compile_raises():
-    optimized = optimize_for_inference(build())
-    with pytest.raises(Exception, match="pass the model it was made from"):
-        torch.compile(optimized, backend="eager", fullgraph=True)(images())
-
-
 def test_optimized_model_bias_cache_is_limited():
     model = build()
     optimized = optimize_for_inference(model)
