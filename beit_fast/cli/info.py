@@ -94,7 +94,7 @@ def _linears() -> dict[str, Any]:
     try:
         chosen = choice.choose_gemm()
         training: dict[str, str | None] = {"gemm": chosen.name, "reason": chosen.reason}
-    except ValueError as error:  # what training would raise
+    except ValueError as error:  # what a forward would raise
         training = {"gemm": None, "reason": str(error)}
     return {"packed": {"reason": onednn.unsupported_reason("cpu", torch.float32)}, "training": training}
 
@@ -161,7 +161,7 @@ def _linear_lines(linears: dict[str, Any]) -> list[str]:
     gemm = {"blas": "F.linear", "onednn": "oneDNN", "split_bf16": "AMX tiles", None: "none"}[training["gemm"]]
     return [
         f"packed linear layers: {packed}",
-        f"float32 linear layers in training on cpu: {gemm} ({training['reason']})",
+        f"float32 linear layers on cpu: {gemm} ({training['reason']})",
     ]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.context import Kernels, choose_kernels, query_dtype
-from ..layers.linear import trains_eagerly
+from ..layers.linear import runs_eagerly
 from ..ops.functorch import transforms_are_active
 
 
@@ -28,7 +28,7 @@ class _Facts(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_dim: int
-    trains_eagerly: bool
+    runs_eagerly: bool
     transforms_are_active: bool
 
 
@@ -53,7 +53,7 @@ def choose_in_forward(implementation: str | None, device: torch.device, dtype: t
     choices = _choices.get()
     if choices is None:
         return choose_kernels(implementation, device, dtype, head_dim)
-    facts = _Facts(implementation, device, dtype, head_dim, trains_eagerly(), transforms_are_active())
+    facts = _Facts(implementation, device, dtype, head_dim, runs_eagerly(), transforms_are_active())
     if facts not in choices:
         choices[facts] = choose_kernels(implementation, device, dtype, head_dim)
     return choices[facts]

@@ -11,7 +11,7 @@ from ..ops.cpu_linear.choice import GemmChoice
 from ..ops.dispatch import attention, availability
 from ..ops.functorch import transforms_are_active
 from ..position_bias import Window
-from .linear import choose_training_gemm
+from .linear import choose_linear_gemm
 
 
 class Kernels(NamedTuple):
@@ -23,7 +23,7 @@ class Kernels(NamedTuple):
         device, dtype: Of the queries for which the kernels were chosen.
         attention: `"eager"`, `"sdpa"` or `"triton"`.
         name: The name that reports show: that of `attention`, or of the kernel behind `"triton"`.
-        gemm: The GEMM for fp32 linear layers in training, or None to call the modules.
+        gemm: The GEMM for fp32 linear layers on CPU, or None to call the modules.
         fuse_residual_norm: Whether residual, drop path and LayerNorm run in one operator.
     """
 
@@ -83,7 +83,7 @@ def choose_kernels(implementation: str | None, device: torch.device, dtype: torc
         ValueError: If the implementation is unknown, or `"triton"` is requested and no kernel serves.
     """
     backend, name = attention.choose(implementation, device, dtype, head_dim)
-    gemm = choose_training_gemm(name, device, dtype)
+    gemm = choose_linear_gemm(name, device, dtype)
     fuse_residual_norm = name in availability.TRITON_KERNELS and not transforms_are_active()
     return Kernels(implementation, head_dim, device, dtype, backend, name, gemm, fuse_residual_norm)
 

@@ -1,4 +1,4 @@
-"""Linear layers of CPU training with oneDNN and split-bf16 GEMMs."""
+"""Linear layers on CPU with oneDNN and split-bf16 GEMMs."""
 
 import copy
 import dataclasses
@@ -45,7 +45,7 @@ def products(monkeypatch, request):
 
 def gemm_for(x, kernel):
     """Choose the GEMM of a forward pass whose queries are like `x`."""
-    return linear.choose_training_gemm(kernel, x.device, x.dtype)
+    return linear.choose_linear_gemm(kernel, x.device, x.dtype)
 
 
 def applied(module, x):
@@ -113,14 +113,42 @@ def test_apply_linear_frozen_tensors_skip_products(products, frozen):
     assert len(products) == 1 + ("x" not in frozen) + ("weight" not in frozen)
 
 
-def test_apply_linear_without_gradients_calls_module(products):
-    module = nn.Linear(24, 8).requires_grad_(False)
-    applied(module, torch.randn(6, 24))
-    with torch.no_grad():
-        applied(module.requires_grad_(True), torch.randn(6, 24))
-    with torch.inference_mode():
-        applied(module, torch.randn(6, 24))
-    assert products == []
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_apply_linear_without_gradients_returns_the_same_bits(products, mode):
+    module, x = nn.Linear(24, 8), torch.randn(6, 24)
+    expected = applied(module, x)
+    if mode is torch.enable_grad:
+        module.requires_grad_(False)
+    with mode():
+        out = applied(module, x)
+    assert not out.requires_grad
+    assert torch.equal(out, expected)
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_apply_linear_follows_writes_through_data(products, mode):
+    module, x = nn.Linear(24, 8), torch.randn(6, 24)
+    with mode():
+        before = applied(module, x)
+        module.weight.data.mul_(2)
+        module.bias.data.zero_()
+        after = applied(module, x)
+        assert_within_budget("out", after, F.linear(x.double(), module.weight.double()), F.linear(x, module.weight), 2)
+    assert not torch.equal(before, after)
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_without_gradients_runs_the_products_of_training(products, mode):
+    model = build("BeitForImageClassification").eval()
+    model.set_attn_implementation("triton")
+    pixels = images()
+    expected = model(pixels).logits
+    with_gradients = len(products)
+    with mode():
+        assert torch.equal(model(pixels).logits, expected)
+    assert len(products) == 2 * with_gradients == 2 * 6 * model.config.num_hidden_layers
 
 
 def test_apply_linear_retain_graph_returns_same_bits(products):
@@ -231,7 +259,7 @@ def test_apply_linear_replaced_or_hooked_module_is_called(products):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-def test_apply_linear_unlike_fp32_training_calls_module(products):
+def test_apply_linear_unlike_eager_fp32_calls_module(products):
     module, x = nn.Linear(24, 8), torch.randn(6, 24, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert applied(module, x).dtype == torch.bfloat16
@@ -248,7 +276,7 @@ def test_apply_linear_unlike_fp32_training_calls_module(products):
         dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
         out = torch.autograd.forward_ad.unpack_dual(applied(module, dual))
         assert torch.allclose(out.tangent, module.weight.sum(1).expand(6, 8))
-    torch.jit.trace(Holder(module), x)
+    torch.jit.trace(Holder(module), x, check_trace=False)  # the check calls the module without tracing it
     with FlopCounterMode(display=False) as counter:
         applied(module, x)
     assert counter.get_total_flops() == 2 * 6 * 24 * 8

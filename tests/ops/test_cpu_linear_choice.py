@@ -1,4 +1,4 @@
-"""The choice of the GEMM for fp32 linear layers in training on CPU."""
+"""The choice of the GEMM for fp32 linear layers on CPU."""
 
 import pytest
 import torch

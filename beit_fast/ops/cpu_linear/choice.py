@@ -1,8 +1,8 @@
-"""Choice of the GEMM for fp32 linear layers in training on CPU. The GEMM is chosen by CPU model and not by autotuning.
+"""Choice of the GEMM for fp32 linear layers on CPU. The GEMM is chosen by CPU model and not by autotuning.
 
 `F.linear` on CPU is BLAS, usually MKL, which runs AVX2 kernels on AMD CPUs. oneDNN runs AVX-512 kernels there, but it
-packs the right operand of each of the three products of a step: the weight forward, the transposed weight for the
-gradient of the input, and the input for the gradient of the weight. This pays for enough rows, on CPUs whose AVX-512 is
+packs the right operand of each product: the weight forward, the transposed weight for the gradient of the input, and
+the input for the gradient of the weight. This pays for enough rows, on CPUs whose AVX-512 is
 twice as wide as their AVX2: AMD from family 26 on (Zen 5; Zen 4 splits each AVX-512 instruction in two). Both are
 equally fast on Intel CPUs. If the CPU has AMX, the kernel of `split_bf16` is faster than both.
 
@@ -39,7 +39,7 @@ _WIDE_AVX512_FAMILY = 26  # AMD's Zen 5
 
 @dataclass(frozen=True)
 class GemmChoice:
-    """The GEMM for fp32 linear layers in training.
+    """The GEMM for fp32 linear layers.
 
     Attributes:
         name: which GEMM.
@@ -55,7 +55,7 @@ class GemmChoice:
 
 
 def choose_gemm() -> GemmChoice:
-    """Choose the GEMM for fp32 linear layers in training on this CPU.
+    """Choose the GEMM for fp32 linear layers on this CPU.
 
     While a mode intercepts torch's operators, as in a FLOP counter, oneDNN gives way to BLAS even on request.
 
