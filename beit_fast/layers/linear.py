@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -56,12 +58,14 @@ def apply_linear(module: nn.Module, x: Tensor, gemm: GemmChoice | None) -> Tenso
         return module(x)
     if x.numel() < gemm.min_rows * x.shape[-1] or not _is_plain(module, x):
         return module(x)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *module.parameters())):
-        return CpuLinear.apply(x, module.weight, module.bias, gemm.function)
-    return gemm.function(x, module.weight, module.bias)
+    weight, bias = module.weight, module.bias
+    tracked = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if tracked and torch.is_grad_enabled():
+        return CpuLinear.apply(x, weight, bias, gemm.function)
+    return gemm.function(x, weight, bias)
 
 
-def _is_plain(module: nn.Module, x: Tensor) -> bool:
+def _is_plain(module: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether `module(x)` is `F.linear` of fp32 tensors on CPU."""
     if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
