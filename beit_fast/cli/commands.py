@@ -18,6 +18,7 @@ from ..utils.messages import count_of
 from .devices import usable_device
 from .images import unreadable_reason
 from .options import TASKS, ClassifyOptions, ConvertOptions, ExitCode, ModelOptions, SegmentOptions
+from .processors import converted_processor, processor_of
 
 
 def classify(options: ClassifyOptions) -> int:
@@ -71,7 +72,7 @@ def segment(options: SegmentOptions) -> int:
 def convert(options: ConvertOptions) -> int:
     """Rewrite a checkpoint of any known format in the hub's layout.
 
-    The result is the exit code.
+    The image processor is written too. The result is the exit code.
     """
     import beit_fast
 
@@ -90,7 +91,14 @@ def convert(options: ConvertOptions) -> int:
             f"which would be random: {', '.join(sorted(info['missing_keys'])[:8])}; choose another --task "
             f"({', '.join(TASKS)})"
         )
+    processor = converted_processor(options, model.config)
     model.save_pretrained(options.target)
+    if processor is None:
+        note = "the preprocessing is not known, so no image processor was written; pass --processor to write one"
+        print(f"{options.source}: {note}", file=sys.stderr)
+    else:
+        with writing("the image processor", options.target):
+            processor.save_pretrained(options.target)
     print(f"{options.target}: {name}, {model.num_parameters():,} parameters, {model.dtype}")
     return ExitCode.DONE
 
@@ -106,24 +114,7 @@ def load(options: ModelOptions, class_name: str) -> tuple[Any, Any]:
         device=usable_device(options.device),
         local_files_only=options.local_files_only,
     )
-    return model, processor_of(options.model, model.config, options.local_files_only)
-
-
-def processor_of(name_or_path: str, config: Any, local_files_only: bool = False) -> Any:
-    """Load the checkpoint's image processor.
-
-    If there is none, create one for the model's image size.
-    """
-    from ..image_processing.processor import BeitImageProcessor
-
-    path = Path(name_or_path)
-    source = path.parent if path.is_file() else path
-    if not source.is_dir():
-        return BeitImageProcessor.from_pretrained(name_or_path, local_files_only=local_files_only)
-    if not (source / "preprocessor_config.json").exists():
-        height, width = config.image_height_width
-        return BeitImageProcessor(size={"height": height, "width": width})
-    return BeitImageProcessor.from_pretrained(source)
+    return model, processor_of(options, model.config)
 
 
 def read_image(path: str) -> Any:

@@ -162,11 +162,12 @@ def _add_convert(commands: Any) -> None:
         "convert",
         help="rewrite a checkpoint of Transformers, timm, unilm or mmseg",
         description="Rewrite a checkpoint of Transformers, timm, unilm or mmsegmentation in the layout of the hub: "
-        "config.json and safetensors.",
+        "config.json, safetensors and preprocessor_config.json.",
     )
     parser.add_argument("source", metavar="SRC", help="a folder, a file, or a name on the hub")
     parser.add_argument("target", type=Path, metavar="DST", help="the folder to write")
     parser.add_argument("--task", choices=TASKS, help="the model in the checkpoint (default: from its config.json)")
+    parser.add_argument("--processor", metavar="SOURCE", help=_PROCESSOR_HELP)
     parser.add_argument("--image-size", type=_size, metavar="N or HxW", help="resize positions for this image size")
     parser.add_argument(
         "--position-interpolation",
@@ -235,6 +236,7 @@ def _add_tune(commands: Any) -> None:
     _add_measurement_options(parser)
 
 
+_PROCESSOR_HELP = "image processor: a folder, a preprocessor_config.json, or a hub name (default: the checkpoint's)"
 _HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
 
 
@@ -245,6 +247,7 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a checkpoint: a folder, a file, or a name on the hub")
+    parser.add_argument("--processor", metavar="SOURCE", help=_PROCESSOR_HELP)
     parser.add_argument("--attn", choices=ATTENTION_IMPLEMENTATIONS, help="attention (default: by device and dtype)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")

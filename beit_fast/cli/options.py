@@ -94,6 +94,7 @@ class ModelOptions:
 
     Attributes:
         model: A folder, a file or a name on the hub.
+        processor: The source of the image processor, or None for the checkpoint's.
         attn: The attention implementation, or None to choose it by device and dtype.
         device: The device, or None for CUDA if it is available, else the CPU.
         dtype: The dtype of the weights, or None for the checkpoint's.
@@ -102,6 +103,7 @@ class ModelOptions:
     """
 
     model: str
+    processor: str | None
     attn: str | None
     device: str | None
     dtype: str | None
@@ -162,6 +164,7 @@ class ConvertOptions:
     source: str
     target: Path
     task: str | None
+    processor: str | None
     image_size: int | tuple[int, int] | None
     position_interpolation: str
     dtype: str | None

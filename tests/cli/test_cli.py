@@ -99,7 +99,8 @@ def test_main_fills_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "predict a b.pq --model m --features --retry-failed --workers 0 --dtype bfloat16"
     assert main.main(line.split()) == 0
     defaults = PredictOptions(
-        **{"model": "m", "attn": None, "device": None, "dtype": None, "local_files_only": False, "json": False},
+        **{"model": "m", "processor": None, "attn": None, "device": None, "dtype": None},
+        **{"local_files_only": False, "json": False},
         **{"dataset": "images", "out": Path("out.jsonl"), "format": None, "output": "classes", "top": 5},
         **{"batch_size": 32, "workers": None, "optimize": False, "start": "resume"},
     )

@@ -26,6 +26,7 @@ def save(cls, folder, **options):
     model = cls(BeitConfig(**(TINY | {"use_relative_position_bias": True} | options))).eval()
     randomize(model)
     model.save_pretrained(folder)
+    BeitImageProcessor(size=model.config.image_height_width).save_pretrained(folder)
     return model
 
 

@@ -96,7 +96,8 @@ def test_predict_without_bias_differs_from_transformers(model, images, tmp_path,
     state = load_file(model / "model.safetensors")
     without = {key: torch.zeros_like(x) if key.endswith("bias_table") else x for key, x in state.items()}
     (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "config.json").write_bytes((model / "config.json").read_bytes())
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / "without" / name).write_bytes((model / name).read_bytes())
     save_file(without, tmp_path / "without" / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "out.jsonl"
     assert predict(capsys, images, out, "--model", tmp_path / "without", "--logits", "--device", "cpu")[0] == 0

@@ -151,8 +151,8 @@ def test_predict_with_other_options_exits_with_error(change, message, difference
         save_checkpoint(more, seed=1)
         arguments[3] = more
     elif change == "another processor":
-        more = started[3] / "preprocessor_config.json"
         more.write_text('{"size": {"height": 32, "width": 32}, "image_std": [1, 1, 1]}')
+        arguments += ["--processor", more]
     else:
         arguments += change
     run = started[0].parent / "out.jsonl.run"

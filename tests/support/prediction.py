@@ -26,11 +26,12 @@ SIZES = ((40, 30), (33, 50), (32, 32))
 
 
 def save_checkpoint(folder: Path, name: str = "BeitForImageClassification", seed: int = 0, **options: Any) -> Any:
-    """Save a random model to `folder`; its bias tables are N(0, 1)."""
+    """Save a random model and its image processor to `folder`; its bias tables are N(0, 1)."""
     values = TINY | {"use_relative_position_bias": True, "num_labels": 5, "id2label": LABELS} | options
     model = getattr(beit_fast, name)(beit_fast.BeitConfig(**values)).eval()
     randomize(model, seed)
     model.save_pretrained(folder)
+    beit_fast.BeitImageProcessor(size=model.config.image_height_width).save_pretrained(folder)
     return model
 
 

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from ..._version import __version__
 from ...utils.messages import count_of
-from ..commands import processor_of, top_classes
+from ..commands import top_classes
 from ..options import TASKS, ExitCode, Format, Output, PredictOptions
+from ..processors import processor_of
 from .dataset import Dataset, ImageBatch, ImageBatches, find_images
 from .journal import Outcome, Record, Run, Share
 from .ranks import Ranks
@@ -173,7 +174,7 @@ def load_predictor(options: PredictOptions, device: torch.device) -> Predictor:
         raise ValueError(
             f"{options.model} is for {problem_type}, so its outputs are not probabilities of classes; pass --logits"
         )
-    processor = processor_of(options.model, model.config, options.local_files_only)
+    processor = processor_of(options, model.config)
     return Predictor(model, processor, options.output, options.top)
 
 
