@@ -30,7 +30,7 @@ IMPLEMENTATION_FIELDS = ("attn_implementation", "patch_embed_implementation")
 
 _PRIVATE_STATE = frozenset({"_id2label", "_label2id", "_out_indices"})
 # Transformers does not have these fields, so they are omitted if they are None.
-_OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std")
+_OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std", "pixel_resize")
 # Transformers omits these fields from a file if they have their default.
 _OMITTED_DEFAULTS = {
     "architectures": None,
@@ -95,6 +95,8 @@ class BeitConfig(LabelsAndStages):
         head_dim: Channels of a head (default: `hidden_size / num_attention_heads`).
         pixel_mean, pixel_std: Mean and standard deviation of each channel of pixels scaled to 0..1, for uint8 images.
             See `BeitPreTrainedModel.set_pixel_normalization`.
+        pixel_resize: How timm resizes and crops images for this model: entries "interpolation", "crop_pct" and
+            "crop_mode" of its `pretrained_cfg`. `from_timm` sets it, and the command line reads it.
         num_labels, id2label, label2id: Classes (default: 2). Any of them determines the others.
         problem_type: Loss of the classifier: "regression", "single_label_classification",
             "multi_label_classification", or None to choose by labels.
@@ -147,6 +149,7 @@ class BeitConfig(LabelsAndStages):
     head_dim: int | None = None
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
+    pixel_resize: dict[str, Any] | None = None
     problem_type: str | None = None
     output_attentions: bool | None = False
     output_hidden_states: bool | None = False

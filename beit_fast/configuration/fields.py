@@ -217,6 +217,7 @@ RULES: dict[str, Rule] = {
         lambda value: value is None or all(0 < number < math.inf for number in value),
         _to_floats,
     ),
+    "pixel_resize": Rule("None or a dict of entries of timm's pretrained_cfg", _is_optional(dict)),
     "problem_type": Rule(
         join_choices((*PROBLEM_TYPES, None)),
         _is_optional(str),

@@ -22,8 +22,8 @@ def find_processor(
     The first of these that the checkpoint has decides:
 
     1. `preprocessor_config.json` beside the weights.
-    2. `pixel_mean` and `pixel_std` of `config`, for images of its size. `pretrained_cfg` of `config`, which
-       `from_timm` stores, has the filter and the crop. Without it the whole image is resized bicubically.
+    2. `pixel_mean` and `pixel_std` of `config`, for images of its size. `pixel_resize` of `config` has the filter and
+       the crop. Without it the whole image is resized bicubically.
     3. `pretrained_cfg` in a `config.json` of timm.
 
     Args:
@@ -42,8 +42,7 @@ def find_processor(
         return BeitImageProcessor.from_json_file(file)
     size = config.image_height_width
     if config.pixel_mean is not None and config.pixel_std is not None:
-        stored = getattr(config, "pretrained_cfg", None)
-        resize = {"size": size} if stored is None else resize_options(stored, size)
+        resize = {"size": size} if config.pixel_resize is None else resize_options(config.pixel_resize, size)
         return BeitImageProcessor(**resize, image_mean=config.pixel_mean, image_std=config.pixel_std)
     pretrained_cfg = _timm_entries(_file_beside(name_or_path, CONFIG_NAME, hub))
     normalization = normalization_entries(pretrained_cfg, config.num_channels)

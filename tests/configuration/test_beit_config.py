@@ -100,6 +100,7 @@ INVALID = [
     ("patch_embed_implementation", "unfold", ValueError, "expected 'conv', 'fused' or None"),
     ("pixel_std", [0.5, 0.5, 0.0], ValueError, "None or a positive, finite number for each channel"),
     ("pixel_std", [0.5, 0.5, 0.5], ValueError, r"pixel_mean=None with .* \(expected num_channels=3 numbers each"),
+    ("pixel_resize", "center", TypeError, "None or a dict of entries of timm's pretrained_cfg"),
     ("pixel_mean", "imagenet", TypeError, "None or a finite number for each channel"),
     ("num_labels", -1, ValueError, "at least 0"),
     ("num_labels", "2", TypeError, "at least 0"),

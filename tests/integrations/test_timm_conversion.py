@@ -1,12 +1,18 @@
 """`from_timm` and `to_timm`: equal bits, outputs and gradients; errors of unsupported models."""
 
 import importlib
+import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import beit_fast
 from beit_fast.checkpoint.key_mapping import to_timm_names
+from beit_fast.cli import main
+from beit_fast.image_processing.of_checkpoint import find_processor
+from beit_fast.utils.hub import HubOptions
 
 from ..support import models, timm_reference
 from ..support.oracle import relative_error
@@ -68,11 +74,14 @@ def test_to_timm_round_trip_equals_beit_fast(position):
     options = {"use_mask_token": False, "drop_path_rate": 0.3, "attention_probs_dropout_prob": 0.1}
     options |= {"vocab_size": beit_fast.BeitConfig.vocab_size}  # timm does not have a vocabulary size
     ours = models.build(position=position, hidden_dropout_prob=0.2, **options).train()
+    ours.set_pixel_normalization(models.MEAN, models.STD)
+    ours.config.pixel_resize = {"interpolation": "bilinear", "crop_pct": 0.9}
     theirs = to_timm(ours)
     assert theirs.training
     assert {block.mlp.drop1.p for block in theirs.blocks} == {0.0}
     back = from_timm(theirs)
     assert back.training
+    assert back.config.pixel_resize.pop("crop_mode") == "center"  # timm's default
     assert back.config == ours.config
     assert_equal_states(back, ours)
     pixels = models.images()
@@ -95,6 +104,62 @@ def test_to_timm_keeps_dtype_sizes_and_pretrained_cfg():
     assert options["num_classes"] == 5
     assert not {"url", "hf_hub_id"} & set(options)
     assert from_timm(theirs).dtype == torch.bfloat16
+
+
+TIMM_SIZES = {"depth": 1, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
+
+
+def evaluation_pixels(photograph, cfg):
+    """timm's evaluation transform with Pillow: resize the short edge, crop the center, normalize."""
+    size = cfg["input_size"][1]
+    short = int(size / cfg["crop_pct"])
+    width, height = photograph.size
+    scale = short / min(width, height)
+    filter_ = Image.Resampling[cfg["interpolation"].upper()]
+    resized = photograph.resize((int(width * scale + 1e-9), int(height * scale + 1e-9)), filter_)
+    left, top = ((side - size) // 2 for side in resized.size)
+    levels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    values = (levels - np.float32(cfg["mean"])) / np.float32(cfg["std"])
+    return torch.from_numpy(values).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("name", ["beitv2_base_patch16_224", "beit_base_patch16_384"])
+def test_from_timm_keeps_the_preprocessing(tmp_path, capsys, name):
+    """Regression: beitv2 was normalized with 0.5 after the conversion, not with ImageNet's mean and deviation."""
+    theirs = timm.create_model(name, **TIMM_SIZES).eval()
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    photograph.save(tmp_path / "p.png")
+    pixels = evaluation_pixels(photograph, theirs.pretrained_cfg)
+    from_timm(theirs).save_pretrained(tmp_path / "m")
+    config = beit_fast.BeitConfig.from_pretrained(tmp_path / "m")
+    assert (config.pixel_mean, config.pixel_std) == (theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"])
+    processor = find_processor(tmp_path / "m", config, HubOptions())
+    assert (processor(photograph, return_tensors="pt")["pixel_values"] - pixels).abs().max() < 1e-5
+    assert main.main(["classify", str(tmp_path / "p.png"), "--model", str(tmp_path / "m"), "--json", "--top", "5"]) == 0
+    shown = {e["index"]: e["probability"] for e in json.loads(capsys.readouterr().out)["results"][0]["classes"]}
+    with torch.no_grad():
+        wanted = theirs(pixels).softmax(-1)[0].tolist()
+    assert [shown[index] for index in range(5)] == pytest.approx(wanted, rel=1e-4)
+    back = to_timm(from_timm(theirs)).pretrained_cfg
+    for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode"):
+        assert back[key] == theirs.pretrained_cfg[key], key
+
+
+def test_from_timm_without_known_preprocessing_stores_none():
+    gray = timm.create_model("beit_base_patch16_224", in_chans=1, **TIMM_SIZES)  # its pretrained_cfg is for RGB
+    for theirs in (gray, timm_reference.build(use_rel_pos_bias=True)):
+        config = from_timm(theirs).config
+        assert (config.pixel_mean, config.pixel_std, config.pixel_resize) == (None, None, None)
+        assert not any(name.startswith("pixel_") for name in config.to_dict())
+
+
+def test_to_timm_without_known_preprocessing_has_that_of_the_image_processor(tmp_path):
+    theirs = to_timm(models.build(use_mask_token=False))
+    back = from_timm(theirs)
+    processor = find_processor(tmp_path, back.config, HubOptions())
+    assert processor.to_dict() == beit_fast.BeitImageProcessor(size=back.config.image_height_width).to_dict() | {
+        "crop_size": processor.size
+    }
 
 
 @pytest.mark.parametrize(("size", "inner"), [(768, 3072), (1408, 6144), (176, 469), (49, 29)])

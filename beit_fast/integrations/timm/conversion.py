@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.key_mapping import to_hub_names, to_timm_names
 from ...configuration.beit_config import BeitConfig
+from ...image_processing.timm_options import normalization_entries, resize_entries
 from ...models.beit import BeitForImageClassification
 from ...utils.messages import join_choices, join_some, raise_value_error
 
@@ -36,13 +37,16 @@ _EXACT_GELU = ("gelu", "gelu_python")
 _POOLINGS: dict[tuple[str, ...], bool] = {("avg", "fc_norm"): True, ("token", "norm"): False}
 """timm's pooling with its norm, and the matching `use_mean_pooling`."""
 _SHOWN = 8
+# `BeitImageProcessor` resizes the whole image bicubically by default.
+_WHOLE_IMAGE = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
 
 
 def to_timm(model: BeitForImageClassification) -> timm_beit.Beit:
     """Convert to timm's `Beit`, with copied parameters.
 
     The device, dtype and mode are those of `model`. The result's `pretrained_cfg` has the image size and the
-    configuration's mean and standard deviation (BEiT's 0.5 by default). Names of classes are dropped, because timm does
+    configuration's mean, standard deviation and `pixel_resize`. If these are None, it has the defaults of
+    `BeitImageProcessor`: 0.5, and the whole image resized bicubically. Names of classes are dropped, because timm does
     not store them.
 
     Raises:
@@ -72,8 +76,9 @@ def from_timm(
 ) -> BeitForImageClassification:
     """Convert to `BeitForImageClassification`, with copied parameters.
 
-    The device, dtype and mode are those of `model`. An accelerated model is accepted. timm's network does not hold mean
-    and standard deviation: for uint8 images pass those of its `pretrained_cfg` to `set_pixel_normalization`.
+    The device, dtype and mode are those of `model`. An accelerated model is accepted. Mean and standard deviation of
+    its `pretrained_cfg` become `pixel_mean` and `pixel_std` of the configuration. Its filter and crop become
+    `pixel_resize`. A network that has no `pretrained_cfg`, or one for other channels, leaves them None.
 
     Args:
         model: a `timm.models.beit.Beit`.
@@ -117,7 +122,7 @@ def _pretrained_options(config: BeitConfig) -> dict[str, Any]:
         "num_classes": config.num_labels,
         "mean": tuple(config.pixel_mean or [0.5] * channels),
         "std": tuple(config.pixel_std or [0.5] * channels),
-        "crop_pct": 0.9,
+        **(_WHOLE_IMAGE if config.pixel_resize is None else config.pixel_resize),
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
@@ -179,7 +184,18 @@ def _config_of(model: timm_beit.Beit) -> BeitConfig:
         use_absolute_position_embeddings=model.pos_embed is not None,
         use_relative_position_bias=first.attn.relative_position_bias_table is not None,
         use_shared_relative_position_bias=model.rel_pos_bias is not None,
+        **_pixel_fields(model),
     )
+
+
+def _pixel_fields(model: timm_beit.Beit) -> dict[str, Any]:
+    """Return the fields that store the preprocessing in `pretrained_cfg`."""
+    entries = getattr(model, "pretrained_cfg", None) or {}
+    normalization = normalization_entries(entries, model.patch_embed.proj.in_channels)
+    if normalization is None:
+        return {}
+    mean, std = normalization
+    return {"pixel_mean": mean, "pixel_std": std, "pixel_resize": resize_entries(entries)}
 
 
 def _errors_from_timm(model: timm_beit.Beit) -> list[str]:
