@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-import colorsys
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ..utils.files import atomic_write, writing
-from ..utils.messages import count_of
+from ..checkpoint.files import check_pickle_is_safe, find_checkpoint
+from ..configuration.beit_config import BeitConfig
+from ..utils.files import CONFIG_NAME, atomic_write, writing
+from ..utils.hub import HubOptions
 from .devices import usable_device
-from .images import unreadable_reason
+from .forward import CLASSIFIER, load_complete, run_batch, top_classes
+from .images import group_by_size, read_pixels, unreadable_reason
 from .options import TASKS, ClassifyOptions, ConvertOptions, ExitCode, ModelOptions, SegmentOptions
+from .outputs import check_file, check_folder, check_keeps, class_format, color_format
+from .overlay import class_shares, overlay
 from .processors import converted_processor, processor_of
+from .reports import ClassificationReport, kernel_of, report_kernel
 
 
 def classify(options: ClassifyOptions) -> int:
-    """Print the most probable classes of every image.
+    """Print the most probable classes of every image, batch by batch.
 
     The result is the exit code.
     """
-    model, processor = load(options, TASKS["image-classification"])
-    results, failures = [], []
-    with tqdm(total=len(options.images), unit="image", disable=None if len(options.images) > 1 else True) as bar:
-        for paths, images, unreadable in batches_of(options.images, options.batch_size):
-            failures += unreadable
-            if images:
-                pixels = processor(images, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-                with torch.inference_mode():
-                    logits = model(pixels).logits
-                results += [
-                    {"image": path, "classes": top_classes(row, model.config.id2label, options.top)}
-                    for path, row in zip(paths, logits, strict=True)
-                ]
-            bar.update(len(images) + len(unreadable))
-    _report(options, model, {"results": results}, failures, _classification_lines(results))
-    return ExitCode.SOME_FAILED if failures else ExitCode.DONE
+    model, processor = load(options, TASKS["image-classification"], CLASSIFIER)
+    size, count = options.batch_size, len(options.images)
+    with (
+        tqdm(total=count, unit="image", disable=None if count > 1 else True) as bar,
+        ClassificationReport(options, model, bar) as report,
+    ):
+        for start in range(0, count, size):
+            paths = options.images[start : start + size]
+            batch = group_by_size(read_pixels(processor, Path(path)) for path in paths)
+            found = run_batch(model, batch, "classes")
+            for index, path in enumerate(paths):
+                row = found[index]
+                report.add(path, row if isinstance(row, str) else top_classes(row, model.config, options.top))
+            bar.update(len(paths))
+    return ExitCode.SOME_FAILED if report.failures else ExitCode.DONE
 
 
 def segment(options: SegmentOptions) -> int:
@@ -51,22 +55,62 @@ def segment(options: SegmentOptions) -> int:
     """
     from PIL import Image
 
-    model, processor = load(options, TASKS["semantic-segmentation"])
-    try:
-        photograph = Image.fromarray(torch.as_tensor(read_image(options.image)).permute(1, 2, 0).contiguous().numpy())
-    except (OSError, ValueError) as error:
-        raise OSError(f"{options.image!r} {unreadable_reason(error, Path(options.image))}") from error
+    formats = _check_pictures(options)
+    photograph = _read_photograph(options.image)
+    model, processor = load(options, TASKS["semantic-segmentation"], "expected a checkpoint for semantic segmentation")
     pixels = processor([photograph], return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     with torch.inference_mode():
         outputs = model(pixels)
     classes = processor.post_process_semantic_segmentation(outputs, [photograph.size[::-1]])[0].cpu()  # [height, width]
-    _save_picture(overlay(photograph, classes, model.config.num_labels, options.opacity), options.out)
+    pictures = [overlay(photograph, classes, model.config.num_labels, options.opacity)]
     if options.labels is not None:
-        _save_picture(Image.fromarray(classes.to(torch.int32).numpy().astype("uint16")), options.labels)
+        pictures.append(Image.fromarray(classes.to(torch.int32).numpy().astype("uint16")))
+    _save_pictures([(path, picture, name) for (path, name), picture in zip(formats, pictures, strict=True)])
     shares = class_shares(classes, model.config.id2label)
-    lines = [f"{100 * share['share']:6.2f} %  {share['index']:4d}  {share['label']}" for share in shares]
-    _report(options, model, {"out": str(options.out), "classes": shares}, [], [*lines, f"picture: {options.out}"])
+    if options.json:
+        facts = {"model": options.model, "kernel": kernel_of(model), "out": str(options.out), "classes": shares}
+        print(json.dumps({**facts, "failures": []}, indent=1))
+        return ExitCode.DONE
+    for share in shares:
+        print(f"{100 * share['share']:6.2f} %  {share['index']:4d}  {share['label']}")
+    print(f"picture: {options.out}")
+    report_kernel(model)
     return ExitCode.DONE
+
+
+def _check_pictures(options: SegmentOptions) -> list[tuple[Path, str]]:
+    """Check the files to write; return each with its format of Pillow."""
+    formats = [(options.out, color_format(options.out))]
+    if options.labels is not None:
+        formats.append((options.labels, class_format(options.labels)))
+        if options.labels.absolute() == options.out.absolute():
+            raise ValueError(f"--out and --labels are the same file {str(options.out)!r} (expected two files)")
+    for path, _ in formats:
+        check_file("the picture", path)
+        check_keeps(path, [Path(options.image)])
+    return formats
+
+
+def _read_photograph(path: str) -> Any:
+    """Read an image file as an upright RGB image of Pillow."""
+    from PIL import Image
+
+    from ..image_processing.inputs import read_images
+
+    try:
+        pixels = next(iter(read_images([path], convert_rgb=True, input_data_format=None)))  # [3, height, width]
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path!r} {unreadable_reason(error, Path(path))}") from error
+    return Image.fromarray(torch.as_tensor(pixels).permute(1, 2, 0).contiguous().numpy())
+
+
+def _save_pictures(pictures: Sequence[tuple[Path, Any, str]]) -> None:
+    """Write all pictures, or none if one cannot be written."""
+    with ExitStack() as stack:
+        for path, picture, name in pictures:
+            stack.enter_context(writing("the picture", path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(stack.enter_context(atomic_write(path)), format=name)
 
 
 def convert(options: ConvertOptions) -> int:
@@ -74,23 +118,18 @@ def convert(options: ConvertOptions) -> int:
 
     The image processor is written too. The result is the exit code.
     """
-    import beit_fast
-
-    name = TASKS[options.task] if options.task else _architecture_of(options.source)
-    model, info = getattr(beit_fast, name).from_pretrained(
+    check_folder("the checkpoint", options.target)
+    hub = HubOptions(local_files_only=options.local_files_only)
+    name = TASKS[options.task] if options.task else _architecture_of(options.source, hub)
+    model = load_complete(
+        name,
         options.source,
+        f"expected another --task, one of {', '.join(TASKS)}",
         image_size=options.image_size,
         position_interpolation=options.position_interpolation,
         dtype=options.dtype,
         local_files_only=options.local_files_only,
-        output_loading_info=True,
     )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{options.source} lacks {count_of(len(info['missing_keys']), 'parameter')} of {name}, "
-            f"which would be random: {', '.join(sorted(info['missing_keys'])[:8])}; choose another --task "
-            f"({', '.join(TASKS)})"
-        )
     processor = converted_processor(options, model.config)
     model.save_pretrained(options.target)
     if processor is None:
@@ -103,12 +142,16 @@ def convert(options: ConvertOptions) -> int:
     return ExitCode.DONE
 
 
-def load(options: ModelOptions, class_name: str) -> tuple[Any, Any]:
-    """Load the model `class_name` and the image processor of the checkpoint `options.model`."""
-    import beit_fast
+def load(options: ModelOptions, class_name: str, expected: str) -> tuple[Any, Any]:
+    """Load the model `class_name` and the image processor of the checkpoint `options.model`.
 
-    model = getattr(beit_fast, class_name).from_pretrained(
+    Raises:
+        ValueError: If the checkpoint lacks parameters of the model; `expected` describes one that does not.
+    """
+    model = load_complete(
+        class_name,
         options.model,
+        expected,
         attn_implementation=options.attn,
         dtype=options.dtype,
         device=usable_device(options.device),
@@ -117,105 +160,20 @@ def load(options: ModelOptions, class_name: str) -> tuple[Any, Any]:
     return model, processor_of(options, model.config)
 
 
-def read_image(path: str) -> Any:
-    """Read an image file as RGB bytes `[3, height, width]`.
+def _architecture_of(source: str, hub: HubOptions) -> str:
+    """Read the model class from the config.json of a checkpoint.
 
-    The EXIF orientation is applied.
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If the file is not a weights file, or the class is not known.
     """
-    from ..image_processing.inputs import read_images
-
-    return next(iter(read_images([path], convert_rgb=True, input_data_format=None)))
-
-
-def batches_of(paths: Sequence[str], size: int) -> Iterator[tuple[list[str], list[Any], list[dict[str, str]]]]:
-    """Read images in batches of `size`.
-
-    Yields:
-        The paths and the images that could be read, and the path and reason of each that could not.
-    """
-    for start in range(0, len(paths), size):
-        names, images, unreadable = [], [], []
-        for path in paths[start : start + size]:
-            try:
-                images.append(read_image(path))
-                names.append(path)
-            except (OSError, ValueError) as error:
-                unreadable.append({"image": path, "reason": unreadable_reason(error, Path(path))})
-        yield names, images, unreadable
-
-
-def top_classes(logits: Tensor, id2label: dict[int, str], count: int) -> list[dict[str, Any]]:
-    """The `count` most probable classes of logits `[num_labels]`, most probable first."""
-    probabilities = logits.float().softmax(-1)
-    values, indices = probabilities.topk(min(count, probabilities.numel()))
-    return [
-        {"index": index, "label": id2label.get(index, str(index)), "probability": value}
-        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
-    ]
-
-
-def class_shares(classes: Tensor, id2label: dict[int, str]) -> list[dict[str, Any]]:
-    """The share of the pixels of each class, largest first."""
-    indices, counts = classes.unique(return_counts=True)
-    shares = [
-        {"index": index, "label": id2label.get(index, str(index)), "share": count / classes.numel()}
-        for index, count in zip(indices.tolist(), counts.tolist(), strict=True)
-    ]
-    return sorted(shares, key=lambda share: -share["share"])
-
-
-def overlay(photograph: Any, classes: Tensor, count: int, opacity: float) -> Any:
-    """Tint every pixel of the photograph by the color of its class."""
-    from PIL import Image
-
-    palette = torch.tensor([class_color(index) for index in range(count)], dtype=torch.float32)
-    tint = Image.fromarray(palette[classes].mul(255).round().to(torch.uint8).numpy())
-    return Image.blend(photograph, tint, opacity)
-
-
-def class_color(index: int) -> tuple[float, float, float]:
-    """The color of a class: the hues of consecutive classes are a golden angle apart."""
-    return colorsys.hsv_to_rgb((index * 0.6180339887) % 1.0, 0.85, 1.0 - 0.25 * (index // 8 % 3))
-
-
-def _save_picture(picture: Any, path: Path) -> None:
-    with writing("the picture", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as unfinished:
-            picture.save(unfinished)
-
-
-def _architecture_of(source: str) -> str:
-    from ..configuration.beit_config import BeitConfig
-
-    config = Path(source, "config.json")
-    named = BeitConfig.from_pretrained(source).architectures if config.exists() else None
+    files = find_checkpoint(source, hub)
+    for weights in files.weights:
+        if weights.suffix != ".safetensors":
+            check_pickle_is_safe(weights)
+    named = None if files.config is None else BeitConfig.from_json_file(files.config).architectures
     known = [name for name in named or [] if name in TASKS.values()]
-    if not known:
-        raise ValueError(
-            f"the task of {source} cannot be inferred from its config.json; pass --task (one of {', '.join(TASKS)})"
-        )
-    return known[0]
-
-
-def _classification_lines(results: Sequence[dict[str, Any]]) -> list[str]:
-    lines = []
-    for result in results:
-        lines.append(result["image"])
-        lines += [
-            f"{100 * entry['probability']:7.2f} %  {entry['index']:5d}  {entry['label']}" for entry in result["classes"]
-        ]
-    return lines
-
-
-def _report(
-    options: ModelOptions, model: Any, facts: dict[str, Any], failures: list[dict[str, str]], lines: list[str]
-) -> None:
-    report = model.attention_report()
-    kernel = report.kernel if report.has_run else None
-    if options.json:
-        print(json.dumps({"model": options.model, "kernel": kernel, **facts, "failures": failures}, indent=1))
-    else:
-        print("\n".join([*lines, *([f"attention: {kernel}"] if kernel else [])]))
-    for failure in failures:
-        print(f"failed: {failure['image']}: {failure['reason']}", file=sys.stderr)
+    if known:
+        return known[0]
+    reason = f"it has no {CONFIG_NAME}" if files.config is None else f"its {CONFIG_NAME} names {named or 'no model'}"
+    raise ValueError(f"the task of {source} is not known: {reason}; pass --task (one of {', '.join(TASKS)})")

@@ -24,6 +24,7 @@ from .options import (
     SelftestOptions,
     TuneOptions,
 )
+from .process import run
 
 # Modules are imported when their command runs: `info` needs neither NumPy nor a model.
 _COMMANDS: dict[str, tuple[str, type]] = {
@@ -45,19 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code; bad input is one message on stderr and `ExitCode.ERROR`, and Ctrl-C one and
-        `ExitCode.INTERRUPTED`.
+        `ExitCode.INTERRUPTED`. Without arguments the help is printed.
     """
-    fields = vars(_parser().parse_args(arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run(" ".join(["beit-fast", *given[:1]]), lambda: _run(given))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return ExitCode.DONE
+    fields = vars(parser.parse_args(arguments))
     name = fields.pop("command")
     module, options_class = _COMMANDS[name]
-    try:
-        return getattr(importlib.import_module(module, __package__), name)(options_class(**fields))
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        print(f"beit-fast {name}: {error}", file=sys.stderr)
-        return ExitCode.ERROR
-    except KeyboardInterrupt:  # where a command has nothing to print
-        print(f"beit-fast {name}: interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+    command = getattr(importlib.import_module(module, __package__), name)
+    return command(options_class(**fields))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +95,8 @@ def _add_classify(commands: Any) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--top", type=_positive, default=5, help="classes to print for each image (default: 5)")
     parser.add_argument("--batch-size", type=_positive, default=8, help="images in one forward (default: 8)")
-    _add_model_options(parser)
+    form = _add_model_options(parser)
+    form.add_argument("--csv", action="store_true", help="print CSV instead of text: image, rank, index, label, score")
 
 
 def _add_segment(commands: Any) -> None:
@@ -101,8 +106,16 @@ def _add_segment(commands: Any) -> None:
         description="Draw the class of every pixel in color over an image, and print the share of each class.",
     )
     parser.add_argument("image", metavar="IMAGE", help="an image file")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument("--labels", type=Path, metavar="PNG", help="also write the classes as a 16-bit gray picture")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PNG",
+        help="the picture to write, of any suffix that Pillow writes in color",
+    )
+    parser.add_argument(
+        "--labels", type=Path, metavar="PNG", help="also write the classes as 16-bit gray, .png or .tiff"
+    )
     parser.add_argument(
         "--opacity", type=_fraction, default=0.5, help="opacity of the colors over the image, 0 to 1 (default: 0.5)"
     )
@@ -114,7 +127,8 @@ def _add_predict(commands: Any) -> None:
         "predict",
         help="write the classes or features of all images of a folder or list, also under torchrun",
         description="Predict all images of a folder or list. Progress is kept in OUT.run: rerun the same command to "
-        "resume. `torchrun --nproc-per-node N -m beit_fast predict ...` shares the images among N processes.",
+        "resume, but without --overwrite. `torchrun --nproc-per-node N -m beit_fast predict ...` shares the images "
+        "among N processes.",
     )
     parser.add_argument("dataset", metavar="DATASET", help="a folder, or a text file with one path per line")
     parser.add_argument("out", type=Path, metavar="OUT", help="the .jsonl or .parquet file to write")
@@ -145,7 +159,7 @@ def _add_predict(commands: Any) -> None:
         action="store_const",
         dest="start",
         const="overwrite",
-        help="start from the beginning; an existing OUT is replaced at the end",
+        help="start from the beginning, also when rerun; an existing OUT is replaced at the end",
     )
     start.add_argument(
         "--retry-failed",
@@ -175,7 +189,7 @@ def _add_convert(commands: Any) -> None:
         default="bilinear",
         help="how --image-size resizes: bilinear as Transformers, geometric as timm and unilm (default: bilinear)",
     )
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--dtype", type=_dtype, help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
 
 
@@ -219,6 +233,7 @@ def _add_tune(commands: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
+        type=_dtype,
         choices=_HALF_AND_SINGLE,
         action="append",
         default=[],
@@ -245,46 +260,75 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=Path, metavar="FILE.jsonl", help="write each row here as soon as it is measured")
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser) -> Any:
+    """Add the options of `ModelOptions`.
+
+    Returns:
+        The group of the options that choose what is printed.
+    """
     parser.add_argument("--model", required=True, help="a checkpoint: a folder, a file, or a name on the hub")
     parser.add_argument("--processor", metavar="SOURCE", help=_PROCESSOR_HELP)
     parser.add_argument("--attn", choices=ATTENTION_IMPLEMENTATIONS, help="attention (default: by device and dtype)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--dtype", type=_dtype, help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return form
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
 def _not_negative(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def _fraction(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0.0 <= value < math.inf:  # NaN fails both
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
     return value
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
 def _size(text: str) -> int | tuple[int, int]:
-    sides = [_positive(side) for side in text.lower().split("x")]
-    if len(sides) > 2:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise argparse.ArgumentTypeError(f"{text} is not a number or HEIGHTxWIDTH")
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    numbers = [_positive(side) for side in sides]
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def _dtype(text: str) -> str:
+    return _SHORT_DTYPES.get(text, text)
+
+
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}

@@ -29,6 +29,7 @@ class ExitCode(enum.IntEnum):
     SOME_FAILED = 1
     ERROR = 2
     INTERRUPTED = 130
+    CLOSED_PIPE = 141
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,19 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ClassifyOptions(ModelOptions):
-    """Options of `beit-fast classify`."""
+    """Options of `beit-fast classify`.
+
+    Attributes:
+        images: The image files.
+        top: The number of classes to print.
+        batch_size: Images in one forward.
+        csv: If True, print CSV instead of text.
+    """
 
     images: Sequence[str]
     top: int
     batch_size: int
+    csv: bool
 
 
 @dataclass(frozen=True)

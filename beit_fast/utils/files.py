@@ -41,12 +41,17 @@ def writing(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; its file replaces `path` when the block ends.
 
-    A crash leaves either the old file or the whole new one. An exception in the block keeps the old file.
+    A crash leaves either the old file or the whole new one. An exception in the block keeps the old file. Errors of
+    the system name `path`.
     """
     unfinished = path.with_name(f".{os.getpid()}-{threading.get_ident()}.unfinished.{path.name}")
     try:
         yield unfinished
         replace_files([(unfinished, path)])
+    except OSError as error:
+        if error.filename is not None and os.fspath(error.filename) == os.fspath(unfinished):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -64,14 +64,18 @@ def test_info_on_gpu_with_faulty_compiler_names_the_torch_that_is_sound(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "required: COMMAND"),
+        ("--json", "required: COMMAND"),
         ("fly", "'fly' (choose from"),
         ("info --yaml", "--yaml"),
         ("classify --model m", "required: IMAGE"),
         ("classify a.png --model m --top 0", "0 is not a positive number"),
+        ("classify a.png --model m --top abc", "argument --top: 'abc' is not a whole number"),
+        ("classify a.png --model m --json --csv", "--csv: not allowed with argument --json"),
         ("classify a.png --model m --attn flash", "'flash' (choose from"),
         ("segment a.png --model m", "required: --out"),
         ("segment a.png --out b.png --model m --opacity 2", "2 is not between 0 and 1"),
+        ("segment a.png --out b.png --model m --opacity half", "argument --opacity: 'half' is not a number"),
+        ("convert a b --image-size big", "argument --image-size: big is not a number or HEIGHTxWIDTH"),
         ("convert a b --image-size 1x2x3", "1x2x3 is not a number or HEIGHTxWIDTH"),
         ("predict a b --model m --top 0", "0 is not a positive number"),
         ("predict a b --model m --logits --features", "not allowed with argument"),
@@ -89,6 +93,25 @@ def test_main_wrong_arguments_exit_with_2(line: str, message: str, capsys: pytes
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
+
+
+def test_main_without_arguments_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([]) == 0
+    out, err = capsys.readouterr()
+    assert "usage: beit-fast" in out
+    assert all(command in out for command in main._COMMANDS)
+    assert err == ""
+
+
+@pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_main_short_names_of_dtypes_are_accepted(short: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr("beit_fast.cli.predict.command.predict", lambda options: found.append(options.dtype) or 0)
+    monkeypatch.setattr("beit_fast.cli.commands.convert", lambda options: found.append(options.dtype) or 0)
+    monkeypatch.setattr("beit_fast.cli.tune.tune", lambda options: found.append(*options.dtype) or 0)
+    for line in ("predict a b --model m", "convert a b", "tune"):
+        assert main.main([*line.split(), "--dtype", short]) == 0
+    assert found == [name] * 3
 
 
 def test_main_fills_the_options(monkeypatch: pytest.MonkeyPatch) -> None:

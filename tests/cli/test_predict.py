@@ -124,12 +124,10 @@ def test_predict_features_of_any_checkpoint(name, images, tmp_path, capsys):
     options = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": (1, 2)}
     save_checkpoint(tmp_path / "model", name, **(options if "Segmentation" in name else {}))
     out = tmp_path / "out.jsonl"
-    if name == "BeitForSemanticSegmentation":
-        with pytest.warns(UserWarning, match="were initialized"):  # the norm of the pooler
-            code, _, _ = predict(capsys, images, out, "--model", tmp_path / "model", "--features", "--device", "cpu")
-    else:
-        code, _, _ = predict(capsys, images, out, "--model", tmp_path / "model", "--features", "--device", "cpu")
+    code, _, err = predict(capsys, images, out, "--model", tmp_path / "model", "--features", "--device", "cpu")
     assert code == 0
+    pooler = "does not contain pooler.layernorm.bias, pooler.layernorm.weight: they have their initial values"
+    assert (pooler in err) == (name == "BeitForSemanticSegmentation")
     records = {record["path"]: record["features"] for record in read_jsonl(out)}
     reference = transformers.BeitModel.from_pretrained(tmp_path / "model").eval()
     pixels = BeitImageProcessor(size=SIZE)(images / NAMES[0], return_tensors="pt")["pixel_values"]
@@ -233,13 +231,18 @@ def test_predict_images_of_several_sizes_without_resizing(tmp_path, capsys):
     processor = BeitImageProcessor(do_resize=False)
     processor.save_pretrained(tmp_path / "model")
     sizes = {"a.png": (32, 32), "b.png": (48, 40), "c.png": (32, 32), "d.png": (64, 3 * 8), "e.png": (8, 8)}
-    for index, (name, size) in enumerate(sizes.items()):
+    for index, (name, size) in enumerate({**sizes, "small.png": (8, 3)}.items()):
         save_image(tmp_path / "images" / name, index, size)
     out = tmp_path / "out.jsonl"
-    assert (
-        predict(capsys, tmp_path / "images", out, "--model", tmp_path / "model", "--logits", "--device", "cpu")[0] == 0
+    code, _, err = predict(
+        capsys, tmp_path / "images", out, "--model", tmp_path / "model", "--logits", "--device", "cpu"
     )
-    for name, found in recorded_logits(out).items():
+    assert code == 1
+    assert "failed: small.png: images of 8x3 pixels are smaller than one patch of 8x8" in err
+    *records, small = read_jsonl(out)
+    assert small["logits"] is None
+    assert [record["path"] for record in records] == list(sizes)
+    for name, found in ((record["path"], torch.tensor(record["logits"])) for record in records):
         with torch.no_grad():
             expected = model(**processor(Image.open(tmp_path / "images" / name), return_tensors="pt")).logits[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -336,21 +339,30 @@ def test_predict_wrong_out_exits_with_error(arguments, message, model, images, t
     assert (tmp_path / "exists.jsonl").read_text() == "precious"
 
 
-def test_predict_checkpoint_without_classifier_exits_with_error(images, tmp_path, capsys):
-    save_checkpoint(tmp_path / "model", "BeitForMaskedImageModeling")
-    with pytest.warns(UserWarning, match="were initialized"):
-        code, out, err = predict(capsys, images, tmp_path / "out.jsonl", "--model", tmp_path / "model")
-    assert (code, out) == (2, "")
-    assert "does not contain a classifier" in err
-    assert "--features" in err
-    assert sorted(os.listdir(tmp_path)) == ["model"]
-
-
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-def test_predict_other_problem_types_need_logits(problem, images, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("problem", "key"), [("regression", "value"), ("multi_label_classification", "probability")])
+def test_predict_scores_follow_the_problem_type(problem, key, form, images, tmp_path, capsys):
     save_checkpoint(tmp_path / "model", problem_type=problem)
-    arguments = (images, tmp_path / "out.jsonl", "--model", tmp_path / "model")
-    code, _, err = predict(capsys, *arguments)
-    assert code == 2
-    assert f"is for {problem}" in err
-    assert predict(capsys, *arguments, "--logits", "--device", "cpu")[0] == 0
+    out = tmp_path / f"out.{form}"
+    assert predict(capsys, images, out, "--model", tmp_path / "model", "--top", 2, "--device", "cpu")[0] == 0
+    records = read_jsonl(out) if form == "jsonl" else pytest.importorskip("pyarrow.parquet").read_table(out).to_pylist()
+    for record in records:
+        logits = reference_logits(tmp_path / "model", images)[record["path"]]
+        if problem == "regression":
+            values, indices = logits, torch.arange(5)
+        else:
+            values, indices = logits.sigmoid().topk(2)
+        assert [entry["index"] for entry in record["classes"]] == indices.tolist()
+        assert [entry.keys() for entry in record["classes"]] == [{"index", "label", key}] * len(indices)
+        assert [entry[key] for entry in record["classes"]] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-5)
+
+
+def test_predict_checkpoint_without_classifier_exits_with_error(images, tmp_path, capsys, recwarn):
+    save_checkpoint(tmp_path / "model", "BeitForMaskedImageModeling")
+    code, out, err = predict(capsys, images, tmp_path / "out.jsonl", "--model", tmp_path / "model")
+    assert (code, out) == (2, "")
+    assert "does not contain 4 parameters of BeitForImageClassification, which would be random: " in err
+    assert "classifier.bias, classifier.weight" in err
+    assert "--features" in err
+    assert not recwarn.list
+    assert sorted(os.listdir(tmp_path)) == ["model"]

@@ -168,11 +168,12 @@ def test_share_write_any_name_round_trips(tmp_path):
 
 
 def test_predict_complete_run_is_not_repeated(arguments, read, tmp_path, capsys):
-    predict(capsys, *arguments)
+    """The exit code is that of the run: an image failed, so a script does not take the results for complete."""
+    assert predict(capsys, *arguments)[0] == 1
     before = (tmp_path / "out.jsonl").stat()
     read.clear()
     code, text, _ = predict(capsys, *arguments)
-    assert (code, read) == (0, [])
+    assert (code, read) == (1, [])
     assert f"{tmp_path / 'out.jsonl'} is already complete: {COUNT} images, 1 failed" in text
     assert (tmp_path / "out.jsonl").stat() == before
 
@@ -200,7 +201,7 @@ def test_predict_retry_failed_repeats_the_batch(model, tmp_path, capsys, read):
     assert out.read_bytes() == broken
     (tmp_path / "images" / names[4]).write_bytes(good)
     read.clear()
-    assert predict(capsys, tmp_path / "images", out, *options)[0] == 0
+    assert predict(capsys, tmp_path / "images", out, *options)[0] == 1
     assert read == []
     assert predict(capsys, tmp_path / "images", out, *options, "--retry-failed")[0] == 0
     assert read == [name.rpartition("/")[2] for name in names[3:6]]
@@ -246,10 +247,32 @@ def test_predict_interrupted_says_how_to_resume(workers, arguments, whole, tmp_p
         patch.setattr(Predictor, "records", interrupt)
         code, out, err = predict(capsys, *arguments, "--workers", workers)
     assert (code, out) == (130, "")
-    assert "rerun the same command to resume" in err
+    assert err.splitlines()[-1] == "beit-fast predict: stopped; rerun the same command to resume"
     assert not multiprocessing.active_children()
     assert done_in(tmp_path / "out.jsonl.run") == [0, 1]
     assert predict(capsys, *arguments)[0] == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_predict_interrupted_overwrite_says_that_it_would_begin_again(
+    arguments, whole, read, tmp_path, capsys, monkeypatch
+):
+    original, calls = Predictor.records, itertools.count(1)
+
+    def interrupt(self, paths, batch):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, paths, batch)
+
+    (tmp_path / "out.jsonl").write_text("other results")
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "records", interrupt)
+        code, _, err = predict(capsys, *arguments, "--overwrite")
+    assert code == 130
+    assert err.splitlines()[-1] == ("beit-fast predict: stopped; rerun the same command without --overwrite to resume")
+    read.clear()
+    assert predict(capsys, *arguments)[0] == 1
+    assert len(read) == COUNT - 2 * BATCH_SIZE
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from ..._version import __version__
 from ...utils.messages import count_of
-from ..commands import top_classes
+from ..forward import CLASSIFIER, load_complete, run_batch, score_name, top_classes
 from ..options import TASKS, ExitCode, Format, Output, PredictOptions
+from ..outputs import check_file, check_keeps
 from ..processors import processor_of
 from .dataset import Dataset, ImageBatch, ImageBatches, find_images
-from .journal import Outcome, Record, Run, Share
+from .journal import Outcome, Record, Run, Share, check_resumable
 from .ranks import Ranks
 from .results import check_names, format_of, writer
 
@@ -30,14 +31,17 @@ def predict(options: PredictOptions) -> int:
     """Predict the remaining images; when all are done, write the results.
 
     Returns:
-        The exit code: `SOME_FAILED` if some images could not be read. Of several processes only the one that writes
-        the results returns it, because torchrun stops the others when one fails.
+        The exit code: `SOME_FAILED` if some images have no result, also when nothing remains to be done. Of several
+        processes only the one that writes the results returns it (rank 0 if they are written), because torchrun
+        stops the others when one fails.
     """
     ranks = Ranks.from_environment()
     file_format = format_of(options.out, options.format)
-    if options.out.is_dir():
-        raise IsADirectoryError(f"{str(options.out)!r} is a folder (expected the file to write)")
+    check_file("the results", options.out)
     dataset = find_images(options.dataset)
+    check_keeps(options.out, (dataset.source, *(dataset.root / path for path in dataset.paths)))
+    if options.start != "overwrite":
+        check_resumable(options.out)
     check_names(file_format, dataset.paths)
     if dataset.note and ranks.rank == 0:
         print(f"{options.dataset}: {dataset.note}", file=sys.stderr)
@@ -55,7 +59,7 @@ def predict(options: PredictOptions) -> int:
     share = run.join(ranks.rank, ranks.world)
     if isinstance(share, Outcome):
         _report(options, ranks, predictor, Progress(), share, f"{options.out} is already complete")
-        return ExitCode.DONE
+        return ExitCode.SOME_FAILED if share.failures and ranks.rank == 0 else ExitCode.DONE
     if options.optimize:
         predictor.optimize(options.batch_size)
     progress = Progress()
@@ -63,9 +67,11 @@ def predict(options: PredictOptions) -> int:
         with share:
             _predict_share(options, ranks, dataset, predictor, share, progress)
     except KeyboardInterrupt:
-        print(f"beit-fast predict: stopped; rerun the same command to resume ({ranks})", file=sys.stderr)
+        without = " without --overwrite" if options.start == "overwrite" else ""
+        own = f" ({ranks})" if ranks.world > 1 else ""
+        print(f"beit-fast predict: stopped; rerun the same command{without} to resume{own}", file=sys.stderr)
         return ExitCode.INTERRUPTED
-    outcome = run.finish(writer(file_format, predictor.output))
+    outcome = run.finish(writer(file_format, predictor.output, score_name(predictor.model.config)))
     if outcome is None and ranks.world == 1:
         raise RuntimeError(f"{run.folder} was modified while running and lacks batches; rerun the same command")
     _report(options, ranks, predictor, progress, outcome, f"results: {options.out}")
@@ -113,25 +119,16 @@ class Predictor:
         example = torch.zeros(batch_size, config.num_channels, *config.image_height_width, dtype=self.model.dtype)
         self.model = optimize_for_inference(self.model, example=example, keep_original=False)
 
-    @torch.inference_mode()
     def records(self, paths: Sequence[str], batch: ImageBatch) -> list[Record]:
-        """Predict one batch; images of one size go through the model together."""
-        found: dict[int, Tensor | str] = dict(batch.errors)
-        for indices, pixels in batch.groups:
-            outputs = self.model(pixels.to(self.model.device, self.model.dtype))
-            values = outputs.pooler_output if self.output == "features" else outputs.logits
-            found |= zip(indices, values.float().cpu(), strict=True)
+        """Predict one batch and return a record of each image."""
+        found = run_batch(self.model, batch.images, self.output)
         return [self._record(path, found[index]) for index, path in enumerate(paths)]
 
     def _record(self, path: str, found: Tensor | str) -> Record:
         if isinstance(found, str):
             return {"path": path, self.output: None, "error": found}
-        if not found.isfinite().all():
-            return {"path": path, self.output: None, "error": f"the model returned {self.output} that are not finite"}
-        if self.output == "classes":
-            value: Any = top_classes(found, self.model.config.id2label, self.top)
-        else:
-            value = found.tolist()
+        is_ranked = self.output == "classes"
+        value: Any = top_classes(found, self.model.config, self.top) if is_ranked else found.tolist()
         return {"path": path, self.output: value, "error": None}
 
     def digest(self) -> str:
@@ -150,30 +147,20 @@ def load_predictor(options: PredictOptions, device: torch.device) -> Predictor:
     The model has the head that the options need.
 
     Raises:
-        ValueError: If the checkpoint does not contain this head, or its outputs are not probabilities of classes.
+        ValueError: If the checkpoint does not contain this head.
     """
-    import beit_fast
-
-    name = TASKS["model" if options.output == "features" else "image-classification"]
-    model, info = getattr(beit_fast, name).from_pretrained(
+    has_features = options.output == "features"
+    expected = "expected a checkpoint of the trunk of BEiT" if has_features else f"{CLASSIFIER}, or --features"
+    model = load_complete(
+        TASKS["model" if has_features else "image-classification"],
         options.model,
+        expected,
+        ["pooler."] if has_features else [],  # a LayerNorm, which starts with ones and zeros
         attn_implementation=options.attn,
         dtype=options.dtype,
         device=device,
         local_files_only=options.local_files_only,
-        output_loading_info=True,
     )
-    random = [key for key in info["missing_keys"] if key.startswith("classifier.")]
-    if random:
-        raise ValueError(
-            f"{options.model} does not contain a classifier, so {', '.join(random)} would be random (expected a "
-            "checkpoint for image classification, or --features)"
-        )
-    problem_type = model.config.problem_type
-    if options.output == "classes" and problem_type not in (None, "single_label_classification"):
-        raise ValueError(
-            f"{options.model} is for {problem_type}, so its outputs are not probabilities of classes; pass --logits"
-        )
     processor = processor_of(options, model.config)
     return Predictor(model, processor, options.output, options.top)
 

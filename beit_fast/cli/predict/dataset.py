@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ...utils.messages import count_of
-from ..images import unreadable_reason
+from ..images import PixelBatch, group_by_size, read_pixels
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
@@ -119,17 +118,10 @@ def _in_list(file: Path) -> Dataset:
 
 
 class ImageBatch(NamedTuple):
-    """One batch as it is read.
-
-    Attributes:
-        number: The number of the batch.
-        groups: The pixels of all images of one size, float `[n, C, H, W]`, and their indices in the batch.
-        errors: Why an image could not be read, by its index in the batch.
-    """
+    """One batch as it is read: the number of the batch, and its images."""
 
     number: int
-    groups: list[tuple[list[int], Tensor]]
-    errors: dict[int, str]
+    images: PixelBatch
 
 
 class ImageBatches(TorchDataset[ImageBatch]):
@@ -150,30 +142,15 @@ class ImageBatches(TorchDataset[ImageBatch]):
         return self.dataset.num_batches(self.batch_size)
 
     def __getitem__(self, number: int) -> ImageBatch:
-        pixels: dict[torch.Size, list[Tensor]] = {}
-        indices: dict[torch.Size, list[int]] = {}
-        errors = {}
-        for index, path in enumerate(self.dataset.batch(number, self.batch_size)):
-            image = self.read(self.dataset.root / path)
-            if isinstance(image, str):
-                errors[index] = image
-            else:
-                pixels.setdefault(image.shape, []).append(image)
-                indices.setdefault(image.shape, []).append(index)
-        groups = [(indices[shape], torch.cat(images)) for shape, images in pixels.items()]
-        return ImageBatch(number, groups, errors)
+        paths = self.dataset.batch(number, self.batch_size)
+        return ImageBatch(number, group_by_size(self.read(self.dataset.root / path) for path in paths))
 
     def read(self, file: Path) -> Tensor | str:
         """Read an image as pixels `[1, C, H, W]`.
 
         If it cannot be read, return the reason.
         """
-        try:
-            return self.processor(file, do_convert_rgb=True, return_tensors="pt")["pixel_values"]
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow raises nearly any exception for a damaged file
-            return unreadable_reason(error, file)
+        return read_pixels(self.processor, file)
 
     def read_ahead(self, numbers: Sequence[int], workers: int) -> DataLoader[ImageBatch]:
         """Read the batches `numbers` in this order.

@@ -71,6 +71,25 @@ class Share:
         self._lock.close()
 
 
+def folder_of(out: Path) -> Path:
+    """Return the folder of the run that writes `out`."""
+    return out.with_name(f"{out.name}.run")
+
+
+def check_resumable(out: Path) -> None:
+    """Check that `out` does not exist, or that a run made it.
+
+    Raises:
+        FileExistsError: If `out` exists without the folder of a run.
+    """
+    folder = folder_of(out)
+    if out.exists() and not (folder / _MANIFEST).exists():
+        raise FileExistsError(
+            f"{os.fspath(out)!r} exists, but {folder.name!r} beside it does not, so it cannot be resumed; choose "
+            "another OUT, or pass --overwrite"
+        )
+
+
 class Run:
     """The run that writes `out`.
 
@@ -82,7 +101,7 @@ class Run:
 
     def __init__(self, out: Path, options: Mapping[str, Any], num_batches: int) -> None:
         self.out = out
-        self.folder = out.with_name(f"{out.name}.run")
+        self.folder = folder_of(out)
         self.options = dict(options)
         self.num_batches = num_batches
 
@@ -126,11 +145,7 @@ class Run:
             FileExistsError: If `out` exists and was not made by a run.
             ValueError: If the run has other options.
         """
-        if self.out.exists() and not self._is_started():
-            raise FileExistsError(
-                f"{os.fspath(self.out)!r} exists, but {self.folder.name!r} beside it does not, so it cannot be "
-                "resumed; choose another OUT, or pass --overwrite"
-            )
+        check_resumable(self.out)
         with self._locked():
             outcome = self._outcome() if self._is_started() else None
             if outcome is not None and self.out.exists():

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..forward import ScoreName
 from ..options import Format, Output
 from .journal import Record, Writer
 
@@ -37,9 +38,14 @@ def format_of(out: Path, requested: Format | None) -> Format:
     return file_format
 
 
-def writer(file_format: Format, output: Output) -> Writer:
-    """A function that writes batches of records to a file; their fields are path, `output` and error."""
-    return functools.partial(_write_parquet, output=output) if file_format == "parquet" else _write_jsonl
+def writer(file_format: Format, output: Output, score: ScoreName) -> Writer:
+    """Return a function that writes batches of records to a file.
+
+    The fields of a record are path, `output` and error; a class has index, label and `score`.
+    """
+    if file_format == "parquet":
+        return functools.partial(_write_parquet, output=output, score=score)
+    return _write_jsonl
 
 
 def check_names(file_format: Format, paths: Sequence[str]) -> None:
@@ -71,11 +77,11 @@ def _write_jsonl(path: Path, batches: Iterator[Sequence[Record]]) -> None:
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _write_parquet(path: Path, batches: Iterator[Sequence[Record]], output: Output) -> None:
+def _write_parquet(path: Path, batches: Iterator[Sequence[Record]], output: Output, score: ScoreName) -> None:
     pyarrow = _pyarrow()
     from pyarrow.parquet import ParquetWriter
 
-    schema = _schema(pyarrow, output)
+    schema = _schema(pyarrow, output, score)
     with ParquetWriter(path, schema) as table:
         rows: list[Record] = []
         for records in batches:
@@ -87,10 +93,10 @@ def _write_parquet(path: Path, batches: Iterator[Sequence[Record]], output: Outp
             table.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 
-def _schema(pyarrow: Any, output: Output) -> Any:
+def _schema(pyarrow: Any, output: Output, score: ScoreName) -> Any:
     value = pyarrow.float32()
     if output == "classes":
-        names = {"index": pyarrow.int32(), "label": pyarrow.string(), "probability": pyarrow.float32()}
+        names = {"index": pyarrow.int32(), "label": pyarrow.string(), score: pyarrow.float32()}
         value = pyarrow.struct(list(names.items()))
     return pyarrow.schema([("path", pyarrow.string()), (output, pyarrow.list_(value)), ("error", pyarrow.string())])
 

@@ -1,0 +1,96 @@
+"""The model of a command: load it, run batches, rank classes."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..layers.embeddings import window_of
+from ..models.class_scores import class_scores, problem_type_of
+from ..utils.messages import count_of, join_some
+from .images import PixelBatch
+from .options import Output
+
+ScoreName: TypeAlias = Literal["probability", "value"]
+
+CLASSIFIER = "expected a checkpoint for image classification"
+"""What a command with classes can load, for errors."""
+
+
+def load_complete(class_name: str, source: str, expected: str, allowed: Sequence[str] = (), **arguments: Any) -> Any:
+    """Load a checkpoint that contains every parameter of the model.
+
+    Args:
+        class_name: A class of `beit_fast`.
+        source: A folder, a file or a name on the hub.
+        expected: What the user can pass instead, for the error.
+        allowed: Prefixes of parameters that the checkpoint may lack, because their initial value is not random.
+        arguments: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: If parameters are missing and would be random.
+    """
+    import beit_fast
+
+    with warnings.catch_warnings():
+        # The error below says the same.
+        warnings.filterwarnings("ignore", message="some parameters of .* were initialized", category=UserWarning)
+        model, info = getattr(beit_fast, class_name).from_pretrained(source, output_loading_info=True, **arguments)
+    initial = sorted(key for key in info["missing_keys"] if key.startswith(tuple(allowed)))
+    missing = sorted(set(info["missing_keys"]) - set(initial))
+    if missing:
+        raise ValueError(
+            f"{source} does not contain {count_of(len(missing), 'parameter')} of {class_name}, which would be random: "
+            f"{join_some(missing, 8)} ({expected})"
+        )
+    if initial:
+        print(f"{source} does not contain {', '.join(initial)}: they have their initial values", file=sys.stderr)
+    return model
+
+
+@torch.inference_mode()
+def run_batch(model: Any, batch: PixelBatch, output: Output) -> dict[int, Tensor | str]:
+    """Run a batch; images of one size go through the model together.
+
+    Returns:
+        By the index of each image, its logits or features in float32 on the CPU, or the reason why it has none.
+    """
+    found: dict[int, Tensor | str] = dict(batch.errors)
+    for indices, pixels in batch.groups:
+        try:
+            window_of(pixels, model.config.patch_size)
+        except ValueError as error:  # of these images, not of the model
+            found |= dict.fromkeys(indices, str(error))
+            continue
+        outputs = model(pixels.to(model.device, model.dtype))
+        values = outputs.pooler_output if output == "features" else outputs.logits
+        for index, row in zip(indices, values.float().cpu(), strict=True):
+            found[index] = row if row.isfinite().all() else f"the model returned {output} that are not finite"
+    return found
+
+
+def score_name(config: Any) -> ScoreName:
+    """Return the name of a class's score: a regression has values, not probabilities."""
+    return "value" if problem_type_of(config) == "regression" else "probability"
+
+
+def top_classes(logits: Tensor, config: Any, count: int) -> list[dict[str, Any]]:
+    """List the `count` most probable classes of logits `[num_labels]`, most probable first.
+
+    The probabilities follow `problem_type`: softmax, or sigmoid for several labels an image. A regression has all its
+    values instead, in the order of the labels.
+    """
+    scores, name = class_scores(logits, problem_type_of(config)), score_name(config)
+    if name == "value":
+        values, indices = scores, torch.arange(scores.numel())
+    else:
+        values, indices = scores.topk(min(count, scores.numel()))
+    return [
+        {"index": index, "label": config.id2label.get(index, str(index)), name: value}
+        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
