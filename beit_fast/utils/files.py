@@ -49,9 +49,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield unfinished
         replace_files([(unfinished, path)])
     except OSError as error:
-        if error.filename is not None and os.fspath(error.filename) == os.fspath(unfinished):
-            error.filename, error.filename2 = os.fspath(path), None
-        raise
+        if error.filename is None or os.fspath(error.filename) != os.fspath(unfinished):
+            raise
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
