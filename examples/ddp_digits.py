@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from train_digits import ARCHITECTURE, Digits, augment, load_digits, optimizer_for
+from train_digits import ARCHITECTURE, PROCESSOR, Digits, augment, load_digits, optimizer_for
 
-from beit_fast import BeitConfig, BeitForImageClassification
+from beit_fast import BeitConfig, BeitForImageClassification, BeitImageProcessor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,13 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{processes} processes, {seconds:.1f} s: loss {loss:.3f}, held-out accuracy {right:.2%}")
         if options.out is not None:
             model.save_pretrained(options.out)
+            BeitImageProcessor.from_dict(PROCESSOR).save_pretrained(options.out)
     dist.destroy_process_group()
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a tiny BEiT on handwritten digits in several processes.")
-    parser.add_argument("--out", type=Path, help="folder to write the model to")
+    parser.add_argument("--out", type=Path, help="folder to write the model and its image processor to")
     parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="of all processes together (default: %(default)s)")

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from train_digits import Digits, load_digits
 from transformers import Trainer, TrainingArguments
 
-from beit_fast import BeitForImageClassification
+from beit_fast import BeitForImageClassification, BeitImageProcessor
 
 DIGITS = Path(__file__).parent / "digits"
 NAMES = ("even", "odd")
@@ -42,7 +42,9 @@ class Parity(Dataset):
 def main(arguments: list[str] | None = None) -> int:
     """Train, write the checkpoint, and return the exit code. Accuracy is evaluated before and after."""
     parser = argparse.ArgumentParser(description="Fine-tune a BEiT with Transformers' Trainer.")
-    parser.add_argument("--out", type=Path, help="folder for the trained checkpoint (default: not saved)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the checkpoint and its image processor (default: not saved)"
+    )
     parser.add_argument("--steps", type=int, default=120, help="default: 120")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -83,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"held-out accuracy {before:.1%} before, {after:.1%} after {options.steps} steps")
     if options.out is not None:
         model.save_pretrained(options.out)
+        BeitImageProcessor.from_pretrained(DIGITS).save_pretrained(options.out)
         print(f"written: {options.out}")
     return 0
 

@@ -20,7 +20,9 @@ Array: TypeAlias = "np.ndarray | Tensor"
 
 _CHANNEL_COUNTS = (1, 3, 4)
 _EXIF_ORIENTATION = 0x0112
-_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_INTEGER_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+# Some versions of Pillow open the 16 bits of these formats as mode "I" with 32 bits.
+_SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 _EXPECTED = "a Pillow image, a numpy array, a torch tensor, the path of a file, or lists and batches of these"
 
 
@@ -80,9 +82,10 @@ def _read_image(image: Any, name: str, convert_rgb: bool | None, input_data_form
     if isinstance(image, (np.ndarray, Tensor)):
         pixels = _bool_to_levels(_channels_first(image, name, input_data_format))
         return _array_to_rgb(pixels, name) if convert_rgb else pixels
-    image = _upright(_open(image, name), name)
+    opened = _open(image, name)
+    image = _upright(opened, name)
     if convert_rgb is not False:
-        image = _to_rgb(image, name)
+        image = _to_rgb(image, name, opened.format)
     array = np.array(image.convert("L") if image.mode == "1" else image)
     return np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
 
@@ -149,17 +152,18 @@ def _upright(image: PillowImage, name: str) -> PillowImage:
     return ImageOps.exif_transpose(image)
 
 
-def _to_rgb(image: PillowImage, name: str) -> PillowImage:
+def _to_rgb(image: PillowImage, name: str, file_format: str | None) -> PillowImage:
     """Convert an image of any mode to RGB.
 
-    Transparent pixels are placed over white, and 16 bits are scaled to 8.
+    Transparent pixels are placed over white. 16 bits are scaled to 8; 32 bits up to 255 are 8 bits already.
     """
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in _SIXTEEN_BIT_MODES:
-        return Image.fromarray(_eight_bits(np.array(image), name)).convert("RGB")
+    if image.mode in _INTEGER_MODES:
+        has_sixteen_bits = image.mode != "I" or file_format in _SIXTEEN_BIT_FORMATS
+        return Image.fromarray(_eight_bits(np.array(image), name, has_sixteen_bits)).convert("RGB")
     if image.mode == "F":
         raise ValueError(f"{name} has mode 'F', which has no fixed range: pass an array with values from 0 to 1")
     if image.mode.lower().endswith("a") or "transparency" in image.info:
@@ -169,11 +173,16 @@ def _to_rgb(image: PillowImage, name: str) -> PillowImage:
     return image.convert("RGB")
 
 
-def _eight_bits(pixels: np.ndarray, name: str) -> np.ndarray:
-    """Scale 16 bits to uint8 (65535 to 255); Pillow's conversion clips at 255."""
+def _eight_bits(pixels: np.ndarray, name: str, has_sixteen_bits: bool) -> np.ndarray:
+    """Scale 16 bits to uint8 (65535 to 255); Pillow's conversion clips at 255.
+
+    Without `has_sixteen_bits`, values up to 255 are not scaled.
+    """
     low, high = int(pixels.min()), int(pixels.max())
     if low < 0 or high > 65535:
         raise ValueError(f"{name} has integers from {low} to {high} (expected 0 to 65535)")
+    if high <= 255 and not has_sixteen_bits:
+        return pixels.astype(np.uint8)
     return ((pixels.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 

@@ -195,6 +195,11 @@ def with_current_names(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**renamed, "do_reduce_labels": old}
 
 
+def with_steps_off(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace null by False for the flags of a file: in Transformers, null turns a step off."""
+    return {name: False if value is None and RULES.get(name) is _FLAG else value for name, value in values.items()}
+
+
 def without_contradiction(values: Mapping[str, Any]) -> dict[str, Any]:
     """Merge `reduce_labels` and `do_reduce_labels` of a file: labels are reduced if either is true.
 

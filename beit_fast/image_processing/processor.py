@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..utils.files import atomic_write_text, json_text, plain, read_json_object
 from ..utils.hub import HubOptions, find_options
+from .batch_feature import BatchFeature
 from .inputs import Array, as_array, as_levels, as_tensor, is_unit_range, read_images, read_label_maps
-from .options import CHANNELS_LAST, DEFAULTS, checked, with_current_names, without_contradiction
+from .options import CHANNELS_LAST, DEFAULTS, checked, with_current_names, with_steps_off, without_contradiction
 from .resampling import center_crop, resize_array, resize_nearest, resized_size
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -26,35 +27,6 @@ _WRITER_FIELDS = ("image_processor_type", "feature_extractor_type")
 _SAME_OPTIONS = ("Beit", "ViT")  # prefixes of the classes whose files hold these options and no others
 
 Options: TypeAlias = dict[str, Any]
-
-
-class BatchFeature(dict[str, Any]):
-    """Dict with attribute access: `features.pixel_values`, `features["labels"]`, `model(**features)`."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self:
-            return self[name]
-        raise AttributeError(f"{type(self).__name__} has {list(self)}, not {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Apply `Tensor.to` to every tensor in place. A dtype applies to floating-point tensors only."""
-        for name, value in self.items():
-            self[name] = [_moved(item, args, kwargs) for item in value] if type(value) is list else value
-            if isinstance(value, Tensor):
-                self[name] = _moved(value, args, kwargs)
-        return self
-
-
-def _moved(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if not value.dtype.is_floating_point:
-        args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))
-        kwargs = {name: argument for name, argument in kwargs.items() if name != "dtype"}
-    return value.to(*args, **kwargs) if args or kwargs else value
 
 
 class BeitImageProcessor:
@@ -81,7 +53,8 @@ class BeitImageProcessor:
     Each option is an attribute that can be set. Other fields of a file are in `other_fields` and are saved again.
 
     The EXIF orientation of Pillow images and files is applied first. Conversion to RGB blends transparent pixels
-    over white and scales 16 bits to 8. Floating-point arrays have values from 0 to 1, or integers up to 255. They
+    over white and scales 16 bits to 8. Images of 32-bit integers are 8 bits if no value exceeds 255, else 16.
+    Floating-point arrays have values from 0 to 1, or integers up to 255. They
     are rounded to 8 bits if they are resized.
 
     Label maps are resized by nearest neighbor and cropped like the images. They are padded with 255, which the loss
@@ -93,6 +66,7 @@ class BeitImageProcessor:
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    _written_type: ClassVar[str] = "BeitImageProcessor"  # a name that AutoImageProcessor knows, also for subclasses
 
     def __init__(self, **options: Any) -> None:
         owner = type(self).__name__
@@ -239,10 +213,7 @@ class BeitImageProcessor:
             del values["default_to_square"]
         if "device" in values:
             values["device"] = str(values["device"])
-        return {**self.other_fields, **plain(values), "image_processor_type": self._written_type()}
-
-    def _written_type(self) -> str:
-        return type(self).__name__
+        return {**self.other_fields, **plain(values), "image_processor_type": self._written_type}
 
     def to_json_string(self) -> str:
         """`to_dict()` as JSON with sorted keys."""
@@ -264,7 +235,8 @@ class BeitImageProcessor:
     def from_dict(cls, values: Mapping[str, Any], /, **overrides: Any) -> Self:
         """Create a processor from the result of `to_dict()`, with `overrides`.
 
-        Results of Transformers 4 and 5 are also supported.
+        Results of Transformers 4 and 5 are also supported. A step that is None, such as `do_resize`, is off. None does
+        not override.
 
         Raises:
             ValueError: If another class wrote the fields, whose steps may differ.
@@ -277,8 +249,9 @@ class BeitImageProcessor:
                 f"options of {written_by} are not supported, its steps may differ (expected options of "
                 "BeitImageProcessor, BeitFeatureExtractor, ViTImageProcessor or ViTFeatureExtractor)"
             )
-        overrides = with_current_names(cls.__name__, overrides)
-        return cls(**(with_current_names(cls.__name__, without_contradiction(values)) | overrides))
+        given = {name: value for name, value in overrides.items() if value is not None}
+        stored = with_current_names(cls.__name__, without_contradiction(with_steps_off(values)))
+        return cls(**(stored | with_current_names(cls.__name__, given)))
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
@@ -322,9 +295,6 @@ class BeitFeatureExtractor(BeitImageProcessor):
         message = "BeitFeatureExtractor is the old name of BeitImageProcessor; use BeitImageProcessor"
         warnings.warn(message, FutureWarning, stacklevel=2)
         super().__init__(**options)
-
-    def _written_type(self) -> str:
-        return BeitImageProcessor.__name__
 
 
 def reduce_labels(labels: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class BeitImageProcessorFast(BeitImageProcessor):
     are resized as 8-bit pixels, so the input gets no gradient. `disable_grouping` controls whether images of one
     size are processed in a batch. None: except on the CPU. False: always. True: never.
     """
+
+    _written_type: ClassVar[str] = "BeitImageProcessorFast"
 
     def _pixel_values(self, images: Iterable[Array], options: Options) -> Sequence[Any] | Tensor:
         tensors = (as_tensor(image, options["device"]) for image in images)

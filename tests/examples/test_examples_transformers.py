@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ..support.devices import CPU_ATTENTION
-from ..support.examples import run
+from ..support.examples import assert_has_the_digits_processor, run
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +24,7 @@ def test_finetune_trainer_improves_accuracy(tmp_path):
     assert float(after) > 90 > float(before)
     assert f"attention: {CPU_ATTENTION}" in text
     assert (tmp_path / "model" / "model.safetensors").exists()
+    assert_has_the_digits_processor(tmp_path / "model")
 
 
 def test_depth_dpt_beats_best_constant(tmp_path):

@@ -62,6 +62,29 @@ def test_preprocess_converts_every_mode_to_rgb(processor, image, expected):
     assert pixels_of(processor, image) == [[expected]]
 
 
+def test_preprocess_32_bit_integers_up_to_255_are_not_darkened(tmp_path, processor):
+    """Regression: a 32-bit picture with values 0 to 255 became black."""
+    gray = np.array([[0, 1, 100, 255]])
+    Image.fromarray(gray.astype(np.int32)).save(tmp_path / "i32.tif")
+    with Image.open(tmp_path / "i32.tif") as opened:
+        assert opened.mode == "I"
+        for image in (tmp_path / "i32.tif", opened, Image.fromarray(gray.astype(np.int32))):
+            assert pixels_of(processor, image) == [[[value] * 3 for value in (0, 1, 100, 255)]]
+        assert pixels_of(processor, opened) == np.asarray(opened.convert("RGB")).tolist()
+    Image.fromarray(gray.astype(np.int32) * 256).save(tmp_path / "i32.tif")
+    assert pixels_of(processor, tmp_path / "i32.tif") == [[[value] * 3 for value in (0, 1, 100, 254)]]
+
+
+def test_preprocess_dark_16_bits_stay_dark(tmp_path, processor):
+    """Pillow opens 16-bit PGM files, and some versions of it PNG files, as mode "I" too."""
+    dark = np.array([[0, 100, 255]], dtype=np.uint16)
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    Image.fromarray(dark).save(tmp_path / "dark.tif")
+    (tmp_path / "dark.pgm").write_bytes(b"P5 3 1 65535\n" + dark.astype(">u2").tobytes())
+    for name in ("dark.png", "dark.tif", "dark.pgm"):
+        assert pixels_of(processor, tmp_path / name) == [[[0] * 3, [0] * 3, [1] * 3]], name
+
+
 def test_preprocess_converts_palettes_and_transparent_colors(processor):
     assert pixels_of(processor, palette_image()) == [[[10, 20, 30], [200, 100, 0]]]
     assert pixels_of(processor, palette_image(transparent=1)) == [[[10, 20, 30], [255, 255, 255]]]

@@ -1,12 +1,14 @@
 """Pixel values and sizes compared with the Pillow backend of Transformers."""
 
 import itertools
+import json
 
 import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 
 from beit_fast.image_processing import BeitImageProcessor, BeitImageProcessorFast
@@ -170,3 +172,27 @@ def test_saved_processors_load_in_transformers_and_back(tmp_path, class_):
     expected = theirs(image, return_tensors="np")["pixel_values"]
     pixels = class_.from_pretrained(tmp_path / "theirs")(image, return_tensors="np").pixel_values
     assert np.abs(unnormalize(pixels) - unnormalize(expected)).max() <= 2.01 * LEVEL
+
+
+@pytest.mark.parametrize("flag", ["do_resize", "do_rescale", "do_normalize", "do_center_crop"])
+def test_file_with_a_null_step_gives_the_pixels_of_the_pillow_backend(tmp_path, images, flag):
+    """Regression: null turned the step on here, and off in Transformers."""
+    options = {"size": 64, "do_center_crop": True, "crop_size": {"height": 48, "width": 48}, flag: None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(options))
+    expected = BeitImageProcessorPil.from_pretrained(tmp_path)(images["noise"], return_tensors="np")["pixel_values"]
+    for class_ in (BeitImageProcessor, BeitImageProcessorFast):
+        pixels = class_.from_pretrained(tmp_path)(images["noise"], return_tensors="np").pixel_values
+        assert pixels.shape == expected.shape
+        assert np.abs(pixels - expected).max() <= 2 * (1 if flag == "do_rescale" else 2 * LEVEL)
+
+
+@pytest.mark.parametrize("class_", [BeitImageProcessor, BeitImageProcessorFast])
+def test_auto_image_processor_reads_the_written_file(tmp_path, class_):
+    class Mine(class_):
+        pass
+
+    Mine(size=32, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    found = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(found).__name__.startswith("BeitImageProcessor")
+    assert list(found.image_mean) == [0.1, 0.2, 0.3]
+    assert found.size["height"] == found.size["width"] == 32

@@ -224,6 +224,37 @@ def test_from_dict_with_both_names_of_reduce_labels_reduces_labels():
     assert BeitImageProcessor.from_dict({"do_reduce_labels": False}, reduce_labels=True).do_reduce_labels is True
 
 
+@pytest.mark.parametrize("flag", ["do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_reduce_labels"])
+def test_from_pretrained_null_turns_a_step_off(tmp_path, flag):
+    """Regression: null meant the default, so other pixels than in Transformers."""
+    options = {"do_center_crop": True, "do_reduce_labels": True, "size": 8, "crop_size": 4, flag: None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(options))
+    found = BeitImageProcessor.from_pretrained(tmp_path)
+    assert getattr(found, flag) is False
+    others = {"do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_reduce_labels"} - {flag}
+    assert all(getattr(found, name) for name in others)
+    assert getattr(BeitImageProcessor.from_pretrained(tmp_path, **{flag: True}), flag) is True
+    assert BeitImageProcessor.from_pretrained(tmp_path, **{flag: None}).to_dict() == found.to_dict()
+
+
+def test_from_dict_null_selects_the_shortest_edge_or_the_default():
+    """As in Transformers; other options that are null have their defaults, as in files of Transformers 4."""
+    assert BeitImageProcessor.from_dict({"size": 8, "default_to_square": None}).size == {"shortest_edge": 8}
+    others = dict.fromkeys(["crop_size", "do_convert_rgb", "data_format", "input_data_format", "device", "image_mean"])
+    assert BeitImageProcessor.from_dict(others).to_dict() == BeitImageProcessor().to_dict()
+    assert BeitImageProcessor.from_dict({"reduce_labels": True, "do_reduce_labels": None}).do_reduce_labels is True
+
+
+@BOTH
+def test_subclass_writes_a_type_that_it_and_transformers_can_read(tmp_path, class_):
+    class Mine(class_):
+        pass
+
+    file = Mine(size=32).save_pretrained(tmp_path)[0]
+    assert json.loads(Path(file).read_text())["image_processor_type"] == class_.__name__
+    assert Mine.from_pretrained(tmp_path).to_dict() == class_(size=32).to_dict()
+
+
 @BOTH
 def test_from_pretrained_reads_the_hub_cache_without_a_network(tmp_path, class_):
     repository = tmp_path / "models--someone--beit-tiny"

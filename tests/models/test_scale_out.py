@@ -19,6 +19,7 @@ import beit_fast
 from beit_fast.ops.cpu_linear import onednn, split_bf16
 
 from ..support.checkout import ROOT
+from ..support.examples import assert_has_the_digits_processor
 from ..support.models import build
 from ..support.scale_out_run import train_step
 from ..support.transformers_reference import POSITIONS, TINY, options_for
@@ -375,17 +376,16 @@ def test_triton_kernels_in_sharded_model_equal_one_process(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_ddp_digits_in_two_processes_learns(tmp_path: Path) -> None:
-    script = ROOT / "examples" / "ddp_digits.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    options = ["--epochs", "6", "--out", str(tmp_path / "model")]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "ddp_digits.py"), "--epochs", "6", "--out", str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"^epoch +\d+: loss ([\d.]+)$", done.stdout, re.MULTILINE)]
     assert losses[-1] < losses[0] / 2
     (accuracy,) = re.findall(r"^2 processes, .* held-out accuracy ([\d.]+)%$", done.stdout, re.MULTILINE)
     assert float(accuracy) > 60  # chance level: 10 %
-    model = beit_fast.BeitForImageClassification.from_pretrained(tmp_path / "model")
-    assert model.config.num_labels == 10
+    assert beit_fast.BeitForImageClassification.from_pretrained(tmp_path / "model").config.num_labels == 10
+    assert_has_the_digits_processor(tmp_path / "model")
 
 
 def test_ddp_digits_without_torchrun_prints_usage(

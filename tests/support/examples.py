@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from beit_fast import BeitImageProcessor
+
 from .checkout import ROOT
 
 
@@ -15,3 +17,9 @@ def run(script, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def assert_has_the_digits_processor(folder):
+    """Check that a checkpoint preprocesses images as the digits model does."""
+    wanted = BeitImageProcessor.from_pretrained(ROOT / "examples" / "digits")
+    assert BeitImageProcessor.from_pretrained(folder).to_dict() == wanted.to_dict()
