@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 
 from .layers.attention import BeitRelativePositionBias, BeitSelfAttention
 from .layers.block import BeitLayer
+from .utils.messages import full_name
 
 _BY_COLUMNS = (
     "attention.attention.query",
@@ -103,10 +104,10 @@ def _layer_errors(layer: BeitLayer, processes: int) -> list[str]:
         return ["its parameters are DTensors; apply tensor parallelism once and before fully_shard"]
     self_attention = layer.attention.attention
     if not isinstance(self_attention, BeitSelfAttention):
-        return [f"attention.attention is a {type(self_attention).__name__}, not a BeitSelfAttention"]
+        return [f"attention.attention is a {full_name(type(self_attention))}, not a {full_name(BeitSelfAttention)}"]
     linears = {name: layer.get_submodule(name) for name in (*_BY_COLUMNS, *_BY_ROWS)}
     errors = [
-        f"{name} is a {type(linear).__name__}, not an nn.Linear"
+        f"{name} is a {full_name(type(linear))}, not a {full_name(nn.Linear)}"
         for name, linear in linears.items()
         if type(linear) is not nn.Linear
     ]

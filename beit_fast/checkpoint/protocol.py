@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..configuration.beit_config import BeitConfig
 
@@ -29,7 +29,7 @@ class PretrainedModel(Protocol):
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters."""
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Any]:
         """`nn.Module.state_dict`."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

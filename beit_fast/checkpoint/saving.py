@@ -7,12 +7,14 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..utils.files import CONFIG_NAME, read_json_object, replace_files, unfinished_folder, writing
 from ..utils.hub import INDEX_NAME, WEIGHTS_NAME
-from ..utils.messages import join_some
+from ..utils.messages import full_name, join_some
 from .infer_config import copy_config
 from .protocol import PretrainedModel
 
@@ -70,8 +72,15 @@ def _state_to_save(model: PretrainedModel, given: Mapping[str, Tensor] | None) -
     Raises:
         ValueError: If they are not complete or do not fit the model.
     """
-    own = model.state_dict()
-    state = {key: tensor.detach().contiguous() for key, tensor in (own if given is None else given).items()}
+    own = model.state_dict(keep_vars=True)  # a parameter that is detached loses its subclass
+    values = own if given is None else given
+    unsupported = _unsupported_values(model, values)
+    if unsupported:
+        raise ValueError(
+            f"save_pretrained writes plain dense tensors; these cannot be written: {join_some(unsupported)}. "
+            "Save the model before it is quantized, or write its state_dict() with torch.save"
+        )
+    state = {key: tensor.detach().contiguous() for key, tensor in values.items()}
     errors = {
         "parameters on the meta device have no values": [key for key in state if state[key].is_meta],
         _SHARDED: [key for key in state if hasattr(state[key], "device_mesh")],
@@ -85,7 +94,51 @@ def _state_to_save(model: PretrainedModel, given: Mapping[str, Tensor] | None) -
     }
     if any(errors.values()):
         raise ValueError("\n".join(f"{error}: {join_some(keys)}" for error, keys in errors.items() if keys))
-    return state
+    return _without_ties(state)
+
+
+def _without_ties(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with an earlier one.
+
+    safetensors refuses tied tensors.
+    """
+    addresses: set[tuple[torch.device, int]] = set()
+    untied = {}
+    for key, tensor in state.items():
+        address = (tensor.device, tensor.data_ptr())
+        untied[key] = tensor.clone() if address in addresses else tensor
+        addresses.add(address)
+    return untied
+
+
+def _unsupported_values(model: PretrainedModel, state: Mapping[str, Any]) -> list[str]:
+    """List the modules with values that safetensors cannot store.
+
+    Each item also names the types of these values. A tensor subclass may hold more than its elements, such as the
+    scales of quantized weights.
+    """
+    modules = {name: full_name(type(module)) for name, module in model.named_modules()}
+    found: dict[str, dict[str, None]] = {}
+    for key, value in state.items():
+        description = _unsupported_type(value)
+        if description is not None:
+            path = key.rpartition(".")[0]
+            owner = f"{path} ({modules[path]})" if path and path in modules else key
+            found.setdefault(owner, {})[description] = None
+    return [f"{owner} has values of type {' and '.join(types)}" for owner, types in found.items()]
+
+
+def _unsupported_type(value: Any) -> str | None:
+    """Describe a value that safetensors cannot store; None if it can. DTensors have an error of their own."""
+    if not isinstance(value, Tensor):
+        return full_name(type(value))
+    if hasattr(value, "device_mesh"):
+        return None
+    if type(value) not in (Tensor, nn.Parameter):
+        return full_name(type(value))
+    if value.layout != torch.strided or value.is_quantized:
+        return f"{full_name(type(value))} ({value.layout}, {value.dtype})"
+    return None
 
 
 def _free_names(folder: Path, planned: list[str]) -> dict[str, str]:

@@ -7,16 +7,41 @@ of the query. All folds are computed in fp32 (fp64 for fp64 parameters) and roun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.attention import BeitAttention, BeitSelfAttention, BeitSelfOutput
+from ..layers.attention import BeitAttention, BeitRelativePositionBias, BeitSelfAttention, BeitSelfOutput
 from ..layers.block import BeitEncoder, BeitLayer
+from ..layers.drop_path import BeitDropPath
 from ..layers.mlp import BeitIntermediate, BeitOutput
 from ..layers.module_hooks import hook_reasons
+from ..utils.messages import full_name, join_some
+
+_PLAIN_TYPES = (Tensor, nn.Parameter)  # subclasses, such as quantized weights, may hold other numbers than they show
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TYPES: dict[str, tuple[type[nn.Module], ...]] = {
+    "attention": (BeitAttention,),
+    "attention.attention": (BeitSelfAttention,),
+    "attention.attention.query": (nn.Linear,),
+    "attention.attention.key": (nn.Linear,),
+    "attention.attention.value": (nn.Linear,),
+    "attention.attention.relative_position_bias": (BeitRelativePositionBias,),
+    "attention.output": (BeitSelfOutput,),
+    "attention.output.dense": (nn.Linear,),
+    "attention.output.dropout": (nn.Dropout, nn.Identity),
+    "intermediate": (BeitIntermediate,),
+    "intermediate.dense": (nn.Linear,),
+    "output": (BeitOutput,),
+    "output.dense": (nn.Linear,),
+    "output.dropout": (nn.Dropout, nn.Identity),
+    "layernorm_before": (nn.LayerNorm,),
+    "layernorm_after": (nn.LayerNorm,),
+    "drop_path": (BeitDropPath, nn.Identity),
+}
+"""Accepted types of the modules in a block, by path."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +115,19 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def folding_errors(encoder: nn.Module) -> list[str]:
-    """Return every reason why the blocks of `encoder` cannot be folded."""
+def folding_errors(encoder: nn.Module, name: str = "encoder") -> list[str]:
+    """Return every reason why the blocks of `encoder` cannot be folded.
+
+    `name` is the path of the encoder in the model.
+    """
     if type(encoder) is not BeitEncoder:
-        return [f"encoder is a {type(encoder).__name__}, not a BeitEncoder"]
-    errors = hook_reasons({f"encoder.{name}": module for name, module in encoder.named_modules()})
-    for name, module, expected in _expected_modules(encoder):
-        if type(module) is not expected:
-            errors.append(f"{name} is a {type(module).__name__}, not a {expected.__name__}")
+        return _wrong_types([(name, type(encoder), BeitEncoder)])
+    errors = hook_reasons({f"{name}.{path}" if path else name: module for path, module in encoder.named_modules()})
+    errors += _wrong_types(
+        (path, type(module), types[0])
+        for path, module, types in _expected_modules(encoder, name)
+        if type(module) not in types
+    )
     devices = {parameter.device for parameter in encoder.parameters()}
     if len(devices) > 1:
         errors.append(f"its parameters are on several devices: {', '.join(sorted(map(str, devices)))}")
@@ -106,31 +136,46 @@ def folding_errors(encoder: nn.Module) -> list[str]:
     return errors
 
 
-def _expected_modules(encoder: BeitEncoder) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+def parameter_errors(model: nn.Module) -> list[str]:
+    """Return every reason why parameters of `model` cannot be folded."""
+    parameters = dict(model.named_parameters())
+    foreign = [(path, type(x), nn.Parameter) for path, x in parameters.items() if type(x) not in _PLAIN_TYPES]
+    dtypes = {x.dtype for x in parameters.values() if type(x) in _PLAIN_TYPES}
+    unsupported = sorted(map(str, dtypes - set(_DTYPES)))
+    accepted = f"{', '.join(map(str, _DTYPES[:-1]))} or {_DTYPES[-1]}"
+    return _wrong_types(foreign) + [
+        f"{join_some(path for path, x in parameters.items() if str(x.dtype) == dtype)}: {dtype} is not supported "
+        f"(expected {accepted})"
+        for dtype in unsupported
+    ]
+
+
+def _wrong_types(found: Iterable[tuple[str, type, type]]) -> list[str]:
+    """Write one message for each pair of types.
+
+    Each item of `found` is the path of a module or parameter, its type and the expected type.
+    """
+    paths: dict[tuple[type, type], list[str]] = {}
+    for path, given, expected in found:
+        paths.setdefault((given, expected), []).append(path)
+    return [
+        f"{join_some(names)} {'is a' if len(names) == 1 else 'are each a'} {full_name(given)}, "
+        f"not a {full_name(expected)}"
+        for (given, expected), names in paths.items()
+    ]
+
+
+def _expected_modules(encoder: BeitEncoder, name: str) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
     """Yield every module that folding reads or skips.
 
-    Each item is the name, the module and its expected type.
+    Each item is the path, the module and its accepted types.
     """
-    paths: dict[str, type[nn.Module]] = {
-        "attention": BeitAttention,
-        "attention.attention": BeitSelfAttention,
-        "attention.attention.query": nn.Linear,
-        "attention.attention.key": nn.Linear,
-        "attention.attention.value": nn.Linear,
-        "attention.output": BeitSelfOutput,
-        "attention.output.dense": nn.Linear,
-        "intermediate": BeitIntermediate,
-        "intermediate.dense": nn.Linear,
-        "output": BeitOutput,
-        "output.dense": nn.Linear,
-        "layernorm_before": nn.LayerNorm,
-        "layernorm_after": nn.LayerNorm,
-    }
+    if encoder.relative_position_bias is not None:
+        yield f"{name}.relative_position_bias", encoder.relative_position_bias, (BeitRelativePositionBias,)
     for index, layer in enumerate(encoder.layer):
-        name = f"encoder.layer.{index}"
-        yield name, layer, BeitLayer
+        yield f"{name}.layer.{index}", layer, (BeitLayer,)
         if type(layer) is BeitLayer:
             found = dict(layer.named_modules())
-            for path, expected in paths.items():
+            for path, types in _TYPES.items():
                 if path in found:  # else a module above it was replaced, which is reported
-                    yield f"{name}.{path}", found[path], expected
+                    yield f"{name}.layer.{index}.{path}", found[path], types

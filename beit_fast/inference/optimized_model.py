@@ -19,7 +19,7 @@ from ..utils.messages import count_of
 from .compilation import raise_if_compiling
 from .cuda_graphs import GraphCache, GraphReport
 from .encoder import FoldedEncoder
-from .folding import folding_errors
+from .folding import folding_errors, parameter_errors
 
 
 def optimize_for_inference(
@@ -76,10 +76,13 @@ def _check(model: Any, dtype: torch.dtype | None) -> None:
         raise ValueError("this model is already optimized; pass the model that it was made from")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype={dtype!r} is not supported (expected a floating-point torch.dtype or None)")
-    errors = folding_errors(getattr(model.base_model, "encoder", model))
+    trunk = model.base_model
+    name = "encoder" if trunk is model else f"{model.base_model_prefix}.encoder"
+    errors = folding_errors(getattr(trunk, "encoder", model), name) + parameter_errors(model)
     if errors:
         raise ValueError(
-            f"{type(model).__name__} cannot be optimized: {'; '.join(errors)}. Merge adapters and remove hooks first."
+            f"{type(model).__name__} cannot be optimized: {'; '.join(errors)}. Merge adapters and remove hooks first, "
+            "and optimize a model before it is quantized or sharded."
         )
 
 

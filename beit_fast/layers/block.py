@@ -11,6 +11,7 @@ from ..configuration.beit_config import BeitConfig
 from ..ops.dispatch import availability
 from ..ops.residual_norm import residual_add, residual_norm
 from ..position_bias import Window
+from ..utils.messages import full_name
 from .attention import BeitAttention, BeitRelativePositionBias, BeitSelfAttention
 from .attention_backends import dense_bias
 from .context import BlockContext, Kernels, kernels_for
@@ -58,7 +59,7 @@ class BeitLayer(nn.Module):
         modules = {"layernorm_after": self.layernorm_after, "drop_path": self.drop_path}
         accepted = {"layernorm_after": (nn.LayerNorm,), "drop_path": (BeitDropPath, nn.Identity)}
         replaced = [
-            f"{name} is a {type(module).__name__}"
+            f"{name} is a {full_name(type(module))}"
             for name, module in modules.items()
             if type(module) not in accepted[name]
         ]

@@ -10,6 +10,7 @@ from ..ops.dispatch import patch_embed as patch_embed_dispatch
 from ..ops.fallback.patch_embed import normalize_pixels
 from ..ops.patch_embed import patch_embed
 from ..position_bias import Window, resize_position_embeddings
+from ..utils.messages import full_name
 from .module_hooks import hook_reasons
 
 Normalization = tuple[list[float], list[float]]
@@ -150,10 +151,10 @@ def unsupported_reasons(patch_embeddings: nn.Module, expected: type[nn.Module]) 
     The operator reads the parameters of a plain convolution.
     """
     if type(patch_embeddings) is not expected:
-        return [f"patch_embeddings is a {type(patch_embeddings).__name__}, not a {expected.__name__}"]
+        return [f"patch_embeddings is a {full_name(type(patch_embeddings))}, not a {full_name(expected)}"]
     projection = patch_embeddings.projection
     if type(projection) is not nn.Conv2d:
-        return [f"patch_embeddings.projection is a {type(projection).__name__}, not an nn.Conv2d"]
+        return [f"patch_embeddings.projection is a {full_name(type(projection))}, not a {full_name(nn.Conv2d)}"]
     reasons = []
     if (
         projection.stride != projection.kernel_size

@@ -162,8 +162,9 @@ class BeitPreTrainedModel(nn.Module):
             safe_serialization: Must be True: pickles are not written.
 
         Raises:
-            ValueError: If `safe_serialization` is False, parameters are on the meta device or sharded over processes,
-                or `state_dict` does not match the model.
+            ValueError: If `safe_serialization` is False, modules have values that safetensors cannot store, such as
+                quantized weights (all modules are listed), parameters are on the meta device or sharded over processes,
+                or `state_dict` does not match the model. Nothing is then written.
             OSError: If the folder cannot be written.
         """
         from ..checkpoint.saving import save_model

@@ -47,6 +47,14 @@ def describe(name: str, value: Any) -> str:
     return f"{name}={reprlib.repr(value)}"
 
 
+def full_name(kind: type) -> str:
+    """Name of a class with its module.
+
+    It tells apart classes of one name, such as the many called `Linear`.
+    """
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def count_of(number: int, noun: str) -> str:
     """Count things, as in "1 image" and "2 images"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -184,13 +184,13 @@ def parametrize_projection(patch_embeddings):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (replace_projection, "projection is a Doubled, not an nn.Conv2d"),
+        (replace_projection, "Doubled, not a torch.nn.modules.conv.Conv2d"),
         (replace_convolution, "projection is not a plain convolution with stride = kernel size"),
         (hook_projection, "patch_embeddings.projection has hooks"),
         (hook_patch_embeddings, "patch_embeddings has hooks"),
         (override_forward, "patch_embeddings has hooks or its own forward"),
         (prune_projection, "patch_embeddings.projection has hooks"),
-        (parametrize_projection, "not an nn.Conv2d"),
+        (parametrize_projection, "not a torch.nn.modules.conv.Conv2d"),
     ],
 )
 def test_patch_embed_modified_projection_uses_conv_or_raises(change, reason):
@@ -218,7 +218,7 @@ def test_set_input_embeddings_other_module_is_called():
     model.set_input_embeddings(Zeros())
     states = model(images(), output_hidden_states=True).hidden_states
     assert not states[0][:, 1:].any()
-    assert "is a Zeros, not a BeitPatchEmbeddings" in str(model.patch_embed_report())
+    assert "Zeros, not a beit_fast.layers.embeddings.BeitPatchEmbeddings" in str(model.patch_embed_report())
 
 
 @pytest.mark.parametrize("implementation", ["conv", "fused"])

@@ -309,7 +309,7 @@ def test_tensor_parallel_plan_invalid_raises_without_changes(results: list[dict[
         for reason in (
             r"beit\.encoder\.layer\.0: 1 attention heads cannot be split evenly among 2 processes",
             r"beit\.encoder\.layer\.0: 49 MLP features cannot be split evenly among 2 processes",
-            r"beit\.encoder\.layer\.1: attention\.output\.dense is a Identity, not an nn\.Linear",
+            r"beit\.encoder\.layer\.1: attention\.output\.dense is a torch\.nn\.modules\.linear\.Identity, not a ",
         ):
             assert re.search(reason, messages["uneven"])
         assert not messages["changed"]
