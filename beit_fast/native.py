@@ -60,11 +60,10 @@ def unsupported_reason(library: str) -> str | None:
     """Return the reason why `library` cannot be used; None if none is known. The library is not loaded for this."""
     if library in _loaded:
         return None
-    try:
-        disabled = _is_disabled()
-    except ValueError as error:
-        return str(error)
-    if disabled:
+    error = variable_error()
+    if error is not None:
+        return error
+    if _is_disabled():
         return "BEIT_FAST_NATIVE=0 was set when beit_fast was imported"
     if _INTERPRETED and library == "_C":
         return "TRITON_INTERPRET=1 was set when beit_fast was imported"
@@ -80,9 +79,7 @@ def missing_kernels() -> str | None:
 
     The result is None if faster kernels run it, or if `check_variables` raises.
     """
-    try:
-        _is_disabled()
-    except ValueError:
+    if variable_error() is not None:
         return None
     reason = None if _INTERPRETED else unsupported_reason("_C")
     return None if reason is None else f"attention on this CPU runs as PyTorch operations, which is slow: {reason}"
@@ -113,6 +110,15 @@ def check_variables(device_type: str) -> None:
     _is_disabled()
     if device_type == "cpu":
         check_instruction_set()
+
+
+def variable_error() -> str | None:
+    """Return the error of `BEIT_FAST_NATIVE`; None if its value is accepted."""
+    try:
+        _is_disabled()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check_instruction_set() -> None:

@@ -42,9 +42,10 @@ for name, use in uses.items():
         use()
     except ValueError as error:
         errors[name] = str(error)
-cpp = next(row for row in facts["kernels"] if row["kernel"] == "cpp")
+rows = [row for row in facts["kernels"] + facts["patch_embed_kernels"] if row["kernel"] in ("cpp", "torch")]
+available = [row["kernel"] for row in rows if row["available"]]
 print(json.dumps({
-    "errors": errors, "variables": facts["variables"], "text": format_facts(facts), "cpp": cpp["available"],
+    "errors": errors, "variables": facts["variables"], "text": format_facts(facts), "available": available,
 }))
 """
 NATIVE_USES = ("attention", "patches", "triton", "default", "patch kernel")
@@ -69,12 +70,14 @@ def check_error(name: str, value: str, message: str, uses: tuple[str, ...]) -> N
     assert found["variables"] == [{"name": name, "value": value, "error": message}]
     assert f"{name}={value}  error: {message}" in found["text"]
     assert "warning:" not in found["text"]
-    assert not (found["cpp"] and uses == NATIVE_USES)
+    if uses == NATIVE_USES:
+        assert found["available"] == [], "every call of these kernels raises"
 
 
-def test_native_unknown_value_raises_at_first_use() -> None:
-    message = "BEIT_FAST_NATIVE='maybe' is not supported (expected '0' or '1', or unset)"
-    check_error("BEIT_FAST_NATIVE", "maybe", message, NATIVE_USES)
+@pytest.mark.parametrize("value", ["maybe", "2", "no"])
+def test_native_unknown_value_raises_at_first_use(value: str) -> None:
+    message = f"BEIT_FAST_NATIVE='{value}' is not supported (expected '0' or '1', or unset)"
+    check_error("BEIT_FAST_NATIVE", value, message, NATIVE_USES)
 
 
 @needs_library

@@ -67,10 +67,12 @@ def attention_unsupported_reasons(
 ) -> tuple[str, ...]:
     """List why `kernel` cannot serve attention on `device`. `dtype` and `head_dim` are those of the queries."""
     if kernel == "triton":
-        return _cuda_reasons(device) + _compiler_reasons(device) + _triton_reasons(dtype, head_dim)
+        return (
+            _cuda_reasons(device) + _compiler_reasons(device) + _triton_reasons(dtype, head_dim) + _variable_reasons()
+        )
     if kernel == "triton-interpret":
         reasons = () if INTERPRETED else ("TRITON_INTERPRET=1 was not set when beit_fast was imported",)
-        return _wrong_device(device, "cpu") + reasons + _triton_reasons(dtype, head_dim)
+        return _wrong_device(device, "cpu") + reasons + _triton_reasons(dtype, head_dim) + _variable_reasons()
     if kernel == "cpp":
         return _wrong_device(device, "cpu") + _cpp_reasons() + dtype_reasons([dtype], FLOAT_DTYPES)
     reasons = ("TRITON_INTERPRET=1 routes CPU tensors to Triton's interpreter",) if INTERPRETED else ()
@@ -186,7 +188,13 @@ def _cpp_reasons() -> tuple[str, ...]:
 
 
 def _replaced_reasons(device: torch.device) -> tuple[str, ...]:
-    return ("the native library serves CPU tensors",) if device.type == "cpu" and native.is_loaded("_C") else ()
+    is_replaced = device.type == "cpu" and native.is_loaded("_C")
+    return (("the native library serves CPU tensors",) if is_replaced else ()) + _variable_reasons()
+
+
+def _variable_reasons() -> tuple[str, ...]:
+    error = native.variable_error()  # every call raises it
+    return () if error is None else (error,)
 
 
 def _wrong_device(device: torch.device, *accepted: str) -> tuple[str, ...]:
