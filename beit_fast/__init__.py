@@ -19,12 +19,14 @@ from .ops.patch_embed import patch_embed
 
 if TYPE_CHECKING:
     from .image_processing import BeitFeatureExtractor, BeitImageProcessor, BeitImageProcessorFast
-    from .inference import optimize_for_inference
+    from .inference import ClassScore, ImageClassifier, optimize_for_inference
 
 _IMPORTED_AT_FIRST_USE = {
     "BeitFeatureExtractor": ".image_processing",
     "BeitImageProcessor": ".image_processing",
     "BeitImageProcessorFast": ".image_processing",
+    "ClassScore": ".inference",
+    "ImageClassifier": ".inference",
     "optimize_for_inference": ".inference",
 }
 
@@ -52,6 +54,8 @@ __all__ = [
     "BeitModel",
     "BeitModelOutputWithPooling",
     "BeitPreTrainedModel",
+    "ClassScore",
+    "ImageClassifier",
     "__version__",
     "optimize_for_inference",
     "patch_embed",

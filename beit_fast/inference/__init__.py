@@ -1,5 +1,6 @@
-"""Models prepared for inference: folded weights, packed linear layers and CUDA graphs."""
+"""Image classification, and models prepared for it: folded weights, packed linear layers, CUDA graphs."""
 
+from .image_classifier import ClassScore, ImageClassifier
 from .optimized_model import optimize_for_inference
 
-__all__ = ["optimize_for_inference"]
+__all__ = ["ClassScore", "ImageClassifier", "optimize_for_inference"]
