@@ -1,4 +1,7 @@
-"""Image classification, and models prepared for it: folded weights, packed linear layers, CUDA graphs."""
+"""Classify images, and prepare models for inference.
+
+Prepared models have folded weights, packed linear layers and CUDA graphs.
+"""
 
 from .image_classifier import ClassScore, ImageClassifier
 from .optimized_model import optimize_for_inference

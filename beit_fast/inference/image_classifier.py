@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..image_processing.inputs import Array, read_images
 from ..image_processing.of_checkpoint import find_processor, fit_to_image_size
-from ..image_processing.processor import BeitImageProcessor
+from ..image_processing.processor import PREPROCESSOR_NAME, BeitImageProcessor
 from ..models.base import BeitPreTrainedModel
 from ..models.beit import BeitForImageClassification
 from ..models.class_scores import ClassScore, top_classes
+from ..utils.files import CONFIG_NAME
 from ..utils.hub import HubOptions
 from ..utils.messages import FieldError, count_of, describe, join_some, raise_errors
 
@@ -140,7 +141,7 @@ class ImageClassifier:
         return [rows[place] for place in range(len(images))]
 
     def _pixels(self, image: Array) -> Tensor:
-        """Preprocess an image `[C, H, W]` to pixel values `[1, C, h, w]`."""
+        """Preprocess an image: `[C, H, W]` to pixel values `[1, C, h, w]`."""
         options = {"do_convert_rgb": False, "input_data_format": "channels_first", "data_format": "channels_first"}
         return self.processor(image, return_tensors="pt", **options)["pixel_values"]
 
@@ -161,7 +162,7 @@ class ImageClassifier:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block with every module in evaluation mode, then restore the mode of each."""
+    """Run a block in evaluation mode, then restore the mode of each module."""
     in_training = [module for module in model.modules() if module.training]
     for module in in_training:
         module.training = False
@@ -179,8 +180,9 @@ def _processor_of(
     processor = find_processor(name_or_path, model.config, hub)
     if processor is None:
         raise ValueError(
-            f"the preprocessing of {os.fspath(name_or_path)} is not known: there is no preprocessor_config.json beside "
-            "the weights; pass processor=BeitImageProcessor(...) with the size, mean and standard deviation of training"
+            f"the preprocessing of {os.fspath(name_or_path)} is not known: it has no {PREPROCESSOR_NAME}, and its "
+            f"{CONFIG_NAME} has neither pixel_mean and pixel_std nor timm's pretrained_cfg; pass "
+            "processor=BeitImageProcessor(size=..., image_mean=..., image_std=...)"
         )
     if model_options.get("image_size") is None:
         return processor
