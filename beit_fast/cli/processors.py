@@ -25,8 +25,8 @@ def processor_of(options: ModelOptions, config: Any) -> BeitImageProcessor:
         where = "beside it" if Path(options.model).expanduser().exists() else "in the cache or on the network"
         raise ValueError(
             f"the preprocessing of {options.model!r} is not known: there is no {PREPROCESSOR_NAME} {where}, and its "
-            f"{CONFIG_NAME} has neither pixel_mean and pixel_std nor timm's pretrained_cfg. Pass --processor: a name on "
-            "the hub, or a folder or file that BeitImageProcessor(size=..., image_mean=..., image_std=...)"
+            f"{CONFIG_NAME} has neither pixel_mean and pixel_std nor timm's pretrained_cfg. Pass --processor: a name "
+            "on the hub, or a folder or file that BeitImageProcessor(size=..., image_mean=..., image_std=...)"
             ".save_pretrained(FOLDER) wrote"
         )
     return processor
