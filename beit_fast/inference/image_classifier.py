@@ -162,7 +162,7 @@ class ImageClassifier:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, then restore the mode of each module."""
+    """Run a block in evaluation mode; restore the mode of each module."""
     in_training = [module for module in model.modules() if module.training]
     for module in in_training:
         module.training = False
