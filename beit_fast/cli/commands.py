@@ -98,7 +98,7 @@ def _read_photograph(path: str) -> Any:
     from ..image_processing.inputs import read_images
 
     try:
-        pixels = next(iter(read_images([path], convert_rgb=True, input_data_format=None)))  # [3, height, width]
+        pixels = next(iter(read_images(path, convert_rgb=True, input_data_format=None)))  # [3, height, width]
     except (OSError, ValueError) as error:
         raise OSError(f"{path!r} {unreadable_reason(error, Path(path))}") from error
     return Image.fromarray(torch.as_tensor(pixels).permute(1, 2, 0).contiguous().numpy())

@@ -58,5 +58,5 @@ def unreadable_reason(error: Exception, file: Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     name = os.fspath(file)
-    text = str(error).removeprefix(f"image 0 ({name!r}) ").replace(name, file.name)
+    text = str(error).removeprefix(f"image {name!r} ").replace(name, file.name)
     return text or type(error).__name__

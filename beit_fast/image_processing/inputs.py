@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .image_files import open_image_file
 from .options import CHANNELS_FIRST, CHANNELS_LAST
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def read_images(images: Any, convert_rgb: bool | None, input_data_format: str | 
         TypeError: If an input is not an image.
         ValueError: If an image has no pixels, or its channel dimension cannot be inferred.
     """
-    for name, item in _named("image", _flatten(images, dimensions=3)):
+    for name, item in _named("image", images, dimensions=3):
         yield _read_image(item, name, convert_rgb, input_data_format)
 
 
@@ -57,11 +57,15 @@ def read_label_maps(label_maps: Any) -> list[Tensor]:
         ValueError: If labels are not integers, or as in `read_images`.
         FileNotFoundError, OSError, TypeError: As in `read_images`.
     """
-    return [_read_label_map(item, name) for name, item in _named("segmentation map", _flatten(label_maps, 2))]
+    return [_read_label_map(item, name) for name, item in _named("segmentation map", label_maps, dimensions=2)]
 
 
-def _named(kind: str, items: Iterator[Any]) -> Iterator[tuple[str, Any]]:
-    for index, item in enumerate(items):
+def _named(kind: str, items: Any, dimensions: int) -> Iterator[tuple[str, Any]]:
+    """Yield single images with a name for errors; one path needs no index."""
+    if isinstance(items, (str, os.PathLike)):
+        yield f"{kind} {os.fspath(items)!r}", items
+        return
+    for index, item in enumerate(_flatten(items, dimensions)):
         is_path = isinstance(item, (str, os.PathLike))
         yield f"{kind} {index}" + (f" ({os.fspath(item)!r})" if is_path else ""), item
 
@@ -120,17 +124,8 @@ def _open(image: Any, name: str) -> PillowImage:
         return _decoded(image, name)
     if not isinstance(image, (str, os.PathLike)):
         raise TypeError(f"{name} is of type {type(image).__name__} (expected {_EXPECTED})")
-    if not Path(image).is_file():
-        is_address = isinstance(image, str) and image.startswith(("http://", "https://"))
-        hint = "URLs are not supported, download the image first" if is_address else "there is no such file"
-        raise FileNotFoundError(f"{name} cannot be read: {hint}")
-    try:
-        with Image.open(image) as opened:
-            return _decoded(opened, name)
-    except Image.UnidentifiedImageError as error:
-        raise OSError(f"{name} cannot be read: Pillow does not recognize its format") from error
-    except Image.DecompressionBombError as error:
-        raise OSError(f"{name} cannot be read: it exceeds PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
+    with open_image_file(image, name) as opened:
+        return _decoded(opened, name)
 
 
 def _decoded(image: PillowImage, name: str) -> PillowImage:

@@ -212,6 +212,47 @@ def test_convert_missing_parameters_exits_with_error(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("empty", "the folder '{}/empty' does not contain weights (expected model.safetensors or "),
+        ("picture.png", "'{}/picture.png' is not a weights file (expected .safetensors, "),
+        ("weights.bin", "the task of {}/weights.bin is not known: it has no config.json; pass --task (one of model, "),
+        ("unnamed", "the task of {}/unnamed is not known: its config.json names no model; pass --task (one of "),
+        ("other", "the task of {}/other is not known: its config.json names ['ViTModel']; pass --task (one of "),
+    ],
+)
+def test_convert_says_why_it_cannot_know_the_task(source, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    torch.save({}, tmp_path / "weights.bin")
+    for name, architectures in (("unnamed", None), ("other", ["ViTModel"])):
+        save(BeitForImageClassification, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    code, out, err = run(capsys, "convert", tmp_path / source, tmp_path / "out", "--local-files-only")
+    assert (code, out) == (2, "")
+    assert err.startswith("beit-fast convert: " + message.format(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_weights_file_finds_the_configuration_beside_it(tmp_path, capsys):
+    save(BeitForImageClassification, tmp_path / "model")
+    code, out, _ = run(capsys, "convert", tmp_path / "model" / "model.safetensors", tmp_path / "out")
+    assert code == 0
+    assert "BeitForImageClassification" in out
+
+
+def test_classify_folder_is_named_as_one(tmp_path, photographs, capsys):
+    save(BeitForImageClassification, tmp_path / "model")
+    code, out, err = run(
+        capsys, "classify", tmp_path, photographs[0], "--model", tmp_path / "model", "--top", 1, "--device", "cpu"
+    )
+    assert code == 1
+    assert out.splitlines()[0] == photographs[0]
+    assert f"failed: {tmp_path}: cannot be read: it is a folder (expected an image file)" in err
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("classify", "IMAGE", "--model", "nobody/nothing"),

@@ -275,6 +275,7 @@ def test_find_images_in_a_folder_selects_by_suffix(tmp_path):
     for name in ("notes.txt", ".hidden.png", ".folder/hidden.png", "png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
     (tmp_path / "part" / "up").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "part")
     found = find_images(tmp_path)

@@ -56,7 +56,8 @@ class Dataset:
 def find_images(source: str | os.PathLike[str]) -> Dataset:
     """Find the images below a folder or in a list file.
 
-    Hidden files of a folder are left out. A list has one path per line, relative to its own folder; empty lines are
+    Hidden files, pipes and devices of a folder are left out. A list has one path per line, relative to its own folder;
+    empty lines are
     ignored.
 
     Raises:
@@ -96,7 +97,7 @@ def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Pa
     for entry in visible:
         if entry.is_dir():
             yield from _files_below(Path(entry.path), above | {identity})
-        else:
+        elif entry.is_file() or not os.path.exists(entry.path):  # a broken link is a failure
             yield Path(entry.path)
 
 

@@ -1,0 +1,85 @@
+"""Open image files with Pillow; an error says why one cannot be read."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+_PREFIX_SIZE = 16  # bytes that Pillow's formats look at
+
+
+def open_image_file(path: str | os.PathLike[str], name: str) -> PillowImage:
+    """Open an image file or a pipe; the pixels are decoded later.
+
+    Args:
+        path: The file. A pipe, such as that of `<(command)` in a shell, is read to its end.
+        name: The image, for errors.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        IsADirectoryError: If it is a folder.
+        OSError: If Pillow cannot read it.
+    """
+    from PIL import Image
+
+    source: Path | io.BytesIO = _source(path, name)
+    try:
+        return Image.open(source)
+    except Image.UnidentifiedImageError as error:
+        raise OSError(f"{name} cannot be read: {_unidentified_reason(source)}") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{name} cannot be read: it exceeds PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
+
+
+def _source(path: str | os.PathLike[str], name: str) -> Path | io.BytesIO:
+    file = Path(path)
+    if not file.exists():
+        is_address = isinstance(path, str) and path.startswith(("http://", "https://"))
+        hint = "URLs are not supported, download the image first" if is_address else "there is no such file"
+        raise FileNotFoundError(f"{name} cannot be read: {hint}")
+    mode = file.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{name} cannot be read: it is a folder (expected an image file)")
+    if stat.S_ISFIFO(mode):
+        return io.BytesIO(file.read_bytes())  # Pillow seeks
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{name} cannot be read: it is neither a file nor a pipe")
+    return file
+
+
+def _unidentified_reason(source: Path | io.BytesIO) -> str:
+    """Return why no format of Pillow opens a file."""
+    with source.open("rb") if isinstance(source, Path) else source as stream:
+        stream.seek(0)
+        prefix = stream.read(_PREFIX_SIZE)
+        if not prefix:
+            return "Pillow does not recognize its format, since it is empty"
+        found = _recognized(stream, prefix)
+    if not found:
+        return "Pillow does not recognize its format"
+    return "; ".join(f"it begins like {format_name}, but Pillow cannot open it: {why}" for format_name, why in found)
+
+
+def _recognized(stream: Any, prefix: bytes) -> list[tuple[str, str]]:
+    """List the formats whose first bytes these are, and why Pillow opens none."""
+    from PIL import Image
+
+    found = []
+    for format_name in Image.ID:
+        factory, accept = Image.OPEN[format_name]
+        accepted = accept(prefix) if accept is not None else False
+        if isinstance(accepted, str):  # the reason why this Pillow lacks the format
+            found.append((format_name, accepted))
+        elif accepted:
+            stream.seek(0)
+            try:
+                factory(stream, "")
+            except Exception as error:  # plugins raise nearly any exception
+                found.append((format_name, str(error) or type(error).__name__))
+    return found
