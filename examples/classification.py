@@ -27,7 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     images = options.images or sorted((DIGITS / "images").glob("*.png"))
 
-    model = BeitForImageClassification.from_pretrained(options.model, attn_implementation="triton")
+    model, info = BeitForImageClassification.from_pretrained(
+        options.model, attn_implementation="triton", output_loading_info=True
+    )
+    if info["missing_keys"]:
+        parser.error(f"{options.model} lacks {', '.join(info['missing_keys'])}: these would be random")
+    if model.config.problem_type not in (None, "single_label_classification") or model.config.num_labels == 1:
+        parser.error(f"{options.model} has no classes that exclude each other, so softmax is not its probability")
     processor = BeitImageProcessor.from_pretrained(options.model)
     pixels = processor(images, return_tensors="pt")["pixel_values"]  # [B, 3, H, W]
     with torch.inference_mode():

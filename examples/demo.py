@@ -70,7 +70,10 @@ def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -
         weights = f"random (seed {SEED}), bias tables smooth with deviation 1: no classes to name"
     else:
         try:
-            model = BeitForImageClassification.from_pretrained(options.model, device=device)
+            model, info = BeitForImageClassification.from_pretrained(
+                options.model, device=device, output_loading_info=True
+            )
+            check_classifier(model, info["missing_keys"])
             processor = BeitImageProcessor.from_pretrained(options.model)
             pixels = processor(photograph, return_tensors="pt")["pixel_values"].to(device)
         except (OSError, ValueError) as error:
@@ -88,6 +91,19 @@ def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -
     print(f"picture: {options.out}")
     print(classify_digits(DIGITS, device))
     return 0
+
+
+def check_classifier(model: BeitForImageClassification, missing: list[str]) -> None:
+    """Check that a checkpoint has a classifier whose logits mean probabilities.
+
+    Raises:
+        ValueError: If parameters are missing and random, or the classes do not exclude each other.
+    """
+    if missing:
+        raise ValueError(f"the checkpoint does not contain {', '.join(sorted(missing))}, which would be random")
+    kind = model.config.problem_type or ("regression" if model.config.num_labels == 1 else None)
+    if kind not in (None, "single_label_classification"):
+        raise ValueError(f"the checkpoint is for {kind}, and this demo prints the most probable class of one image")
 
 
 def _parser() -> argparse.ArgumentParser:

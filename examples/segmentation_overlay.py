@@ -41,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     if (options.model is None) != (options.image is None):
         parser.error("--model and --image go together")
     if options.model is not None:
-        model = BeitForSemanticSegmentation.from_pretrained(options.model, attn_implementation=options.attn)
+        model, info = BeitForSemanticSegmentation.from_pretrained(
+            options.model, attn_implementation=options.attn, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            parser.error(f"{options.model} lacks {', '.join(info['missing_keys'])}: these would be random")
         picture = color(model, BeitImageProcessor.from_pretrained(options.model), [Image.open(options.image)])[0]
     else:
         try:

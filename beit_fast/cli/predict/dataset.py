@@ -57,8 +57,7 @@ def find_images(source: str | os.PathLike[str]) -> Dataset:
     """Find the images below a folder or in a list file.
 
     Hidden files, pipes and devices of a folder are left out. A list has one path per line, relative to its own folder;
-    empty lines are
-    ignored.
+    empty lines are ignored.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
