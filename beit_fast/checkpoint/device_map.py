@@ -27,30 +27,39 @@ class Placement(NamedTuple):
         max_memory: Maximum memory of each device for these strategies, by index or `"cpu"`, in bytes or as in
             `"10GB"`.
         offload_folder: The folder for weights on `"disk"`.
+        offload_buffers: Whether buffers are offloaded too.
     """
 
     device: torch.device | str | None
     device_map: DeviceMap | None
     max_memory: Mapping[int | str, int | str] | None
     offload_folder: str | os.PathLike[str] | None
+    offload_buffers: bool = False
 
     def check(self) -> None:
         """Check the arguments, before a file is read.
 
         Raises:
-            ValueError: If both `device` and `device_map` are set, or an argument has no effect.
+            ValueError: If both `device` and `device_map` are set, an argument has no effect, or a device is not usable.
             ImportError: If accelerate is not installed.
         """
         if self.device_map is None:
             unused = [name for name in ("max_memory", "offload_folder") if getattr(self, name) is not None]
+            unused += ["offload_buffers"] if self.offload_buffers else []
             if unused:
                 raise ValueError(f"{' and '.join(unused)} have no effect without device_map")
+            check_device("device", self.device)
             return
         if self.device is not None:
             given = f"device={self.device!r} and device_map={self.device_map!r}"
             raise ValueError(f"{given} both place the parameters; pass one of them")
         if importlib.util.find_spec("accelerate") is None:
             raise ImportError("device_map requires accelerate: pip install accelerate")
+        if isinstance(self.device_map, Mapping):
+            for place in set(self.device_map.values()) - {"disk"}:
+                check_device("device_map", place)
+        elif self.device_map not in STRATEGIES:
+            check_device("device_map", self.device_map)
 
     def loading_device(self) -> torch.device:
         """The device on which the file is read: host memory if there is a `device_map`."""
@@ -70,7 +79,30 @@ class Placement(NamedTuple):
         import accelerate
 
         places = _places(model, self.device_map, self.max_memory)
-        accelerate.dispatch_model(model, places, offload_dir=self.offload_folder)
+        accelerate.dispatch_model(model, places, offload_dir=self.offload_folder, offload_buffers=self.offload_buffers)
+
+
+def check_device(argument: str, device: int | str | torch.device | None) -> None:
+    """Check that parameters can be read to a device; None is torch's default device.
+
+    Raises:
+        ValueError: If it is not a device, this machine does not have it, or it is the meta device.
+    """
+    given = f"{argument}={device!r}" if device is not None else "torch's default device"
+    try:
+        resolved = torch.get_default_device() if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{given} is not a device (expected 'cpu', or an accelerator such as 'cuda:0')") from error
+    if resolved.type == "meta":
+        raise ValueError(
+            f"{given} is meta, which has no values, so weights cannot be loaded to it (expected another device; for a "
+            "model without values, construct it under torch.device('meta'))"
+        )
+    try:
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{given} cannot be used here: {reason}") from error
 
 
 def _places(model: PretrainedModel, device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None) -> Any:

@@ -1,26 +1,52 @@
-"""Find the files of a checkpoint and read their tensors: safetensors, shards and pickles."""
+"""Find the files of a checkpoint: safetensors, shards and pickles, in a folder or on the hub."""
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from ..utils.files import CONFIG_NAME, read_json_object
-from ..utils.hub import PICKLE_SUFFIXES, WEIGHT_NAMES, HubOptions, Repository
-from ..utils.messages import join_choices
+from ..utils.hub import WEIGHT_NAMES, HubOptions, Repository, local_folder
+from ..utils.messages import describe
 
-SAFE_PICKLE_VERSION = (2, 10)
-"""Before torch 2.10, a file could run code despite `weights_only=True` (GHSA-63cw-57p8-fm3p)."""
 
-_WRAPPERS = ("model", "module", "state_dict")
-_LARGE = 1 << 30
+class FileChoice(NamedTuple):
+    """Arguments of `from_pretrained` that choose among the weights files of a checkpoint.
+
+    Attributes:
+        use_safetensors: True for safetensors files only, False for pickles only, None for either.
+        variant: A part of the names before their suffix, as `"fp16"` in `model.fp16.safetensors`.
+    """
+
+    use_safetensors: bool | None = None
+    variant: str | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the weights in a folder, in order of preference."""
+        names = [
+            name
+            for name in WEIGHT_NAMES
+            if self.use_safetensors is None or self.use_safetensors == (".safetensors" in name)
+        ]
+        if self.variant is None:
+            return tuple(names)
+        return tuple(f"{stem}.{self.variant}.{suffix}" for stem, _, suffix in (n.rpartition(".") for n in names))
+
+    def check_file(self, file: Path) -> None:
+        """Check the arguments for a file that the user named.
+
+        Raises:
+            ValueError: If they ask for another file.
+        """
+        is_safe = ".safetensors" in file.name
+        if self.use_safetensors is not None and self.use_safetensors != is_safe:
+            kind = "a safetensors file" if is_safe else "a pickle"
+            raise ValueError(f"{os.fspath(file)!r} is {kind}, and {describe('use_safetensors', self.use_safetensors)}")
+        if self.variant is not None and f".{self.variant}." not in file.name:
+            raise ValueError(f"{os.fspath(file)!r} is a file, and its name does not have variant={self.variant!r}")
 
 
 @dataclass(frozen=True)
@@ -38,7 +64,12 @@ class CheckpointFiles:
     weights: list[Path] = field(default_factory=list)
 
 
-def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> CheckpointFiles:
+ANY_FILE = FileChoice()
+
+
+def find_checkpoint(
+    name_or_path: str | os.PathLike[str], hub: HubOptions, choice: FileChoice = ANY_FILE
+) -> CheckpointFiles:
     """Find the files of a checkpoint.
 
     The name is that of a folder, a weights file or a hub repository (`"org/name"`). Files of a repository are
@@ -46,118 +77,56 @@ def find_checkpoint(name_or_path: str | os.PathLike[str], hub: HubOptions) -> Ch
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If an index of shards is not valid.
+        ValueError: If an index of shards is not valid, or the arguments do not fit a file.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
+    if path.exists():
+        path = local_folder(path, hub)
     if path.is_dir():
-        return _in_folder(name, path)
+        return _in_folder(name, path, choice)
     if path.is_file():
-        config = path.parent / CONFIG_NAME
-        return CheckpointFiles(name, config if config.is_file() else None, _shards(path))
+        choice.check_file(path)
+        return CheckpointFiles(name, _config_in(path.parent), _shards(path))
     repository = Repository(name, hub)
-    weights = repository.fetch_first(WEIGHT_NAMES)
+    weights = repository.fetch_first(choice.names())
     shards = [weights]
-    if weights.name.endswith(".index.json"):
+    if is_index(weights):
         shards = [repository.fetch(shard) for shard in _shard_names(weights)]
     return CheckpointFiles(name, repository.fetch_optional(CONFIG_NAME), shards)
 
 
-def read_tensors(files: Sequence[Path], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read all tensors to `device`.
-
-    A progress bar is shown for several files or more than 1 GiB.
-
-    Raises:
-        ValueError: If a file is damaged, has an unknown format, contains objects other than tensors and plain data, or
-            repeats a name.
-    """
-    from tqdm import tqdm
-
-    size = sum(file.stat().st_size for file in files)
-    state: dict[str, Tensor] = {}
-    quiet = len(files) < 2 and size < _LARGE
-    with tqdm(total=size, unit="B", unit_scale=True, desc="Loading weights", disable=quiet, leave=False) as bar:
-        for file in files:
-            read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
-            for key, tensor in read(file, device):
-                if key in state:
-                    raise ValueError(f"{os.fspath(file)!r} contains {key!r}, which another shard also contains")
-                state[key] = tensor
-                bar.update(tensor.nbytes)
-    return state
+def find_config(name_or_path: str | os.PathLike[str], hub: HubOptions) -> CheckpointFiles:
+    """`find_checkpoint` without weights, for a state dict that the user passes."""
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if path.exists():
+        path = local_folder(path, hub)
+        return CheckpointFiles(name, _config_in(path if path.is_dir() else path.parent))
+    return CheckpointFiles(name, Repository(name, hub).fetch_first((CONFIG_NAME,)))
 
 
-def _read_safetensors(file: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as stored:
-            for key in stored.keys():  # noqa: SIM118
-                yield key, stored.get_tensor(key)
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(file)!r} is damaged or not a safetensors file: {error}") from error
+def is_index(file: Path) -> bool:
+    """Whether a file is an index of shards, such as `model.safetensors.index.json`."""
+    return file.suffix == ".json" and ".index." in file.name
 
 
-def _read_pickle(file: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
-    import pickle
-
-    check_pickle_is_safe(file)
-    try:
-        # Training scripts save their argparse options beside the weights: plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{os.fspath(file)!r} contains objects other than tensors and plain data, and was not loaded: {error}. If "
-            "you trust the file, convert it: torch.load(...), then safetensors.torch.save_file(state_dict, ...)"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{os.fspath(file)!r} is damaged or not a file of torch.save: {error}") from error
-    yield from _unwrapped(content, file).items()
-
-
-def check_pickle_is_safe(file: Path) -> None:
-    """Check the suffix of a pickle and the version of torch.
-
-    Versions of torch before 2.10 do not read pickles safely.
-
-    Raises:
-        ValueError: If the file is not a weights file, or torch is too old.
-    """
-    if file.suffix not in PICKLE_SUFFIXES:
-        *suffixes, last = (".safetensors", ".index.json", *PICKLE_SUFFIXES)
-        raise ValueError(f"{os.fspath(file)!r} is not a weights file (expected {', '.join(suffixes)} or {last})")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_PICKLE_VERSION:
-        raise ValueError(
-            f"{os.fspath(file)!r} is a pickle, and torch {torch.__version__} cannot read pickles safely "
-            "(GHSA-63cw-57p8-fm3p; expected a safetensors file, or torch 2.10 or later)"
-        )
-
-
-def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
-    """Find the state dict in the dictionary that a training script saved."""
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-            if tensors:
-                return tensors
-            break
-        content = inner
-    raise ValueError(f"{os.fspath(file)!r} does not contain a state dict, nor does its {join_choices(_WRAPPERS)}")
-
-
-def _in_folder(name: str, folder: Path) -> CheckpointFiles:
-    found = next((folder / weights for weights in WEIGHT_NAMES if (folder / weights).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"the folder {name!r} does not contain weights (expected {' or '.join(WEIGHT_NAMES)})")
+def _config_in(folder: Path) -> Path | None:
     config = folder / CONFIG_NAME
-    return CheckpointFiles(name, config if config.is_file() else None, _shards(found))
+    return config if config.is_file() else None
+
+
+def _in_folder(name: str, folder: Path, choice: FileChoice) -> CheckpointFiles:
+    names = choice.names()
+    found = next((folder / weights for weights in names if (folder / weights).is_file()), None)
+    if found is None:
+        place = name if Path(name).expanduser() == folder else os.fspath(folder)
+        raise FileNotFoundError(f"the folder {place!r} does not contain weights (expected {' or '.join(names)})")
+    return CheckpointFiles(name, _config_in(folder), _shards(found))
 
 
 def _shards(file: Path) -> list[Path]:
-    if not file.name.endswith(".index.json"):
+    if not is_index(file):
         return [file]
     shards = [file.parent / name for name in _shard_names(file)]
     missing = [shard.name for shard in shards if not shard.is_file()]
@@ -166,7 +135,7 @@ def _shards(file: Path) -> list[Path]:
     return shards
 
 
-def _shard_names(index: Path) -> list[str]:
+def _shard_names(index: Path) -> Sequence[str]:
     """Names of the files that an index lists.
 
     Raises:

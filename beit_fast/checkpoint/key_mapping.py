@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..utils.messages import join_some
+from .wrappers import strip_wrappers
 
 CheckpointFormat = Literal["transformers", "transformers5", "data2vec", "timm", "mmseg"]
 """Formats by their names of parameters; `"timm"` includes unilm, and `"mmseg"` unilm's ADE20k."""
@@ -117,15 +118,16 @@ OTHER_TASKS = (
 def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], CheckpointFormat]:
     """Rename tensors to full hub names and drop index buffers.
 
+    Prefixes of wrappers are removed, see `strip_wrappers`.
+
     Returns:
         The tensors and their format.
 
     Raises:
-        ValueError: If the names are not those of a supported format.
+        ValueError: If the names are not those of a supported format, or a prefix is ambiguous.
     """
     state = {key: tensor for key, tensor in tensors.items() if not key.endswith("relative_position_index")}
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    state = strip_wrappers(state)
     checkpoint_format = format_of(state)
     if checkpoint_format in ("timm", "mmseg"):
         state = _from_unilm(_renamed(state, (*_HEADS_OF_MMSEG, *_MMSEG_BLOCK) if checkpoint_format == "mmseg" else ()))
@@ -134,6 +136,18 @@ def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Chec
         state = _renamed(state, ((r"^data2vec_vision\.", TRUNK_PREFIX), *_TRANSFORMERS_5))
     masked_modeling = any(key.startswith("lm_head.") for key in state)
     return {full_name(key, masked_modeling): tensor for key, tensor in state.items()}, checkpoint_format
+
+
+def rename_keys(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Rename tensors by regular expressions, each in turn: the argument `key_mapping` of `from_pretrained`.
+
+    Raises:
+        ValueError: If two names become equal.
+    """
+    renamed = _renamed(tensors, tuple((key_mapping or {}).items()))
+    if len(renamed) < len(tensors):
+        raise ValueError(f"key_mapping={dict(key_mapping or {})} gives {len(tensors) - len(renamed)} names twice")
+    return renamed
 
 
 def to_timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,18 +11,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..configuration.beit_config import IMPLEMENTATION_FIELDS, BeitConfig
-from ..configuration.fields import RULES
-from ..configuration.labels_and_stages import ALIASES, LABEL_FIELDS, STAGE_FIELDS
+from ..configuration.beit_config import BeitConfig
+from ..configuration.conversion import as_beit_config
 from ..position_bias import Window
 from ..utils.hub import HubOptions
 from ..utils.messages import join_choices, join_some
 from ..utils.names import POSITION_INTERPOLATIONS
+from .arguments import OrdinaryArguments, split_arguments
 from .device_map import Placement
-from .files import find_checkpoint, read_tensors
+from .files import CheckpointFiles, FileChoice, find_checkpoint, find_config
 from .infer_config import copy_config, infer_config, read_config
-from .key_mapping import OTHER_TASKS, TRUNK_PREFIX, full_name, share_table_among_layers, to_hub_names
+from .key_mapping import OTHER_TASKS, TRUNK_PREFIX, full_name, rename_keys, share_table_among_layers, to_hub_names
 from .protocol import PretrainedModel
+from .read_tensors import StoredTensors, read_tensors, tensors_of
 from .resize_positions import TABLE, fits_window, is_position, resize_positions, square_window
 
 Model = TypeVar("Model", bound=PretrainedModel)
@@ -46,6 +46,8 @@ class LoadOptions(NamedTuple):
     placement: Placement
     hub: HubOptions
     sizes: SizeOptions
+    choice: FileChoice = FileChoice()
+    use_ema: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -62,37 +64,41 @@ class KeyReport:
     unexpected: dict[str, Sequence[int]]
     mismatched: dict[str, tuple[Sequence[int], Sequence[int]]]
 
-    def loading_info(self) -> dict[str, list[Any]]:
-        """Format the report as Transformers' `output_loading_info`."""
+    def loading_info(self, ema_key: str | None) -> dict[str, Any]:
+        """Format the report as Transformers' `output_loading_info`, with the key of averaged weights if read."""
         return {
-            "missing_keys": list(self.missing),
-            "unexpected_keys": list(self.unexpected),
-            "mismatched_keys": [(key, *shapes) for key, shapes in self.mismatched.items()],
+            "missing_keys": set(self.missing),
+            "unexpected_keys": set(self.unexpected),
+            "mismatched_keys": {(key, tuple(stored), tuple(own)) for key, (stored, own) in self.mismatched.items()},
             "error_msgs": [],
+            "ema_weights": ema_key,
         }
 
 
 def load_model(
     model_class: type[Model],
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | None,
     config: Any,
     options: LoadOptions,
-    overrides: Mapping[str, Any],
-) -> tuple[Model, dict[str, list[Any]]]:
+    keywords: Mapping[str, Any],
+) -> tuple[Model, dict[str, Any]]:
     """Load a checkpoint into a new model; see `BeitPreTrainedModel.from_pretrained`.
 
     Returns:
         The model in evaluation mode, and its loading info.
     """
-    sizes, placement = options.sizes, options.placement
+    sizes = options.sizes
+    labels = {} if sizes.num_labels is None else {"num_labels": sizes.num_labels}
+    ordinary, model_arguments, overrides = split_arguments(model_class, {**keywords, **labels})
+    ordinary.check(name_or_path)
+    options = _with_ordinary(options, ordinary)
+    placement = options.placement
     placement.check()
     _check_interpolation(sizes.position_interpolation)
-    labels = {} if sizes.num_labels is None else {"num_labels": sizes.num_labels}
-    model_arguments, overrides = _split_overrides(model_class, {**overrides, **labels})
-    files = find_checkpoint(name_or_path, options.hub)
-    file_config = read_config(files.config)
     device = placement.loading_device()
-    state, _ = to_hub_names(read_tensors(files.weights, device))
+    files, stored = _find_tensors(name_or_path, options, ordinary, device)
+    file_config = read_config(files.config)
+    state, _ = to_hub_names(rename_keys(stored.tensors, ordinary.key_mapping))
     native = file_config or _requested_config(config, options)
     if native is None:
         native = infer_config(state, files.name, overrides)
@@ -106,7 +112,7 @@ def load_model(
 
     target.dtype = _dtype_to_load(options.dtype, target, state)
     with torch.device("meta"):
-        model = model_class(target, **options.implementations, **model_arguments)
+        model = model_class(target, **model_arguments)
     report, fitting = _compare(model, state)
     _check(report, files.name, model, sizes.ignore_mismatched_sizes)
     uninitialized = [*report.missing, *report.mismatched]
@@ -119,7 +125,27 @@ def load_model(
         )
     model.eval()
     placement.dispatch(model)
-    return model, report.loading_info()
+    return model, report.loading_info(stored.ema_key)
+
+
+def _with_ordinary(options: LoadOptions, ordinary: OrdinaryArguments) -> LoadOptions:
+    hub = options.hub._replace(force_download=ordinary.force_download)
+    return options._replace(hub=hub, placement=options.placement._replace(offload_buffers=ordinary.offload_buffers))
+
+
+def _find_tensors(
+    name_or_path: str | os.PathLike[str] | None,
+    options: LoadOptions,
+    ordinary: OrdinaryArguments,
+    device: torch.device,
+) -> tuple[CheckpointFiles, StoredTensors]:
+    """Return the files of the checkpoint and the tensors: those of the files or of `state_dict`."""
+    if ordinary.state_dict is None:
+        assert name_or_path is not None
+        files = find_checkpoint(name_or_path, options.hub, options.choice)
+        return files, read_tensors(files.weights, device, options.use_ema)
+    files = CheckpointFiles("", None) if name_or_path is None else find_config(name_or_path, options.hub)
+    return files, tensors_of(ordinary.state_dict, device, options.use_ema)
 
 
 def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str | None:
@@ -141,41 +167,21 @@ def _check_interpolation(name: str) -> None:
         raise ValueError(f"position_interpolation={name!r} is not supported (expected {expected})")
 
 
-def _split_overrides(
-    model_class: type[PretrainedModel], overrides: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split overrides into arguments of the constructor and fields of the configuration.
-
-    Raises:
-        TypeError: If an override is neither.
-    """
-    taken = set(inspect.signature(model_class).parameters) - {"config", *IMPLEMENTATION_FIELDS}
-    fields = {*RULES, *ALIASES, *LABEL_FIELDS, *STAGE_FIELDS}
-    unknown = sorted(set(overrides) - taken - fields)
-    if unknown:
-        raise TypeError(
-            f"{model_class.__name__}.from_pretrained got unexpected arguments {', '.join(unknown)} (expected fields of "
-            f"BeitConfig{''.join(f', {name}' for name in sorted(taken))})"
-        )
-    model_arguments = {name: value for name, value in overrides.items() if name in taken}
-    return model_arguments, {name: value for name, value in overrides.items() if name not in taken}
-
-
 def _requested_config(config: Any, options: LoadOptions) -> BeitConfig | None:
     """Convert the `config` argument: a `BeitConfig`, one of Transformers, a dict, or a path."""
     if config is None:
         return None
     if isinstance(config, (str, os.PathLike)):
-        return BeitConfig.from_pretrained(config, **options.hub._asdict())
-    if isinstance(config, Mapping):
-        return BeitConfig.from_dict(config)
-    return copy_config(config) if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())
+        hub = options.hub._replace(subfolder="") if os.path.isfile(config) else options.hub
+        return BeitConfig.from_pretrained(config, **hub._asdict())
+    return copy_config(BeitConfig.from_dict(config) if isinstance(config, Mapping) else as_beit_config(config))
 
 
 def _target_config(config: BeitConfig | None, overrides: Mapping[str, Any], options: LoadOptions) -> BeitConfig:
     assert config is not None
     size = {} if options.sizes.image_size is None else {"image_size": options.sizes.image_size}
-    return copy_config(config, **overrides, **size)
+    kernels = {name: value for name, value in options.implementations.items() if value is not None}
+    return copy_config(config, **overrides, **size, **kernels)
 
 
 def _dtype_to_load(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 
 from ..utils.files import CONFIG_NAME, atomic_write_text, json_text, plain, read_json_object
 from ..utils.hub import HubOptions, find_options
-from ..utils.messages import FieldError, describe, join_choices, raise_errors
+from ..utils.messages import FieldError, describe, join_choices, raise_errors, suggest
 from .fields import RULES
 from .labels_and_stages import (
     LABEL_FIELDS,
@@ -19,6 +21,7 @@ from .labels_and_stages import (
     LabelsAndStages,
     default_labels,
     dependency_errors,
+    known_fields,
     merge_overrides,
     resolve_aliases,
     resolve_labels,
@@ -29,8 +32,11 @@ IMPLEMENTATION_FIELDS = ("attn_implementation", "patch_embed_implementation")
 """Fields that select kernels. They are not saved and not compared."""
 
 _PRIVATE_STATE = frozenset({"_id2label", "_label2id", "_out_indices"})
-# Transformers does not have these fields, so they are omitted if they are None.
-_OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std", "pixel_resize")
+# Transformers does not have these fields, so they are omitted if they have their default.
+_OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std", "pixel_resize", "gradient_checkpointing")
+# Arguments of Transformers' `from_pretrained` that do not change what is read.
+_NOT_FIELDS = ("proxies", "trust_remote_code", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash")
+_NOT_TYPOS = frozenset({"tie_encoder_decoder"})  # a field of Transformers 4 that resembles another
 # Transformers omits these fields from a file if they have their default.
 _OMITTED_DEFAULTS = {
     "architectures": None,
@@ -60,8 +66,8 @@ def _alias_of(name: str) -> property:
 class BeitConfig(LabelsAndStages):
     """Configuration of all BEiT models, compatible with Transformers' `BeitConfig`.
 
-    All arguments are keywords. Unknown names become attributes and are saved. Values are validated at construction
-    and by `validate()`. The error lists all invalid fields.
+    All arguments are keywords. Unknown names become attributes and are saved; one that resembles a field gets a
+    warning. Values are validated at construction and by `validate()`. The error lists all invalid fields.
 
     Args:
         vocab_size: Number of visual tokens in masked image modeling.
@@ -101,6 +107,7 @@ class BeitConfig(LabelsAndStages):
         problem_type: Loss of the classifier: "regression", "single_label_classification",
             "multi_label_classification", or None to choose by labels.
         output_attentions, output_hidden_states, return_dict: Defaults of the arguments of forward.
+        gradient_checkpointing: Construct models with gradient checkpointing.
         dtype: Dtype of the weights or its name. The old name is `torch_dtype`.
         architectures, transformers_version, _name_or_path, chunk_size_feed_forward, is_encoder_decoder:
             Fields of Transformers without effect in this package.
@@ -160,6 +167,7 @@ class BeitConfig(LabelsAndStages):
     _name_or_path: str = ""
     chunk_size_feed_forward: int = 0
     is_encoder_decoder: bool = False
+    gradient_checkpointing: bool = False
     attn_implementation: str | None = None
     patch_embed_implementation: str | None = None
 
@@ -192,6 +200,13 @@ class BeitConfig(LabelsAndStages):
     def _keep_unknown(self, fields: Mapping[str, Any]) -> list[FieldError]:
         taken = {name for name in fields if name in _PRIVATE_STATE or callable(getattr(type(self), name, None))}
         self.__dict__.update({name: value for name, value in fields.items() if name not in taken})
+        for name in fields:
+            advice = "" if name in taken or name in _NOT_TYPOS else suggest(name, known_fields())
+            if advice:
+                text = (
+                    f"{describe(name, fields[name])} is not a field of {type(self).__name__} and has no effect{advice}"
+                )
+                warnings.warn(text, stacklevel=3)
         return [
             FieldError(f"{describe(name, fields[name])}: the name is taken by {type(self).__name__}")
             for name in sorted(taken)
@@ -269,13 +284,22 @@ class BeitConfig(LabelsAndStages):
         """The fields that select kernels, which `to_dict` omits."""
         return {name: getattr(self, name) for name in IMPLEMENTATION_FIELDS}
 
+    def with_implementations(self, **fields: str | None) -> Self:
+        """Return a copy with other `implementations()`, or this configuration if they are the same."""
+        if self.implementations() == self.implementations() | fields:
+            return self
+        changed = copy.deepcopy(self)
+        for name, value in fields.items():
+            setattr(changed, name, value)
+        return changed
+
     def to_dict(self) -> dict[str, Any]:
         """Copy every field, with JSON's types.
 
         The keys of `id2label` remain ints.
         """
         hidden = {*IMPLEMENTATION_FIELDS, *_PRIVATE_STATE}
-        hidden |= {name for name in _OPTIONAL_FIELDS if getattr(self, name) is None}
+        hidden |= {name for name in _OPTIONAL_FIELDS if getattr(self, name) == getattr(type(self), name)}
         values = {name: value for name, value in vars(self).items() if name not in hidden}
         values |= {name: getattr(self, name) for name in ("id2label", "label2id", "stage_names", *STAGE_FIELDS)}
         return {**{name: plain(value) for name, value in values.items()}, "model_type": self.model_type}
@@ -313,29 +337,43 @@ class BeitConfig(LabelsAndStages):
         """
         return cls.from_dict(read_json_object(Path(path)), **overrides)
 
+    @overload
     @classmethod
     def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        /,
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        **overrides: Any,
-    ) -> Self:
+        cls, name_or_path: str | os.PathLike[str], /, *, return_unused_kwargs: Literal[False] = False, **options: Any
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], /, *, return_unused_kwargs: Literal[True], **options: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], /, *, return_unused_kwargs: bool = False, **options: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Read a configuration from a folder, a JSON file or the hub.
 
-        A hub repository has a name such as "org/name".
+        Args:
+            name_or_path: A path, or the name of a hub repository such as "org/name".
+            return_unused_kwargs: Return `(config, unused)`, with the options that are not fields.
+            options: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download` and `subfolder` as in
+                `huggingface_hub`, and fields that override those of the file. `trust_remote_code`, `code_revision` and
+                `proxies` have no effect: code never runs, and `huggingface_hub` reads `HTTPS_PROXY`.
 
         Raises:
             FileNotFoundError: If there is no `config.json`.
         """
-        hub = HubOptions(revision, cache_dir, token, local_files_only)
-        config = cls.from_json_file(find_options(name_or_path, CONFIG_NAME, "configuration", hub), **overrides)
+        given = {name: options[name] for name in HubOptions._fields if options.get(name) is not None}
+        fields = {name: options[name] for name in options if name not in {*HubOptions._fields, *_NOT_FIELDS}}
+        values = read_json_object(find_options(name_or_path, CONFIG_NAME, "configuration", HubOptions(**given)))
+        unused = {name: fields[name] for name in fields if name not in known_fields() | values.keys()}
+        if return_unused_kwargs:
+            fields = {name: fields[name] for name in fields if name not in unused}
+        config = cls.from_dict(values, **fields)
         config.name_or_path = os.fspath(name_or_path)
-        return config
+        return (config, unused) if return_unused_kwargs else config
 
     def __eq__(self, other: object) -> bool:
         """Return whether class and fields are equal.

@@ -237,6 +237,7 @@ RULES: dict[str, Rule] = {
     "_name_or_path": Rule("a string", lambda value: isinstance(value, str), coerce=_to_path_string),
     "chunk_size_feed_forward": COUNT,
     "is_encoder_decoder": _FLAG,
+    "gradient_checkpointing": _FLAG,
     "attn_implementation": Rule(
         join_choices((*ATTENTION_IMPLEMENTATIONS, None)),
         _is_optional(str),

@@ -19,6 +19,11 @@ LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 STAGE_FIELDS = ("out_features", "out_indices")
 
 
+def known_fields() -> frozenset[str]:
+    """Names of all fields of a `BeitConfig`, with their older spellings."""
+    return frozenset({*RULES, *ALIASES, *LABEL_FIELDS, *STAGE_FIELDS})
+
+
 def dependency_errors(config: Any, valid: Set[str]) -> list[FieldError]:
     """Errors between fields of a `BeitConfig`; only fields in `valid` are compared."""
     errors = []
@@ -230,7 +235,10 @@ def merge_overrides(
     Returns:
         The fields and the errors.
     """
-    merged, errors = resolve_aliases(values)
+    saved = dict(values)
+    if saved.get("dtype") is not None:
+        saved.pop("torch_dtype", None)  # Transformers writes one of them, and reads the new name if there are both
+    merged, errors = resolve_aliases(saved)
     _remove_stale_values(merged, default_depth)
     changes, more_errors = resolve_aliases(overrides)
     if any(name in changes for name in STAGE_FIELDS):

@@ -241,7 +241,7 @@ class OptimizedModel(BeitPreTrainedModel):
         """Raise RuntimeError: packed weights cannot be shared."""
         _raise_unsupported("be shared", "share the model that it was made from")
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> NoReturn:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise RuntimeError: there is no backward pass."""
         _raise_unsupported("be trained", "train the model that it was made from")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,6 +108,10 @@ class BeitEncoder(nn.Module):
         self.attn_implementation: str | None = None
         self.gradient_checkpointing = False
         self.checkpoint_options: dict[str, Any] = {"use_reentrant": False}
+        self.checkpoint_every = 1
+        self.checkpoint_offload = False
+        # Transformers sets it in the encoders of a model around this one: checkpoint with its options.
+        self._gradient_checkpointing_func: Callable[..., Any] | None = None
 
     def forward(
         self,
@@ -129,8 +134,8 @@ class BeitEncoder(nn.Module):
             kernels = kernels_for(hidden_states, self.attn_implementation, self.head_dim)
         context = self._context(kernels.eager() if output_attentions else kernels, window, key_mask, output_attentions)
         states, attentions = [hidden_states], []
-        for layer in self.layer:
-            if self.gradient_checkpointing and self.training:
+        for index, layer in enumerate(self.layer):
+            if self.gradient_checkpointing and self.training and index % self.checkpoint_every == 0:
                 hidden_states, weights = self._checkpointed(layer, hidden_states, context)
             else:
                 hidden_states, weights = layer(hidden_states, context)
@@ -168,6 +173,10 @@ class BeitEncoder(nn.Module):
             return layer(hidden_states, BlockContext(window, table, bias, key_mask, kernels, output_attentions))
 
         # Reentrant checkpointing differentiates only tensors that are arguments themselves.
-        return torch.utils.checkpoint.checkpoint(
-            run, hidden_states, context.table, context.bias, **self.checkpoint_options
-        )
+        arguments = hidden_states, context.table, context.bias
+        if self._gradient_checkpointing_func is not None:
+            return self._gradient_checkpointing_func(run, *arguments)
+        if not self.checkpoint_offload:
+            return torch.utils.checkpoint.checkpoint(run, *arguments, **self.checkpoint_options)
+        with torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.device.type == "cuda"):
+            return torch.utils.checkpoint.checkpoint(run, *arguments, **self.checkpoint_options)

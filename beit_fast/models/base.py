@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..configuration.beit_config import IMPLEMENTATION_FIELDS, BeitConfig
+from ..configuration.beit_config import BeitConfig
+from ..configuration.conversion import as_beit_config
 from ..layers.attention import BeitRelativePositionBias, BeitSelfAttention
 from ..layers.block import BeitEncoder, BeitLayer
 from ..layers.context import Kernels, choose_kernels, query_dtype
 from ..layers.embeddings import BeitEmbeddings
 from ..ops.dispatch import attention, patch_embed
+from .gradient_checkpointing import GradientCheckpointingMixin
+from .pretrained import PretrainedMixin
 
-if TYPE_CHECKING:
-    from ..checkpoint.device_map import DeviceMap
 
-
-class BeitPreTrainedModel(nn.Module):
+class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module):
     """Base class of the models.
 
     `from_pretrained` reads checkpoints of Transformers 4 and 5 (BEiT, DiT, Data2VecVision), timm, unilm and
@@ -55,14 +54,15 @@ class BeitPreTrainedModel(nn.Module):
         patch_embed_implementation: str | None = None,
     ) -> None:
         super().__init__()
-        self.config = config if isinstance(config, BeitConfig) else BeitConfig.from_dict(config.to_dict())
+        kernels = {
+            "attn_implementation": attention.check_implementation(attn_implementation),
+            "patch_embed_implementation": patch_embed.check_implementation(patch_embed_implementation),
+        }
+        given = {name: value for name, value in kernels.items() if value is not None}
+        self.config = as_beit_config(config).with_implementations(**given)
         self.name_or_path = self.config.name_or_path  # adapters store it as the name of their base model
-        self.attn_implementation = attention.check_implementation(
-            self.config.attn_implementation if attn_implementation is None else attn_implementation
-        )
-        self.patch_embed_implementation = patch_embed.check_implementation(
-            self.config.patch_embed_implementation if patch_embed_implementation is None else patch_embed_implementation
-        )
+        self.attn_implementation = attention.check_implementation(self.config.attn_implementation)
+        self.patch_embed_implementation = patch_embed.check_implementation(self.config.patch_embed_implementation)
 
     @classmethod
     def _from_config(
@@ -78,98 +78,6 @@ class BeitPreTrainedModel(nn.Module):
         if isinstance(dtype, str):
             dtype = BeitConfig(dtype=dtype).dtype
         return model if dtype is None else model.to(dtype)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        config: Any = None,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        device_map: DeviceMap | None = None,
-        max_memory: Mapping[int | str, int | str] | None = None,
-        offload_folder: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        num_labels: int | None = None,
-        ignore_mismatched_sizes: bool = False,
-        image_size: int | tuple[int, int] | None = None,
-        position_interpolation: str = "bilinear",
-        output_loading_info: bool = False,
-        **config_overrides: Any,
-    ) -> Any:
-        """Load a model from a checkpoint, in evaluation mode. The class lists the formats.
-
-        Args:
-            pretrained_model_name_or_path: A folder, a file (safetensors, an index of shards, or a pickle of tensors,
-                read with `weights_only=True`), or a hub repository such as `"microsoft/beit-base-patch16-224"`.
-            config: A `BeitConfig`, one of Transformers, a dict of fields or a path to one, instead of the checkpoint's.
-            attn_implementation, patch_embed_implementation: See the class.
-            dtype, torch_dtype: Dtype of the parameters. None or `"auto"`: that of the configuration, else of the file.
-            device: Device of the parameters.
-            device_map, max_memory, offload_folder: Dispatch the layers to devices, host memory and disk by the package
-                accelerate, instead of `device`: `"auto"`, or a device for every part by name. See
-                `beit_fast.checkpoint.device_map.Placement`. The file is read into host memory first.
-            revision, cache_dir, token, local_files_only: Passed to `huggingface_hub`.
-            num_labels: Number of classes. If the head of the file has another number, `ignore_mismatched_sizes` is
-                required.
-            ignore_mismatched_sizes: Initialize parameters whose shape differs, with a warning, instead of raising.
-            image_size: Resize bias tables and position embeddings to images of this size.
-            position_interpolation: `"bilinear"` (Transformers, MiDaS) or `"geometric"` (timm, unilm).
-            output_loading_info: Return `(model, info)` with missing, unexpected and mismatched keys.
-            config_overrides: Fields of `BeitConfig` that override those of the checkpoint, and `add_pooling_layer`.
-
-        Raises:
-            FileNotFoundError: If there is no checkpoint.
-            TypeError: If an override is not a field of `BeitConfig`.
-            ValueError: If parameters are missing, unexpected or mismatched (all are listed), the file is damaged or
-                unsafe, or the configuration cannot be inferred.
-        """
-        from ..checkpoint import loading
-
-        kernels = dict(zip(IMPLEMENTATION_FIELDS, (attn_implementation, patch_embed_implementation), strict=True))
-        placement = loading.Placement(device, device_map, max_memory, offload_folder)
-        hub = loading.HubOptions(revision, cache_dir, token, local_files_only)
-        sizes = loading.SizeOptions(num_labels, image_size, position_interpolation, ignore_mismatched_sizes)
-        options = loading.LoadOptions(kernels, loading.one_dtype(dtype, torch_dtype), placement, hub, sizes)
-        model, info = loading.load_model(cls, pretrained_model_name_or_path, config, options, config_overrides)
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = "5GB",
-        safe_serialization: bool = True,
-    ) -> None:
-        """Write `config.json` and safetensors under the names of the hub.
-
-        Transformers 4 and 5 read these files. All files are written next to the old ones and flushed before any is
-        replaced. A process that is killed leaves either the old or the new weights.
-
-        Args:
-            save_directory: The folder, created if missing.
-            state_dict: Tensors to write instead of those of the model. If these are sharded over processes, gather
-                them with `get_model_state_dict` of `torch.distributed.checkpoint.state_dict`.
-            max_shard_size: Larger weights are split into shards with an index. Bytes, or a string such as `"5GB"`.
-            safe_serialization: Must be True: pickles are not written.
-
-        Raises:
-            ValueError: If `safe_serialization` is False, modules have values that safetensors cannot store, such as
-                quantized weights (all modules are listed), parameters are on the meta device or sharded over processes,
-                or `state_dict` does not match the model. Nothing is then written.
-            OSError: If the folder cannot be written.
-        """
-        from ..checkpoint.saving import save_model
-
-        save_model(self, save_directory, max_shard_size, safe_serialization, state_dict)
 
     @property
     def base_model(self) -> nn.Module:
@@ -203,9 +111,21 @@ class BeitPreTrainedModel(nn.Module):
         """Replace the patch embeddings. `value` is a module from `[B, C, H, W]` to `[B, P, E]`."""
         self._embeddings().add_module("patch_embeddings", value)
 
+    def get_output_embeddings(self) -> None:
+        """Return None: the heads are not tied to an embedding."""
+        return None
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Raise NotImplementedError: the heads are not tied to an embedding."""
+        raise NotImplementedError(f"{type(self).__name__} has no output embeddings; set its head by name")
+
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        """Set `"eager"`, `"sdpa"`, `"triton"` or None for every layer. None chooses by device and dtype."""
+        """Set `"eager"`, `"sdpa"`, `"triton"` or None for every layer. None chooses by device and dtype.
+
+        `config` is replaced by a copy with this implementation; other models of the old one do not change.
+        """
         attention.check_implementation(attn_implementation)
+        self._configure(attn_implementation=attn_implementation)
         for module in self.modules():
             if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings, BeitEncoder)):
                 module.attn_implementation = attn_implementation
@@ -222,6 +142,7 @@ class BeitPreTrainedModel(nn.Module):
     def set_patch_embed_implementation(self, patch_embed_implementation: str | None) -> None:
         """Set `"conv"`, `"fused"` or None (follows attention)."""
         patch_embed.check_implementation(patch_embed_implementation)
+        self._configure(patch_embed_implementation=patch_embed_implementation)
         for module in self.modules():
             if isinstance(module, (BeitPreTrainedModel, BeitEmbeddings)):
                 module.patch_embed_implementation = patch_embed_implementation
@@ -261,55 +182,29 @@ class BeitPreTrainedModel(nn.Module):
         }
         self.config.update(numbers)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute each layer in the backward pass instead of storing its activations.
-
-        `gradient_checkpointing_kwargs` go to `torch.utils.checkpoint.checkpoint`, `use_reentrant=False` by default.
-        """
-        for module in self.modules():
-            if isinstance(module, BeitEncoder):
-                module.gradient_checkpointing = True
-                module.checkpoint_options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Store activations again."""
-        for module in self.modules():
-            if isinstance(module, BeitEncoder):
-                module.gradient_checkpointing = False
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """`gradient_checkpointing_enable` under its name in Transformers 5, without its options."""
-        if every_n_layers != 1 or offload:
-            raise ValueError(
-                f"{every_n_layers=}, {offload=} is not supported (expected every_n_layers=1 and offload=False)"
-            )
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Store activations again."""
-        self.gradient_checkpointing_disable()
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether layers are recomputed in the backward pass."""
-        return any(isinstance(m, BeitEncoder) and m.gradient_checkpointing for m in self.modules())
-
     def init_weights(self) -> None:
         """Initialize every parameter. Call it after `to_empty` on a model that was built on the meta device."""
         self.apply(self._init_weights)
 
+    def _configure(self, **implementations: str | None) -> None:
+        """Set implementations in the configurations of all modules, which share copies as they shared originals."""
+        copies: dict[int, BeitConfig] = {}
+        for module in self.modules():
+            config = vars(module).get("config")
+            if isinstance(config, BeitConfig):
+                if id(config) not in copies:
+                    copies[id(config)] = config.with_implementations(**implementations)
+                vars(module)["config"] = copies[id(config)]
+
     def _finish_construction(self) -> None:
-        """Initialize the modules outside nested models, and set the implementations."""
+        """Initialize the modules outside nested models, and set what the configuration asks for."""
         for child in self.children():
             if not isinstance(child, BeitPreTrainedModel):
                 child.apply(self._init_weights)
         self.set_attn_implementation(self.attn_implementation)
         self.set_patch_embed_implementation(self.patch_embed_implementation)
+        if self.config.gradient_checkpointing:
+            self.gradient_checkpointing_enable()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

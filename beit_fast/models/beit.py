@@ -120,10 +120,6 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self._finish_construction()
 
-    def get_output_embeddings(self) -> None:
-        """Return None: the head is not tied to an embedding."""
-        return None
-
     def forward(
         self,
         pixel_values: Tensor,

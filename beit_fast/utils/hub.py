@@ -14,16 +14,21 @@ INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_NAMES = (WEIGHTS_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Names of the weights in a folder, in order of preference."""
 
-PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pth.tar", ".pt.tar")
 
 
 class HubOptions(NamedTuple):
-    """Arguments of `huggingface_hub`; None selects its default."""
+    """Arguments of `huggingface_hub`; None selects its default.
+
+    `subfolder` is the folder inside a repository, or inside a local folder.
+    """
 
     revision: str | None = None
     cache_dir: str | os.PathLike[str] | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    force_download: bool = False
+    subfolder: str = ""
 
 
 def find_options(name_or_path: str | os.PathLike[str], file_name: str, what: str, hub: HubOptions) -> Path:
@@ -36,12 +41,29 @@ def find_options(name_or_path: str | os.PathLike[str], file_name: str, what: str
         hub: Arguments of `huggingface_hub`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file or subfolder.
+        ValueError: If `name_or_path` is a file, and a subfolder was passed.
     """
     name, path = os.fspath(name_or_path), Path(name_or_path)
     if not path.exists() and "/" in name and is_repository_name(name):
         return Repository(name, hub).fetch_first((file_name,))
-    return find_json_file(path, file_name, what)
+    return find_json_file(local_folder(path, hub), file_name, what)
+
+
+def local_folder(path: Path, hub: HubOptions) -> Path:
+    """The subfolder of a local folder that `hub` names, or `path` if it names none.
+
+    Raises:
+        FileNotFoundError: If the folder does not have the subfolder.
+        ValueError: If `path` is a file, and a subfolder was passed.
+    """
+    if not hub.subfolder:
+        return path
+    if path.is_file():
+        raise ValueError(f"{os.fspath(path)!r} is a file, and subfolder={hub.subfolder!r} expects a folder")
+    if path.is_dir() and not (path / hub.subfolder).is_dir():
+        raise FileNotFoundError(f"the folder {os.fspath(path)!r} does not contain the subfolder {hub.subfolder!r}")
+    return path / hub.subfolder
 
 
 def is_repository_name(name: str) -> bool:
@@ -108,10 +130,12 @@ class Repository:
             found = hf_hub_download(
                 self.name,
                 file,
+                subfolder=self.hub.subfolder or None,
                 revision=self.hub.revision,
                 cache_dir=self.hub.cache_dir,
                 token=self.hub.token,
                 local_files_only=self.local_files_only,
+                force_download=self.hub.force_download,
             )
         except LocalEntryNotFoundError as error:
             self.local_files_only = True
@@ -131,6 +155,7 @@ class Repository:
         else:
             reason = str(error).strip().splitlines()[0] if error is not None and str(error).strip() else repr(error)
         missing = files[0] if len(files) == 1 else f"any of {', '.join(files)}"
+        missing += f" in {self.hub.subfolder!r}" if self.hub.subfolder else ""
         return (
             f"no checkpoint {self.name!r}: there is no such file or folder, and the hub repository of that name does "
             f"not have {missing} at revision {self.hub.revision or 'main'!r}, neither in the cache {cache!r} nor on "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 _LIST_LIMIT = 20
+_CLOSE = 0.85  # share of equal letters from which a name counts as a typo of another
 
 
 class FieldError(NamedTuple):
@@ -71,3 +73,9 @@ def join_choices(choices: Iterable[Any]) -> str:
     """Join choices as in "'a', 'b' or 'c'"."""
     *first, last = map(repr, choices)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" if a name in `known` resembles `name`, else an empty string."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=_CLOSE)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file
 
 import beit_fast
-from beit_fast.checkpoint import files
-from beit_fast.checkpoint.files import read_tensors
+from beit_fast.checkpoint import read_tensors as reading
+from beit_fast.checkpoint.read_tensors import read_tensors
 
 from ..support.transformers_reference import TINY, randomize
 
@@ -121,7 +121,7 @@ def test_from_pretrained_with_a_pickle_does_not_run_code(tmp_path):
 
 def test_from_pretrained_with_a_pickle_and_an_unsafe_torch_raises(tmp_path, monkeypatch):
     torch.save(make_model().state_dict(), tmp_path / "model.pth")
-    monkeypatch.setattr(files.torch, "__version__", "2.9.1+cpu")
+    monkeypatch.setattr(reading.torch, "__version__", "2.9.1+cpu")
     with pytest.raises(ValueError, match=r"torch 2\.9\.1\+cpu cannot read pickles safely.*expected .*torch 2\.10"):
         load(tmp_path / "model.pth")
 

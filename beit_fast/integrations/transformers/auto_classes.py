@@ -16,6 +16,7 @@ from transformers import modeling_outputs
 from transformers.models.beit.modeling_beit import BeitModelOutputWithPooling
 
 import beit_fast
+from beit_fast.configuration.conversion import as_beit_config
 
 try:
     from transformers.backbone_utils import BackboneType
@@ -23,14 +24,7 @@ except ImportError:  # 4.57
     from transformers.utils.backbone_utils import BackboneType
 
 # Arguments of Auto classes and pipelines that do not change what is loaded.
-_UNUSED = (
-    "_from_auto",
-    "_from_pipeline",
-    "_commit_hash",
-    "trust_remote_code",
-    "code_revision",
-    "low_cpu_mem_usage",
-)
+_UNUSED = ("_from_auto", "_from_pipeline", "_commit_hash", "code_revision")
 
 
 class BeitFastConfig(transformers.BeitConfig):
@@ -44,11 +38,9 @@ class BeitFastConfig(transformers.BeitConfig):
 
 def own_config(config: Any) -> beit_fast.BeitConfig:
     """Convert a Transformers configuration, with its requested attention implementation."""
-    if isinstance(config, beit_fast.BeitConfig):
-        return config
-    values = config.to_dict() | {"model_type": beit_fast.BeitConfig.model_type}
-    asked = getattr(config, "_attn_implementation", None)
-    return beit_fast.BeitConfig.from_dict(values, attn_implementation=asked)
+    own = as_beit_config(config, beit_fast.BeitConfig.model_type)
+    requested = getattr(config, "_attn_implementation", None)  # Auto classes pass a request for "sdpa" only here
+    return own if requested is None else own.with_implementations(attn_implementation=requested)
 
 
 class TransformersConventions(beit_fast.BeitPreTrainedModel):
@@ -70,12 +62,10 @@ class TransformersConventions(beit_fast.BeitPreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, config: Any = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *, config: Any = None, **kwargs: Any
     ) -> Any:
         """See `beit_fast.BeitPreTrainedModel.from_pretrained`; arguments of Transformers that are None are ignored."""
         _raise_on_adapter(kwargs.pop("adapter_kwargs", None))
-        if kwargs.get("use_safetensors"):
-            del kwargs["use_safetensors"]  # safetensors are preferred anyway
         given = {name: value for name, value in kwargs.items() if name not in _UNUSED and value is not None}
         config = own_config(config) if isinstance(config, transformers.PretrainedConfig) else config
         return super().from_pretrained(pretrained_model_name_or_path, config=config, **given)

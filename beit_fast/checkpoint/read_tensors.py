@@ -1,0 +1,150 @@
+"""Read the tensors of weights files: safetensors, and pickles without running code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..utils.hub import PICKLE_SUFFIXES
+from ..utils.messages import join_some
+from .wrappers import averaging_counter, find_state_dict
+
+SAFE_PICKLE_VERSION = (2, 10)
+"""Before torch 2.10, a file could run code despite `weights_only=True` (GHSA-63cw-57p8-fm3p)."""
+
+_LARGE = 1 << 30
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_OBJECT = re.compile(r"GLOBAL ([\w.]+)")
+
+
+class StoredTensors(NamedTuple):
+    """Tensors of a checkpoint, by their names in the files.
+
+    `ema_key` is the key of the averaged weights if these were read.
+    """
+
+    tensors: dict[str, Tensor]
+    ema_key: str | None
+
+
+def read_tensors(
+    files: Sequence[Path], device: torch.device | str = "cpu", use_ema: bool | None = None
+) -> StoredTensors:
+    """Read all tensors to `device`.
+
+    A progress bar is shown for several files or more than 1 GiB.
+
+    Args:
+        files: All shards.
+        device: Where the tensors are read to.
+        use_ema: Whether to read averaged weights; None reads them if there are any.
+
+    Raises:
+        ValueError: If a file is damaged, has an unknown format, contains objects other than tensors and plain data,
+            repeats a name, or does not have the weights that `use_ema` asks for.
+    """
+    from tqdm import tqdm
+
+    size = sum(file.stat().st_size for file in files)
+    state: dict[str, Tensor] = {}
+    ema_key = None
+    quiet = len(files) < 2 and size < _LARGE
+    with tqdm(total=size, unit="B", unit_scale=True, desc="Loading weights", disable=quiet, leave=False) as bar:
+        for file in files:
+            if file.suffix == ".safetensors":
+                tensors, file_key = _read_safetensors(file, device), None
+            else:
+                tensors, file_key = _read_pickle(file, device, use_ema)
+            ema_key = ema_key or file_key
+            for key, tensor in tensors.items():
+                if key in state:
+                    raise ValueError(f"{os.fspath(file)!r} contains {key!r}, which another shard also contains")
+                state[key] = tensor
+                bar.update(tensor.nbytes)
+    return _checked_averages(state, ema_key, os.fspath(files[0]) if files else "", use_ema)
+
+
+def tensors_of(state_dict: Mapping[str, object], device: torch.device | str, use_ema: bool | None) -> StoredTensors:
+    """Copy the tensors of a state dict, or of the dictionary of a training script, to `device`.
+
+    Raises:
+        ValueError: As in `read_tensors`.
+    """
+    tensors, ema_key = find_state_dict(state_dict, "state_dict", use_ema)
+    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in tensors.items()}
+    return _checked_averages(copies, ema_key, "state_dict", use_ema)
+
+
+def _checked_averages(state: dict[str, Tensor], ema_key: str | None, name: str, use_ema: bool | None) -> StoredTensors:
+    counter = averaging_counter(state)
+    if use_ema is False and counter is not None and ema_key is None:
+        raise ValueError(f"{name!r} contains only averaged weights (it has {counter!r}), and use_ema=False")
+    ema_key = ema_key or counter
+    if use_ema and ema_key is None:
+        raise ValueError(f"{name!r} does not contain averaged weights, and use_ema=True")
+    return StoredTensors(state, ema_key)
+
+
+def _read_safetensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(file)!r} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_pickle(file: Path, device: torch.device | str, use_ema: bool | None) -> tuple[dict[str, Tensor], str | None]:
+    check_pickle_is_safe(file)
+    # Training scripts save their argparse options beside the weights: plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            content = torch.load(file, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{os.fspath(file)!r} contains objects other than tensors and plain data, and was not loaded: "
+                f"{_foreign_objects(file, error)}. If you trust the file, convert it: read its state dict in the "
+                "program that wrote it, then safetensors.torch.save_file(state_dict, 'model.safetensors')"
+            ) from None
+        except (RuntimeError, EOFError) as error:
+            raise ValueError(f"{os.fspath(file)!r} is damaged or not a file of torch.save: {error}") from error
+    return find_state_dict(content, os.fspath(file), use_ema)
+
+
+def _foreign_objects(file: Path, error: pickle.UnpicklingError) -> str:
+    """Names of the classes and functions in a pickle that are not plain data, without torch's advice."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # a pickle of an older format
+        names = _OBJECT.findall(str(error))
+    if names:
+        return join_some(names)
+    lines = [line.strip() for line in _ANSI.sub("", str(error)).rpartition("WeightsUnpickler error:")[2].splitlines()]
+    return next((line for line in lines if line), type(error).__name__).rstrip(".")
+
+
+def check_pickle_is_safe(file: Path) -> None:
+    """Check the suffix of a pickle and the version of torch.
+
+    Versions of torch before 2.10 do not read pickles safely.
+
+    Raises:
+        ValueError: If the file is not a weights file, or torch is too old.
+    """
+    if not file.name.endswith(PICKLE_SUFFIXES):
+        *suffixes, last = (".safetensors", ".index.json", *PICKLE_SUFFIXES)
+        raise ValueError(f"{os.fspath(file)!r} is not a weights file (expected {', '.join(suffixes)} or {last})")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_PICKLE_VERSION:
+        raise ValueError(
+            f"{os.fspath(file)!r} is a pickle, and torch {torch.__version__} cannot read pickles safely "
+            "(GHSA-63cw-57p8-fm3p; expected a safetensors file, or torch 2.10 or later)"
+        )
