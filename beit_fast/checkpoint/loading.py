@@ -65,7 +65,7 @@ class KeyReport:
     mismatched: dict[str, tuple[Sequence[int], Sequence[int]]]
 
     def loading_info(self, ema_key: str | None) -> dict[str, Any]:
-        """Format the report as Transformers' `output_loading_info`, with the key of averaged weights if read."""
+        """Format the report as `output_loading_info`; `ema_key` names averaged weights that were read."""
         return {
             "missing_keys": set(self.missing),
             "unexpected_keys": set(self.unexpected),

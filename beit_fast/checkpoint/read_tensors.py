@@ -73,7 +73,9 @@ def read_tensors(
 
 
 def tensors_of(state_dict: Mapping[str, object], device: torch.device | str, use_ema: bool | None) -> StoredTensors:
-    """Copy the tensors of a state dict, or of the dictionary of a training script, to `device`.
+    """Copy the tensors of a state dict to `device`.
+
+    It may be inside the dictionary of a training script.
 
     Raises:
         ValueError: As in `read_tensors`.
@@ -121,7 +123,7 @@ def _read_pickle(file: Path, device: torch.device | str, use_ema: bool | None) -
 
 
 def _foreign_objects(file: Path, error: pickle.UnpicklingError) -> str:
-    """Names of the classes and functions in a pickle that are not plain data, without torch's advice."""
+    """Name the objects in a pickle that are not plain data."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # a pickle of an older format

@@ -78,7 +78,10 @@ def find_state_dict(content: Any, file: str, use_ema: bool | None) -> tuple[dict
 
 
 def _choose(content: Mapping[Any, Any], file: str, use_ema: bool | None) -> tuple[str | None, bool]:
-    """The key of the weights in `content`, None if it is the state dict, and whether they are averaged."""
+    """Return the key of the weights, and whether they are averaged.
+
+    The key is None if `content` is itself the state dict.
+    """
     raw = [key for key in WEIGHT_KEYS if _holds_tensors(content.get(key))]
     averaged = [key for key in EMA_KEYS if _holds_tensors(content.get(key)) and _holds_beit(content[key])]
     if len(raw) > 1:

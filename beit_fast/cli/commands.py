@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoint.files import check_pickle_is_safe, find_checkpoint
+from ..checkpoint.files import find_checkpoint
+from ..checkpoint.read_tensors import check_pickle_is_safe
 from ..configuration.beit_config import BeitConfig
 from ..utils.files import CONFIG_NAME, atomic_write, writing
 from ..utils.hub import HubOptions

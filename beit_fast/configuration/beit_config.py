@@ -285,7 +285,7 @@ class BeitConfig(LabelsAndStages):
         return {name: getattr(self, name) for name in IMPLEMENTATION_FIELDS}
 
     def with_implementations(self, **fields: str | None) -> Self:
-        """Return a copy with other `implementations()`, or this configuration if they are the same."""
+        """Copy with other `implementations()`; if they are the same, return `self`."""
         if self.implementations() == self.implementations() | fields:
             return self
         changed = copy.deepcopy(self)

@@ -187,7 +187,7 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         self.apply(self._init_weights)
 
     def _configure(self, **implementations: str | None) -> None:
-        """Set implementations in the configurations of all modules, which share copies as they shared originals."""
+        """Replace the configurations of all modules by copies with these implementations."""
         copies: dict[int, BeitConfig] = {}
         for module in self.modules():
             config = vars(module).get("config")
@@ -197,7 +197,7 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
                 vars(module)["config"] = copies[id(config)]
 
     def _finish_construction(self) -> None:
-        """Initialize the modules outside nested models, and set what the configuration asks for."""
+        """Initialize the modules outside nested models, and apply the configuration."""
         for child in self.children():
             if not isinstance(child, BeitPreTrainedModel):
                 child.apply(self._init_weights)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the models, under its names in Transformers 4 and 5."""
+"""Gradient checkpointing: recompute blocks in the backward pass."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ class GradientCheckpointingMixin:
         return self.is_gradient_checkpointing
 
     def enable_input_require_grads(self) -> None:
-        """Let the patch embeddings require gradients, as adapters on frozen weights need with checkpointing."""
+        """Let the patch embeddings require gradients.
+
+        Adapters on frozen weights need it with gradient checkpointing.
+        """
         self.disable_input_require_grads()
         model: Any = self
         model._require_grads_hook = model.get_input_embeddings().register_forward_hook(_require_grad)

@@ -51,7 +51,7 @@ def find_options(name_or_path: str | os.PathLike[str], file_name: str, what: str
 
 
 def local_folder(path: Path, hub: HubOptions) -> Path:
-    """The subfolder of a local folder that `hub` names, or `path` if it names none.
+    """Return the subfolder of `path` that `hub` names, if any.
 
     Raises:
         FileNotFoundError: If the folder does not have the subfolder.

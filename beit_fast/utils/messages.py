@@ -76,6 +76,9 @@ def join_choices(choices: Iterable[Any]) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" if a name in `known` resembles `name`, else an empty string."""
+    """Return " (did you mean 'x'?)" for a name in `known`.
+
+    The string is empty if none resembles `name`.
+    """
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=_CLOSE)
     return f" (did you mean {close[0]!r}?)" if close else ""
