@@ -67,7 +67,7 @@ def _unidentified_reason(source: Path | io.BytesIO) -> str:
 
 
 def _recognized(stream: Any, prefix: bytes) -> list[tuple[str, str]]:
-    """List the formats whose first bytes these are, and why Pillow opens none."""
+    """List the formats that begin like this, with Pillow's errors."""
     from PIL import Image
 
     found = []

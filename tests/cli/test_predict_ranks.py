@@ -72,6 +72,18 @@ def test_predict_resumes_with_another_number_of_processes(
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
+def test_predict_complete_run_with_failures_exits_with_1_on_rank_0_only(arguments, tmp_path, capsys, set_rank):
+    """torchrun then ends with an error once, as in the run that wrote the results."""
+    assert predict(capsys, *arguments)[0] == 1
+    codes = []
+    for rank in range(2):
+        set_rank(rank, 2)
+        code, text, _ = predict(capsys, *arguments)
+        assert f"is already complete: {COUNT} images, 1 failed" in text
+        codes.append(code)
+    assert codes == [1, 0]
+
+
 def test_predict_with_more_ranks_than_batches(arguments, whole, tmp_path, capsys, set_rank):
     codes = []
     for rank in reversed(range(9)):
