@@ -9,7 +9,7 @@ from typing import Any
 
 from ..configuration.beit_config import BeitConfig
 from ..utils.files import CONFIG_NAME, read_json_object
-from ..utils.hub import HubOptions, Repository
+from ..utils.hub import HubOptions, Repository, local_folder
 from .processor import PREPROCESSOR_NAME, BeitImageProcessor
 from .timm_options import normalization_entries, resize_options
 
@@ -80,7 +80,7 @@ def _file_beside(name_or_path: str | os.PathLike[str], file_name: str, hub: HubO
     path = Path(name_or_path).expanduser()
     if not path.exists():
         return Repository(os.fspath(name_or_path), hub).fetch_optional(file_name)
-    file = (path if path.is_dir() else path.parent) / file_name
+    file = (local_folder(path, hub) if path.is_dir() else path.parent) / file_name
     return file if file.is_file() else None
 
 

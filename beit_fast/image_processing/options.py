@@ -165,6 +165,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """Defaults of all options, as in Transformers 5."""
 
+OPTION_NAMES = frozenset({*DEFAULTS, "reduce_labels"})
+"""Names of all options, with older ones."""
+
 
 def checked(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert options to their stored forms.

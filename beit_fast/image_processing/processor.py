@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -15,14 +15,28 @@ from torch import Tensor
 
 from ..utils.files import atomic_write_text, json_text, plain, read_json_object
 from ..utils.hub import HubOptions, find_options
+from ..utils.messages import describe, suggest
 from .batch_feature import BatchFeature
 from .inputs import Array, as_array, as_levels, as_tensor, is_unit_range, read_images, read_label_maps
-from .options import CHANNELS_LAST, DEFAULTS, checked, with_current_names, with_steps_off, without_contradiction
+from .options import (
+    CHANNELS_LAST,
+    DEFAULTS,
+    OPTION_NAMES,
+    checked,
+    with_current_names,
+    with_steps_off,
+    without_contradiction,
+)
 from .resampling import center_crop, resize_array, resize_nearest, resized_size
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 IGNORED_LABEL = 255
 
+# Arguments of Transformers' `from_pretrained` that are not options of a processor.
+_NOT_OPTIONS = (
+    *("image_processor_filename", "proxies", "trust_remote_code", "code_revision", "use_fast", "backend"),
+    *("_from_auto", "_from_pipeline", "_commit_hash", "user_agent"),
+)
 _WRITER_FIELDS = ("image_processor_type", "feature_extractor_type")
 _SAME_OPTIONS = ("Beit", "ViT")  # prefixes of the classes whose files hold these options and no others
 
@@ -50,7 +64,8 @@ class BeitImageProcessor:
         device: The device of tensors. This class requires `return_tensors="pt"` with it.
         disable_grouping: An option of `BeitImageProcessorFast` without effect here.
 
-    Each option is an attribute that can be set. Other fields of a file are in `other_fields` and are saved again.
+    Each option is an attribute that can be set. Other fields of a file are in `other_fields` and are saved again. One
+    that resembles an option gets a warning.
 
     The EXIF orientation of Pillow images and files is applied first. Conversion to RGB blends transparent pixels
     over white and scales 16 bits to 8. Images of 32-bit integers are 8 bits if no value exceeds 255, else 16.
@@ -74,6 +89,10 @@ class BeitImageProcessor:
         self.other_fields = {
             name: plain(value) for name, value in given.items() if name not in DEFAULTS and name not in _WRITER_FIELDS
         }
+        for name, value in self.other_fields.items():
+            if advice := suggest(name, OPTION_NAMES):
+                text = f"{describe(name, value)} is not an option of {owner} and has no effect{advice}"
+                warnings.warn(text, UserWarning, stacklevel=2)
         known = {name: given.get(name, default) for name, default in plain(DEFAULTS).items()}
         self.__dict__.update(checked(owner, known))
 
@@ -119,7 +138,8 @@ class BeitImageProcessor:
         overrides = with_current_names(owner, overrides)
         unknown = [name for name in overrides if name not in DEFAULTS]
         if unknown:
-            raise TypeError(f"{owner} has no option {', '.join(unknown)} (expected {', '.join(DEFAULTS)})")
+            advice = "".join(suggest(name, OPTION_NAMES) for name in unknown)
+            raise TypeError(f"{owner} has no option {', '.join(unknown)} (expected {', '.join(DEFAULTS)}){advice}")
         given = {name: value for name, value in overrides.items() if value is not None}
         return checked(owner, {name: getattr(self, name) for name in DEFAULTS} | given)
 
@@ -261,28 +281,43 @@ class BeitImageProcessor:
         """
         return cls.from_dict(read_json_object(Path(path)), **overrides)
 
+    @overload
     @classmethod
     def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        /,
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        **overrides: Any,
-    ) -> Self:
+        cls, name_or_path: str | os.PathLike[str], /, *, return_unused_kwargs: Literal[False] = False, **options: Any
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], /, *, return_unused_kwargs: Literal[True], **options: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], /, *, return_unused_kwargs: bool = False, **options: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Read a processor from a folder, a JSON file or the hub.
 
-        A hub repository has a name such as "org/name".
+        Args:
+            name_or_path: A path, or the name of a hub repository such as "org/name".
+            return_unused_kwargs: Return `(processor, unused)`, with the options that the class does not have.
+            options: Overrides of the options of the file, and `revision`, `cache_dir`, `token`, `local_files_only`,
+                `force_download` and `subfolder` as in `huggingface_hub`. `image_processor_filename` is the name of
+                the file. `trust_remote_code`, `code_revision`, `proxies`, `use_fast` and `backend` have no effect: code
+                never runs, `huggingface_hub` reads `HTTPS_PROXY`, and the class is the one that was called.
 
         Raises:
             FileNotFoundError: If there is no `preprocessor_config.json`.
         """
-        hub = HubOptions(revision, cache_dir, token, local_files_only)
-        file = find_options(name_or_path, PREPROCESSOR_NAME, "image processor", hub)
-        return cls.from_json_file(file, **overrides)
+        hub = HubOptions(**{name: options[name] for name in HubOptions._fields if options.get(name) is not None})
+        file_name = options.get("image_processor_filename") or PREPROCESSOR_NAME
+        file = find_options(name_or_path, file_name, "image processor", hub)
+        overrides = {name: options[name] for name in options if name not in {*HubOptions._fields, *_NOT_OPTIONS}}
+        if not return_unused_kwargs:
+            return cls.from_json_file(file, **overrides)
+        used = {name: value for name, value in overrides.items() if name in OPTION_NAMES}
+        return cls.from_json_file(file, **used), {name: overrides[name] for name in overrides if name not in used}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
