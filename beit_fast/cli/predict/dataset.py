@@ -44,6 +44,10 @@ class Dataset:
         """A hash of the paths, in hexadecimal."""
         return hashlib.sha256("\0".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
 
+    def files_named(self, name: str) -> list[Path]:
+        """List the images whose file has this name, in any folder."""
+        return [self.root / path for path in self.paths if path.rpartition("/")[2] == name]
+
     def num_batches(self, size: int) -> int:
         """The number of batches of `size` images; the last one may be smaller."""
         return -(-len(self.paths) // size)
