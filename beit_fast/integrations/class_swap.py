@@ -5,11 +5,13 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from .forward_scope import scoped_class, unscoped_class
+from .bias_handle import showing_class
+from .forward_scope import scoped_class
 from .report import (
     ALREADY,
     LEFT_ALONE,
@@ -21,6 +23,7 @@ from .report import (
     check_some_change,
     kernel_lines,
 )
+from .same_name import original_of
 
 Modules = dict[str, nn.Module]
 """Modules by their name in the model."""
@@ -35,11 +38,21 @@ class ClassSwap(ABC):
     Attributes:
         originals: the library's class for each replacement.
         trunks: the library's classes whose `trunk_methods` run all layers of a forward pass.
+        blocks: the library's classes between a trunk and its attention, which get the shared bias by keyword.
     """
 
     originals: Mapping[type[nn.Module], type[nn.Module]]
     trunks: tuple[type[nn.Module], ...]
     trunk_methods: tuple[str, ...]
+    blocks: tuple[type[nn.Module], ...]
+
+    @staticmethod
+    @abstractmethod
+    def hide(module: nn.Module, name: str, value: Any) -> Any:
+        """Replace a dense shared bias by a handle.
+
+        `name` and `value` are a keyword argument of a block. Other values are returned unchanged.
+        """
 
     @abstractmethod
     def find(self, model: nn.Module, caller: str) -> Modules:
@@ -69,6 +82,10 @@ class ClassSwap(ABC):
         """Return a note if a module needs no replacement, otherwise None."""
         return "" if isinstance(module, tuple(self.originals)) else None
 
+    def call_reason(self, module: nn.Module) -> str:
+        """Return why the library's own attention runs, or an empty string."""
+        return ""
+
     def accelerate(self, model: nn.Module, attn_implementation: str | None) -> AccelerationReport:
         """Exchange the classes of attention and bias modules and their trunks; see an integration's `accelerate`."""
         check_request("accelerate", model, attn_implementation)
@@ -82,7 +99,7 @@ class ClassSwap(ABC):
                 exchange_class(module, replacements[name])
             if hasattr(type(module), "attn_implementation"):
                 vars(module)["attn_implementation"] = attn_implementation
-        self._open_or_close_scopes(model)
+        self._wrap_or_unwrap(model)
         return AccelerationReport(type(model).__name__, tuple(changes), kernel_lines(self._places(found)))
 
     def restore(self, model: nn.Module) -> AccelerationReport:
@@ -98,26 +115,34 @@ class ClassSwap(ABC):
                 exchange_class(module, self.originals[type(module)])
                 vars(module).pop("attn_implementation", None)
                 changes.append(ModuleChange(name, type(module).__name__, RESTORED))
-        self._open_or_close_scopes(model)
+        self._wrap_or_unwrap(model)
         return AccelerationReport(type(model).__name__, tuple(changes))
 
     def _change(self, name: str, module: nn.Module, reason: str) -> ModuleChange:
         kind, note = self.library_class(module).__name__, self.already_fast(module)
         if note is not None:
-            return ModuleChange(name, kind, ALREADY, note)
-        return ModuleChange(name, kind, LEFT_ALONE if reason else REPLACED, reason)
+            return ModuleChange(name, kind, ALREADY, note or self.call_reason(module))
+        if reason:
+            return ModuleChange(name, kind, LEFT_ALONE, reason)
+        return ModuleChange(name, kind, REPLACED, self.call_reason(module))
 
-    def _open_or_close_scopes(self, model: nn.Module) -> None:
-        """Give trunks with accelerated modules a forward that opens a scope.
+    def _wrap_or_unwrap(self, model: nn.Module) -> None:
+        """Set the classes of trunks and blocks with accelerated modules.
 
-        Within a scope the modules choose their kernels once. A trunk without such modules gets its class back.
+        Others get their class back.
+
+        The forward of a trunk opens a scope, within which the modules choose their kernels once. A block shows its
+        hooks a dense bias.
         """
-        for trunk in (module for module in model.modules() if isinstance(module, self.trunks)):
-            original = unscoped_class(type(trunk))
-            accelerated = any(isinstance(module, tuple(self.originals)) for module in trunk.modules())
-            wanted = scoped_class(original, self.trunk_methods) if accelerated else original
-            if type(trunk) is not wanted:
-                exchange_class(trunk, wanted)
+        for module in model.modules():
+            if not isinstance(module, (*self.trunks, *self.blocks)):
+                continue
+            wanted = original_of(type(module))
+            if any(isinstance(inner, tuple(self.originals)) for inner in module.modules()):
+                is_trunk = isinstance(module, self.trunks)
+                wanted = scoped_class(wanted, self.trunk_methods) if is_trunk else showing_class(wanted, self.hide)
+            if type(module) is not wanted:
+                exchange_class(module, wanted)
 
     def _places(self, found: Modules) -> Iterator[Place]:
         return (place for module in found.values() if (place := self.place(module)) is not None)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..layers.context import Kernels, choose_kernels, query_dtype
 from ..layers.linear import runs_eagerly
 from ..ops.functorch import transforms_are_active
+from .same_name import subclass_of_same_name
 
 
 class _Facts(NamedTuple):
@@ -84,37 +85,13 @@ def _is_captured() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-_scoped: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
-
-
 def scoped_class(original: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
-    """Return a subclass of a trunk whose `methods` open a scope.
-
-    It has the name and module of the original. Transformers writes the name to `config.json`, and finds by both the
-    outputs that a model can return.
-    """
-    key = (original, methods)
-    if key not in _scoped:
-        _scoped[key] = _subclass(original, methods)
-    return _scoped[key]
+    """Return a subclass of a trunk whose `methods` open a scope."""
+    return subclass_of_same_name(original, _scoped_methods, methods)
 
 
-def unscoped_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the original of a scoped class, or any other class unchanged."""
-    original: type[nn.Module] = vars(cls).get("scoped_from", cls)
-    return original
-
-
-def _subclass(original: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
-
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        reduced: Any = original.__reduce_ex__(self, protocol)
-        return _rebuild, (original, methods), *reduced[2:]  # a class of this name cannot be pickled by its name
-
-    names = ("__module__", "__qualname__", "__doc__")
-    attributes = {name: getattr(original, name) for name in names} | {"__reduce_ex__": reduce, "scoped_from": original}
-    attributes |= {name: in_scope(_inherited(original, name)) for name in methods}
-    return type(original.__name__, (original,), attributes)
+def _scoped_methods(original: type[nn.Module], methods: tuple[str, ...]) -> dict[str, Any]:
+    return {name: in_scope(_inherited(original, name)) for name in methods}
 
 
 def _inherited(original: type[nn.Module], name: str) -> Callable[..., Any]:
@@ -125,8 +102,3 @@ def _inherited(original: type[nn.Module], name: str) -> Callable[..., Any]:
         return getattr(original, name)(*args, **kwargs)
 
     return method
-
-
-def _rebuild(original: type[nn.Module], methods: tuple[str, ...]) -> nn.Module:
-    cls = scoped_class(original, methods)
-    return cls.__new__(cls)

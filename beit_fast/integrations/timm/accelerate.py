@@ -7,52 +7,86 @@
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...layers.attention_backends import run_attention
-from ...layers.module_hooks import clone_if_hooked, runs_as_written
-from ...position_bias import Window
+from ...layers.module_hooks import clone_if_hooked, watches_keywords, watches_output
+from ...position_bias import Window, gather_bias
+from ..bias_handle import BiasHandle, dense, show_dense
 from ..class_swap import ClassSwap, Modules, Place
-from ..forward_scope import choose_in_forward, unscoped_class
+from ..forward_scope import choose_in_forward
 from ..report import AccelerationReport
+from ..same_name import original_of
 from .conversion import timm_beit
 
 _FORWARD_ARGUMENTS = ("self", "x", "shared_rel_pos_bias")
 
 
+@BiasHandle.register
 class SharedTable(NamedTuple):
     """The shared bias as its table, in place of a dense tensor."""
 
     table: Tensor  # [(2Wh-1)(2Ww-1)+3, H]
     window: Window
 
+    def dense(self) -> Tensor:
+        """Return the bias `[1, H, N, N]`."""
+        return gather_bias(self.table, self.window).unsqueeze(0)
+
+
+@BiasHandle.register
+class SharedDense(NamedTuple):
+    """The shared bias `[1, H, N, N]`, for hooks."""
+
+    bias: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the bias `[1, H, N, N]`."""
+        return self.bias
+
 
 class TableRelativePositionBias(timm_beit.RelativePositionBias):
-    """timm's shared bias, which returns its table and gathers nothing."""
+    """timm's shared bias, which returns its table and gathers nothing.
 
-    def forward(self) -> SharedTable:
+    If it has hooks, they see timm's dense bias and may replace it.
+    """
+
+    def __call__(self) -> SharedTable | SharedDense:
+        bias = super().__call__()
+        return bias if isinstance(bias, SharedTable) else SharedDense(bias)
+
+    def forward(self) -> SharedTable | Tensor:
+        if watches_output(self):
+            return super().forward()
         return SharedTable(clone_if_hooked(self, self.relative_position_bias_table), self.window_size)
 
 
 class FusedAttention(timm_beit.Attention):
     """timm's attention with `beit_fast.rel_pos_attention`, which reads the bias from its table.
 
-    `attn_drop` is not called, as in timm's own fused attention: only its probability is read.
+    timm's own forward runs if `library_forward_reason` names a reason, if the shared bias is dense, and for hooks that
+    read the shared bias. `attn_drop` is not called, as in timm's own fused attention: only its probability is read.
     """
 
     attn_implementation: str | None = None
 
-    def forward(self, x: Tensor, shared_rel_pos_bias: SharedTable | None = None) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = show_dense(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: SharedTable | SharedDense | Tensor | None = None) -> Tensor:
+        if watches_keywords(self) or isinstance(shared_rel_pos_bias, SharedDense) or library_forward_reason(self):
+            return super().forward(x, dense(shared_rel_pos_bias))
         packed = self._project(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = packed.unbind(2)  # [B, N, H, D]
         table, window = self._table(shared_rel_pos_bias)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        backend = choose_in_forward(self.attn_implementation, q.device, q.dtype, q.shape[-1]).attention
-        out = run_attention(backend, q, k, v, table, window, None, self.scale, dropout_p)
+        out = fused_attention(q, k, v, table, window, self.scale, dropout_p, self.attn_implementation)
         return self.proj_drop(self.proj(out.flatten(2)))
 
     def _project(self, x: Tensor) -> Tensor:
@@ -62,7 +96,7 @@ class FusedAttention(timm_beit.Attention):
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         return self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
 
-    def _table(self, shared: SharedTable | None) -> tuple[Tensor | None, Window | None]:
+    def _table(self, shared: SharedTable | Tensor | None) -> tuple[Tensor | None, Window | None]:
         """Return the sum of the tables and its window.
 
         The gather is linear, so tables can be added in place of biases.
@@ -76,6 +110,52 @@ class FusedAttention(timm_beit.Attention):
         if shared is None:
             return own, self.window_size
         return (shared.table if own is None else own + shared.table), shared.window
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    window: Window | None,
+    scale: float,
+    dropout_p: float,
+    attn_implementation: str | None,
+) -> Tensor:
+    """Choose a kernel and run attention; a leaf in graphs of `torch.fx`.
+
+    Args:
+        q, k, v: `[B, N, H, D]`.
+        table: `[rows, H]` of `window`, or None.
+        window: Patches `(height, width)`, or None.
+        scale: Factor of the scores.
+        dropout_p: Dropout probability of the attention weights.
+        attn_implementation: `"triton"`, or None.
+
+    Returns:
+        `[B, N, H, D]`.
+
+    Raises:
+        ValueError: If `"triton"` is requested and no kernel serves.
+    """
+    backend = choose_in_forward(attn_implementation, q.device, q.dtype, q.shape[-1]).attention
+    return run_attention(backend, q, k, v, table, window, None, scale, dropout_p)
+
+
+torch.fx.wrap("fused_attention")
+
+
+def library_forward_reason(attention: timm_beit.Attention) -> str:
+    """Return why timm's own forward must run, or an empty string.
+
+    All of it can change after `accelerate`, so that it is asked at each call.
+    """
+    if not attention.fused_attn:
+        return "has fused_attn=False"
+    drop = attention.attn_drop
+    if type(drop) is not nn.Dropout or drop.p >= 1:
+        return f"has {drop} as attn_drop (expected Dropout with p below 1)"
+    return ""
 
 
 _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
@@ -92,7 +172,12 @@ def accelerate(model: nn.Module, attn_implementation: str | None = None) -> Acce
         print(accelerate(model))
 
     Outputs and gradients change only by rounding, and no `[H, N, N]` bias is built. Everything that timm does with the
-    model works as before, except `torch.jit.script`, which needs `restore` first.
+    model works as before, except `torch.jit.script`, which needs `restore` first. `torch.fx` traces the model, with
+    `fused_attention` as a leaf.
+
+    Hooks see what they see in timm. Whether they do is asked at each call. timm's own attention runs, with a dense
+    bias, while `fused_attn` is False (then timm calls `attn_drop`, and hooks on it see the attention weights), while
+    the shared bias has hooks, and while an attention has hooks with `with_kwargs=True`.
 
     Args:
         model: a `timm.models.beit.Beit`, or a module that contains one, such as the result of `features_only=True`.
@@ -101,8 +186,9 @@ def accelerate(model: nn.Module, attn_implementation: str | None = None) -> Acce
 
     Returns:
         What was replaced, what was left alone and why, and which kernel will run for the present device and dtype. A
-        second call replaces nothing and sets `attn_implementation`. Modules of another class, with a forward of their
-        own, or with hooks that would not be called are left alone, and so are the modules that share a bias with them.
+        second call replaces nothing and sets `attn_implementation`. Modules of another class or with a forward of their
+        own are left alone, and so are the modules that share a bias with them. A replaced module that runs timm's own
+        attention at present is listed with the reason.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -131,6 +217,11 @@ class _TimmSwap(ClassSwap):
     originals = _ORIGINALS
     trunks = (timm_beit.Beit,)
     trunk_methods = ("forward_features", "forward_intermediates")
+    blocks = (timm_beit.Block,)
+
+    @staticmethod
+    def hide(module: nn.Module, name: str, value: Any) -> Any:
+        return SharedDense(value) if name == "shared_rel_pos_bias" and isinstance(value, Tensor) else value
 
     def find(self, model: nn.Module, caller: str) -> Modules:
         known = tuple(_REPLACEMENTS)
@@ -150,7 +241,7 @@ class _TimmSwap(ClassSwap):
         for bias in [name for name, module in found.items() if isinstance(module, timm_beit.RelativePositionBias)]:
             prefix = bias.rpartition(".")[0]
             owner = model.get_submodule(prefix)
-            if unscoped_class(type(owner)) is not timm_beit.Beit:
+            if original_of(type(owner)) is not timm_beit.Beit:
                 reasons.setdefault(bias, f"belongs to a {_class_name(type(owner))}, which may read the dense bias")
             together = [name for name in found if name.startswith(f"{prefix}." if prefix else "")]
             cause = next((name for name in together if name in reasons), None)
@@ -170,6 +261,13 @@ class _TimmSwap(ClassSwap):
             return None
         weight = next(module.parameters())
         return module.attn_implementation, weight.device, weight.dtype, round(module.scale**-2)
+
+    def call_reason(self, module: nn.Module) -> str:
+        if isinstance(module, timm_beit.RelativePositionBias):
+            reason = "has hooks, which expect a dense bias" if watches_output(module) else ""
+        else:
+            reason = library_forward_reason(module)
+        return reason and f"{reason}; timm's own attention runs until this changes"
 
     def restore_error(self, module: nn.Module) -> str:
         held = type(module) in _ORIGINALS and "forward" in vars(module)
@@ -199,14 +297,7 @@ def _unsupported_reason(module: nn.Module) -> str:
         return ""
     if type(module) not in _REPLACEMENTS:
         return f"is a {_class_name(type(module))}, which may compute something else"
-    if isinstance(module, timm_beit.RelativePositionBias):
-        return "" if runs_as_written(module) else "has hooks or a forward of its own, which expect a dense bias"
-    if "forward" in vars(module):
-        return "has a forward of its own"
-    drop = module.attn_drop
-    if type(drop) is not nn.Dropout or drop.p >= 1:
-        return f"has {drop} as attn_drop (expected Dropout with p below 1)"
-    return "" if runs_as_written(drop) else "has hooks or a forward of its own on attn_drop, which would not be called"
+    return "has a forward of its own" if "forward" in vars(module) else ""
 
 
 def _class_name(cls: type[nn.Module]) -> str:

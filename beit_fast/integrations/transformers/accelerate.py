@@ -18,9 +18,20 @@ import transformers
 from torch import nn
 
 from ...layers.attention import BeitRelativePositionBias, BeitSelfAttention
+from ...layers.module_hooks import watches_output
 from ..class_swap import ClassSwap, Modules, Place, held_forwards
 from ..report import AccelerationReport
-from .fused_layers import CARRIERS, FUSED, INNER_BIASES, ORIGINALS, TRUNKS
+from .fused_layers import (
+    BLOCKS,
+    CARRIERS,
+    FUSED,
+    INNER_BIASES,
+    ORIGINALS,
+    TRUNKS,
+    JoinedAttentionMixin,
+    SplitAttentionBase,
+    hide_dense,
+)
 
 _OWN = (BeitSelfAttention, BeitRelativePositionBias)
 
@@ -34,7 +45,13 @@ def accelerate(model: nn.Module, attn_implementation: str | None = None) -> Acce
     only by rounding. `restore` undoes it.
 
     A call with `output_attentions=True`, and in 4.57 a call with a head mask, runs Transformers' attention with a dense
-    bias. A padding mask excludes keys under every attention, as Transformers' `"eager"` does. Transformers' `"sdpa"`
+    bias. It returns what Transformers returns: weights under `"eager"`, and none under `"sdpa"`.
+
+    Hooks see what they see in Transformers. Whether there are any is asked at each call. While a bias module has hooks,
+    or an attention or layer has hooks that read a bias among its arguments, the attention that takes this bias is
+    Transformers' own. The same holds for `"eager"` attention of Data2VecVision whose dropout has hooks.
+
+    A padding mask excludes keys under every attention, as Transformers' `"eager"` does. Transformers' `"sdpa"`
     in 5.x adds the mask to the bias as 0 and 1, so that masked keys are attended to. A sample whose keys are all masked
     gives zeros.
 
@@ -45,7 +62,8 @@ def accelerate(model: nn.Module, attn_implementation: str | None = None) -> Acce
 
     Returns:
         What was replaced, what was left alone and why, and which kernel will run for the present device and dtype. A
-        second call replaces nothing and sets `attn_implementation`.
+        second call replaces nothing and sets `attn_implementation`. A module whose hooks make Transformers' own
+        attention run at present is listed with this reason.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -72,6 +90,8 @@ class _TransformersSwap(ClassSwap):
     originals = ORIGINALS
     trunks = tuple(TRUNKS)
     trunk_methods = ("forward",)
+    blocks = BLOCKS
+    hide = staticmethod(hide_dense)
 
     def find(self, model: nn.Module, caller: str) -> Modules:
         found = _instances(model, *FUSED, *_OWN)
@@ -120,6 +140,13 @@ class _TransformersSwap(ClassSwap):
         weight = next((p for p in attention.parameters() if p.is_floating_point()), None)
         head_dim = attention.head_dim if hasattr(attention, "head_dim") else attention.attention_head_size
         return None if weight is None else (attention.attn_implementation, weight.device, weight.dtype, head_dim)
+
+    def call_reason(self, module: nn.Module) -> str:
+        if isinstance(module, (JoinedAttentionMixin, SplitAttentionBase)):
+            reason = module.library_forward_reason()
+        else:
+            reason = "has hooks, which expect a dense bias" if watches_output(module) else ""
+        return reason and f"{reason}; Transformers' own attention runs until this changes"
 
     def restore_error(self, module: nn.Module) -> str:
         changed = isinstance(module, tuple(ORIGINALS)) and type(module) not in ORIGINALS

@@ -13,15 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.beit import modeling_beit
 from transformers.models.data2vec import modeling_data2vec_vision
 
 from ...layers import attention_backends
+from ...layers.module_hooks import watches_keywords, watches_output
 from ...position_bias import Window
+from ..bias_handle import dense, show_dense, showing_methods
 from ..forward_scope import choose_in_forward, in_scope
-from .fused_layers import FUSED, INNER_BIASES, TRUNKS, TableMixin
+from .fused_layers import BLOCKS, FUSED, INNER_BIASES, TRUNKS, as_handle, hide_dense, table_of
 from .monkey_patch import replace_attribute, set_item
-from .table_bias import TableBias, key_mask_of
+from .table_bias import DenseBias, TableBias, key_mask_of
 
 NAME = "triton"
 
@@ -32,6 +35,10 @@ def enter_attention(undo: ExitStack) -> None:
     set_item(undo, AttentionMaskInterface._global_mapping, NAME, padding_mask)
     _enter_family(undo, modeling_beit, "Beit", "BEIT")
     _enter_family(undo, modeling_data2vec_vision, "Data2VecVision", "DATA2VEC_VISION")
+    for block in BLOCKS:
+        for name, method in showing_methods(block.__call__, block.forward, _hide_if_triton).items():
+            replace_attribute(undo, block, name, method)
+        block.__init_subclass__()  # Transformers wraps the forward of a class here, for gradient checkpointing
     for trunk in TRUNKS:
         replace_attribute(undo, trunk, "forward", in_scope(trunk.forward))
 
@@ -41,11 +48,15 @@ def _enter_family(undo: ExitStack, modeling: ModuleType, family: str, constant: 
     base = getattr(modeling, f"{family}PreTrainedModel")
     replace_attribute(undo, bias, "__init__", _keeping_config(bias.__init__))
     replace_attribute(undo, bias, "forward", _returning_table(bias.forward))
+    replace_attribute(undo, bias, "__call__", _returning_handle(bias.__call__))
     choose = base.get_correct_attn_implementation
     replace_attribute(undo, base, "get_correct_attn_implementation", _configuring_biases(choose, bias))
     classes = getattr(modeling, f"{constant}_SELF_ATTENTION_CLASSES", None)
     if classes is not None:  # split layers choose a class, not a function
         set_item(undo, classes, NAME, SELF_ATTENTION[classes["eager"]])
+        return
+    attention = getattr(modeling, f"{family}Attention")
+    replace_attribute(undo, attention, "__call__", _showing_dense(attention.__call__))
 
 
 def triton_attention(
@@ -53,17 +64,22 @@ def triton_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: TableBias | Tensor | None,
+    attention_mask: TableBias | DenseBias | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention as Transformers calls it: q, k, v `[B, H, N, D]` to `[B, N, H, D]`.
 
-    With `output_attentions` the eager path runs, which also returns the attention weights.
+    With `output_attentions` the eager path runs, which also returns the attention weights. Transformers' `"eager"` or
+    `"sdpa"` runs if hooks expect a dense bias.
     """
     if not isinstance(module, modeling_beit.BeitAttention):
         raise ValueError(f"attn_implementation={NAME!r} supports BEiT, not {type(module).__name__}")
+    if isinstance(attention_mask, DenseBias) or watches_keywords(module):
+        name = "eager" if kwargs.get("output_attentions") else "sdpa"
+        run = ALL_ATTENTION_FUNCTIONS.get_interface(name, modeling_beit.eager_attention_forward)
+        return run(module, query, key, value, dense(attention_mask), scaling=scaling, dropout=dropout)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     table, window, key_mask = _split_mask(attention_mask, query.shape[1])
     if key_mask is not None:
@@ -71,8 +87,8 @@ def triton_attention(
     if not kwargs.get("output_attentions"):
         backend = choose_in_forward(NAME, q.device, q.dtype, q.shape[-1]).attention
         return attention_backends.run_attention(backend, q, k, v, table, window, key_mask, scaling, dropout), None
-    dense = None if table is None or window is None else attention_backends.dense_bias(table, window)
-    return attention_backends.eager_attention(q, k, v, dense, key_mask, scaling, dropout)
+    bias = None if table is None or window is None else attention_backends.dense_bias(table, window)
+    return attention_backends.eager_attention(q, k, v, bias, key_mask, scaling, dropout)
 
 
 def _split_mask(mask: TableBias | Tensor | None, heads: int) -> tuple[Tensor | None, Window | None, Tensor | None]:
@@ -104,11 +120,36 @@ def _keeping_config(init: Callable[..., None]) -> Callable[..., None]:
 
 def _returning_table(forward: Callable[..., Tensor]) -> Callable[..., TableBias | Tensor]:
     def forward_of_implementation(self: Any, window_size: Any, *args: Any, **kwargs: Any) -> TableBias | Tensor:
-        if getattr(getattr(self, "config", None), "_attn_implementation", None) != NAME:
+        if not _asks_for_triton(self) or watches_output(self):
             return forward(self, window_size, *args, **kwargs)
-        return TableMixin.forward(self, window_size)
+        return table_of(self, window_size)
 
     return forward_of_implementation
+
+
+def _returning_handle(call: Callable[..., Any]) -> Callable[..., Any]:
+    def call_of_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bias = call(self, *args, **kwargs)
+        return as_handle(bias) if _asks_for_triton(self) else bias
+
+    return call_of_implementation
+
+
+def _showing_dense(call: Callable[..., Any]) -> Callable[..., Any]:
+    def call_showing_dense(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = show_dense(self, args, kwargs)
+        return call(self, *args, **kwargs)
+
+    return call_showing_dense
+
+
+def _hide_if_triton(module: nn.Module, name: str, value: Any) -> Any:
+    asks = any(_asks_for_triton(part) for part in module.modules())
+    return hide_dense(module, name, value) if asks else value
+
+
+def _asks_for_triton(module: Any) -> bool:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
 
 
 def _configuring_biases(choose: Callable[..., str], bias: type[nn.Module]) -> Callable[..., str]:

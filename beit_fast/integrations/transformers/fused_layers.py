@@ -2,7 +2,7 @@
 
 They read the bias from its table. `accelerate` sets them as the class of existing modules, which keep their parameters,
 hooks and names. A bias module then returns its table (`TableBias`) in place of the dense bias. Attention passes the
-table to `rel_pos_attention`.
+table to `rel_pos_attention`. Hooks that may read a bias get the dense one, and Transformers' own attention then runs.
 
 Transformers has two layouts of these layers. Data2VecVision, and BEiT before 5.8, are "split": a `SelfAttention` inside
 an `Attention`, each with its own bias, and an encoder with the shared bias. BEiT since 5.8 is "joined": one
@@ -23,10 +23,11 @@ from transformers.models.data2vec import modeling_data2vec_vision
 from ...layers import attention_backends
 from ...layers.context import Kernels
 from ...layers.linear import apply_linear
-from ...layers.module_hooks import clone_if_hooked
+from ...layers.module_hooks import clone_if_hooked, watches_keywords, watches_output
 from ...position_bias import Window, resize_table
+from ..bias_handle import dense, show_dense
 from ..forward_scope import choose_in_forward, kernels_for
-from .table_bias import TableBias, key_mask_of
+from .table_bias import Bias, DenseBias, TableBias, key_mask_of
 
 
 def attend(
@@ -56,28 +57,42 @@ def attend(
     ).flatten(2)
 
 
-def dense(bias: TableBias | Tensor | None) -> Tensor | None:
-    """Return the bias as Transformers' own attention takes it."""
-    return bias.dense() if isinstance(bias, TableBias) else bias
-
-
 class TableMixin(nn.Module):
     """A relative position bias that returns its table.
 
-    The table is resized to the window of the image.
+    The table is resized to the window of the image. If the module has hooks, they see Transformers' dense bias and may
+    replace it.
     """
 
     window_size: Window
     relative_position_bias_table: nn.Parameter
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Bias:
+        return as_handle(super().__call__(*args, **kwargs))
+
     def forward(self, window_size: Window, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Any:
-        # Transformers takes the native window as (width, height), which resamples the table of a rectangle.
-        table = resize_table(self.relative_position_bias_table, self.window_size[::-1], window_size)
-        return TableBias(clone_if_hooked(self, table), window_size)
+        if watches_output(self):
+            return super().forward(window_size, interpolate_pos_encoding, dim_size)
+        return table_of(self, window_size)
 
 
-class TableOrDenseMixin(TableMixin):
+def table_of(module: Any, window: Window) -> TableBias:
+    """Return the table of a bias module, resized to a window."""
+    # Transformers takes the native window as (width, height), which resamples the table of a rectangle.
+    table = resize_table(module.relative_position_bias_table, module.window_size[::-1], window)
+    return TableBias(clone_if_hooked(module, table), window)
+
+
+def as_handle(bias: Any) -> Any:
+    """Wrap a dense bias; a handle is returned unchanged."""
+    return DenseBias(bias) if isinstance(bias, Tensor) else bias
+
+
+class TableOrDenseMixin(nn.Module):
     """A bias inside a `SelfAttention`: its table, or the dense bias for Transformers' own forward."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(
         self,
@@ -86,12 +101,15 @@ class TableOrDenseMixin(TableMixin):
         dim_size: Any = None,
         as_table: bool = False,
     ) -> Any:
-        bias = super().forward(window_size)
-        return bias if as_table else bias.dense()
+        if as_table:
+            return table_of(self, window_size)
+        if watches_output(self):
+            return super().forward(window_size, interpolate_pos_encoding, dim_size)
+        return table_of(self, window_size).dense()
 
 
 class JoinedAttentionMixin(nn.Module):
-    """`BeitAttention` since 5.8; with `output_attentions` Transformers' forward runs."""
+    """`BeitAttention` since 5.8; `library_forward_reason` says when Transformers' forward runs."""
 
     attn_implementation: str | None = None
     config: Any
@@ -103,10 +121,19 @@ class JoinedAttentionMixin(nn.Module):
     v_proj: nn.Module
     o_proj: nn.Module
 
+    def library_forward_reason(self) -> str:
+        """Return why Transformers' own forward must run, or an empty string."""
+        return "has hooks with keyword arguments" if watches_keywords(self) else ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = show_dense(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
     def forward(
-        self, hidden_states: Tensor, attention_mask: TableBias | Tensor | None = None, **kwargs: Any
+        self, hidden_states: Tensor, attention_mask: TableBias | DenseBias | Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if kwargs.get("output_attentions", self.config.output_attentions):
+        asks_for_weights = kwargs.get("output_attentions", self.config.output_attentions)
+        if asks_for_weights or isinstance(attention_mask, DenseBias) or self.library_forward_reason():
             return super().forward(hidden_states, dense(attention_mask), **kwargs)
         kernels = kernels_for(hidden_states, self.attn_implementation, self.head_dim)
         out = attend(
@@ -134,18 +161,39 @@ class SplitAttentionBase(nn.Module):
     dropout: nn.Dropout
     returns_none_for_weights: bool
 
-    def attend(
-        self, hidden_states: Tensor, bias: TableBias | Tensor | None, resolution: Any
-    ) -> tuple[Tensor | None, ...]:
+    def library_forward_reason(self) -> str:
+        """Return why Transformers' own forward must run, or an empty string."""
+        if watches_keywords(self):
+            return "has hooks with keyword arguments"
+        if self.has_relative_position_bias and watches_output(self.relative_position_bias):
+            return "has a bias with hooks, which expect a dense bias"
+        # the class for sdpa does not call its dropout
+        if not self.returns_none_for_weights and (type(self.dropout) is not nn.Dropout or watches_output(self.dropout)):
+            return "has a dropout of attention weights that was replaced or has hooks"
+        return ""
+
+    def runs_library(self, bias: Bias | Tensor | None) -> bool:
+        """Return whether Transformers' own forward must run, given the shared bias."""
+        # the layer around passes the bias by position, which every hook reads
+        shown = bias is not None and watches_output(self)
+        return shown or isinstance(bias, DenseBias) or bool(self.library_forward_reason())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = show_dense(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def attend(self, hidden_states: Tensor, bias: Any, resolution: Any) -> tuple[Tensor | None, ...]:
         if self.has_relative_position_bias:
             height, width = (side // self.config.patch_size for side in resolution)
             own = self.relative_position_bias((height, width), as_table=True)
             bias = own if bias is None else own + bias
+        # as Transformers, whose class for sdpa reads the configuration
+        dropout_p = self.config.attention_probs_dropout_prob if self.returns_none_for_weights else self.dropout.p
         out = attend(
             hidden_states,
             (self.query, self.key, self.value),
             bias,
-            self.dropout.p if self.training else 0.0,
+            dropout_p if self.training else 0.0,
             kernels_for(hidden_states, self.attn_implementation, self.attention_head_size),
             self.attention_head_size**-0.5,
         )
@@ -153,40 +201,48 @@ class SplitAttentionBase(nn.Module):
 
 
 class SplitAttentionMixin(SplitAttentionBase):
-    """Split layers of 5.x; with `output_attentions` Transformers' forward runs."""
+    """Split layers of 5.x; with `output_attentions` or hooks Transformers' forward runs."""
 
     def forward(
         self,
         hidden_states: Tensor,
         output_attentions: bool = False,
-        relative_position_bias: TableBias | Tensor | None = None,
+        relative_position_bias: TableBias | DenseBias | Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         resolution: Any = None,
     ) -> tuple[Tensor | None, ...]:
-        if not output_attentions:
+        if not output_attentions and not self.runs_library(relative_position_bias):
             return self.attend(hidden_states, relative_position_bias, resolution)
         shared = dense(relative_position_bias)
         return super().forward(hidden_states, output_attentions, shared, interpolate_pos_encoding, resolution)
 
 
 class HeadMaskAttentionMixin(SplitAttentionBase):
-    """Split layers of 4.57; with `output_attentions` or a head mask Transformers' forward runs."""
+    """Split layers of 4.57; with `output_attentions`, a head mask or hooks Transformers' forward runs."""
 
     def forward(
         self,
         hidden_states: Tensor,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
-        relative_position_bias: TableBias | Tensor | None = None,
+        relative_position_bias: TableBias | DenseBias | Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         resolution: Any = None,
     ) -> tuple[Tensor | None, ...]:
-        if not output_attentions and head_mask is None:
+        if not output_attentions and head_mask is None and not self.runs_library(relative_position_bias):
             return self.attend(hidden_states, relative_position_bias, resolution)
         shared = dense(relative_position_bias)
         return super().forward(
             hidden_states, head_mask, output_attentions, shared, interpolate_pos_encoding, resolution
         )
+
+
+def hide_dense(module: nn.Module, name: str, value: Any) -> Any:
+    """Replace a dense shared bias among the keyword arguments by a handle."""
+    if not isinstance(value, Tensor) or name not in ("attention_mask", "relative_position_bias"):
+        return value
+    config: Any = next(part.config for part in module.modules() if hasattr(part, "config"))
+    return DenseBias(value) if config.use_shared_relative_position_bias else value
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {}
@@ -232,6 +288,9 @@ def _register(modeling: ModuleType, family: str) -> None:
 
 _register(modeling_beit, "Beit")
 _register(modeling_data2vec_vision, "Data2VecVision")
+BLOCKS = tuple(CARRIERS)
+"""The carriers that get the shared bias by keyword."""
+
 CARRIERS.extend(TRUNKS)
 
 ORIGINALS = {made: original for table in (FUSED, INNER_BIASES) for original, made in table.items()}

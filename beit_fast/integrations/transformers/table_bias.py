@@ -1,26 +1,71 @@
-"""A relative position bias as its table.
-
-It is for layers of other libraries that pass biases on.
-"""
+"""Relative position biases in layers of other libraries that pass them on: as a table, or dense."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...position_bias import Window, gather_bias
+from ..bias_handle import BiasHandle
 
 _MASKED = -1e4
 """Added to the score of a masked key; this value or less leaves no weight in any dtype."""
 
 
-class TableBias:
+class Bias(BiasHandle):
+    """A relative position bias and a padding mask.
+
+    It is for layers that only add biases and pass them on. A padding mask that is added becomes the key mask.
+
+    Attributes:
+        key_mask: bool `[B, N]` or `[1, N]`, True = attend, or None.
+    """
+
+    key_mask: Tensor | None
+
+    @abstractmethod
+    def with_key_mask(self, key_mask: Tensor | None) -> Bias:
+        """Return the bias with another key mask."""
+
+    @abstractmethod
+    def plus(self, other: Bias) -> Bias:
+        """Return the sum with another bias, without key masks."""
+
+    @abstractmethod
+    def unmasked(self) -> Tensor:
+        """Return the dense bias `[1, H, N, N]` without the key mask."""
+
+    def __add__(self, other: Bias | Tensor) -> Bias:
+        if not isinstance(other, Bias):
+            return self.with_key_mask(_both(self.key_mask, key_mask_of(other)))
+        return self.plus(other).with_key_mask(_both(self.key_mask, other.key_mask))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Handle the sum under torch.compile, and with the mask on the left."""
+        if func.__name__ not in ("add", "__add__", "__radd__"):
+            return NotImplemented
+        first, second = args
+        return first.__add__(second) if isinstance(first, Bias) else second.__add__(first)
+
+    def dense(self) -> Tensor:
+        """Return the dense bias `[1, H, N, N]`.
+
+        If there is a key mask, the shape is `[B, H, N, N]`.
+        """
+        bias = self.unmasked()
+        if self.key_mask is None:
+            return bias
+        return bias.masked_fill(~self.key_mask[:, None, None, :], torch.finfo(bias.dtype).min)
+
+
+class TableBias(Bias):
     """A bias table that replaces a dense bias `[1, H, N, N]`.
 
-    It is for layers that only add biases and pass them on. The gather is linear, so the sum of two biases of one window
-    is the bias of the sum of their tables. A padding mask that is added becomes the key mask.
+    The gather is linear, so the sum of two biases of one window is the bias of the sum of their tables.
 
     Attributes:
         table: `[(2 * height - 1) * (2 * width - 1) + 3, H]`.
@@ -33,36 +78,55 @@ class TableBias:
         self.window = window
         self.key_mask = key_mask
 
-    def __add__(self, other: TableBias | Tensor) -> TableBias:
-        if not isinstance(other, TableBias):
-            return TableBias(self.table, self.window, _both(self.key_mask, key_mask_of(other)))
-        return TableBias(self.table + other.table, self.window, _both(self.key_mask, other.key_mask))
+    def with_key_mask(self, key_mask: Tensor | None) -> TableBias:
+        """Return the bias with another key mask."""
+        return TableBias(self.table, self.window, key_mask)
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Handle the sum under torch.compile, and with the mask on the left."""
-        if func.__name__ not in ("add", "__add__", "__radd__"):
-            return NotImplemented
-        first, second = args
-        return first.__add__(second) if isinstance(first, TableBias) else second.__add__(first)
+    def plus(self, other: Bias) -> Bias:
+        """Return the sum of the tables, or of dense biases."""
+        if isinstance(other, TableBias):
+            return TableBias(self.table + other.table, self.window)
+        return DenseBias(self.unmasked() + other.unmasked())
+
+    def unmasked(self) -> Tensor:
+        """Gather the dense bias `[1, H, N, N]`."""
+        return gather_bias(self.table, self.window).unsqueeze(0)
 
     def to(self, *args: Any, **kwargs: Any) -> TableBias:
         """Move or cast the tensors, as in `Tensor.to`.
 
         Libraries that place layers on several devices call this method.
         """
-        key_mask = None if self.key_mask is None else self.key_mask.to(*args, **kwargs)
-        return TableBias(self.table.to(*args, **kwargs), self.window, key_mask)
+        return TableBias(self.table.to(*args, **kwargs), self.window, _moved(self.key_mask, args, kwargs))
 
-    def dense(self) -> Tensor:
-        """Return the dense bias `[1, H, N, N]`.
 
-        If there is a key mask, the shape is `[B, H, N, N]`.
-        """
-        bias = gather_bias(self.table, self.window).unsqueeze(0)
-        if self.key_mask is None:
-            return bias
-        return bias.masked_fill(~self.key_mask[:, None, None, :], torch.finfo(bias.dtype).min)
+class DenseBias(Bias):
+    """A dense bias, as the hooks of a module returned it.
+
+    Attributes:
+        bias: `[1, H, N, N]`.
+        key_mask: bool `[B, N]` or `[1, N]`, True = attend, or None.
+    """
+
+    def __init__(self, bias: Tensor, key_mask: Tensor | None = None) -> None:
+        self.bias = bias
+        self.key_mask = key_mask
+
+    def with_key_mask(self, key_mask: Tensor | None) -> DenseBias:
+        """Return the bias with another key mask."""
+        return DenseBias(self.bias, key_mask)
+
+    def plus(self, other: Bias) -> DenseBias:
+        """Return the dense sum."""
+        return DenseBias(self.bias + other.unmasked())
+
+    def unmasked(self) -> Tensor:
+        """Return the bias."""
+        return self.bias
+
+    def to(self, *args: Any, **kwargs: Any) -> DenseBias:
+        """Move or cast the tensors, as in `Tensor.to`."""
+        return DenseBias(self.bias.to(*args, **kwargs), _moved(self.key_mask, args, kwargs))
 
 
 def key_mask_of(mask: Tensor) -> Tensor:
@@ -94,6 +158,10 @@ def _require(condition: Tensor, otherwise: str) -> None:
         torch._assert_async(condition, message)
     elif not condition:
         raise ValueError(message)
+
+
+def _moved(mask: Tensor | None, args: Any, kwargs: Any) -> Tensor | None:
+    return None if mask is None else mask.to(*args, **kwargs)
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
