@@ -1,4 +1,4 @@
-"""Biases that pass through a library's modules as a table, and what hooks see of them."""
+"""Biases that pass through the modules of a library as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .same_name import subclass_of_same_name
 
 
 class BiasHandle(ABC):
-    """What a bias module of an accelerated model returns in place of the library's dense bias."""
+    """What an accelerated bias module returns, in place of a dense bias."""
 
     @abstractmethod
     def dense(self) -> Tensor:
