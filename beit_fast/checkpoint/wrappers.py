@@ -37,6 +37,9 @@ EMA_KEYS = (
 """Keys of averaged weights (exponential moving average) in such a dictionary."""
 
 _COUNTER = "n_averaged"  # a buffer of torch.optim.swa_utils.AveragedModel
+_MMENGINE = ("state_dict", "ema_state_dict")
+_STEPS = "steps"  # a buffer of mmengine's averaged models
+_MOST_LEVELS = 5
 _WRAPPED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Every name of an attention layer, in any format; the optional `beit.` belongs to the format.
 _BEIT = re.compile(
@@ -71,7 +74,7 @@ def find_state_dict(content: Any, file: str, use_ema: bool | None) -> tuple[dict
                 return tensors, ema_key
             break
         ema_key = key if is_ema else ema_key
-        content = content[key]
+        content = {name: value for name, value in content[key].items() if key != _MMENGINE[1] or name != _STEPS}
     expected = join_choices((*WEIGHT_KEYS, *EMA_KEYS))
     found = f"; its entries are {join_some(map(repr, content))}" if isinstance(content, Mapping) and content else ""
     raise ValueError(f"{file!r} does not contain a state dict, nor does its {expected}{found}")
@@ -86,12 +89,19 @@ def _choose(content: Mapping[Any, Any], file: str, use_ema: bool | None) -> tupl
     averaged = [key for key in EMA_KEYS if _holds_tensors(content.get(key)) and _holds_beit(content[key])]
     if len(raw) > 1:
         raw = [key for key in raw if _holds_beit(content[key])] or raw
+    if _is_of_mmengine(content):
+        averaged, raw = [_MMENGINE[0]], [_MMENGINE[1]]
     keys = averaged if averaged and use_ema is not False else raw
     if len(keys) > 1:
         raise ValueError(f"{file!r} contains several state dicts, under {join_some(map(repr, keys))}: {_REMEDY}")
     if averaged and not keys:
         raise ValueError(f"{file!r} contains only averaged weights, under {averaged[0]!r}, and use_ema=False")
     return (keys[0] if keys else None), bool(averaged) and keys == averaged
+
+
+def _is_of_mmengine(content: Mapping[Any, Any]) -> bool:
+    """Whether mmengine wrote the dictionary, which swaps averaged weights into `"state_dict"`."""
+    return all(_holds_tensors(content.get(key)) for key in _MMENGINE) and _STEPS in content[_MMENGINE[1]]
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -103,14 +113,14 @@ def _holds_beit(value: Mapping[Any, Any]) -> bool:
     return any(_BEIT.search(name) for name in _names(value))
 
 
-def _names(value: Any) -> Iterator[str]:
-    """The names of all tensors in nested dictionaries."""
-    if isinstance(value, Mapping):
+def _names(value: Any, levels: int = _MOST_LEVELS) -> Iterator[str]:
+    """The names of all tensors in nested dictionaries; a dictionary may contain itself."""
+    if isinstance(value, Mapping) and levels > 0:
         for name, item in value.items():
             if isinstance(name, str) and isinstance(item, Tensor):
                 yield name
             elif isinstance(name, str):
-                yield from _names(item)
+                yield from _names(item, levels - 1)
 
 
 def averaging_counter(names: Collection[str]) -> str | None:

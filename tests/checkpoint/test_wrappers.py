@@ -148,6 +148,25 @@ def test_from_pretrained_with_only_averaged_weights_reads_them(tmp_path):
         load(tmp_path, use_ema=False)
 
 
+def test_from_pretrained_knows_that_mmengine_swaps_averaged_weights(tmp_path):
+    """Its `state_dict` has the averages, and its `ema_state_dict` the others with a counter."""
+    raw, averaged = make_model(0), make_model(1)
+    others = {f"module.{key}": x for key, x in raw.state_dict().items()} | {"steps": torch.tensor(7)}
+    write(raw, tmp_path, {"state_dict": averaged.state_dict(), "ema_state_dict": others, "meta": {"epoch": 1}})
+    for use_ema, wanted, taken in ((None, averaged, "state_dict"), (True, averaged, "state_dict"), (False, raw, None)):
+        loaded, info = load(tmp_path, use_ema=use_ema)
+        assert info["ema_weights"] == taken
+        assert_same_state(loaded.state_dict(), wanted.state_dict())
+
+
+def test_from_pretrained_with_a_dictionary_that_contains_itself_raises(tmp_path):
+    content = {"epoch": 3}
+    content["model"] = content
+    write(make_model(), tmp_path, content)
+    with pytest.raises(ValueError, match="does not contain a state dict"):
+        load(tmp_path)
+
+
 def test_from_pretrained_with_use_ema_and_no_averaged_weights_raises(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)

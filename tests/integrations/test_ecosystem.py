@@ -150,13 +150,6 @@ def test_trainer_gradient_checkpointing_equals_plain(kind, tmp_path):
     torch.testing.assert_close(losses(trainer), losses(plain))
 
 
-def test_activation_checkpointing_enable_unsupported_options_raises():
-    model = beit_fast.BeitModel(beit_fast.BeitConfig(**OPTIONS))
-    with pytest.raises(ValueError, match="every_n_layers=2, offload=True is not supported"):
-        model.activation_checkpointing_enable(every_n_layers=2, offload=True)
-    assert not model.is_gradient_checkpointing
-
-
 def random_photo():
     generator = np.random.default_rng(0)
     return Image.fromarray(generator.integers(0, 256, (40, 56, 3), dtype=np.uint8))

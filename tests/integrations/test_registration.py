@@ -146,6 +146,23 @@ def test_auto_class_from_pretrained_passes_options(registered, tmp_path):
         type(model).from_pretrained(tmp_path, adapter_kwargs={"_adapter_model_path": tmp_path})
 
 
+def test_auto_class_from_pretrained_takes_ordinary_arguments(registered, tmp_path):
+    theirs = reference("BeitForImageClassification").float()
+    theirs.save_pretrained(tmp_path / "small")
+    load = transformers.AutoModelForImageClassification.from_pretrained
+    model = load(
+        tmp_path,
+        subfolder="small",
+        use_safetensors=True,
+        low_cpu_mem_usage=True,
+        force_download=True,
+        weights_only=True,
+    )
+    assert isinstance(model, beit_fast.BeitForImageClassification)
+    assert torch.equal(model.classifier.weight, theirs.classifier.weight)
+    assert load(tmp_path, subfolder="small", attn_implementation="sdpa").config._attn_implementation == "sdpa"
+
+
 def test_auto_class_save_pretrained_is_bitwise_equal(registered, tmp_path):
     reference("BeitForImageClassification").save_pretrained(tmp_path / "theirs")
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "theirs")
