@@ -78,7 +78,9 @@ def split_arguments(
 
 
 def _explicit_arguments(model_class: Any) -> set[str]:
-    parameters = inspect.signature(model_class.from_pretrained).parameters.values()
+    """Names in the signatures of `from_pretrained`; a subclass may only pass keywords on."""
+    functions = [vars(cls)["from_pretrained"].__func__ for cls in model_class.__mro__ if "from_pretrained" in vars(cls)]
+    parameters = [parameter for function in functions for parameter in inspect.signature(function).parameters.values()]
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import Tensor
@@ -48,6 +48,47 @@ class PretrainedMixin:
             arguments in `beit_fast.checkpoint.arguments.OrdinaryArguments`: `state_dict`, `key_mapping` and others.
     """
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *,
+        config: Any = None,
+        attn_implementation: str | None = None,
+        patch_embed_implementation: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        use_safetensors: bool | None = None,
+        variant: str | None = None,
+        use_ema: bool | None = None,
+        num_labels: int | None = None,
+        ignore_mismatched_sizes: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+        position_interpolation: str = "bilinear",
+        output_loading_info: Literal[False] = False,
+        **options: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *,
+        output_loading_info: Literal[True],
+        **options: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
+
     @classmethod
     def from_pretrained(
         cls,
@@ -76,7 +117,7 @@ class PretrainedMixin:
         position_interpolation: str = "bilinear",
         output_loading_info: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Load a model from a checkpoint, in evaluation mode.
 
         `BeitPreTrainedModel` lists the formats, `PretrainedMixin` explains the arguments.

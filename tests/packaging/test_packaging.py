@@ -82,6 +82,26 @@ def test_mypy_finds_editable_install(tmp_path):
     assert 'Revealed type is "beit_fast.configuration.beit_config.BeitConfig"' in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_from_pretrained_is_typed_as_its_class(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from beit_fast import BeitConfig, BeitModel\n"
+        "reveal_type(BeitModel.from_pretrained('x', subfolder='y'))\n"
+        "reveal_type(BeitModel.from_pretrained('x', output_loading_info=True))\n"
+        "reveal_type(BeitConfig.from_pretrained('x'))\n"
+        "BeitModel.from_pretrained('x', subfolder=3)\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    revealed = [line.partition("Revealed type is ")[2] for line in done.stdout.splitlines() if "Revealed" in line]
+    model = "beit_fast.models.beit.BeitModel"
+    config = "beit_fast.configuration.beit_config.BeitConfig"
+    revealed = [kind.replace("builtins.", "") for kind in revealed]
+    assert revealed == [f'"{model}"', f'"tuple[{model}, dict[str, Any]]"', f'"{config}"'], done.stdout + done.stderr
+    assert "script.py:5: error: " in done.stdout
+
+
 def test_kernels_folder_does_not_shadow_kernels_package(tmp_path):
     """A regular package `kernels` would shadow the one that Transformers imports."""
     package = tmp_path / "kernels"
