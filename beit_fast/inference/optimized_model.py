@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from ..layers.embeddings import window_of
+from ..layers.embeddings import check_pixel_shape, window_of
 from ..models.base import BeitPreTrainedModel
 from ..ops.dispatch import attention
 from ..position_bias import token_count
@@ -96,6 +96,7 @@ def _rows(model: BeitPreTrainedModel, example: Tensor | None) -> int:
     if not isinstance(example, Tensor) or example.ndim != 4:
         given = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example must be pixels [batch, channels, height, width], not {given}")
+    check_pixel_shape(example, model.config.num_channels)
     return max(example.shape[0], 1) * token_count(window_of(example, model.config.patch_size))
 
 

@@ -33,6 +33,26 @@ def window_of(pixel_values: Tensor, patch_size: int) -> Window:
     return height // patch_size, width // patch_size
 
 
+def check_pixel_shape(pixel_values: Tensor, channels: int) -> None:
+    """Check that pixels are `[B, channels, H, W]`.
+
+    Raises:
+        ValueError: If they are not. If the channels are last or one image has no batch, the error says what to pass.
+    """
+    shape = pixel_values.shape
+    if pixel_values.ndim == 4 and shape[1] == channels:
+        return
+    hint = ""
+    if pixel_values.ndim in (3, 4) and shape[-1] == channels and shape[-3] != channels:
+        order = "0, 3, 1, 2" if pixel_values.ndim == 4 else "2, 0, 1"
+        hint = (
+            f"; the channels are last: pass pixel_values.permute({order}){'' if pixel_values.ndim == 4 else '[None]'}"
+        )
+    elif pixel_values.ndim == 3 and shape[0] == channels:
+        hint = "; for one image, pass pixel_values[None]"
+    raise ValueError(f"pixel_values must be [batch, {channels}, height, width], not {list(shape)}{hint}")
+
+
 class BeitPatchEmbeddings(nn.Module):
     """Patches to tokens, `[B, C, H, W]` to `[B, P, E]`: a convolution with stride = kernel size."""
 
@@ -84,9 +104,7 @@ class BeitEmbeddings(nn.Module):
         bool_masked_pos: Tensor | None = None,
         attention_backend: str | None = None,
     ) -> Tensor:
-        channels = self.config.num_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(f"pixel_values must be [batch, {channels}, height, width], not {list(pixel_values.shape)}")
+        check_pixel_shape(pixel_values, self.config.num_channels)
         normalization = normalization_of(pixel_values, self.config.pixel_mean, self.config.pixel_std)
         mask = self._mask(bool_masked_pos, (pixel_values.shape[0], window[0] * window[1]))
         positions: Tensor | None = self.position_embeddings

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..configuration.beit_config import BeitConfig
 from ..layers.block import BeitEncoder
 from ..layers.embeddings import BeitEmbeddings, window_of
-from .base import BeitPreTrainedModel, check_tensors, key_mask_of
+from .base import BeitPreTrainedModel
+from .inputs import check_inputs, key_mask_of
 from .outputs import BackboneOutput
 from .segmentation import FeaturePyramidMixin, feature_map
 
@@ -95,7 +96,7 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
         The maps are a tuple of `[B, E, h, w]` or `[B, N, E]`. The arguments are those of `BeitModel.forward`.
         """
         keep_states = self._flag(output_hidden_states, "output_hidden_states")
-        check_tensors(pixel_values, attention_mask=attention_mask)
+        check_inputs(pixel_values, self.config.num_channels, attention_mask=attention_mask)
         window = window_of(pixel_values, self.config.patch_size)
         kernels = self._kernels_for(pixel_values)
         tokens = self.embeddings(pixel_values, window, None, kernels.attention)

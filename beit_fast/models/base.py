@@ -16,6 +16,7 @@ from ..layers.context import Kernels, choose_kernels, query_dtype
 from ..layers.embeddings import BeitEmbeddings
 from ..ops.dispatch import attention, patch_embed
 from .gradient_checkpointing import GradientCheckpointingMixin
+from .inputs import check_config
 from .pretrained import PretrainedMixin
 
 
@@ -54,6 +55,7 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         patch_embed_implementation: str | None = None,
     ) -> None:
         super().__init__()
+        check_config(config, type(self).__name__)
         kernels = {
             "attn_implementation": attention.check_implementation(attn_implementation),
             "patch_embed_implementation": patch_embed.check_implementation(patch_embed_implementation),
@@ -245,41 +247,3 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
     def _flag(self, value: bool | None, name: str) -> bool:
         """Return a forward argument, or the config's value if it is None."""
         return bool(getattr(self.config, name) if value is None else value)
-
-
-def check_tensors(
-    pixel_values: Tensor, bool_masked_pos: Tensor | None = None, attention_mask: Tensor | None = None
-) -> None:
-    """Check the types of a forward's arguments.
-
-    Raises:
-        TypeError: If some are not tensors; the error lists all of them.
-    """
-    if (
-        isinstance(pixel_values, Tensor)
-        and (bool_masked_pos is None or isinstance(bool_masked_pos, Tensor))
-        and (attention_mask is None or isinstance(attention_mask, Tensor))
-    ):
-        return
-    optional = {"bool_masked_pos": bool_masked_pos, "attention_mask": attention_mask}
-    given = {"pixel_values": pixel_values} | {name: value for name, value in optional.items() if value is not None}
-    errors = [
-        f"{name} is of type {type(value).__name__}" for name, value in given.items() if not isinstance(value, Tensor)
-    ]
-    raise TypeError(f"{', '.join(errors)} (expected a torch.Tensor)")
-
-
-def key_mask_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Convert an `attention_mask` `[B, N]` (non-zero: attend) to bool.
-
-    Raises:
-        ValueError: If the shape differs.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != tokens.shape[:2]:
-        raise ValueError(
-            f"attention_mask must be [batch, tokens] = {list(tokens.shape[:2])} with CLS first and non-zero where a "
-            f"token may be attended to, not {list(attention_mask.shape)}"
-        )
-    return attention_mask.bool()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
 from ..layers.block import BeitEncoder
 from ..layers.embeddings import BeitEmbeddings, window_of
-from .base import BeitPreTrainedModel, check_tensors, key_mask_of
+from .base import BeitPreTrainedModel
+from .inputs import check_inputs, key_mask_of
+from .labels import check_image_labels, check_patch_label_count, check_patch_labels, problem_of_labels
 from .outputs import BeitModelOutputWithPooling, ImageClassifierOutput, MaskedLMOutput
 
 
@@ -82,7 +83,7 @@ class BeitModel(BeitPreTrainedModel):
             last_hidden_state `[B, N, E]`, pooler_output `[B, E]`, hidden_states (layers + 1 of `[B, N, E]`, before the
             final LayerNorm), attentions (layers of `[B, H, N, N]`).
         """
-        check_tensors(pixel_values, bool_masked_pos, attention_mask)
+        check_inputs(pixel_values, self.config.num_channels, bool_masked_pos, attention_mask)
         window = window_of(pixel_values, self.config.patch_size)
         kernels = self._kernels_for(pixel_values)
         tokens = self.embeddings(pixel_values, window, bool_masked_pos, kernels.attention)
@@ -134,11 +135,13 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         """Predict visual tokens: logits `[B, P, vocab_size]`.
 
         Args:
-            labels: int64, one visual token for every True of `bool_masked_pos`, in row-major order. The loss is the
-                cross-entropy over masked patches (-100 is ignored).
+            labels: `[masked patches]` of an integer dtype, one visual token for every True of `bool_masked_pos`, in
+                row-major order. The loss is the mean cross-entropy over masked patches (-100 is ignored), and NaN if
+                no label is left.
 
         The other arguments are those of `BeitModel.forward`.
         """
+        check_inputs(pixel_values, self.config.num_channels, bool_masked_pos, attention_mask, labels)
         if labels is not None and bool_masked_pos is None:
             raise ValueError("labels of masked patches require bool_masked_pos")
         outputs = self.beit(
@@ -152,7 +155,7 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         logits = self.lm_head(self.layernorm(outputs.last_hidden_state)[:, 1:])  # [B, P, V]
         loss = None
         if labels is not None and bool_masked_pos is not None:
-            loss = F.cross_entropy(logits[bool_masked_pos.flatten(1).bool()], labels.to(logits.device))
+            loss = patch_loss(logits, bool_masked_pos, labels)
         output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return output if self._flag(return_dict, "return_dict") else output.to_tuple()
 
@@ -186,11 +189,14 @@ class BeitForImageClassification(BeitPreTrainedModel):
         """Classify images: logits `[B, num_labels]`.
 
         Args:
-            labels: Class indices `[B]`, or floats `[B]` for regression (`num_labels == 1`), or floats
-                `[B, num_labels]` for several labels an image. `config.problem_type` overrides this rule.
+            labels: Class indices `[B]` of any integer dtype (-100 is ignored), or numbers `[B]` for regression
+                (`num_labels == 1`), or floats `[B, num_labels]` from 0 to 1 for several labels an image.
+                `config.problem_type` overrides this rule. If all class indices are ignored, the loss is NaN, as that
+                of `torch.nn.functional.cross_entropy`.
 
         The other arguments are those of `BeitModel.forward`.
         """
+        check_inputs(pixel_values, self.config.num_channels, None, attention_mask, labels)
         outputs = self.beit(
             pixel_values,
             attention_mask=attention_mask,
@@ -204,20 +210,28 @@ class BeitForImageClassification(BeitPreTrainedModel):
         return output if self._flag(return_dict, "return_dict") else output.to_tuple()
 
 
+def patch_loss(logits: Tensor, bool_masked_pos: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the masked patches of `logits` `[B, P, V]`."""
+    check_patch_labels(labels, logits.shape[-1])
+    masked = logits[bool_masked_pos.flatten(1).bool()]  # [masked patches, V]
+    check_patch_label_count(labels, masked.shape[0])
+    return F.cross_entropy(masked, labels.to(logits.device).long())
+
+
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
     """Mean squared error, cross-entropy or binary cross-entropy of `logits` `[B, L]`.
 
     If `problem_type` is None: regression for one label, cross-entropy for integer labels, else several labels.
+
+    Raises:
+        ValueError: If the labels do not fit; values are checked on CPU.
     """
+    batch, num_labels = logits.shape
+    check_image_labels(labels, batch, num_labels, problem_type)
+    problem_type = problem_of_labels(labels, num_labels, problem_type)
     labels = labels.to(logits.device)
-    if problem_type is None:
-        if logits.shape[-1] == 1:
-            problem_type = "regression"
-        else:
-            integer = labels.dtype in (torch.int64, torch.int32)
-            problem_type = "single_label_classification" if integer else "multi_label_classification"
     if problem_type == "regression":
         return F.mse_loss(logits.squeeze(-1) if labels.ndim < logits.ndim else logits, labels.to(logits.dtype))
     if problem_type == "single_label_classification":
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1).long())
+        return F.cross_entropy(logits, labels.flatten().long())
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

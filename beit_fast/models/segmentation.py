@@ -14,6 +14,8 @@ from ..layers.embeddings import window_of
 from ..position_bias import Window
 from .base import BeitPreTrainedModel
 from .beit import BeitModel
+from .inputs import check_inputs
+from .labels import check_pixel_labels
 from .outputs import SemanticSegmenterOutput
 
 
@@ -183,12 +185,13 @@ class BeitForSemanticSegmentation(FeaturePyramidMixin, BeitPreTrainedModel):
         """Segment images: logits `[B, num_labels, 4 * h, 4 * w]` for a grid of `h x w` patches.
 
         Args:
-            labels: Class of every pixel, int64 `[B, height, width]`. The loss is the cross-entropy at the size of the
-                labels, without `config.semantic_loss_ignore_index`, plus that of the auxiliary head, weighted by
-                `config.auxiliary_loss_weight`.
+            labels: Class of every pixel, `[B, height, width]` of any integer dtype. The loss is the cross-entropy at
+                the size of the labels, without `config.semantic_loss_ignore_index`, plus that of the auxiliary head,
+                weighted by `config.auxiliary_loss_weight`. It is NaN if all pixels are ignored.
 
         The other arguments are those of `BeitModel.forward`.
         """
+        check_inputs(pixel_values, self.config.num_channels, None, attention_mask, labels)
         if labels is not None and self.config.num_labels == 1:
             raise ValueError("a segmentation loss requires config.num_labels > 1")
         keep_states = self._flag(output_hidden_states, "output_hidden_states")
@@ -203,7 +206,7 @@ class BeitForSemanticSegmentation(FeaturePyramidMixin, BeitPreTrainedModel):
         states = [outputs.hidden_states[index - 1] for index in self.config.out_indices]
         features = self._pyramid([feature_map(state, window) for state in states])
         logits = self.decode_head(features)
-        loss = None if labels is None else self._loss(logits, features, labels.to(logits.device))
+        loss = None if labels is None else self._loss(logits, features, labels)
         output = SemanticSegmenterOutput(
             loss, logits, outputs.hidden_states if keep_states else None, outputs.attentions
         )
@@ -211,6 +214,8 @@ class BeitForSemanticSegmentation(FeaturePyramidMixin, BeitPreTrainedModel):
 
     def _loss(self, logits: Tensor, features: Sequence[Tensor], labels: Tensor) -> Tensor:
         ignored = self.config.semantic_loss_ignore_index
+        check_pixel_labels(labels, logits.shape[0], logits.shape[1], ignored)
+        labels = labels.to(logits.device).long()
         loss = F.cross_entropy(_resize(logits, labels.shape[-2:]), labels, ignore_index=ignored)
         if self.auxiliary_head is None:
             return loss

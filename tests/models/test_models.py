@@ -203,12 +203,15 @@ def test_arguments_that_are_not_tensors_are_all_listed():
         model(pixels.numpy(), [[True]], attention_mask=[[1]])
     assert str(caught.value) == (
         "pixel_values is of type ndarray, bool_masked_pos is of type list, attention_mask is of type list "
-        "(expected a torch.Tensor)"
+        "(expected a torch.Tensor); convert images with a BeitImageProcessor, as in "
+        "model(**processor(images, return_tensors='pt'))"
     )
     backbone = BeitBackbone(config(num_hidden_layers=4, out_indices=[1, 2, 3, 4]))
     classifier = BeitForImageClassification(config()).eval()
     for other in (backbone, classifier, beit_fast.optimize_for_inference(classifier)):
-        with pytest.raises(TypeError, match=r"^pixel_values is of type ndarray \(expected a torch.Tensor\)$"):
+        with pytest.raises(
+            TypeError, match=r"^pixel_values is of type ndarray \(expected a torch.Tensor\); convert images"
+        ):
             other(pixels.numpy())
 
 
