@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .._version import __version__
-from ..utils.names import ATTENTION_IMPLEMENTATIONS, POSITION_INTERPOLATIONS
+from ..utils.names import ATTENTION_IMPLEMENTATIONS, DTYPE_ALIASES, POSITION_INTERPOLATIONS
 from .options import (
     TASKS,
     ClassifyOptions,
@@ -328,7 +328,4 @@ def _size(text: str) -> int | tuple[int, int]:
 
 
 def _dtype(text: str) -> str:
-    return _SHORT_DTYPES.get(text, text)
-
-
-_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+    return DTYPE_ALIASES.get(text, text)

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,21 +15,24 @@ from ..layers.embeddings import check_pixel_shape, window_of
 from ..models.base import BeitPreTrainedModel
 from ..ops.dispatch import attention
 from ..position_bias import token_count
-from ..utils.messages import count_of
+from ..utils.messages import count_of, join_choices
+from ..utils.names import DTYPE_ALIASES, AttentionImplementation
 from .compilation import raise_if_compiling
 from .cuda_graphs import GraphCache, GraphReport
 from .encoder import FoldedEncoder
 from .folding import folding_errors, parameter_errors
 
+Model = TypeVar("Model", bound=BeitPreTrainedModel)
+
 
 def optimize_for_inference(
-    model: BeitPreTrainedModel,
-    dtype: torch.dtype | None = None,
+    model: Model,
+    dtype: torch.dtype | str | None = None,
     example: Tensor | None = None,
     *,
     graphs: bool = True,
     keep_original: bool = True,
-) -> Any:
+) -> Model:
     """Return a faster model with the same class, signature and outputs.
 
     The model is for inference only. Layer scales, the gain and shift of LayerNorm and the softmax scale are folded into
@@ -42,7 +45,8 @@ def optimize_for_inference(
 
     Args:
         model: a model of this package; it is not changed.
-        dtype: dtype of weights and arithmetic (default: the model's). Bias tables stay fp32.
+        dtype: dtype of weights and arithmetic, or its name, such as `"bfloat16"` or `"bf16"` (default: the model's).
+            Bias tables stay fp32.
         example: pixels `[B, C, H, W]` like those of later calls. Weights are packed for their number of tokens, and one
             call fills the caches. Other sizes work too; their first call is slower.
         graphs: on CUDA, capture a graph for each of the last 8 shapes and replay it. Calls with labels or several
@@ -55,9 +59,9 @@ def optimize_for_inference(
         ValueError: If `model` is already optimized, or has adapters, quantized layers or hooks. Every reason is listed,
             and `model` does not change.
     """
-    _check(model, dtype)
+    requested = _check(model, dtype)
     encoder: Any = model.base_model.encoder
-    resolved = model.dtype if dtype is None else dtype
+    resolved = model.dtype if requested is None else requested
     folded = FoldedEncoder(encoder, resolved, _rows(model, example))
     result: Any = copy.deepcopy(model, {id(encoder): folded}).to(resolved).eval().requires_grad_(False)
     result.__class__ = _optimized_class(type(model))  # type: ignore[arg-type]
@@ -69,13 +73,13 @@ def optimize_for_inference(
     return result
 
 
-def _check(model: Any, dtype: torch.dtype | None) -> None:
+def _check(model: Any, dtype: Any) -> torch.dtype | None:
+    """Raise if the model cannot be optimized; return the requested dtype."""
     if not isinstance(model, BeitPreTrainedModel):
         raise TypeError(f"{type(model).__name__} is not supported (expected a model of beit_fast)")
     if isinstance(model, OptimizedModel):
         raise ValueError("this model is already optimized; pass the model that it was made from")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype={dtype!r} is not supported (expected a floating-point torch.dtype or None)")
+    requested = _dtype_of(dtype)
     trunk = model.base_model
     name = "encoder" if trunk is model else f"{model.base_model_prefix}.encoder"
     errors = folding_errors(getattr(trunk, "encoder", model), name) + parameter_errors(model)
@@ -84,6 +88,25 @@ def _check(model: Any, dtype: torch.dtype | None) -> None:
             f"{type(model).__name__} cannot be optimized: {'; '.join(errors)}. Merge adapters and remove hooks first, "
             "and optimize a model before it is quantized or sharded."
         )
+    return requested
+
+
+def _dtype_of(dtype: Any) -> torch.dtype | None:
+    """Resolve a dtype or its name, with or without `torch.`.
+
+    Raises:
+        TypeError: If it is neither a floating-point dtype nor a name of one.
+    """
+    if dtype is None:
+        return None
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
+    resolved = getattr(torch, DTYPE_ALIASES.get(name, name), None) if name else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise TypeError(
+            f"dtype={dtype!r} is not supported (expected a floating-point torch.dtype, its name, "
+            f"{join_choices(DTYPE_ALIASES)}, or None)"
+        )
+    return resolved
 
 
 def _rows(model: BeitPreTrainedModel, example: Tensor | None) -> int:
@@ -198,7 +221,7 @@ class OptimizedModel(BeitPreTrainedModel):
         head_dim = self.config.attention_head_dim
         return attention.report(self.attn_implementation, kernels, self.device, self._optimized_dtype, head_dim)
 
-    def set_attn_implementation(self, attn_implementation: str | None) -> None:
+    def set_attn_implementation(self, attn_implementation: AttentionImplementation | None) -> None:
         """Choose the attention implementation of every block from now on.
 
         The choices are `"eager"`, `"sdpa"`, `"triton"` and None (by device and dtype).

@@ -20,7 +20,7 @@ from ..checkpoint.key_mapping import TRUNK_PREFIX, to_hub_names
 from ..configuration.beit_config import BeitConfig
 from ..models.backbone import BeitBackbone
 from ..utils.messages import join_choices, raise_value_error
-from ..utils.names import POSITION_INTERPOLATIONS
+from ..utils.names import POSITION_INTERPOLATIONS, AttentionImplementation, PatchEmbedImplementation
 
 _ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu"}
 _NORM_EPS = 1e-5
@@ -86,8 +86,8 @@ class MmsegBeit(nn.Module):
         *,
         feature_pyramid: bool = False,
         position_interpolation: str = "geometric",
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
     ) -> None:
         super().__init__()
         norm = {"type": "LN"} | dict(norm_cfg or {})

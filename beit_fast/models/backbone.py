@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 from torch import Tensor
 
 from ..configuration.beit_config import BeitConfig
 from ..layers.block import BeitEncoder
 from ..layers.embeddings import BeitEmbeddings, window_of
+from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 from .base import BeitPreTrainedModel
 from .inputs import check_inputs, key_mask_of
 from .outputs import BackboneOutput
@@ -31,8 +32,8 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
     def __init__(
         self,
         config: BeitConfig,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
     ) -> None:
         super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
@@ -83,6 +84,34 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
         known = inspect.signature(self.forward).parameters
         return self(*args, **{name: value for name, value in kwargs.items() if name in known})
 
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = ...,
+        output_hidden_states: bool | None = ...,
+        output_attentions: bool | None = ...,
+        return_dict: Literal[True] | None = ...,
+    ) -> BackboneOutput: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = ...,
+        output_hidden_states: bool | None = ...,
+        output_attentions: bool | None = ...,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[Any, ...]: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = ...,
+        output_hidden_states: bool | None = ...,
+        output_attentions: bool | None = ...,
+        return_dict: bool | None = ...,
+    ) -> BackboneOutput | tuple[Any, ...]: ...
     def forward(
         self,
         pixel_values: Tensor,

@@ -15,6 +15,7 @@ from ..layers.block import BeitEncoder, BeitLayer
 from ..layers.context import Kernels, choose_kernels, query_dtype
 from ..layers.embeddings import BeitEmbeddings
 from ..ops.dispatch import attention, patch_embed
+from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 from .gradient_checkpointing import GradientCheckpointingMixin
 from .inputs import check_config
 from .pretrained import PretrainedMixin
@@ -51,8 +52,8 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
     def __init__(
         self,
         config: BeitConfig,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
     ) -> None:
         super().__init__()
         check_config(config, type(self).__name__)
@@ -70,7 +71,7 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
     def _from_config(
         cls,
         config: BeitConfig,
-        attn_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
         dtype: torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -121,7 +122,7 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         """Raise NotImplementedError: the heads are not tied to an embedding."""
         raise NotImplementedError(f"{type(self).__name__} has no output embeddings; set its head by name")
 
-    def set_attn_implementation(self, attn_implementation: str | None) -> None:
+    def set_attn_implementation(self, attn_implementation: AttentionImplementation | None) -> None:
         """Set `"eager"`, `"sdpa"`, `"triton"` or None for every layer. None chooses by device and dtype.
 
         `config` is replaced by a copy with this implementation; other models of the old one do not change.
@@ -141,7 +142,7 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         kernels = [layer.last_kernel for layer in layers]
         return attention.report(self.attn_implementation, kernels, self.device, self.dtype, head_dim)
 
-    def set_patch_embed_implementation(self, patch_embed_implementation: str | None) -> None:
+    def set_patch_embed_implementation(self, patch_embed_implementation: PatchEmbedImplementation | None) -> None:
         """Set `"conv"`, `"fused"` or None (follows attention)."""
         patch_embed.check_implementation(patch_embed_implementation)
         self._configure(patch_embed_implementation=patch_embed_implementation)
@@ -203,8 +204,8 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         for child in self.children():
             if not isinstance(child, BeitPreTrainedModel):
                 child.apply(self._init_weights)
-        self.set_attn_implementation(self.attn_implementation)
-        self.set_patch_embed_implementation(self.patch_embed_implementation)
+        self.set_attn_implementation(attention.check_implementation(self.attn_implementation))
+        self.set_patch_embed_implementation(patch_embed.check_implementation(self.patch_embed_implementation))
         if self.config.gradient_checkpointing:
             self.gradient_checkpointing_enable()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..configuration.beit_config import BeitConfig
 from ..layers.block import BeitEncoder
 from ..layers.embeddings import BeitEmbeddings, window_of
+from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 from .base import BeitPreTrainedModel
 from .inputs import check_inputs, key_mask_of
 from .labels import check_image_labels, check_patch_label_count, check_patch_labels, problem_of_labels
@@ -44,8 +45,8 @@ class BeitModel(BeitPreTrainedModel):
         self,
         config: BeitConfig,
         add_pooling_layer: bool = True,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
     ) -> None:
         super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
@@ -57,6 +58,40 @@ class BeitModel(BeitPreTrainedModel):
         self.pooler = BeitPooler(config) if add_pooling_layer else None
         self._finish_construction()
 
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        return_dict: Literal[True] | None = ...,
+    ) -> BeitModelOutputWithPooling: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[Any, ...]: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        return_dict: bool | None = ...,
+    ) -> BeitModelOutputWithPooling | tuple[Any, ...]: ...
     def forward(
         self,
         pixel_values: Tensor,
@@ -110,8 +145,8 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
     def __init__(
         self,
         config: BeitConfig,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
     ) -> None:
         super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
@@ -121,6 +156,43 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self._finish_construction()
 
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = ...,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        return_dict: Literal[True] | None = ...,
+    ) -> MaskedLMOutput: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = ...,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[Any, ...]: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = ...,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        return_dict: bool | None = ...,
+    ) -> MaskedLMOutput | tuple[Any, ...]: ...
     def forward(
         self,
         pixel_values: Tensor,
@@ -166,8 +238,8 @@ class BeitForImageClassification(BeitPreTrainedModel):
     def __init__(
         self,
         config: BeitConfig,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
     ) -> None:
         super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
@@ -176,6 +248,40 @@ class BeitForImageClassification(BeitPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self._finish_construction()
 
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        return_dict: Literal[True] | None = ...,
+    ) -> ImageClassifierOutput: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[Any, ...]: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        return_dict: bool | None = ...,
+    ) -> ImageClassifierOutput | tuple[Any, ...]: ...
     def forward(
         self,
         pixel_values: Tensor,

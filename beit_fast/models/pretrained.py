@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..configuration.beit_config import IMPLEMENTATION_FIELDS
+from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 
 if TYPE_CHECKING:
     from ..checkpoint.device_map import DeviceMap
@@ -55,8 +56,8 @@ class PretrainedMixin:
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -95,8 +96,8 @@ class PretrainedMixin:
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         config: Any = None,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..configuration.beit_config import BeitConfig
 from ..layers.embeddings import window_of
 from ..position_bias import Window
+from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 from .base import BeitPreTrainedModel
 from .beit import BeitModel
 from .inputs import check_inputs
@@ -155,8 +156,8 @@ class BeitForSemanticSegmentation(FeaturePyramidMixin, BeitPreTrainedModel):
     def __init__(
         self,
         config: BeitConfig,
-        attn_implementation: str | None = None,
-        patch_embed_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        patch_embed_implementation: PatchEmbedImplementation | None = None,
     ) -> None:
         super().__init__(config, attn_implementation, patch_embed_implementation)
         config = self.config
@@ -172,6 +173,40 @@ class BeitForSemanticSegmentation(FeaturePyramidMixin, BeitPreTrainedModel):
         self.auxiliary_head = BeitFCNHead(config) if config.use_auxiliary_head else None
         self._finish_construction()
 
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        return_dict: Literal[True] | None = ...,
+    ) -> SemanticSegmenterOutput: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[Any, ...]: ...
+    @overload
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = ...,
+        interpolate_pos_encoding: bool = ...,
+        attention_mask: Tensor | None = ...,
+        output_attentions: bool | None = ...,
+        output_hidden_states: bool | None = ...,
+        return_dict: bool | None = ...,
+    ) -> SemanticSegmenterOutput | tuple[Any, ...]: ...
     def forward(
         self,
         pixel_values: Tensor,

@@ -12,3 +12,6 @@ PATCH_EMBED_IMPLEMENTATIONS: tuple[PatchEmbedImplementation, ...] = get_args(Pat
 
 PositionInterpolation = Literal["bilinear", "geometric"]
 POSITION_INTERPOLATIONS: tuple[PositionInterpolation, ...] = get_args(PositionInterpolation)
+
+DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+"""Short names of dtypes that the commands and `optimize_for_inference` accept."""

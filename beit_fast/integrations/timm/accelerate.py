@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...layers.attention_backends import run_attention
 from ...layers.module_hooks import clone_if_hooked, watches_keywords, watches_output
 from ...position_bias import Window, gather_bias
+from ...utils.names import AttentionImplementation
 from ..bias_handle import BiasHandle, dense, show_dense
 from ..class_swap import ClassSwap, Modules, Place
 from ..forward_scope import choose_in_forward
@@ -165,7 +166,7 @@ _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
 _REPLACEMENTS = {original: replacement for replacement, original in _ORIGINALS.items()}
 
 
-def accelerate(model: nn.Module, attn_implementation: str | None = None) -> AccelerationReport:
+def accelerate(model: nn.Module, attn_implementation: AttentionImplementation | None = None) -> AccelerationReport:
     """Make timm's BEiT attention read its bias inside the kernel, in place.
 
         model = timm.create_model("beit_base_patch16_224", pretrained=True)

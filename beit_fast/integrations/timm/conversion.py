@@ -15,6 +15,7 @@ from ...configuration.beit_config import BeitConfig
 from ...image_processing.timm_options import normalization_entries, resize_entries
 from ...models.beit import BeitForImageClassification
 from ...utils.messages import join_choices, join_some, raise_value_error
+from ...utils.names import AttentionImplementation, PatchEmbedImplementation
 
 try:
     from timm import create_model
@@ -72,7 +73,9 @@ def to_timm(model: BeitForImageClassification) -> timm_beit.Beit:
 
 
 def from_timm(
-    model: timm_beit.Beit, attn_implementation: str | None = None, patch_embed_implementation: str | None = None
+    model: timm_beit.Beit,
+    attn_implementation: AttentionImplementation | None = None,
+    patch_embed_implementation: PatchEmbedImplementation | None = None,
 ) -> BeitForImageClassification:
     """Convert to `BeitForImageClassification`, with copied parameters.
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ...layers.attention import BeitRelativePositionBias, BeitSelfAttention
 from ...layers.module_hooks import watches_output
+from ...utils.names import AttentionImplementation
 from ..class_swap import ClassSwap, Modules, Place, held_forwards
 from ..report import AccelerationReport
 from .fused_layers import (
@@ -36,7 +37,7 @@ from .fused_layers import (
 _OWN = (BeitSelfAttention, BeitRelativePositionBias)
 
 
-def accelerate(model: nn.Module, attn_implementation: str | None = None) -> AccelerationReport:
+def accelerate(model: nn.Module, attn_implementation: AttentionImplementation | None = None) -> AccelerationReport:
     """Make Transformers' BEiT layers read the bias inside the attention kernel.
 
     The classes of attention and bias modules are exchanged for subclasses with another forward, in place. So is the

@@ -18,6 +18,8 @@ from transformers.models.beit.modeling_beit import BeitModelOutputWithPooling
 import beit_fast
 from beit_fast.configuration.conversion import as_beit_config
 
+from ...utils.names import AttentionImplementation
+
 try:
     from transformers.backbone_utils import BackboneType
 except ImportError:  # 4.57
@@ -50,7 +52,7 @@ class TransformersConventions(beit_fast.BeitPreTrainedModel):
     def _from_config(
         cls,
         config: Any,
-        attn_implementation: str | None = None,
+        attn_implementation: AttentionImplementation | None = None,
         dtype: torch.dtype | str | None = None,
         *,
         torch_dtype: torch.dtype | str | None = None,

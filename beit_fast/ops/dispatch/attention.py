@@ -14,20 +14,23 @@ from dataclasses import dataclass
 import torch
 
 from ...utils.messages import join_choices
-from ...utils.names import ATTENTION_IMPLEMENTATIONS
+from ...utils.names import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
 from . import availability
 
 
-def check_implementation(name: str | None) -> str | None:
+def check_implementation(name: str | None) -> AttentionImplementation | None:
     """Return `name` if it is an attention implementation or None.
 
     Raises:
         ValueError: If the name is unknown.
     """
-    if name is not None and name not in ATTENTION_IMPLEMENTATIONS:
-        accepted = join_choices((*ATTENTION_IMPLEMENTATIONS, None))
-        raise ValueError(f"attn_implementation={name!r} is not supported (expected {accepted})")
-    return name
+    if name is None:
+        return None
+    for known in ATTENTION_IMPLEMENTATIONS:
+        if name == known:
+            return known
+    accepted = join_choices((*ATTENTION_IMPLEMENTATIONS, None))
+    raise ValueError(f"attn_implementation={name!r} is not supported (expected {accepted})")
 
 
 def resolve(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

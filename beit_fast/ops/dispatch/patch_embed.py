@@ -13,20 +13,23 @@ import torch
 from torch import Tensor
 
 from ...utils.messages import join_choices
-from ...utils.names import PATCH_EMBED_IMPLEMENTATIONS
+from ...utils.names import PATCH_EMBED_IMPLEMENTATIONS, PatchEmbedImplementation
 from . import attention, availability
 
 
-def check_implementation(name: str | None) -> str | None:
+def check_implementation(name: str | None) -> PatchEmbedImplementation | None:
     """Return `name` if it is an implementation of patch embedding or None.
 
     Raises:
         ValueError: If the name is unknown.
     """
-    if name is not None and name not in PATCH_EMBED_IMPLEMENTATIONS:
-        accepted = join_choices((*PATCH_EMBED_IMPLEMENTATIONS, None))
-        raise ValueError(f"patch_embed_implementation={name!r} is not supported (expected {accepted})")
-    return name
+    if name is None:
+        return None
+    for known in PATCH_EMBED_IMPLEMENTATIONS:
+        if name == known:
+            return known
+    accepted = join_choices((*PATCH_EMBED_IMPLEMENTATIONS, None))
+    raise ValueError(f"patch_embed_implementation={name!r} is not supported (expected {accepted})")
 
 
 def resolve(
