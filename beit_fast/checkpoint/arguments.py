@@ -9,8 +9,23 @@ from typing import Any, NamedTuple
 
 from ..configuration.beit_config import IMPLEMENTATION_FIELDS
 from ..configuration.labels_and_stages import known_fields
-from ..utils.messages import describe, suggest
+from ..utils.messages import FieldError, describe, raise_errors, suggest
 from .protocol import PretrainedModel
+
+_FLAGS = (
+    "use_safetensors",
+    "use_ema",
+    "force_download",
+    "offload_buffers",
+    "weights_only",
+    "low_cpu_mem_usage",
+    "trust_remote_code",
+)
+_TYPES: tuple[tuple[type, str, tuple[str, ...]], ...] = (
+    (bool, "True, False", _FLAGS),
+    (str, "a string", ("subfolder", "variant")),
+    (Mapping, "a dict", ("state_dict", "key_mapping", "proxies")),
+)
 
 
 class OrdinaryArguments(NamedTuple):
@@ -72,7 +87,6 @@ def split_arguments(
             f"BeitConfig, {', '.join(sorted(arguments))}){advice}"
         )
     ordinary = {name: given[name] for name in OrdinaryArguments._fields if given.get(name) is not None}
-    _check_types(ordinary)
     constructor = {name: value for name, value in given.items() if name in built}
     return OrdinaryArguments(**ordinary), constructor, {name: given[name] for name in given if name in fields - built}
 
@@ -84,8 +98,16 @@ def _explicit_arguments(model_class: Any) -> set[str]:
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def _check_types(ordinary: Mapping[str, Any]) -> None:
-    """Raise TypeError for arguments that are not mappings."""
-    for name in ("state_dict", "key_mapping"):
-        if name in ordinary and not isinstance(ordinary[name], Mapping):
-            raise TypeError(f"{describe(name, ordinary[name])} is not supported (expected a dict or None)")
+def check_types(owner: str, given: Mapping[str, Any]) -> None:
+    """Check the types of arguments that are not None.
+
+    Raises:
+        TypeError: If any is wrong. The error lists all of them.
+    """
+    errors = [
+        FieldError(f"{describe(name, given[name])} is not supported (expected {expected} or None)", wrong_type=True)
+        for kind, expected, names in _TYPES
+        for name in names
+        if given.get(name) is not None and not isinstance(given[name], kind)
+    ]
+    raise_errors(f"{owner}.from_pretrained", errors)

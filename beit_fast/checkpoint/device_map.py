@@ -86,13 +86,15 @@ def check_device(argument: str, device: int | str | torch.device | None) -> None
     """Check that parameters can be read to a device; None is torch's default device.
 
     Raises:
+        TypeError: If it is of another type.
         ValueError: If it is not a device, this machine does not have it, or it is the meta device.
     """
     given = f"{argument}={device!r}" if device is not None else "torch's default device"
     try:
         resolved = torch.get_default_device() if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"{given} is not a device (expected 'cpu', or an accelerator such as 'cuda:0')") from error
+    except (RuntimeError, TypeError) as error:
+        kind = type(error) if isinstance(error, TypeError) else ValueError
+        raise kind(f"{given} is not a device (expected 'cpu', or an accelerator such as 'cuda:0')") from error
     if resolved.type == "meta":
         raise ValueError(
             f"{given} is meta, which has no values, so weights cannot be loaded to it (expected another device; for a "

@@ -142,9 +142,13 @@ def rename_keys(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | 
     """Rename tensors by regular expressions, each in turn: the argument `key_mapping` of `from_pretrained`.
 
     Raises:
-        ValueError: If two names become equal.
+        ValueError: If two names become equal, or a pattern or replacement is not valid.
     """
-    renamed = _renamed(tensors, tuple((key_mapping or {}).items()))
+    try:
+        renamed = _renamed(tensors, tuple((key_mapping or {}).items()))
+    except (re.error, TypeError) as error:
+        expected = "regular expressions and their replacements"
+        raise ValueError(f"key_mapping={key_mapping} is not supported (expected {expected}): {error}") from error
     if len(renamed) < len(tensors):
         raise ValueError(f"key_mapping={dict(key_mapping or {})} gives {len(tensors) - len(renamed)} names twice")
     return renamed

@@ -17,7 +17,7 @@ from ..position_bias import Window
 from ..utils.hub import HubOptions
 from ..utils.messages import join_choices, join_some
 from ..utils.names import POSITION_INTERPOLATIONS
-from .arguments import OrdinaryArguments, split_arguments
+from .arguments import OrdinaryArguments, check_types, split_arguments
 from .device_map import Placement
 from .files import CheckpointFiles, FileChoice, find_checkpoint, find_config
 from .infer_config import copy_config, infer_config, read_config
@@ -90,6 +90,8 @@ def load_model(
     sizes = options.sizes
     labels = {} if sizes.num_labels is None else {"num_labels": sizes.num_labels}
     ordinary, model_arguments, overrides = split_arguments(model_class, {**keywords, **labels})
+    named = {"use_ema": options.use_ema, "subfolder": options.hub.subfolder}
+    check_types(model_class.__name__, {**options.choice._asdict(), **named, **ordinary._asdict()})
     ordinary.check(name_or_path)
     options = _with_ordinary(options, ordinary)
     placement = options.placement

@@ -136,7 +136,7 @@ class PretrainedMixin:
         placement = loading.Placement(device, device_map, max_memory, offload_folder)
         hub = loading.HubOptions(revision, cache_dir, token, local_files_only, subfolder=subfolder or "")
         sizes = loading.SizeOptions(num_labels, image_size, position_interpolation, ignore_mismatched_sizes)
-        choice = loading.FileChoice(use_safetensors, variant)
+        choice = loading.FileChoice(use_safetensors, variant or None)
         dtype = loading.one_dtype(dtype, torch_dtype)
         chosen = loading.LoadOptions(kernels, dtype, placement, hub, sizes, choice, use_ema)
         model, info = loading.load_model(model_class, pretrained_model_name_or_path, config, chosen, options)

@@ -150,6 +150,28 @@ def test_from_pretrained_with_arguments_that_it_cannot_fulfill_says_so(tmp_path)
         load(tmp_path, proxies={"https": "localhost:1"})
 
 
+def test_from_pretrained_with_arguments_of_wrong_types_lists_all_of_them(tmp_path):
+    wrong = {
+        "use_safetensors": "yes",
+        "use_ema": 1,
+        "subfolder": 3,
+        "variant": True,
+        "key_mapping": [],
+        "weights_only": 0,
+    }
+    with pytest.raises(TypeError, match="has 6 errors") as raised:
+        load(tmp_path, **wrong)
+    for name, value in wrong.items():
+        assert f"{name}={value!r} is not supported (expected " in str(raised.value)
+    make_model().save_pretrained(tmp_path)
+    assert load(tmp_path, variant="", subfolder=None).dtype == torch.float32
+    for mapping in ({"(": "x"}, {"embeddings": 3}):
+        with pytest.raises(ValueError, match="expected regular expressions and their replacements"):
+            load(tmp_path, key_mapping=mapping)
+    with pytest.raises(TypeError, match="is not a device"):
+        load(tmp_path, device=object())
+
+
 def test_from_pretrained_with_an_unknown_argument_lists_what_is_accepted(tmp_path):
     make_model().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="got unexpected arguments gguf_file, use_safetensor ") as raised:
@@ -174,6 +196,7 @@ def test_from_pretrained_with_offload_buffers_passes_it_to_accelerate(tmp_path, 
     ("device", "message"),
     [
         ("tpu", r"='tpu' is not a device \(expected 'cpu', or an accelerator such as 'cuda:0'\)"),
+        ("disk", "='disk' is not a device"),
         ("meta", "='meta' is meta, which has no values"),
         ("cuda:77", "='cuda:77' cannot be used here: "),
     ],
