@@ -19,7 +19,13 @@ from .ops.patch_embed import patch_embed
 
 if TYPE_CHECKING:
     from .image_processing import BeitFeatureExtractor, BeitImageProcessor, BeitImageProcessorFast
-    from .inference import ClassScore, ImageClassifier, optimize_for_inference
+    from .inference import (
+        ClassScore,
+        ImageClassifier,
+        optimize_for_inference,
+        plot_attention,
+        plot_relative_position_bias,
+    )
 
 _IMPORTED_AT_FIRST_USE = {
     "BeitFeatureExtractor": ".image_processing",
@@ -28,6 +34,8 @@ _IMPORTED_AT_FIRST_USE = {
     "ClassScore": ".inference",
     "ImageClassifier": ".inference",
     "optimize_for_inference": ".inference",
+    "plot_attention": ".inference",
+    "plot_relative_position_bias": ".inference",
 }
 
 
@@ -59,5 +67,7 @@ __all__ = [
     "__version__",
     "optimize_for_inference",
     "patch_embed",
+    "plot_attention",
+    "plot_relative_position_bias",
     "rel_pos_attention",
 ]

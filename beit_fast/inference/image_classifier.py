@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, overload
 
@@ -21,6 +20,7 @@ from ..models.class_scores import ClassScore, top_classes
 from ..utils.files import CONFIG_NAME
 from ..utils.hub import HubOptions
 from ..utils.messages import FieldError, count_of, describe, join_some, raise_errors
+from .evaluation import evaluation_mode
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -158,19 +158,6 @@ class ImageClassifier:
                 f"{type(self.model).__name__} returned logits of {given} (expected [images, num_labels] = {expected})"
             )
         return logits
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode; restore the mode of each module."""
-    in_training = [module for module in model.modules() if module.training]
-    for module in in_training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 def _processor_of(
