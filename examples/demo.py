@@ -23,8 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from beit_fast import BeitConfig, BeitForImageClassification, BeitImageProcessor, __version__
-from beit_fast.position_bias import Window, gather_bias
+from beit_fast import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitImageProcessor,
+    __version__,
+    plot_relative_position_bias,
+)
+from beit_fast.position_bias import Window
 from beit_fast.testing import latency, peak_memory
 
 BACKENDS = ("eager", "sdpa", "triton")
@@ -59,7 +65,7 @@ def main(arguments: list[str] | None = None, config: BeitConfig | None = None) -
         path = options.image or matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
         photograph = Image.open(path).convert("RGB")
     except ImportError as error:
-        parser.error(f"the picture needs matplotlib: pip install 'beit-fast[demo]' ({error})")
+        parser.error(f"the picture needs matplotlib: pip install 'beit-fast[plot]' ({error})")
     except OSError as error:
         parser.error(f"cannot read the image: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -291,78 +297,43 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=FIGURE_INCHES)
-    _draw_bias(figure, photograph, model)
-    _draw_bars(_axis(figure, 1.75, 0.75, 3.6, 1.2), results, "seconds", 1e3, "median latency of one image, ms")
-    _draw_bars(_axis(figure, 7.55, 0.75, 3.9, 1.2), results, "memory", 1 / 2**20, "peak memory of a forward, MiB")
-    title = "BEiT's relative position bias: what the marked patch adds to its score for every patch, first layer"
-    figure.text(0.5, 0.957, title, ha="center", fontsize=14)
-    figure.text(0.5, 0.018, _caption(conditions), ha="center", fontsize=9, color="#555555")
+    figure = plt.figure(figsize=FIGURE_INCHES, layout="constrained")
+    figure.suptitle(
+        "BEiT's relative position bias: what the marked patch adds to its score for every patch", fontsize=14
+    )
+    figure.supxlabel(_caption(conditions), fontsize=9, color="#555555")
+    above, below = figure.subfigures(2, 1, height_ratios=(3.6, 1), hspace=0.02)
+    left, right = above.subfigures(1, 2, width_ratios=(1, 1.5))
+    window = window_of(model.config)
+    query = window[0] // 2, window[1] // 2
+    _draw_photograph(left.subplots(), photograph, window, query)
+    heads = _spread(model.config.num_attention_heads, 6)
+    plot_relative_position_bias(model, layer=0, heads=heads, query=query, figure=right)
+    for axis, field, scale, title in zip(
+        below.subplots(1, 2),
+        ("seconds", "memory"),
+        (1e3, 1 / 2**20),
+        ("median latency of one image, ms", "peak memory of a forward, MiB"),
+        strict=True,
+    ):
+        _draw_bars(axis, results, field, scale, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _axis(figure: Any, left: float, bottom: float, width: float, height: float) -> Any:
-    """An axis placed in inches."""
-    across, up = FIGURE_INCHES
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+def _draw_photograph(axis: Any, photograph: Any, window: Window, query: tuple[int, int]) -> None:
+    """Draw the photograph in units of patches, and mark the patch `query`."""
+    from matplotlib.patches import Rectangle
 
-
-def _draw_bias(figure: Any, photograph: Any, model: BeitForImageClassification) -> None:
-    config = model.config
-    window = window_of(config)
-    query = window[0] // 2, window[1] // 2
-    height, width = _pair(config.image_size)
-    pixels = np.asarray(photograph.resize((width, height)))
-    main_axis = _axis(figure, 0.35, 2.75, 4.8, 4.8)
-    main_axis.imshow(pixels)
-    _mark_query(main_axis, query, config.patch_size)
-    main_axis.set_title("the photograph and the marked patch", fontsize=11)
-    main_axis.set_axis_off()
-    bias = patch_bias(model, window, query)
-    heads = _spread(bias.shape[0], 6)
-    limit = float(np.percentile(np.abs(bias[heads]), 98))
-    for place, head in enumerate(heads):
-        row, column = divmod(place, 3)
-        axis = _axis(figure, 5.5 + 2.31 * column, 5.35 - 2.6 * row, 2.2, 2.2)
-        shown = _draw_head(axis, pixels, bias[head], query, config.patch_size, limit)
-        axis.set_title(f"head {head + 1}", fontsize=10.5)
-        axis.set_axis_off()
-    bar = figure.colorbar(shown, cax=_axis(figure, 12.5, 2.95, 0.16, 4.4), extend="both")
-    bar.set_label("added to the attention score", fontsize=10)
-
-
-def patch_bias(model: BeitForImageClassification, window: Window, query: tuple[int, int]) -> np.ndarray:
-    """The bias `[heads, Wh, Ww]` of the patch at `query`. The first layer adds it to the patch's scores."""
-    table = next(parameter for name, parameter in model.named_parameters() if name.endswith(TABLE_SUFFIX))
-    token = 1 + query[0] * window[1] + query[1]
-    bias = gather_bias(table.detach().float().cpu(), window)[:, token, 1:]
-    return bias.unflatten(1, window).numpy()
+    axis.imshow(np.asarray(photograph), extent=(0, window[1], window[0], 0))
+    axis.add_patch(Rectangle((query[1], query[0]), 1, 1, fill=False, edgecolor="#ffb000", linewidth=2))
+    axis.set_title("the photograph and the marked patch", fontsize=11)
+    axis.set_axis_off()
 
 
 def _spread(heads: int, wanted: int) -> list[int]:
     return sorted({round(float(head)) for head in np.linspace(0, heads - 1, min(wanted, heads))})
-
-
-def _draw_head(
-    axis: Any, pixels: np.ndarray, bias: np.ndarray, query: tuple[int, int], patch: int, limit: float
-) -> Any:
-    height, width = pixels.shape[:2]
-    axis.imshow(pixels.mean(-1), cmap="gray", vmin=-40, vmax=255)
-    shown = axis.imshow(
-        bias, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.7, interpolation="nearest",
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-    )  # fmt: skip
-    _mark_query(axis, query, patch)
-    return shown
-
-
-def _mark_query(axis: Any, query: tuple[int, int], patch: int) -> None:
-    from matplotlib.patches import Rectangle
-
-    corner = (query[1] * patch - 0.5, query[0] * patch - 0.5)
-    axis.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor="#ffd60a", linewidth=2))
 
 
 def _draw_bars(axis: Any, results: list[Result], field: str, scale: float, title: str) -> None:

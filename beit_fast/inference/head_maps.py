@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 PANEL_INCHES = 2.0
-LEAST_WIDTH = 4.8
-"""The width of the longest heading, in inches."""
+LEAST_SIZE = (4.8, 2.6)
+"""The width of the longest heading and the height of the color scale with its label, in inches."""
 
 COLUMN_COUNTS = (5, 4, 3)
 OUTLINE = "#ffb000"
-STRIP_GAP, STRIP_HEIGHT = 0.03, 0.1
-"""The gap above the class token's entries and their height, as parts of a panel."""
+STRIP_GAP, STRIP_HEIGHT = 0.03, 0.16
+"""The gap above the class token's entries and their height, as parts of a map's longer side."""
 
 
 class HeadMaps(NamedTuple):
@@ -40,7 +40,7 @@ class HeadMaps(NamedTuple):
 
 
 class Text(NamedTuple):
-    """The heading, the note at the bottom and the label of the color scale."""
+    """The heading, the note below the maps, and the color scale's label."""
 
     heading: str
     note: str
@@ -109,7 +109,7 @@ def _color_scale(maps: HeadMaps, is_signed: bool) -> tuple[Any, str]:
 
 
 def _panels(maps: HeadMaps, text: Text, canvas: Canvas) -> tuple[Any, list[Any]]:
-    """Return the figure and one axis for each map, with one more in front for the picture."""
+    """Return the figure and its axes: of the picture, if any, and the maps."""
     count = len(maps.values)
     if canvas.axes is not None:
         axes = list(np.atleast_1d(np.asarray(canvas.axes, dtype=object)).flat)
@@ -138,9 +138,10 @@ def grid_size(count: int) -> tuple[int, int]:
 
 def _new_figure(maps: HeadMaps, columns: int, rows: int) -> Any:
     height, width = maps.values.shape[1:]
-    across = PANEL_INCHES * min(1.0, max(width / height, len(maps.cls_entries) / 3, 0.5))
-    down = PANEL_INCHES * min(1.0, height / width) + 0.6  # title and entries of the class token
-    size = max(columns * across + 1.2, LEAST_WIDTH), rows * down + 1.0
+    longer = max(height, width)
+    across = PANEL_INCHES * max(width / longer, len(maps.cls_entries) / 3, 0.5)
+    down = PANEL_INCHES * (height / longer + STRIP_GAP + STRIP_HEIGHT) + 0.3  # title
+    size = max(columns * across + 1.2, LEAST_SIZE[0]), max(rows * down + 1.0, LEAST_SIZE[1])
     return import_pyplot().figure(figsize=size, layout="constrained")
 
 
@@ -148,38 +149,46 @@ def _draw_picture(axis: Any, maps: HeadMaps) -> None:
     height, width = maps.values.shape[1:]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # in patches
     axis.imshow(maps.picture, cmap="gray", vmin=0, vmax=1, extent=extent)
-    _finish_panel(axis, "image" if maps.query is None else "image and query", maps.query)
+    _finish_panel(axis, "image" if maps.query is None else "image and query", maps)
 
 
 def _draw_map(axis: Any, maps: HeadMaps, place: int, colors: Any) -> None:
     axis.imshow(maps.values[place], cmap=colors.cmap, norm=colors.norm, interpolation="nearest")
-    _finish_panel(axis, maps.titles[place], maps.query)
     _draw_cls_entries(axis, {name: float(entries[place]) for name, entries in maps.cls_entries.items()}, maps, colors)
+    _finish_panel(axis, maps.titles[place], maps)
 
 
-def _finish_panel(axis: Any, title: str, query: tuple[int, int] | None) -> None:
+def _finish_panel(axis: Any, title: str, maps: HeadMaps) -> None:
+    height, width = maps.values.shape[1:]
+    longer = max(height, width)
+    across = max(width, longer * len(maps.cls_entries) / 3)
+    axis.set_xlim(width / 2 - 0.5 - across / 2, width / 2 - 0.5 + across / 2)
+    axis.set_ylim(height - 0.5 + (STRIP_GAP + STRIP_HEIGHT) * longer, -0.5)
+    axis.set_title(title, fontsize=9.5, pad=3)
+    axis.set_axis_off()
+    _outline(axis, (-0.5, -0.5), width, height, "k", 0.8)
+    if maps.query is not None:
+        _outline(axis, (maps.query[1] - 0.5, maps.query[0] - 0.5), 1, 1, OUTLINE, 1.6)
+
+
+def _outline(axis: Any, corner: tuple[float, float], width: float, height: float, color: str, thickness: float) -> None:
     from matplotlib.patches import Rectangle
 
-    axis.set_title(title, fontsize=9.5, pad=3)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    if query is not None:
-        corner = (query[1] - 0.5, query[0] - 0.5)
-        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=OUTLINE, linewidth=1.6, clip_on=False))
+    outline = Rectangle(corner, width, height, fill=False, edgecolor=color, linewidth=thickness, clip_on=False)
+    axis.add_patch(outline)
 
 
 def _draw_cls_entries(axis: Any, entries: dict[str, float], maps: HeadMaps, colors: Any) -> None:
-    """Draw the class token's entries below a map, a third of the panel each."""
+    """Draw the class token's entries below a map; each has a third of the map's longer side."""
     height, width = maps.values.shape[1:]
-    across, down = max(1.0, height / width), max(1.0, width / height)  # the panel's sides over those of the map
-    bottom = -(STRIP_GAP + STRIP_HEIGHT) * down
-    length = across * len(entries) / 3
-    strip = axis.inset_axes((0.5 - length / 2, bottom, length, STRIP_HEIGHT * down))
-    strip.imshow([list(entries.values())], cmap=colors.cmap, norm=colors.norm, aspect="auto")
-    for column, value in enumerate(entries.values()):
+    longer = max(height, width)
+    left, top = width / 2 - 0.5 - longer * len(entries) / 6, height - 0.5 + STRIP_GAP * longer
+    right, bottom = left + longer * len(entries) / 3, top + STRIP_HEIGHT * longer
+    cells = [list(entries.values())]
+    axis.imshow(cells, cmap=colors.cmap, norm=colors.norm, interpolation="nearest", extent=(left, right, bottom, top))
+    _outline(axis, (left, top), right - left, bottom - top, "k", 0.8)
+    for place, (name, value) in enumerate(entries.items()):
         red, green, blue, _ = colors.to_rgba(value)
-        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        strip.text(column, 0, f"{value:.3f}", ha="center", va="center", fontsize=7, color="w" if is_dark else "k")
-    strip.set_xticks(range(len(entries)), list(entries), fontsize=6.5, va="baseline")
-    strip.tick_params(length=0, pad=8)
-    strip.set_yticks([])
+        ink = "w" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "k"  # by the luminance of the cell
+        middle = left + (place + 0.5) * longer / 3, (top + bottom) / 2
+        axis.text(*middle, f"{name}\n{value:.3f}", ha="center", va="center", fontsize=6.5, color=ink)

@@ -37,7 +37,7 @@ def plot_relative_position_bias(
     axes: Axes | Sequence[Axes] | None = None,
     colorbar: bool = True,
 ) -> Figure:
-    """Draw what the relative position bias of a layer adds to attention scores.
+    """Draw what the relative position bias adds to attention scores.
 
     If the model has a bias for each layer and a shared one, their sum is drawn. The entries of the class token are
     below each map.
@@ -70,22 +70,13 @@ def plot_relative_position_bias(
     window, errors = _window(model.config, image_size)
     raise_errors(owner, errors or _query_errors(query, window))
     values, titles = _of_heads(_table(encoder, layer, window).t(), heads)  # [P, rows]
-    grid = values[:, :-CLS_ROWS].unflatten(1, (2 * window[0] - 1, 2 * window[1] - 1))
-    by_key = grid.flip(1, 2)  # rows of the table count from key to query
-    cls_to_patch, patch_to_cls, cls_to_cls = (values[:, row - CLS_ROWS].numpy() for row in range(CLS_ROWS))
-    centre = window[0] - 1, window[1] - 1
+    subject, note = "Relative position bias", "position of the key; the query is outlined"
     if query is None:
-        entries = {"CLS→patch": cls_to_patch, "patch→CLS": patch_to_cls, "CLS→CLS": cls_to_cls}
-        subject = "Relative position bias"
-        note = f"position of the key, up to {_offsets(window)}\nfrom the query (outlined)"
+        note = f"position of the key, up to {window[0] - 1} rows and {window[1] - 1} columns\nfrom the query (outlined)"
     else:
-        top, left = centre[0] - query[0], centre[1] - query[1]
-        by_key = by_key[:, top : top + window[0], left : left + window[1]]
-        entries = {"CLS": patch_to_cls}
-        subject = f"Relative position bias of {_query_name(query)}"
-        note = "position of the key; the query is outlined"
-    maps = HeadMaps(by_key.numpy(), titles, entries, query or centre)
+        subject += f" of {_query_name(query)}"
     text = Text(_heading(subject, model.config, layer, window), note, "added to the attention score")
+    maps = _bias_maps(values.numpy(), titles, window, query)
     return draw(maps, text, Canvas(figure, axes, colorbar), is_signed=True)
 
 
@@ -142,7 +133,7 @@ def plot_attention(
 
 
 def _table(encoder: BeitEncoder, layer: int, window: Window) -> Tensor:
-    """Return the table `[rows, H]` of a layer in float32 on the CPU: its own, the shared one, or their sum."""
+    """Return the float32 table of a layer, `[rows, H]`: its own, the shared one, or their sum."""
     block: Any = encoder.layer[layer]
     biases = (encoder.relative_position_bias, block.attention.attention.relative_position_bias)
     tables = [bias(window) for bias in biases if bias is not None]
@@ -152,6 +143,20 @@ def _table(encoder: BeitEncoder, layer: int, window: Window) -> Tensor:
             "use_shared_relative_position_bias=True in its configuration)"
         )
     return sum(table.float().cpu() for table in tables)
+
+
+def _bias_maps(values: np.ndarray, titles: list[str], window: Window, query: tuple[int, int] | None) -> HeadMaps:
+    """Arrange table rows `[P, rows]` by the position of the key."""
+    cls_to_patch, patch_to_cls, cls_to_cls = values[:, -CLS_ROWS:].T
+    grid = values[:, :-CLS_ROWS].reshape(-1, 2 * window[0] - 1, 2 * window[1] - 1)
+    by_key = grid[:, ::-1, ::-1]  # rows of the table count from the key to the query
+    centre = window[0] - 1, window[1] - 1
+    if query is None:
+        entries = {"CLS→patch": cls_to_patch, "patch→CLS": patch_to_cls, "CLS→CLS": cls_to_cls}
+        return HeadMaps(by_key, titles, entries, centre)
+    top, left = centre[0] - query[0], centre[1] - query[1]
+    shown = by_key[:, top : top + window[0], left : left + window[1]]
+    return HeadMaps(shown, titles, {"CLS": patch_to_cls}, query)
 
 
 def _of_heads(values: Tensor, heads: Heads) -> tuple[Tensor, list[str]]:
@@ -188,12 +193,8 @@ def _size_name(window: Window) -> str:
     return f"{window[0]} x {window[1]} patches"
 
 
-def _offsets(window: Window) -> str:
-    return f"{window[0] - 1} rows and {window[1] - 1} columns"
-
-
 def _window(config: Any, image_size: Any) -> tuple[Window, list[FieldError]]:
-    """Return the window of an image size, and what is wrong with the size."""
+    """Return the window of an image size, and the errors."""
     if image_size is None:
         return config.window, []
     size = (image_size, image_size) if _is_index(image_size) else image_size

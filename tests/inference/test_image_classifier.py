@@ -192,6 +192,13 @@ def test_checkpoint_without_preprocessing_is_refused_unless_a_processor_is_passe
     assert ImageClassifier.from_pretrained(DIGITS / "model.safetensors")(FILES[0], top=1)[0].label == "zero"
 
 
+def test_subfolder_holds_both_the_model_and_the_processor(tmp_path: Path) -> None:
+    shutil.copytree(DIGITS, tmp_path / "repository" / "digits")
+    BeitImageProcessor(size=224).save_pretrained(tmp_path / "repository")
+    classifier = ImageClassifier.from_pretrained(tmp_path / "repository", subfolder="digits")
+    assert classifier.processor.size == {"height": 48, "width": 48}
+
+
 @pytest.mark.filterwarnings("ignore:some parameters")
 def test_checkpoint_without_a_classifier_is_refused(tmp_path: Path) -> None:
     build("BeitModel").save_pretrained(tmp_path)
