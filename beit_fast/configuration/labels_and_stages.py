@@ -108,7 +108,8 @@ def resolve_labels(
 ) -> tuple[dict[int, str], dict[str, int], list[FieldError]]:
     """Build both label maps from any of the three fields.
 
-    Names may repeat (ImageNet-1k has two classes "crane"). `label2id` then contains one index of that name.
+    Names may repeat (ImageNet-1k has two classes "crane"). `label2id` then contains one index of that name. Indices
+    may have gaps, as those of the hub's BEiT for ImageNet-22k, but they start at 0.
 
     Returns:
         `id2label`, `label2id` and the errors, which include contradictions.
@@ -128,6 +129,10 @@ def resolve_labels(
     if count is not None and count != len(names):
         given = "id2label" if id2label is not None else "label2id"
         errors.append(FieldError(f"num_labels={count} contradicts {given} of length {len(names)}; pass one of them"))
+    if names and min(names) != 0:
+        given = "id2label" if id2label is not None else "label2id"
+        value = names if id2label is not None else indices
+        errors.append(FieldError(f"{describe(given, value)} starts at {min(names)} (expected class indices from 0)"))
     if not labels_agree(names, indices):
         reason = (
             "maps several labels to one index" if id2label is None else f"contradicts {describe('id2label', names)}"

@@ -17,7 +17,6 @@ from ..layers.embeddings import BeitEmbeddings
 from ..ops.dispatch import attention, patch_embed
 from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 from .gradient_checkpointing import GradientCheckpointingMixin
-from .inputs import check_config
 from .pretrained import PretrainedMixin
 
 
@@ -56,13 +55,12 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         patch_embed_implementation: PatchEmbedImplementation | None = None,
     ) -> None:
         super().__init__()
-        check_config(config, type(self).__name__)
         kernels = {
             "attn_implementation": attention.check_implementation(attn_implementation),
             "patch_embed_implementation": patch_embed.check_implementation(patch_embed_implementation),
         }
         given = {name: value for name, value in kernels.items() if value is not None}
-        self.config = as_beit_config(config).with_implementations(**given)
+        self.config = as_beit_config(config, owner=type(self).__name__).with_implementations(**given)
         self.name_or_path = self.config.name_or_path  # adapters store it as the name of their base model
         self.attn_implementation = attention.check_implementation(self.config.attn_implementation)
         self.patch_embed_implementation = patch_embed.check_implementation(self.config.patch_embed_implementation)

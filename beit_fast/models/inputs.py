@@ -1,4 +1,4 @@
-"""Checks of what a user passes to a model: its configuration, pixels and masks."""
+"""Checks of the inputs of a model: pixels and masks."""
 
 from __future__ import annotations
 
@@ -7,26 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..configuration.beit_config import BeitConfig
 from ..layers.embeddings import check_pixel_shape
 
 _PROCESS_IMAGES = "convert images with a BeitImageProcessor, as in model(**processor(images, return_tensors='pt'))"
-
-
-def check_config(config: Any, owner: str) -> None:
-    """Raise TypeError if `config` is not a configuration.
-
-    The error says how to build the model `owner`.
-    """
-    if isinstance(config, BeitConfig) or (callable(getattr(config, "to_dict", None)) and not isinstance(config, type)):
-        return
-    hint = f"such as {owner}(BeitConfig())"
-    if isinstance(config, str):
-        hint = f"to load a checkpoint, call {owner}.from_pretrained({config!r})"
-    elif isinstance(config, Mapping):
-        hint = f"for a dict of fields, call {owner}(BeitConfig.from_dict(fields))"
-    given = f"the class {config.__name__}" if isinstance(config, type) else f"of type {type(config).__name__}"
-    raise TypeError(f"config is {given} (expected a BeitConfig; {hint})")
 
 
 def check_inputs(

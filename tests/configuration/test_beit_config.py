@@ -358,3 +358,20 @@ def test_activation_matches_transformers(name):
     (expected_slope,) = torch.autograd.grad(expected.sum(), values)
     (slope,) = torch.autograd.grad(result.sum(), values)
     torch.testing.assert_close(slope, expected_slope, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("first", [-1, 1])
+@pytest.mark.parametrize("field", ["id2label", "label2id"])
+def test_labels_that_do_not_start_at_zero_raise(field, first):
+    pairs = {first: "cat", first + 1: "dog"}
+    labels = pairs if field == "id2label" else {name: index for index, name in pairs.items()}
+    with pytest.raises(ValueError, match=rf"{field}=.* starts at {first} \(expected class indices from 0\)"):
+        BeitConfig(**{field: labels})
+
+
+def test_gaps_between_labels_are_kept():
+    """The hub's BEiT for ImageNet-22k leaves two classes out: 21841 names with indices up to 21842."""
+    names = {index: f"class {index}" for index in range(21843) if index not in (9205, 15027)}
+    config = BeitConfig.from_dict({"id2label": {str(index): name for index, name in names.items()}})
+    assert config.num_labels == 21841
+    assert config.id2label == names

@@ -82,12 +82,12 @@ def test_optimized_model_wrong_pixels_raise_as_in_the_model():
 def test_configuration_of_a_wrong_type_raises_with_the_right_call(name):
     model_class = getattr(beit_fast, name)
     wrong = {
-        rf"is of type str .*call {name}\.from_pretrained\('microsoft/beit-base'\)": "microsoft/beit-base",
-        rf"is of type dict .*call {name}\(BeitConfig\.from_dict\(fields\)\)": TINY,
-        rf"is of type NoneType \(expected a BeitConfig; such as {name}\(BeitConfig\(\)\)\)": None,
-        r"is the class BeitConfig \(expected a BeitConfig": beit_fast.BeitConfig,
+        rf"=.* is of type str .*call {name}\.from_pretrained\('microsoft/beit-base'\)": "microsoft/beit-base",
+        rf"=.* is of type dict .*call {name}\(BeitConfig\.from_dict\(fields\)\)": TINY,
+        rf"=None is of type NoneType \(expected a BeitConfig.*{name}\.from_pretrained\(name\)": None,
+        rf"=.* is of type type \(expected a BeitConfig.*{name}\(BeitConfig\(\)\)": beit_fast.BeitConfig,
     }
     for message, config in wrong.items():
-        with pytest.raises(TypeError, match=r"^config " + message):
+        with pytest.raises(TypeError, match=r"^config" + message):
             model_class(config)
     model_class(beit_fast.BeitConfig.from_dict(TINY | {"out_indices": [0, 1, 2, 3]}))
