@@ -90,6 +90,16 @@ class PretrainedMixin:
         **options: Any,
     ) -> tuple[Self, dict[str, Any]]: ...
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *,
+        output_loading_info: bool,
+        **options: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]: ...
+
     @classmethod
     def from_pretrained(
         cls,
@@ -171,5 +181,4 @@ class PretrainedMixin:
         from ..checkpoint.saving import save_model
 
         model: Any = self
-
         save_model(model, save_directory, max_shard_size, safe_serialization, state_dict)

@@ -185,3 +185,9 @@ def test_a_transformers_configuration_with_another_implementation_raises(tmp_pat
 def test_construction_of_a_model_without_a_configuration_raises_one_error(wrong):
     with pytest.raises(TypeError, match=r"config=.* is of type .* \(expected a BeitConfig, .*; .*call BeitModel.*\)$"):
         beit_fast.BeitModel(wrong)
+
+
+def test_from_pretrained_with_a_configuration_of_another_type_raises(tmp_path):
+    beit_fast.BeitModel(BeitConfig(**TINY)).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"config=3 is of type int \(expected a BeitConfig"):
+        beit_fast.BeitModel.from_pretrained(tmp_path, config=3)
