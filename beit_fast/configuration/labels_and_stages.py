@@ -8,6 +8,7 @@ from typing import Any
 
 from ..utils.messages import FieldError, describe, raise_errors
 from .fields import COUNT, RULES, is_integer, to_integer, to_list
+from .generic_names import SingleConfig
 
 ALIASES = {
     "torch_dtype": "dtype",
@@ -277,7 +278,7 @@ def _remove(values: dict[str, Any], names: Sequence[str]) -> None:
         values.pop(name, None)
 
 
-class LabelsAndStages:
+class LabelsAndStages(SingleConfig):
     """Labels and stages of a `BeitConfig`. Setting a field updates the fields that depend on it."""
 
     num_hidden_layers: int

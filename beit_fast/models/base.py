@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.state_dict_names import take_transformers_names
 from ..configuration.beit_config import BeitConfig
 from ..configuration.conversion import as_beit_config
 from ..layers.attention import BeitRelativePositionBias, BeitSelfAttention
@@ -47,6 +48,12 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
     _no_split_modules: ClassVar[list[str]] = ["BeitLayer"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r".*relative_position_index.*"]
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
+    _keys_to_ignore_on_load_missing: ClassVar[list[str] | None] = None
+    _keep_in_fp32_modules: ClassVar[list[str] | None] = None
+    _supports_sdpa: ClassVar[bool] = True
+    _supports_flash_attn: ClassVar[bool] = False
+    _supports_flex_attn: ClassVar[bool] = False
+    _supports_attention_backend: ClassVar[bool] = False  # attention functions of Transformers are not called
 
     def __init__(
         self,
@@ -61,6 +68,7 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         }
         given = {name: value for name, value in kernels.items() if value is not None}
         self.config = as_beit_config(config, owner=type(self).__name__).with_implementations(**given)
+        self.register_load_state_dict_pre_hook(take_transformers_names)
         self.name_or_path = self.config.name_or_path  # adapters store it as the name of their base model
         self.attn_implementation = attention.check_implementation(self.config.attn_implementation)
         self.patch_embed_implementation = patch_embed.check_implementation(self.config.patch_embed_implementation)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import beit_fast
 from beit_fast.layers.module_hooks import clone_if_hooked
 
+from ..support import models
 from ..support.checkout import ROOT
 from ..support.freed_parameters_run import CASES, ROUTES, table_owners
 
@@ -39,6 +41,26 @@ def test_bias_module_without_hooks_returns_its_parameter(route):
         (bias,) = table_owners(model)
         table = bias() if route == "timm" else bias((4, 4))
         assert getattr(table, "table", table) is bias.relative_position_bias_table
+
+
+@pytest.mark.parametrize("name", ["BeitForImageClassification", "BeitBackbone"])
+def test_optimized_model_outlives_freed_parameters(name):
+    """It copies all that it reads, so that freeing the original changes nothing."""
+    model = models.build(name, "both")
+    optimized = beit_fast.optimize_for_inference(model)
+    pixels = torch.randn(1, 3, 48, 40)
+
+    def run():
+        with torch.no_grad():
+            output = optimized(pixels)
+        return output.feature_maps[-1] if name == "BeitBackbone" else output.logits
+
+    expected = run()
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+        parameter.data = parameter.new_empty(0)
+    assert torch.equal(run(), expected)
+    assert expected.isfinite().all()
 
 
 def _global_hook(module):

@@ -19,6 +19,7 @@ from ...layers.attention import BeitRelativePositionBias
 from ...layers.block import BeitLayer
 from ...layers.embeddings import BeitEmbeddings
 from ...models.base import BeitPreTrainedModel
+from ...ops.dispatch import attention
 from . import auto_classes
 from .attention_interface import enter_attention
 from .monkey_patch import replace_attribute, set_item
@@ -41,6 +42,7 @@ def register(*, models: bool = True, backbones: bool = True, attention: bool = T
             keep their names, such as `transformers.BeitModel`.
         backbones: `AutoBackbone` does the same, and with it UperNet, DPT, ZoeDepth and other models with a
             `backbone_config`. `model_type="beit_fast"` in a configuration then means this package's classes.
+            `set_attn_implementation` of such a model reaches its backbone.
             Transformers 5.23 saves a backbone's shared bias table under a name that 4.57 and this package do not read.
             For such a file pass `key_mapping={r"^backbone\\.beit\\.": "backbone."}` to `from_pretrained`.
         attention: `attn_implementation="triton"` is valid for Transformers' own BEiT classes. Attention is then
@@ -86,6 +88,8 @@ def _enter_backbones(undo: ExitStack) -> None:
     _enter_class(undo, transformers.AutoBackbone, auto_classes.BeitBackbone)
     draw = transformers.PreTrainedModel._initialize_weights
     replace_attribute(undo, transformers.PreTrainedModel, "_initialize_weights", _initializing_our_modules(draw))
+    change = transformers.PreTrainedModel.set_attn_implementation
+    replace_attribute(undo, transformers.PreTrainedModel, "set_attn_implementation", _changing_our_backbones(change))
 
 
 _ENTRANCES = {"models": _enter_models, "backbones": _enter_backbones, "attention": enter_attention}
@@ -119,6 +123,36 @@ def _initializing_our_modules(draw: Callable[..., None]) -> Callable[..., None]:
         draw(self, module, *args, **kwargs)
 
     return initialize_weights
+
+
+def _changing_our_backbones(change: Callable[..., None]) -> Callable[..., None]:
+    """Patch Transformers' choice of attention to cover this package's backbones.
+
+    Transformers changes only submodels of its own classes.
+    """
+
+    def set_attn_implementation(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        backbones = list(_requested_for_backbones(self, attn_implementation))
+        for _, requested in backbones:
+            attention.check_implementation(requested)
+        change(self, attn_implementation, *args, **kwargs)
+        for backbone, requested in backbones:
+            backbone.set_attn_implementation(requested)
+
+    return set_attn_implementation
+
+
+def _requested_for_backbones(model: nn.Module, request: Any) -> Iterator[tuple[BeitPreTrainedModel, Any]]:
+    """Yield this package's models inside a model, with their requested implementation."""
+    for parent in model.modules():
+        children = [] if isinstance(parent, BeitPreTrainedModel) else parent.children()
+        for child in children:
+            if not isinstance(child, BeitPreTrainedModel):
+                continue
+            if not isinstance(request, dict):
+                yield child, request
+            elif parent is model and "backbone_config" in request:
+                yield child, request["backbone_config"]
 
 
 def _models_around(module: nn.Module, outermost: nn.Module) -> Iterator[BeitPreTrainedModel]:
