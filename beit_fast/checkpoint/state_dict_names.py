@@ -11,7 +11,7 @@ _LAYER = re.compile(r"(beit\.)?layers\.\d+\.")
 
 
 def take_transformers_names(module: Any, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Rename the parameters of a Transformers 5 model to those of the hub.
+    """Rename parameters of a Transformers 5 model as on the hub.
 
     `transformers.BeitModel(...).state_dict()` has other names since 5.8. Its files keep the names of the hub. Other
     state dicts do not change. A hook for `register_load_state_dict_pre_hook` of a model.
