@@ -114,7 +114,7 @@ class ImageClassifier:
             FileNotFoundError: If a file does not exist.
             OSError: If an image cannot be decoded.
             TypeError: If an input is not an image, or the model does not return logits.
-            ValueError: If an image or an option is not valid.
+            ValueError: If an image or an option is not valid, or logits are not finite.
         """
         raise_errors(type(self).__name__, [*_count_errors("top", top), *_count_errors("batch_size", batch_size)])
         is_batch = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
@@ -124,7 +124,10 @@ class ImageClassifier:
         results: list[list[ClassScore]] = []
         with torch.no_grad(), evaluation_mode(self.model):
             while batch := list(islice(arrays, batch_size)):
-                results += [top_classes(row, config, top) for row in self._logits(batch)]
+                for row in self._logits(batch):
+                    if not row.isfinite().all():
+                        raise ValueError(f"the model returned logits that are not finite for image {len(results)}")
+                    results.append(top_classes(row, config, top))
         return results if is_batch else results[0]
 
     def __repr__(self) -> str:

@@ -219,6 +219,17 @@ def test_wrong_models_and_processors_are_one_error(processor: BeitImageProcessor
         ImageClassifier(theirs, processor)(photographs((32, 32))[0])
 
 
+def test_logits_that_are_not_finite_are_one_error(processor: BeitImageProcessor) -> None:
+    model = build()
+
+    def overflow(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        output[-1, 0] = float("inf")
+
+    model.classifier.register_forward_hook(overflow)
+    with pytest.raises(ValueError, match="logits that are not finite for image 3"):
+        ImageClassifier(model, processor)(photographs(*[(32, 32)] * 4), batch_size=4)
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
