@@ -35,6 +35,9 @@ class BeitRelativePositionBias(nn.Module):
         table = map_columns(partial(resize_table, old_window=self.native_window, new_window=window), parameter)
         return clone_if_hooked(self, table)
 
+    def extra_repr(self) -> str:
+        return f"window={tuple(self.native_window)}"
+
 
 def _drop_relative_position_index(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
     """Drop the index buffer of converted checkpoints: it is computed from the window."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from .context import BlockContext, Kernels, kernels_for
 from .drop_path import BeitDropPath
 from .mlp import BeitIntermediate, BeitOutput
 from .module_hooks import hook_reasons
+
+_DROP_PATH = re.compile(r"(?<=\(drop_path\): )(Identity\(\)|BeitDropPath\(p=[^)]*\))")
 
 
 class BeitLayer(nn.Module):
@@ -93,6 +97,31 @@ def _scaled(branch: Tensor, layer_scale: Tensor | None) -> Tensor:
     return branch if layer_scale is None else layer_scale * branch
 
 
+class BeitLayers(nn.ModuleList):
+    """The blocks of an encoder.
+
+    `repr` shows blocks that differ only in drop path as one.
+    """
+
+    def __repr__(self) -> str:
+        parts = [_DROP_PATH.split(repr(layer), maxsplit=1) for layer in self]  # text, drop path, text
+        groups = groupby(range(len(parts)), lambda index: parts[index][::2])
+        return "\n".join([f"{self._get_name()}(", *(_shown([*group], parts) for _, group in groups), ")"])
+
+
+def _shown(indices: Sequence[int], parts: Sequence[Sequence[str]]) -> str:
+    """Show equal blocks as one.
+
+    It has the drop path of the first and of the last block.
+    """
+    first, last = parts[indices[0]], parts[indices[-1]]
+    drop_path = " to ".join(dict.fromkeys((*first[1:2], *last[1:2])))
+    text = drop_path.join(first[::2]).replace("\n", "\n  ")
+    if len(indices) == 1:
+        return f"  ({indices[0]}): {text}"
+    return f"  ({indices[0]}-{indices[-1]}): {len(indices)} x {text}"
+
+
 class BeitEncoder(nn.Module):
     """The stack of blocks and the bias table that they may share."""
 
@@ -103,7 +132,7 @@ class BeitEncoder(nn.Module):
         )
         last = max(config.num_hidden_layers - 1, 1)
         rates = [config.drop_path_rate * index / last for index in range(config.num_hidden_layers)]
-        self.layer = nn.ModuleList(BeitLayer(config, rate) for rate in rates)
+        self.layer = BeitLayers(BeitLayer(config, rate) for rate in rates)
         self.head_dim = config.attention_head_dim
         self.attn_implementation: str | None = None
         self.gradient_checkpointing = False

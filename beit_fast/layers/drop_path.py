@@ -29,4 +29,4 @@ class BeitDropPath(nn.Module):
         return kept / keep_prob if keep_prob > 0 else kept
 
     def extra_repr(self) -> str:
-        return f"p={self.drop_prob}"
+        return f"p={self.drop_prob:.3g}"
