@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.state_dict_names import take_transformers_names
 from ..configuration.beit_config import BeitConfig
 from ..configuration.conversion import as_beit_config
 from ..layers.attention import BeitRelativePositionBias, BeitSelfAttention
@@ -19,6 +18,13 @@ from ..ops.dispatch import attention, patch_embed
 from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 from .gradient_checkpointing import GradientCheckpointingMixin
 from .pretrained import PretrainedMixin
+
+
+def _take_transformers_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+    """Import the hook at its first use: models need nothing else of `checkpoint`."""
+    from ..checkpoint.state_dict_names import take_transformers_names
+
+    take_transformers_names(module, state_dict, prefix)
 
 
 class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module):
@@ -68,7 +74,7 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         }
         given = {name: value for name, value in kernels.items() if value is not None}
         self.config = as_beit_config(config, owner=type(self).__name__).with_implementations(**given)
-        self.register_load_state_dict_pre_hook(take_transformers_names)
+        self.register_load_state_dict_pre_hook(_take_transformers_names)
         self.name_or_path = self.config.name_or_path  # adapters store it as the name of their base model
         self.attn_implementation = attention.check_implementation(self.config.attn_implementation)
         self.patch_embed_implementation = patch_embed.check_implementation(self.config.patch_embed_implementation)
