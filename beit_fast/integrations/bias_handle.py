@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.module_hooks import watches_keywords, watches_output
+from ..layers.module_hooks import has_hooks, watches_keywords, watches_output
 from .same_name import subclass_of_same_name
 
 
@@ -28,6 +28,8 @@ def dense(bias: Any) -> Any:
 
 def show_dense(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Make the biases in arguments dense if hooks may read them."""
+    if not has_hooks(module):  # the common case, in well under a microsecond
+        return args, kwargs
     if any(isinstance(value, BiasHandle) for value in args) and watches_output(module):
         args = tuple(dense(value) for value in args)
     if watches_keywords(module):
@@ -73,11 +75,17 @@ def showing_methods(call: Callable[..., Any], forward: Callable[..., Any], hide:
 
 
 def _showing_original(original: type[nn.Module], hide: Hide) -> dict[str, Callable[..., Any]]:
-    @functools.wraps(original.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return original.forward(self, *args, **kwargs)  # may be patched later
+    """Return `showing_methods` of a class, whose methods may be patched later."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if has_hooks(self):
+            args, kwargs = show_dense(self, args, kwargs)
         return original.__call__(self, *args, **kwargs)
 
-    return showing_methods(call, forward, hide)
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if watches_keywords(self):
+            kwargs = {name: hide(self, name, value) for name, value in kwargs.items()}
+        return original.forward(self, *args, **kwargs)
+
+    return {"__call__": call, "forward": forward}

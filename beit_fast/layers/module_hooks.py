@@ -44,14 +44,19 @@ def watches_output(module: nn.Module) -> bool:
 
     Hooks of FSDP2 are not counted, nor is the wrapper of the library accelerate. Both pass other objects on.
     """
+    if runs_as_written(module):
+        return False
     wrapped = "forward" in vars(module) and "_old_forward" not in vars(module)
-    return wrapped or (has_hooks(module) and _any_reads(_hooks_of(module)))
+    return wrapped or _any_reads(_hooks_of(module))
 
 
 def watches_keywords(module: nn.Module) -> bool:
     """Whether hooks may read the keyword arguments of a call of `module`."""
-    with_keywords = module._forward_pre_hooks_with_kwargs or module._forward_hooks_with_kwargs
-    if not with_keywords and not _GLOBAL._global_forward_hooks_with_kwargs:
+    if not (
+        module._forward_pre_hooks_with_kwargs
+        or module._forward_hooks_with_kwargs
+        or _GLOBAL._global_forward_hooks_with_kwargs
+    ):
         return False
     own = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
     after = (module._forward_hooks, module._forward_hooks_with_kwargs)
