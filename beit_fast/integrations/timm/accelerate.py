@@ -153,7 +153,7 @@ def library_forward_reason(attention: timm_beit.Attention) -> str:
     """
     if not attention.fused_attn:
         return "has fused_attn=False"
-    drop = attention.attn_drop
+    drop: Any = attention._modules["attn_drop"]  # faster than through nn.Module.__getattr__
     if type(drop) is not nn.Dropout or drop.p >= 1:
         return f"has {drop} as attn_drop (expected Dropout with p below 1)"
     return ""
