@@ -148,7 +148,6 @@ def in_transform(forward, *args, **kwargs):
 @pytest.mark.parametrize(
     ("around", "training", "dtype"),
     [
-        (without_gradient, True, torch.float32),
         (in_transform, False, torch.float32),
         (in_bfloat16, True, torch.bfloat16),
     ],
@@ -160,6 +159,14 @@ def test_forward_layer_in_another_mode_chooses_again(choices, around, training, 
         layer.forward = functools.partial(around, layer.forward)
     with torch.set_grad_enabled(training):
         assert choices_of(model, choices, **inputs_for("BeitModel", model)) == [("cpu", dtype), FP32]
+
+
+def test_forward_layer_without_gradients_shares_the_choice(choices):
+    """The GEMM of linear layers is the same with and without gradients."""
+    model = accelerated("BeitModel")
+    layer = layers_of(model)[1]
+    layer.forward = functools.partial(without_gradient, layer.forward)
+    assert choices_of(model, choices, **inputs_for("BeitModel", model)) == [FP32]
 
 
 def test_forward_layer_of_another_implementation_chooses_again(choices):
