@@ -98,6 +98,6 @@ def patch_embed_backward(
         grad_input = grad_patches @ weight.flatten(1)  # [B, P, C * ph * pw]
         if std is not None:
             divisors = torch.tensor(std, dtype=grad_input.dtype, device=weight.device).unsqueeze(-1)
-            grad_input.view(*grad_input.shape[:2], len(std), -1).div_(divisors)
+            grad_input.view(*grad_input.shape[:2], len(std), weight[0, 0].numel()).div_(divisors)
         grad_pixels = merge_patches(grad_input, pixels.shape, weight.shape[2:]).to(pixels.dtype)
     return grad_pixels, grad_weight, grad_bias, grad_cls, None, grad_mask_token, grad_pos, None, None
