@@ -15,7 +15,7 @@ from ..configuration.beit_config import BeitConfig
 from ..configuration.conversion import as_beit_config
 from ..position_bias import Window
 from ..utils.hub import HubOptions
-from ..utils.messages import join_choices, join_some
+from ..utils.messages import count_of, join_choices, join_some
 from ..utils.names import POSITION_INTERPOLATIONS
 from .arguments import OrdinaryArguments, check_types, split_arguments
 from .device_map import Placement
@@ -128,6 +128,21 @@ def load_model(
     model.eval()
     placement.dispatch(model)
     return model, report.loading_info(stored.ema_key)
+
+
+def missing_parameters_error(source: str, class_name: str, missing: Sequence[str], expected: str) -> ValueError:
+    """Return the error of callers that do not accept random parameters.
+
+    Args:
+        source: The checkpoint.
+        class_name: The class of the model.
+        missing: Parameters that the checkpoint does not contain.
+        expected: What the user can pass instead.
+    """
+    return ValueError(
+        f"{source} does not contain {count_of(len(missing), 'parameter')} of {class_name}, which would be random: "
+        f"{join_some(missing, 8)} ({expected})"
+    )
 
 
 def _with_ordinary(options: LoadOptions, ordinary: OrdinaryArguments) -> LoadOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 from .key_mapping import TRUNK_PREFIX, to_hub_names
@@ -16,14 +17,33 @@ def take_transformers_names(module: Any, state_dict: dict[str, Any], prefix: str
     `transformers.BeitModel(...).state_dict()` has other names since 5.8. Its files keep the names of the hub. Other
     state dicts do not change. A hook for `register_load_state_dict_pre_hook` of a model.
     """
+    inner = TRUNK_PREFIX if module.base_model is module else ""
+    rename_entries(
+        state_dict, prefix, lambda names: any(map(_LAYER.match, names)), lambda name: name.removeprefix(inner)
+    )
+
+
+def rename_entries(
+    state_dict: dict[str, Any],
+    prefix: str,
+    is_foreign: Callable[[Collection[str]], bool],
+    name_of: Callable[[str], str],
+) -> None:
+    """Rename in place the entries under `prefix` that have the names of another format.
+
+    Args:
+        state_dict: Changed if the format is known; else `load_state_dict` lists the missing names.
+        prefix: The prefix of the model.
+        is_foreign: Whether names without the prefix are those of another format.
+        name_of: Convert a name of the hub to that of the model.
+    """
     given = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-    if not any(_LAYER.match(key) for key in given):
+    if not is_foreign(given):
         return
     try:
         renamed, _ = to_hub_names(given)
-    except ValueError:  # not a known format: load_state_dict lists the missing names
+    except ValueError:
         return
     for key in given:
         del state_dict[prefix + key]
-    inner = TRUNK_PREFIX if module.base_model is module else ""
-    state_dict.update({prefix + key.removeprefix(inner): tensor for key, tensor in renamed.items()})
+    state_dict.update({prefix + name_of(key): tensor for key, tensor in renamed.items()})

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..checkpoint.loading import missing_parameters_error
 from ..layers.embeddings import window_of
-from ..models.class_scores import class_scores, problem_type_of
-from ..utils.messages import count_of, join_some
+from ..models import class_scores
 from .images import PixelBatch
 from .options import Output
 
@@ -44,10 +44,7 @@ def load_complete(class_name: str, source: str, expected: str, allowed: Sequence
     initial = sorted(key for key in info["missing_keys"] if key.startswith(tuple(allowed)))
     missing = sorted(set(info["missing_keys"]) - set(initial))
     if missing:
-        raise ValueError(
-            f"{source} does not contain {count_of(len(missing), 'parameter')} of {class_name}, which would be random: "
-            f"{join_some(missing, 8)} ({expected})"
-        )
+        raise missing_parameters_error(source, class_name, missing, expected)
     if initial:
         print(f"{source} does not contain {', '.join(initial)}: they have their initial values", file=sys.stderr)
     return model
@@ -76,21 +73,14 @@ def run_batch(model: Any, batch: PixelBatch, output: Output) -> dict[int, Tensor
 
 def score_name(config: Any) -> ScoreName:
     """Return the name of a class's score: a regression has values, not probabilities."""
-    return "value" if problem_type_of(config) == "regression" else "probability"
+    return "value" if class_scores.problem_type_of(config) == "regression" else "probability"
 
 
 def top_classes(logits: Tensor, config: Any, count: int) -> list[dict[str, Any]]:
-    """List the `count` most probable classes of logits `[num_labels]`, most probable first.
+    """Return the result of `class_scores.top_classes` for one image as JSON objects.
 
-    The probabilities follow `problem_type`: softmax, or sigmoid for several labels an image. A regression has all its
-    values instead, in the order of the labels.
+    The score is under `score_name(config)`.
     """
-    scores, name = class_scores(logits, problem_type_of(config)), score_name(config)
-    if name == "value":
-        values, indices = scores, torch.arange(scores.numel())
-    else:
-        values, indices = scores.topk(min(count, scores.numel()))
-    return [
-        {"index": index, "label": config.id2label.get(index, str(index)), name: value}
-        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
-    ]
+    name = score_name(config)
+    found = class_scores.top_classes(logits, config, count)
+    return [{"index": entry.id, "label": entry.label, name: entry.score} for entry in found]

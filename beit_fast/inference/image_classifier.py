@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.loading import missing_parameters_error
 from ..image_processing.inputs import Array, read_images
 from ..image_processing.of_checkpoint import find_processor, fit_to_image_size
 from ..image_processing.processor import PREPROCESSOR_NAME, BeitImageProcessor
@@ -19,7 +20,7 @@ from ..models.beit import BeitForImageClassification
 from ..models.class_scores import ClassScore, top_classes
 from ..utils.files import CONFIG_NAME
 from ..utils.hub import HubOptions
-from ..utils.messages import FieldError, count_of, describe, join_some, raise_errors
+from ..utils.messages import FieldError, describe, raise_errors
 from .evaluation import evaluation_mode
 
 if TYPE_CHECKING:
@@ -74,11 +75,8 @@ class ImageClassifier:
         )
         missing = sorted(info["missing_keys"])
         if missing:
-            raise ValueError(
-                f"{os.fspath(name_or_path)} does not contain {count_of(len(missing), 'parameter')} of "
-                f"{type(model).__name__}, which would be random: {join_some(missing, 8)} (expected a checkpoint for "
-                "image classification)"
-            )
+            expected = "expected a checkpoint for image classification"
+            raise missing_parameters_error(os.fspath(name_or_path), type(model).__name__, missing, expected)
         return cls(model, _processor_of(name_or_path, model, model_options) if processor is None else processor)
 
     @overload

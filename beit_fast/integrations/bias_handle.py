@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.module_hooks import has_hooks, watches_keywords, watches_output
-from .same_name import subclass_of_same_name
+from .same_name import inherited, subclass_of_same_name
 
 
 class BiasHandle(ABC):
@@ -75,17 +75,4 @@ def showing_methods(call: Callable[..., Any], forward: Callable[..., Any], hide:
 
 
 def _showing_original(original: type[nn.Module], hide: Hide) -> dict[str, Callable[..., Any]]:
-    """Return `showing_methods` of a class, whose methods may be patched later."""
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if has_hooks(self):
-            args, kwargs = show_dense(self, args, kwargs)
-        return original.__call__(self, *args, **kwargs)
-
-    @functools.wraps(original.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if watches_keywords(self):
-            kwargs = {name: hide(self, name, value) for name, value in kwargs.items()}
-        return original.forward(self, *args, **kwargs)
-
-    return {"__call__": call, "forward": forward}
+    return showing_methods(inherited(original, "__call__"), inherited(original, "forward"), hide)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..layers.context import Kernels, choose_kernels, query_dtype
 from ..layers.linear import runs_eagerly
 from ..ops.functorch import transforms_are_active
-from .same_name import subclass_of_same_name
+from .same_name import inherited, subclass_of_same_name
 
 
 class _Facts(NamedTuple):
@@ -91,14 +91,4 @@ def scoped_class(original: type[nn.Module], methods: tuple[str, ...]) -> type[nn
 
 
 def _scoped_methods(original: type[nn.Module], methods: tuple[str, ...]) -> dict[str, Any]:
-    return {name: in_scope(_inherited(original, name)) for name in methods}
-
-
-def _inherited(original: type[nn.Module], name: str) -> Callable[..., Any]:
-    """Return a method that calls the original's, which may be patched later."""
-
-    @functools.wraps(getattr(original, name))
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return getattr(original, name)(*args, **kwargs)
-
-    return method
+    return {name: in_scope(inherited(original, name)) for name in methods}

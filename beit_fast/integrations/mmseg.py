@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint.key_mapping import TRUNK_PREFIX, to_hub_names
+from ..checkpoint.key_mapping import TRUNK_PREFIX
+from ..checkpoint.state_dict_names import rename_entries
 from ..configuration.beit_config import BeitConfig
 from ..models.backbone import BeitBackbone
 from ..utils.messages import join_choices, raise_value_error
@@ -205,13 +206,9 @@ def _take_other_names(module: nn.Module, state_dict: dict[str, Any], prefix: str
 
     The formats are those of mmsegmentation, unilm, timm and the hub.
     """
-    given = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-    if any(key.startswith("trunk.") for key in given):
-        return
-    try:
-        renamed, _ = to_hub_names(given)
-    except ValueError:  # not a known format: load_state_dict lists the missing names
-        return
-    for key in given:
-        del state_dict[prefix + key]
-    state_dict.update({f"{prefix}trunk.{key.removeprefix(TRUNK_PREFIX)}": tensor for key, tensor in renamed.items()})
+    rename_entries(
+        state_dict,
+        prefix,
+        lambda names: not any(name.startswith("trunk.") for name in names),
+        lambda name: f"trunk.{name.removeprefix(TRUNK_PREFIX)}",
+    )

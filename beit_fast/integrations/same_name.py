@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,16 @@ def original_of(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the original of a made subclass, else the class."""
     original: type[nn.Module] = vars(cls).get("made_from", cls)
     return original
+
+
+def inherited(original: type[nn.Module], name: str) -> Callable[..., Any]:
+    """Return a method that calls the original's, which may be patched later."""
+
+    @functools.wraps(getattr(original, name))
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return getattr(original, name)(*args, **kwargs)
+
+    return method
 
 
 def _subclass(original: type[nn.Module], make: Make, options: tuple[Any, ...]) -> type[nn.Module]:
