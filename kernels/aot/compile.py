@@ -31,6 +31,13 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of an element."""
 
 
+def capabilities_error(given: Iterable[int]) -> str | None:
+    """Return the error of unknown compute capabilities, or None."""
+    unknown = sorted(set(given) - set(CAPABILITIES))
+    accepted = ", ".join(map(str, CAPABILITIES))
+    return f"compute capabilities {unknown} are not supported (expected {accepted})" if unknown else None
+
+
 class CompileSpec(NamedTuple):
     """A kernel, and the constants, signature and options to compile it with."""
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from ..compile import CAPABILITIES, require_compiler
+from ..compile import CAPABILITIES, capabilities_error, require_compiler
 from .measure import LaunchRow, LoopRow, measure
 from .table import markdown, to_json
 
@@ -25,16 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", default="unknown", help="recorded with the results")
     parser.add_argument("--results", type=Path, help="folder to write counts.md and counts.json to; here by default")
     options = parser.parse_args(argv)
-    if unknown := sorted(set(options.capabilities) - set(CAPABILITIES)):
-        parser.error(f"compute capabilities {unknown} are not supported (expected {', '.join(map(str, CAPABILITIES))})")
+    if error := capabilities_error(options.capabilities):
+        parser.error(error)
     folder = options.results or RESULTS
     if options.results is None and set(options.capabilities) != set(CAPABILITIES):
         parser.error("counts of some compute capabilities do not replace those of all: give --results FOLDER")
     try:
         require_compiler()
         folder.mkdir(parents=True, exist_ok=True)
-    except (RuntimeError, OSError) as error:
-        parser.error(str(error))
+    except (RuntimeError, OSError) as problem:
+        parser.error(str(problem))
     torch.manual_seed(0)
     loops: list[LoopRow] = []
     launches: list[LaunchRow] = []

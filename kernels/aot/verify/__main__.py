@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 from tqdm import tqdm
 
-from ..compile import CAPABILITIES, require_compiler
+from ..compile import CAPABILITIES, capabilities_error, require_compiler
 from ..nvcc import MISSING, nvcc_version
 from .cases import Case, PatchCase
 from .check import SCHEDULES, check
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _options_error(options: argparse.Namespace) -> str | None:
     """Return what is wrong with the options, None if nothing is."""
-    if unknown := sorted(set(options.capabilities) - set(CAPABILITIES)):
-        return f"compute capabilities {unknown} are not supported (expected {', '.join(map(str, CAPABILITIES))})"
+    if error := capabilities_error(options.capabilities):
+        return error
     if no_releases := [text for text in options.summary if not re.fullmatch(r"\d+\.\d+\.\d+", text)]:
         return (
             f"--summary takes releases of Triton, such as 3.9.0, and not {', '.join(no_releases)}; "

@@ -13,7 +13,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from ..compile import CAPABILITIES, require_compiler
+from ..compile import capabilities_error, require_compiler
 from ..executor.errors import KernelError, UnsupportedInstructionError
 from ..executor.kernel_code import load
 from ..executor.schedule import Schedule
@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="kernels whose name contains this text")
     parser.add_argument("--kind", default="", help="kinds of mutants whose name contains this text")
     options = parser.parse_args(argv)
-    if unknown := sorted(set(options.capabilities) - set(CAPABILITIES)):
-        parser.error(f"compute capabilities {unknown} are not supported (expected {', '.join(map(str, CAPABILITIES))})")
+    if error := capabilities_error(options.capabilities):
+        parser.error(error)
     kernels = [kernel for kernel in KERNELS if options.kernel in kernel]
     if not kernels:
         parser.error(f"no kernel contains {options.kernel!r} (expected one of {', '.join(KERNELS)})")
