@@ -29,7 +29,7 @@ def rename_entries(
     is_foreign: Callable[[Collection[str]], bool],
     name_of: Callable[[str], str],
 ) -> None:
-    """Rename in place the entries under `prefix` that have the names of another format.
+    """Rename in place the entries that have names of another format.
 
     Args:
         state_dict: Changed if the format is known; else `load_state_dict` lists the missing names.
