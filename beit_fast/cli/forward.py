@@ -13,13 +13,33 @@ from torch import Tensor
 from ..checkpoint.loading import missing_parameters_error
 from ..layers.embeddings import window_of
 from ..models import class_scores
+from .devices import usable_device
 from .images import PixelBatch
-from .options import Output
+from .options import ModelOptions, Output
+from .processors import processor_of
 
 ScoreName: TypeAlias = Literal["probability", "value"]
 
 CLASSIFIER = "expected a checkpoint for image classification"
 """What a command with classes can load, for errors."""
+
+
+def load(options: ModelOptions, class_name: str, expected: str) -> tuple[Any, Any]:
+    """Load the model `class_name` and the image processor of the checkpoint `options.model`.
+
+    Raises:
+        ValueError: If the checkpoint lacks parameters of the model; `expected` describes one that does not.
+    """
+    model = load_complete(
+        class_name,
+        options.model,
+        expected,
+        attn_implementation=options.attn,
+        dtype=options.dtype,
+        device=usable_device(options.device),
+        local_files_only=options.local_files_only,
+    )
+    return model, processor_of(options, model.config)
 
 
 def load_complete(class_name: str, source: str, expected: str, allowed: Sequence[str] = (), **arguments: Any) -> Any:
@@ -59,16 +79,32 @@ def run_batch(model: Any, batch: PixelBatch, output: Output) -> dict[int, Tensor
     """
     found: dict[int, Tensor | str] = dict(batch.errors)
     for indices, pixels in batch.groups:
-        try:
-            window_of(pixels, model.config.patch_size)
-        except ValueError as error:  # of these images, not of the model
-            found |= dict.fromkeys(indices, str(error))
+        outputs = run_pixels(model, pixels)
+        if isinstance(outputs, str):
+            found |= dict.fromkeys(indices, outputs)
             continue
-        outputs = model(pixels.to(model.device, model.dtype))
         values = outputs.pooler_output if output == "features" else outputs.logits
         for index, row in zip(indices, values.float().cpu(), strict=True):
-            found[index] = row if row.isfinite().all() else f"the model returned {output} that are not finite"
+            found[index] = row if row.isfinite().all() else not_finite_reason(output)
     return found
+
+
+def run_pixels(model: Any, pixels: Tensor) -> Any:
+    """Run the model on pixels `[B, C, H, W]`.
+
+    Returns:
+        The outputs, or the reason why images of this size have none.
+    """
+    try:
+        window_of(pixels, model.config.patch_size)
+    except ValueError as error:  # of these images, not of the model
+        return str(error)
+    return model(pixels.to(model.device, model.dtype))
+
+
+def not_finite_reason(output: Output) -> str:
+    """Return why an image has no result although the model ran."""
+    return f"the model returned {output} that are not finite"
 
 
 def score_name(config: Any) -> ScoreName:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..image_processing.image_files import open_image_file
+from ..image_processing.inputs import read_images
+from ..image_processing.size_groups import group_by_size
+
+Result = TypeVar("Result")
 
 
 class PixelBatch(NamedTuple):
@@ -28,26 +35,52 @@ def read_pixels(processor: Any, file: Path) -> Tensor | str:
 
     If it cannot be read, return the reason.
     """
+    return result_or_reason(file, lambda: processor(file, do_convert_rgb=True, return_tensors="pt")["pixel_values"])
+
+
+def read_photograph(path: str) -> Any:
+    """Read an image as an upright RGB image of Pillow.
+
+    If it cannot be read, return the reason, a string.
+    """
+    from PIL import Image
+
+    def read() -> Any:
+        pixels = next(iter(read_images(path, convert_rgb=True, input_data_format=None)))  # [3, height, width]
+        return Image.fromarray(torch.as_tensor(pixels).permute(1, 2, 0).contiguous().numpy())
+
+    return result_or_reason(Path(path), read)
+
+
+def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
+    """Return why images cannot be opened; no pixels are decoded.
+
+    A pipe is left out, because it can be read once only.
+    """
+    opened = {path: result_or_reason(Path(path), functools.partial(_try_to_open, path)) for path in paths}
+    return {path: reason for path, reason in opened.items() if reason is not None}
+
+
+def result_or_reason(file: Path, read: Callable[[], Result]) -> Result | str:
+    """Return the result of `read`, or why the file cannot be read."""
     try:
-        return processor(file, do_convert_rgb=True, return_tensors="pt")["pixel_values"]
+        return read()
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises nearly any exception for a damaged file
         return unreadable_reason(error, file)
 
 
-def group_by_size(images: Iterable[Tensor | str]) -> PixelBatch:
-    """Stack the results of `read_pixels` that have one size."""
-    pixels: dict[torch.Size, list[Tensor]] = {}
-    indices: dict[torch.Size, list[int]] = {}
-    errors = {}
-    for index, image in enumerate(images):
-        if isinstance(image, str):
-            errors[index] = image
-        else:
-            pixels.setdefault(image.shape, []).append(image)
-            indices.setdefault(image.shape, []).append(index)
-    return PixelBatch([(indices[shape], torch.cat(images)) for shape, images in pixels.items()], errors)
+def _try_to_open(path: str) -> None:
+    if not Path(path).is_fifo():
+        open_image_file(path, f"image {path!r}").close()
+
+
+def batch_of(images: Iterable[Tensor | str]) -> PixelBatch:
+    """Collect the results of `read_pixels`."""
+    read = dict(enumerate(images))
+    groups = group_by_size((index, image) for index, image in read.items() if not isinstance(image, str))
+    return PixelBatch(groups, {index: image for index, image in read.items() if isinstance(image, str)})
 
 
 def unreadable_reason(error: Exception, file: Path) -> str:

@@ -30,7 +30,7 @@ from .process import run
 _COMMANDS: dict[str, tuple[str, type]] = {
     "info": (".info", InfoOptions),
     "classify": (".commands", ClassifyOptions),
-    "segment": (".commands", SegmentOptions),
+    "segment": (".segment", SegmentOptions),
     "predict": (".predict.command", PredictOptions),
     "convert": (".commands", ConvertOptions),
     "selftest": (".selftest", SelftestOptions),
@@ -102,19 +102,32 @@ def _add_classify(commands: Any) -> None:
 def _add_segment(commands: Any) -> None:
     parser = commands.add_parser(
         "segment",
-        help="draw the class of every pixel over an image",
-        description="Draw the class of every pixel in color over an image, and print the share of each class.",
+        help="draw the class of every pixel over images",
+        description="Draw the class of every pixel in color over images, with a legend, and print the share and color "
+        "of each class.",
     )
-    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="an image file, several, or folders of images with their subfolders"
+    )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
         metavar="PNG",
-        help="the picture to write, of any suffix that Pillow writes in color",
+        help="the picture to write, of any suffix that Pillow writes in color; a folder of NAME.png if there are "
+        "several images or a folder",
     )
     parser.add_argument(
-        "--labels", type=Path, metavar="PNG", help="also write the classes as 16-bit gray, .png or .tiff"
+        "--labels",
+        type=Path,
+        metavar="PNG",
+        help="also write the classes as 16-bit gray, .png or .tiff; another folder if --out is a folder",
+    )
+    parser.add_argument(
+        "--no-legend",
+        action="store_false",
+        dest="legend",
+        help="draw no legend, so that the picture has the size of the image",
     )
     parser.add_argument(
         "--opacity", type=_fraction, default=0.5, help="opacity of the colors over the image, 0 to 1 (default: 0.5)"

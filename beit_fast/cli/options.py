@@ -131,12 +131,21 @@ class ClassifyOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class SegmentOptions(ModelOptions):
-    """Options of `beit-fast segment`."""
+    """Options of `beit-fast segment`.
 
-    image: str
+    Attributes:
+        images: Image files and folders of images.
+        out: The picture to write, or the folder of pictures if there are several images or a folder.
+        labels: The picture, or folder, of the classes as 16-bit gray, or None.
+        opacity: The opacity of the colors, 0 to 1.
+        legend: If True, draw the classes that occur below the picture.
+    """
+
+    images: Sequence[str]
     out: Path
     labels: Path | None
     opacity: float
+    legend: bool
 
 
 @dataclass(frozen=True)

@@ -46,18 +46,24 @@ def _check_parent(what: str, path: Path, folder: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def check_keeps(path: Path, inputs: Iterable[Path]) -> None:
-    """Check that `path` is not an input of the command.
+def check_keeps(paths: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Check that no path to write is an input of the command.
 
     Raises:
-        FileExistsError: If `path` is an input, under any name.
+        FileExistsError: If a path is an input, under any name.
     """
-    if not path.exists():
+    existing = [path for path in paths if path.exists()]
+    if not existing:
         return
-    status = path.stat()
-    for file in inputs:
-        if file.exists() and os.path.samestat(status, file.stat()):
+    identities = {_identity(file) for file in inputs if file.exists()}
+    for path in existing:
+        if _identity(path) in identities:
             raise FileExistsError(f"{os.fspath(path)!r} is an input of this command (expected another file to write)")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def color_format(path: Path) -> str:
@@ -91,6 +97,11 @@ def class_format(path: Path) -> str:
             if np.array_equal(np.array(picture), ids):
                 return name
     raise ValueError(f"classes cannot be written to {os.fspath(path)!r} (expected the suffix .png, .tif or .tiff)")
+
+
+def is_picture_name(path: Path) -> bool:
+    """Return whether the suffix is that of a format of Pillow."""
+    return _format_of(path) is not None
 
 
 def _format_of(path: Path) -> str | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..image_processing.of_checkpoint import find_processor, fit_to_image_size
+from ..image_processing.of_checkpoint import find_processor, fit_to_image_size, unknown_preprocessing
 from ..image_processing.processor import PREPROCESSOR_NAME, BeitImageProcessor
-from ..utils.files import CONFIG_NAME
 from ..utils.hub import HubOptions
 
 if TYPE_CHECKING:
@@ -22,12 +21,10 @@ def processor_of(options: ModelOptions, config: Any) -> BeitImageProcessor:
     """
     processor = _named_or_found(options.processor, options.model, config, options.local_files_only)
     if processor is None:
-        where = "beside it" if Path(options.model).expanduser().exists() else "in the cache or on the network"
-        raise ValueError(
-            f"the preprocessing of {options.model!r} is not known: there is no {PREPROCESSOR_NAME} {where}, and its "
-            f"{CONFIG_NAME} has neither pixel_mean and pixel_std nor timm's pretrained_cfg. Pass --processor: a name "
-            "on the hub, or a folder or file that BeitImageProcessor(size=..., image_mean=..., image_std=...)"
-            ".save_pretrained(FOLDER) wrote"
+        raise unknown_preprocessing(
+            options.model,
+            "pass --processor: a name on the hub, or a folder or file that BeitImageProcessor(size=..., "
+            "image_mean=..., image_std=...).save_pretrained(FOLDER) wrote",
         )
     return processor
 

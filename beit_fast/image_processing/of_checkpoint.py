@@ -52,6 +52,20 @@ def find_processor(
     return BeitImageProcessor(**resize_options(pretrained_cfg, size), image_mean=mean, image_std=std)
 
 
+def unknown_preprocessing(name_or_path: str | os.PathLike[str], remedy: str) -> ValueError:
+    """Return the error of callers for which `find_processor` finds nothing.
+
+    Args:
+        name_or_path: The checkpoint.
+        remedy: What the user can do.
+    """
+    where = "beside it" if Path(name_or_path).expanduser().exists() else "in the cache or on the network"
+    return ValueError(
+        f"the preprocessing of {os.fspath(name_or_path)!r} is not known: there is no {PREPROCESSOR_NAME} {where}, and "
+        f"its {CONFIG_NAME} has neither pixel_mean and pixel_std nor timm's pretrained_cfg; {remedy}"
+    )
+
+
 def fit_to_image_size(processor: BeitImageProcessor, image_size: tuple[int, int]) -> BeitImageProcessor:
     """Copy `processor` for a model of another image size (height, width).
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..checkpoint.loading import missing_parameters_error
 from ..image_processing.inputs import Array, read_images
-from ..image_processing.of_checkpoint import find_processor, fit_to_image_size
-from ..image_processing.processor import PREPROCESSOR_NAME, BeitImageProcessor
+from ..image_processing.of_checkpoint import find_processor, fit_to_image_size, unknown_preprocessing
+from ..image_processing.processor import BeitImageProcessor
+from ..image_processing.size_groups import group_by_size
 from ..models.base import BeitPreTrainedModel
 from ..models.beit import BeitForImageClassification
 from ..models.class_scores import ClassScore, top_classes
-from ..utils.files import CONFIG_NAME
 from ..utils.hub import HubOptions
 from ..utils.messages import FieldError, describe, raise_errors
 from .evaluation import evaluation_mode
@@ -133,12 +133,9 @@ class ImageClassifier:
 
     def _logits(self, images: Sequence[Array]) -> list[Tensor]:
         """Compute the logits `[num_labels]` of each image `[C, H, W]`; images of one size share a forward."""
-        pixels = [self._pixels(image) for image in images]
         rows: dict[int, Tensor] = {}
-        for shape in dict.fromkeys(image.shape for image in pixels):
-            places = [place for place, image in enumerate(pixels) if image.shape == shape]
-            logits = self._forward(torch.cat([pixels[place] for place in places]))
-            rows |= zip(places, logits.float().cpu(), strict=True)
+        for places, pixels in group_by_size(enumerate(map(self._pixels, images))):
+            rows |= zip(places, self._forward(pixels).float().cpu(), strict=True)
         return [rows[place] for place in range(len(images))]
 
     def _pixels(self, image: Array) -> Tensor:
@@ -167,10 +164,8 @@ def _processor_of(
     hub = HubOptions(**{name: model_options[name] for name in HubOptions._fields if name in model_options})
     processor = find_processor(name_or_path, model.config, hub)
     if processor is None:
-        raise ValueError(
-            f"the preprocessing of {os.fspath(name_or_path)} is not known: it has no {PREPROCESSOR_NAME}, and its "
-            f"{CONFIG_NAME} has neither pixel_mean and pixel_std nor timm's pretrained_cfg; pass "
-            "processor=BeitImageProcessor(size=..., image_mean=..., image_std=...)"
+        raise unknown_preprocessing(
+            name_or_path, "pass processor=BeitImageProcessor(size=..., image_mean=..., image_std=...)"
         )
     if model_options.get("image_size") is None:
         return processor

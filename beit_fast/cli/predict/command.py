@@ -39,7 +39,7 @@ def predict(options: PredictOptions) -> int:
     file_format = format_of(options.out, options.format)
     check_file("the results", options.out)
     dataset = find_images(options.dataset)
-    check_keeps(options.out, [dataset.source, *dataset.files_named(options.out.name)])
+    check_keeps([options.out], [dataset.source, *dataset.files_named(options.out.name)])
     if options.start != "overwrite":
         check_resumable(options.out)
     check_names(file_format, dataset.paths)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ...utils.messages import count_of
-from ..images import PixelBatch, group_by_size, read_pixels
+from ..images import PixelBatch, batch_of, read_pixels
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
@@ -147,7 +147,7 @@ class ImageBatches(TorchDataset[ImageBatch]):
 
     def __getitem__(self, number: int) -> ImageBatch:
         paths = self.dataset.batch(number, self.batch_size)
-        return ImageBatch(number, group_by_size(self.read(self.dataset.root / path) for path in paths))
+        return ImageBatch(number, batch_of(self.read(self.dataset.root / path) for path in paths))
 
     def read(self, file: Path) -> Tensor | str:
         """Read an image as pixels `[1, C, H, W]`.
