@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self, overload
 import torch
 
 from ..utils.files import CONFIG_NAME, atomic_write_text, json_text, plain, read_json_object
-from ..utils.hub import HubOptions, find_options
+from ..utils.hub import HubOptions, HubUpload, find_options
 from ..utils.messages import FieldError, describe, join_choices, raise_errors, suggest
 from .fields import RULES
 from .labels_and_stages import (
@@ -63,7 +63,7 @@ def _alias_of(name: str) -> property:
     return property(read, write, doc=f"Alias of `{name}`.")
 
 
-class BeitConfig(LabelsAndStages):
+class BeitConfig(LabelsAndStages, HubUpload):
     """Configuration of all BEiT models, compatible with Transformers' `BeitConfig`.
 
     All arguments are keywords. Unknown names become attributes and are saved; one that resembles a field gets a

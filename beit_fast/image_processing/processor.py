@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..utils.files import atomic_write_text, json_text, plain, read_json_object
-from ..utils.hub import HubOptions, find_options
+from ..utils.hub import HubOptions, HubUpload, find_options
 from ..utils.messages import describe, suggest
 from .batch_feature import BatchFeature
 from .inputs import Array, as_array, as_levels, as_tensor, is_unit_range, read_images, read_label_maps
@@ -43,7 +43,7 @@ _SAME_OPTIONS = ("Beit", "ViT")  # prefixes of the classes whose files hold thes
 Options: TypeAlias = dict[str, Any]
 
 
-class BeitImageProcessor:
+class BeitImageProcessor(HubUpload):
     """Preprocess images and label maps one by one with Pillow.
 
     Args:

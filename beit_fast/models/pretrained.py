@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
 import torch
 from torch import Tensor
 
 from ..configuration.beit_config import IMPLEMENTATION_FIELDS
+from ..utils.hub import INDEX_NAME, WEIGHTS_NAME, HubUpload
 from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 
 if TYPE_CHECKING:
     from ..checkpoint.device_map import DeviceMap
 
 
-class PretrainedMixin:
-    """Loading and saving of the models.
+class PretrainedMixin(HubUpload):
+    """Loading, saving and upload of the models.
 
     The arguments of `from_pretrained`:
 
@@ -48,6 +49,9 @@ class PretrainedMixin:
         options: Fields of `BeitConfig` that override those of the checkpoint, `add_pooling_layer`, and Transformers'
             arguments in `beit_fast.checkpoint.arguments.OrdinaryArguments`: `state_dict`, `key_mapping` and others.
     """
+
+    # A single file takes precedence over shards, so files of an earlier upload would be read instead of new ones.
+    _replaced_on_hub: ClassVar[Sequence[str]] = (WEIGHTS_NAME, INDEX_NAME, "model-*.safetensors")
 
     @overload
     @classmethod

@@ -1,13 +1,17 @@
-"""Files of Hugging Face hub repositories, and the names of weights files."""
+"""Files of Hugging Face hub repositories: download, upload, and the names of weights files."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .files import CONFIG_NAME, find_json_file
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -161,3 +165,71 @@ class Repository:
             f"not have {missing} at revision {self.hub.revision or 'main'!r}, neither in the cache {cache!r} nor on "
             f"the network ({reason}); without a network, pass a local folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
         )
+
+
+class HubUpload:
+    """`push_to_hub` for classes with `save_pretrained`.
+
+    `huggingface_hub.ModelHubMixin` would be a base class, so huggingface_hub would be imported with the models. It also
+    replaces `__new__` and `from_pretrained`, and passes other arguments to `save_pretrained`.
+    """
+
+    _replaced_on_hub: ClassVar[Sequence[str]] = ()
+    """Patterns of files in the repository that `save_pretrained` would remove or replace in a folder."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_options: Any,
+    ) -> CommitInfo:
+        """Write what `save_pretrained` writes to a hub repository.
+
+        The files are first saved to a temporary folder. The repository is created if it does not exist. Its other
+        files are kept.
+
+        Args:
+            repo_id: The repository, `"name"` or `"user/name"`.
+            commit_message, commit_description: The message of the commit.
+            private: Whether a new repository is private; None is the default of the account.
+            token: A token, or True or None for the stored one.
+            revision: The branch, created if it does not exist; None is the main branch.
+            create_pr: Open a pull request instead of committing.
+            save_options: Arguments of `save_pretrained`, such as `max_shard_size` of the models.
+
+        Returns:
+            The commit, from `huggingface_hub`.
+
+        Raises:
+            ValueError: If `save_pretrained` refuses, the name is not valid, or `revision` is passed with `create_pr`.
+                Nothing is created or uploaded then.
+            OSError: If the hub cannot be reached or refuses, from `huggingface_hub`.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo_id)
+        if create_pr and revision is not None:
+            raise ValueError(f"{revision=} cannot be passed with create_pr=True, which opens a branch of its own")
+        owner: Any = self
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            owner.save_pretrained(folder, **save_options)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=list(self._replaced_on_hub) or None,
+            )
