@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .files import CONFIG_NAME, find_json_file
+from .messages import suggest
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -87,7 +88,8 @@ def is_repository_name(name: str) -> bool:
 class Repository:
     """One revision of a hub repository.
 
-    After the first lost connection only the cache is used.
+    Without a connection only the cache is used. The hub is asked once: `huggingface_hub` would ask six times in half a
+    minute, and print twelve lines.
 
     Raises:
         FileNotFoundError: If `name` is not a valid repository name.
@@ -96,12 +98,15 @@ class Repository:
     def __init__(self, name: str, hub: HubOptions) -> None:
         if not is_repository_name(name):
             raise FileNotFoundError(
-                f"no checkpoint at {name!r}: it is not a file, a folder or the name of a hub repository (expected a "
-                f"folder with {CONFIG_NAME} and {WEIGHTS_NAME}, a weights file, or 'org/name')"
+                f"no checkpoint at {name!r}: it is not a file, a folder or the name of a hub repository"
+                f"{_similar_path(name)} (expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, a weights file, or "
+                "'org/name')"
             )
         self.name = name
         self.hub = hub
         self.local_files_only = hub.local_files_only
+        self._is_asked = False
+        self._lost_connection: Exception | None = None
 
     def fetch(self, file: str) -> Path:
         """Download a file, or find it in the cache.
@@ -130,6 +135,7 @@ class Repository:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+        self._ask_once(file)
         try:
             found = hf_hub_download(
                 self.name,
@@ -143,12 +149,31 @@ class Repository:
             )
         except LocalEntryNotFoundError as error:
             self.local_files_only = True
-            return None, error
+            return None, self._lost_connection or error
         except EntryNotFoundError as error:
             return None, error
         except (HfHubHTTPError, OSError) as error:
             raise FileNotFoundError(self._explain((file,), error)) from error
         return Path(found), None
+
+    def _ask_once(self, file: str) -> None:
+        """Check the connection to the hub, if `file` is not cached."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+        if self._is_asked or self.local_files_only or self.hub.force_download:
+            return
+        path = f"{self.hub.subfolder}/{file}" if self.hub.subfolder else file
+        cached = try_to_load_from_cache(self.name, path, cache_dir=self.hub.cache_dir, revision=self.hub.revision)
+        if isinstance(cached, str):
+            return
+        self._is_asked = True
+        try:
+            get_hf_file_metadata(hf_hub_url(self.name, path, revision=self.hub.revision), token=self.hub.token)
+        except (HfHubHTTPError, EntryNotFoundError):
+            pass  # the hub has answered; the download reports what is wrong
+        except Exception as error:  # the HTTP library, and so its errors, depend on the version of huggingface_hub
+            self.local_files_only, self._lost_connection = True, error
 
     def _explain(self, files: Sequence[str], error: Exception | None) -> str:
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -161,10 +186,21 @@ class Repository:
         missing = files[0] if len(files) == 1 else f"any of {', '.join(files)}"
         missing += f" in {self.hub.subfolder!r}" if self.hub.subfolder else ""
         return (
-            f"no checkpoint {self.name!r}: there is no such file or folder, and the hub repository of that name does "
-            f"not have {missing} at revision {self.hub.revision or 'main'!r}, neither in the cache {cache!r} nor on "
-            f"the network ({reason}); without a network, pass a local folder with {CONFIG_NAME} and {WEIGHTS_NAME}"
+            f"no checkpoint {self.name!r}: there is no such file or folder{_similar_path(self.name)}, and the hub "
+            f"repository of that name does not have {missing} at revision {self.hub.revision or 'main'!r}, neither in "
+            f"the cache {cache!r} nor on the network ({reason}); without a network, pass a local folder with "
+            f"{CONFIG_NAME} and {WEIGHTS_NAME}"
         )
+
+
+def _similar_path(name: str) -> str:
+    """Return " (did you mean 'x'?)" for a path that resembles `name`."""
+    path = Path(name).expanduser()
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    return suggest(name, [os.path.join(os.path.dirname(name), each) for each in names])
 
 
 class HubUpload:
