@@ -21,7 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from beit_fast.integrations.mmseg import MmsegBeit
+
 from . import models, timm_reference, transformers_models
+from .transformers_reference import randomize
 
 # By name, after timm_reference: it imports timm if torchvision is not installed.
 accelerate_timm = importlib.import_module("beit_fast.integrations.timm").accelerate
@@ -65,12 +68,25 @@ def timm_model(position: str) -> Iterator[Any]:
     yield model
 
 
+@contextlib.contextmanager
+def mmseg_model(position: str) -> Iterator[Any]:
+    """`MmsegBeit` with its pyramid; mmsegmentation's BEiT has the bias of each layer only."""
+    torch.manual_seed(7)
+    model = MmsegBeit(img_size=32, patch_size=8, embed_dims=32, num_layers=4, num_heads=4, mlp_ratio=1.5,
+        out_indices=(0, 1, 2, 3), feature_pyramid=True, attn_implementation="triton")  # fmt: skip
+    randomize(model)
+    yield model.eval()
+
+
 ROUTES: dict[str, Callable[[str], contextlib.AbstractContextManager[Any]]] = {
     "own": own_model,
     "accelerated": accelerated_model,
     "registered": registered_model,
     "timm": timm_model,
+    "mmseg": mmseg_model,
 }
+POSITIONS_OF = {route: ["per layer"] if route == "mmseg" else list(TIMM_POSITIONS) for route in ROUTES}
+"""The kinds of bias of each route."""
 
 
 def table_owners(model: nn.Module) -> list[nn.Module]:
@@ -173,12 +189,13 @@ CASES = {
         *(
             Case(route, position, engine)
             for route in ROUTES
-            for position in TIMM_POSITIONS
+            for position in POSITIONS_OF[route]
             for engine in ("FSDP2", "ZeRO-3")
         ),
         *(Case(route, "both", engine, (48, 40)) for route in ("own", "accelerated") for engine in ("FSDP2", "ZeRO-3")),
         *(Case("registered", "both", engine, (48, 40)) for engine in ("FSDP2", "ZeRO-3")),
-        *(Case(route, "both", "FSDP2 of every module") for route in ROUTES),
+        *(Case("mmseg", "per layer", engine, (48, 40)) for engine in ("FSDP2", "ZeRO-3")),
+        *(Case(route, POSITIONS_OF[route][-1], "FSDP2 of every module") for route in ROUTES),
         Case("own", "both", "FSDP2 and tensor parallel"),
     )
 }
@@ -187,15 +204,20 @@ CASES = {
 def step(
     model: nn.Module, pixels: Tensor, before_backward: list[Callable[[], None]] | None = None
 ) -> dict[str, Tensor]:
-    """Return the logits and every gradient, each as a full tensor."""
-    outputs = model(pixels)
-    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    """Return the logits, or the maps in a row, and every gradient, each as a full tensor."""
+    logits = _as_one_tensor(model(pixels))
     for restore in before_backward or ():
         restore()
     (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in gradients.items()}
     return {"logits": logits.detach()} | whole
+
+
+def _as_one_tensor(outputs: Any) -> Tensor:
+    if isinstance(outputs, tuple):
+        return torch.cat([x.flatten() for x in outputs])
+    return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
 def run_alone(name: str, file: Path) -> None:
