@@ -58,6 +58,12 @@ def test_import_initializes_no_gpu_and_prints_nothing():
     assert python(code) == ""
 
 
+def test_import_in_development_mode_gives_no_warning():
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", "import beit_fast"]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_import_without_triton_works():
     code = "import sys; sys.modules['triton'] = None\n" + FORWARD
     code += "assert not any(name.startswith('triton.') for name in sys.modules)\n"
