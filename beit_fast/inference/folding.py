@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..layers.attention import BeitAttention, BeitRelativePositionBias, BeitSelfAttention, BeitSelfOutput
 from ..layers.block import BeitEncoder, BeitLayer
@@ -150,6 +151,31 @@ def parameter_errors(model: nn.Module) -> list[str]:
     ]
 
 
+def packed_weight_errors(model: nn.Module, encoder: str) -> list[str]:
+    """Return the modules outside `encoder` whose weights are not parameters.
+
+    Quantized layers pack their weights, which no dtype or device reaches. `folding_errors` names those of the encoder.
+    """
+    packed: dict[type, dict[str, None]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        path = key.rpartition(".")[0]
+        if path.startswith(f"{encoder}.") or not _is_packed(value):
+            continue
+        while path.rpartition(".")[2].startswith("_"):
+            path = path.rpartition(".")[0]
+        packed.setdefault(type(model.get_submodule(path)), {})[path] = None
+    return [
+        f"{join_some(paths)} {_is_a(len(paths))} {full_name(kind)}, whose weights are packed"
+        for kind, paths in packed.items()
+    ]
+
+
+def _is_packed(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return type(value) in _PLAIN_TYPES and value.is_quantized
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
 def _wrong_types(found: Iterable[tuple[str, type, type]]) -> list[str]:
     """Write one message for each pair of types.
 
@@ -159,10 +185,13 @@ def _wrong_types(found: Iterable[tuple[str, type, type]]) -> list[str]:
     for path, given, expected in found:
         paths.setdefault((given, expected), []).append(path)
     return [
-        f"{join_some(names)} {'is a' if len(names) == 1 else 'are each a'} {full_name(given)}, "
-        f"not a {full_name(expected)}"
+        f"{join_some(names)} {_is_a(len(names))} {full_name(given)}, not a {full_name(expected)}"
         for (given, expected), names in paths.items()
     ]
+
+
+def _is_a(count: int) -> str:
+    return "is a" if count == 1 else "are each a"
 
 
 def _expected_modules(encoder: BeitEncoder, name: str) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:

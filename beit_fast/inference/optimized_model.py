@@ -20,7 +20,7 @@ from ..utils.names import DTYPE_ALIASES, AttentionImplementation
 from .compilation import raise_if_compiling
 from .cuda_graphs import GraphCache, GraphReport
 from .encoder import FoldedEncoder
-from .folding import folding_errors, parameter_errors
+from .folding import folding_errors, packed_weight_errors, parameter_errors
 
 Model = TypeVar("Model", bound=BeitPreTrainedModel)
 
@@ -82,7 +82,8 @@ def _check(model: Any, dtype: Any) -> torch.dtype | None:
     requested = _dtype_of(dtype)
     trunk = model.base_model
     name = "encoder" if trunk is model else f"{model.base_model_prefix}.encoder"
-    errors = folding_errors(getattr(trunk, "encoder", model), name) + parameter_errors(model)
+    errors = folding_errors(getattr(trunk, "encoder", model), name)
+    errors += packed_weight_errors(model, name) + parameter_errors(model)
     if errors:
         raise ValueError(
             f"{type(model).__name__} cannot be optimized: {'; '.join(errors)}. Merge adapters and remove hooks first, "

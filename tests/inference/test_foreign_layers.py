@@ -35,7 +35,45 @@ def test_optimize_quantized_layers_names_paths_and_both_types(name, prefix):
     assert all(prefix + path in message for path in LINEARS)
     assert "torch.ao.nn.quantized.dynamic.modules.linear.Linear, not a torch.nn.modules.linear.Linear" in message
     assert "before it is quantized" in message
-    assert message.count("torch.ao") == 1, "paths with the same types share one message"
+    assert message.count(", not a ") == 1, "paths with the same types share one message"
+    assert ("classifier is a torch.ao.nn.quantized" in message) == bool(prefix)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("BeitForImageClassification", "classifier"), ("BeitForMaskedImageModeling", "lm_head")],
+)
+def test_optimize_quantized_head_names_its_path_and_type(name, path, dtype):
+    """Regression: the head ran in its own dtype, and the first call failed."""
+    model = build(name)
+    model.set_submodule(path, dynamically_quantized(nn.Sequential(model.get_submodule(path)))[0])
+    message = error_of(model, dtype)
+    assert f"{path} is a torch.ao.nn.quantized.dynamic.modules.linear.Linear, whose weights are packed" in message
+    assert "encoder" not in message
+
+
+def test_optimize_quantized_convolution_names_its_path():
+    model = build("BeitModel")
+    layer = torch.ao.nn.quantized.Conv2d(3, 32, 8, 8)
+    model.embeddings.patch_embeddings.projection = layer
+    assert "embeddings.patch_embeddings.projection is a torch.ao.nn.quantized.modules.conv.Conv2d" in error_of(model)
+
+
+class Counted(nn.Linear):
+    """A layer whose `state_dict` also has plain data."""
+
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"steps": 3}
+
+
+def test_optimize_head_with_extra_state_equals_model():
+    model, pixels = build(), images()
+    model.classifier.__class__ = Counted
+    torch.testing.assert_close(optimize_for_inference(model)(pixels).logits, model(pixels).logits)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
