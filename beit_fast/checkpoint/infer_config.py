@@ -19,6 +19,8 @@ _TRAINED_EPS = 1e-6
 _POOL_SCALES = (1, 2, 3, 6)
 _STAGES = {12: [3, 5, 7, 11], 24: [7, 11, 15, 23]}
 """`out_indices` by depth, as in files on the hub that were converted from unilm."""
+_RESIZE = ("interpolation", "crop_pct", "crop_mode")
+"""Entries of `pixel_resize`."""
 
 
 def read_config(file: Path | None) -> BeitConfig | None:
@@ -36,13 +38,16 @@ def copy_config(config: BeitConfig, **overrides: Any) -> BeitConfig:
     return type(config).from_dict(config.to_dict(), **(config.implementations() | overrides))
 
 
-def infer_config(state: Mapping[str, Tensor], name: str, overrides: Mapping[str, Any]) -> BeitConfig:
+def infer_config(
+    state: Mapping[str, Tensor], name: str, overrides: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> BeitConfig:
     """Infer a configuration from shapes: files of timm, unilm and mmsegmentation contain none.
 
     Args:
         state: Tensors by their full hub names.
         name: The checkpoint, for errors.
         overrides: Fields that take precedence. Some fields cannot be inferred.
+        options: Options of timm's training script, which may name the preprocessing.
 
     Raises:
         ValueError: If `num_attention_heads`, `image_size`, `out_indices` or `pool_scales` can neither be inferred nor
@@ -51,6 +56,7 @@ def infer_config(state: Mapping[str, Tensor], name: str, overrides: Mapping[str,
     fields: dict[str, Any] = _trunk_fields(state)
     fields |= _position_fields(state, fields, name, overrides)
     fields |= _head_fields(state, fields, name, overrides)
+    fields |= _pixel_fields(options or {}, fields["num_channels"])
     return BeitConfig(**{key: value for key, value in fields.items() if key not in overrides}, **overrides)
 
 
@@ -123,6 +129,27 @@ def _head_fields(
     if any(key.startswith("decode_head.") for key in state):
         fields |= _segmentation_fields(state, trunk["num_hidden_layers"], name, overrides)
     return fields
+
+
+def _pixel_fields(options: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Return the preprocessing that options of timm's training script name.
+
+    timm takes a missing mean, standard deviation or `crop_pct` from its table of architectures, which the file does not
+    contain. Nothing is returned then. One number is for all channels.
+    """
+    mean, std = (_numbers(options.get(name), channels) for name in ("mean", "std"))
+    if mean is None or std is None or not options.get("crop_pct"):
+        return {}
+    resize = {name: options[name] for name in _RESIZE if options.get(name)}
+    return {"pixel_mean": mean, "pixel_std": std, "pixel_resize": resize}
+
+
+def _numbers(value: Any, channels: int) -> list[float] | None:
+    if not isinstance(value, (list, tuple)) or len(value) not in (1, channels):
+        return None
+    if not all(isinstance(number, (int, float)) for number in value):
+        return None
+    return list(value) * (channels // len(value))
 
 
 def _segmentation_fields(

@@ -103,7 +103,7 @@ def load_model(
     state, _ = to_hub_names(rename_keys(stored.tensors, ordinary.key_mapping))
     native = file_config or _requested_config(config, options)
     if native is None:
-        native = infer_config(state, files.name, overrides)
+        native = infer_config(state, files.name, overrides, stored.options)
     target = _target_config(native if config is None else _requested_config(config, options), overrides, options)
     target.name_or_path = files.name
     if sizes.image_size is not None:

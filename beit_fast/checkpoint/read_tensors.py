@@ -8,14 +8,15 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..utils.hub import PICKLE_SUFFIXES
 from ..utils.messages import join_some
-from .wrappers import averaging_counter, find_state_dict
+from .wrappers import averaging_counter, find_state_dict, script_options
 
 SAFE_PICKLE_VERSION = (2, 10)
 """Before torch 2.10, a file could run code despite `weights_only=True` (GHSA-63cw-57p8-fm3p)."""
@@ -28,11 +29,12 @@ _OBJECT = re.compile(r"GLOBAL ([\w.]+)")
 class StoredTensors(NamedTuple):
     """Tensors of a checkpoint, by their names in the files.
 
-    `ema_key` is the key of the averaged weights if these were read.
+    `ema_key` is the key of the averaged weights if these were read. `options` are those of the training script.
     """
 
     tensors: dict[str, Tensor]
     ema_key: str | None
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_tensors(
@@ -56,20 +58,24 @@ def read_tensors(
     size = sum(file.stat().st_size for file in files)
     state: dict[str, Tensor] = {}
     ema_key = None
+    options: Mapping[str, Any] = {}
     quiet = len(files) < 2 and size < _LARGE
     with tqdm(total=size, unit="B", unit_scale=True, desc="Loading weights", disable=quiet, leave=False) as bar:
         for file in files:
             if file.suffix == ".safetensors":
                 tensors, file_key = _read_safetensors(file, device), None
             else:
-                tensors, file_key = _read_pickle(file, device, use_ema)
+                content = _read_pickle(file, device)
+                tensors, file_key = find_state_dict(content, os.fspath(file), use_ema)
+                options = options or script_options(content)
             ema_key = ema_key or file_key
             for key, tensor in tensors.items():
                 if key in state:
                     raise ValueError(f"{os.fspath(file)!r} contains {key!r}, which another shard also contains")
                 state[key] = tensor
                 bar.update(tensor.nbytes)
-    return _checked_averages(state, ema_key, os.fspath(files[0]) if files else "", use_ema)
+    stored = _checked_averages(state, ema_key, os.fspath(files[0]) if files else "", use_ema)
+    return stored._replace(options=options)
 
 
 def tensors_of(state_dict: Mapping[str, object], device: torch.device | str, use_ema: bool | None) -> StoredTensors:
@@ -82,7 +88,7 @@ def tensors_of(state_dict: Mapping[str, object], device: torch.device | str, use
     """
     tensors, ema_key = find_state_dict(state_dict, "state_dict", use_ema)
     copies = {name: tensor.detach().to(device, copy=True) for name, tensor in tensors.items()}
-    return _checked_averages(copies, ema_key, "state_dict", use_ema)
+    return _checked_averages(copies, ema_key, "state_dict", use_ema)._replace(options=script_options(state_dict))
 
 
 def _checked_averages(state: dict[str, Tensor], ema_key: str | None, name: str, use_ema: bool | None) -> StoredTensors:
@@ -105,12 +111,12 @@ def _read_safetensors(file: Path, device: torch.device | str) -> dict[str, Tenso
         raise ValueError(f"{os.fspath(file)!r} is damaged or not a safetensors file: {error}") from error
 
 
-def _read_pickle(file: Path, device: torch.device | str, use_ema: bool | None) -> tuple[dict[str, Tensor], str | None]:
+def _read_pickle(file: Path, device: torch.device | str) -> Any:
     check_pickle_is_safe(file)
     # Training scripts save their argparse options beside the weights: plain data.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            content = torch.load(file, map_location=device, weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{os.fspath(file)!r} contains objects other than tensors and plain data, and was not loaded: "
@@ -119,7 +125,6 @@ def _read_pickle(file: Path, device: torch.device | str, use_ema: bool | None) -
             ) from None
         except (RuntimeError, EOFError) as error:
             raise ValueError(f"{os.fspath(file)!r} is damaged or not a file of torch.save: {error}") from error
-    return find_state_dict(content, os.fspath(file), use_ema)
 
 
 def _foreign_objects(file: Path, error: pickle.UnpicklingError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -78,6 +79,17 @@ def find_state_dict(content: Any, file: str, use_ema: bool | None) -> tuple[dict
     expected = join_choices((*WEIGHT_KEYS, *EMA_KEYS))
     found = f"; its entries are {join_some(map(repr, content))}" if isinstance(content, Mapping) and content else ""
     raise ValueError(f"{file!r} does not contain a state dict, nor does its {expected}{found}")
+
+
+def script_options(content: Any) -> Mapping[str, Any]:
+    """Return the options of a training script.
+
+    timm and unilm save them under `"args"`. The dict is empty if there are none.
+    """
+    options = content.get("args") if isinstance(content, Mapping) else None
+    if isinstance(options, argparse.Namespace):
+        return vars(options)
+    return options if isinstance(options, Mapping) else {}
 
 
 def _choose(content: Mapping[Any, Any], file: str, use_ema: bool | None) -> tuple[str | None, bool]:

@@ -62,7 +62,8 @@ def unknown_preprocessing(name_or_path: str | os.PathLike[str], remedy: str) -> 
     where = "beside it" if Path(name_or_path).expanduser().exists() else "in the cache or on the network"
     return ValueError(
         f"the preprocessing of {os.fspath(name_or_path)!r} is not known: there is no {PREPROCESSOR_NAME} {where}, and "
-        f"its {CONFIG_NAME} has neither pixel_mean and pixel_std nor timm's pretrained_cfg; {remedy}"
+        f"its {CONFIG_NAME} has neither pixel_mean and pixel_std nor timm's pretrained_cfg, nor has the file timm's "
+        f"training options with mean, std and crop_pct; {remedy}"
     )
 
 

@@ -1,5 +1,6 @@
 """State dicts as training scripts save them: containers, averaged weights and prefixes of names."""
 
+import argparse
 import pathlib
 import re
 
@@ -261,3 +262,30 @@ def test_from_pretrained_with_foreign_objects_names_them_only(zipped, tmp_path):
     assert "\x1b" not in message
     assert "weights_only" not in message
     assert "\n" not in message
+
+
+ARGS = {"mean": [0.4, 0.5, 0.6], "std": [0.2], "crop_pct": 0.95, "crop_mode": None, "interpolation": ""}
+
+
+@pytest.mark.parametrize("form", [argparse.Namespace, dict])
+def test_from_pretrained_stores_the_preprocessing_in_options_of_timm(form, tmp_path):
+    """timm's training script saves its options, as a `Namespace`; one number is for all channels."""
+    theirs = timm_reference.build(use_rel_pos_bias=True)
+    file = tmp_path / "model_best.pth.tar"
+    torch.save({"arch": "beit", "args": form(**ARGS), "state_dict": theirs.state_dict()}, file)
+    config = load(file)[0].config
+    assert (config.pixel_mean, config.pixel_std) == ((0.4, 0.5, 0.6), (0.2,) * 3)
+    assert config.pixel_resize == {"crop_pct": 0.95}
+    assert load(file, pixel_mean=[0.1] * 3)[0].config.pixel_mean == (0.1,) * 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"mean": None}, {"std": None}, {"crop_pct": None}, {"mean": [0.5, 0.5]}, {"std": "imagenet"}]
+)
+def test_from_pretrained_with_incomplete_options_of_timm_guesses_nothing(options, tmp_path):
+    """timm takes what is missing from its table of architectures."""
+    theirs = timm_reference.build(use_rel_pos_bias=True)
+    file = tmp_path / "model_best.pth.tar"
+    torch.save({"args": argparse.Namespace(**(ARGS | options)), "state_dict": theirs.state_dict()}, file)
+    config = load(file)[0].config
+    assert (config.pixel_mean, config.pixel_std, config.pixel_resize) == (None, None, None)

@@ -1,5 +1,6 @@
 """The image processors of the commands: found, named, written, or one error; never guessed."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -86,6 +87,18 @@ def test_classify_uses_the_pretrained_cfg_of_timm(tmp_path, model, image, capsys
     source = tmp_path / "m" / "model.safetensors" if place == "file" else tmp_path / "m"
     model = BeitForImageClassification.from_pretrained(source)  # eps of timm
     assert top(capsys, image, source) == expected(model, image, right)
+
+
+def test_commands_use_the_options_in_a_file_of_timm(tmp_path, model, image, capsys):
+    """timm's training script saves its options beside the weights, as an `argparse.Namespace`."""
+    file = tmp_path / "model_best.pth.tar"
+    options = argparse.Namespace(mean=MEAN, std=STD, crop_pct=0.8, crop_mode=None, interpolation="bilinear")
+    torch.save({"arch": "beit", "args": options, "state_dict": model.state_dict()}, file)
+    names = {"resample": "bilinear", "size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": SIZE}
+    right = BeitImageProcessor(**names, image_mean=MEAN, image_std=STD)
+    assert top(capsys, image, file) == expected(BeitForImageClassification.from_pretrained(file), image, right)
+    assert run(capsys, "convert", file, tmp_path / "out", "--task", "image-classification")[0] == 0
+    assert written(tmp_path / "out").to_dict() == right.to_dict()
 
 
 @pytest.mark.parametrize("command", ["classify", "segment", "predict"])
