@@ -73,7 +73,10 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in self._field_names:
-            raise KeyError(f"{type(self).__name__} has the fields {list(self._field_names)}, not {key!r}")
+            raise KeyError(
+                f"{type(self).__name__} has the fields {list(self._field_names)}, not {key!r} (for a pipeline of "
+                "Transformers, pass the model to beit_fast.integrations.transformers.with_transformers_outputs first)"
+            )
         setattr(self, key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:

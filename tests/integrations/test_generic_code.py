@@ -143,3 +143,29 @@ def test_image_feature_extraction_pipeline_equals_transformers(kind, tmp_path):
         found = actual(random_photo(), return_tensors=True)
     assert spy.calls == 3
     assert relative_error(found, expected(random_photo(), return_tensors=True)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "error"),
+    [
+        ("image-feature-extraction", "BeitModel", "^0$"),
+        ("image-segmentation", "BeitForSemanticSegmentation", "not 'target_size'.*with_transformers_outputs"),
+    ],
+)
+def test_pipelines_that_need_transformers_outputs_are_those_of_the_docs(task, name, error, tmp_path):
+    """Transformers turns an output of another class into a plain dict; nothing here can see what it then asks for."""
+    checkpoint(name, tmp_path)
+    pipeline = transformers.pipeline(
+        task, model=load("ours", name, tmp_path), image_processor=hf_processor(), device=-1
+    )
+    with pytest.raises(KeyError, match=error):
+        pipeline(random_photo())
+
+
+def test_lora_for_text_raises_and_names_the_argument():
+    """As the docs say: PEFT's task types are those of text."""
+    peft = pytest.importorskip("peft", reason="needs PEFT")
+    model = beit_fast.BeitForImageClassification(beit_fast.BeitConfig(**VALUES))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    with pytest.raises(TypeError, match="input_ids"):
+        adapted(pixel_values=torch.randn(1, 3, 32, 32))
