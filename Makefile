@@ -3,7 +3,7 @@ PYTHON ?= python3
 # What the suite is run against; the package itself sets lower bounds only.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
-TRANSFORMERS ?= transformers==5.23.0
+TRANSFORMERS ?= transformers==5.24.0
 TIMM ?= timm==1.0.31
 # Other versions that `make test-full` runs, each in a folder of its own laid over .venv.
 OTHER_TRITONS ?= 3.6.0 3.9.0

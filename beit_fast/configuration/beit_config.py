@@ -118,7 +118,7 @@ class BeitConfig(LabelsAndStages, HubUpload):
         TypeError: If all errors are about types.
         ValueError: If any error is about a value.
 
-    Source: arXiv 2106.08254 for the architecture; Transformers 4.57 and 5.23 for names, defaults and JSON.
+    Source: arXiv 2106.08254 for the architecture; Transformers 4.57 and 5.24 for names, defaults and JSON.
     """
 
     model_type: ClassVar[str] = "beit"

@@ -65,7 +65,7 @@ def test_from_pretrained_with_a_transformers_file_matches_and_saves_it_bit_for_b
     ours.save_pretrained(tmp_path / "ours")
     stored = load_file(tmp_path / "theirs/model.safetensors")
     if name == "BeitBackbone":
-        # Transformers 5.23 writes this class's shared table under `beit.`, which the hub's files lack.
+        # Transformers 5.24 writes this class's shared table under `beit.`, which the hub's files lack.
         stored = {key.removeprefix("beit."): x for key, x in stored.items()}
     assert_same_state(load_file(tmp_path / "ours/model.safetensors"), stored)
     again, info = getattr(transformers, name).from_pretrained(tmp_path / "ours", output_loading_info=True)

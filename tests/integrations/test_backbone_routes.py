@@ -148,7 +148,7 @@ def test_backbone_lost_bias_changes_output(build, mapping, tmp_path):
 @pytest.mark.parametrize("position", [name for name in POSITIONS if name != "per layer"])
 def test_backbone_every_position_kind_equals_transformers(position, mapping, tmp_path):
     theirs, pixels = reference(zoedepth, tmp_path, position)
-    # Transformers 5.23 saves a backbone's shared table under a name that differs from 4.57 and the hub.
+    # Transformers 5.24 saves a backbone's shared table under a name that differs from 4.57 and the hub.
     ours = load("B", zoedepth, tmp_path, key_mapping={r"^backbone\.beit\.": "backbone."})
     with AttentionSpy(25) as spy:
         actual = main_output(ours(pixels))

@@ -110,7 +110,7 @@ def test_trainer_train_equals_transformers(kind, tmp_path):
 def test_trainer_resume_equals_uninterrupted_run(kind, tmp_path):
     """Resume training of beit_fast models.
 
-    Transformers' BEiT 5.23 has other names in memory than in the file, and Trainer does not load them.
+    Transformers' BEiT 5.24 has other names in memory than in the file, and Trainer does not load them.
     """
     checkpoint("BeitForImageClassification", tmp_path / "start")
     whole, rest = (

@@ -103,7 +103,7 @@ def test_forward_low_precision_error_is_within_budget(dtype):
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", CLASSES)
 def test_model_rectangular_window_equals_paper(name, position, backend):
-    """Transformers 5.23 reads a rectangular table as (width, height), so the reference uses the paper's gather."""
+    """Transformers 5.24 reads a rectangular table as (width, height), so the reference uses the paper's gather."""
     theirs, ours = build_pair(name, backend, image_size=[24, 40], **POSITIONS[position])
     inputs = random_inputs(name, ours, (24, 40))
     expected, actual = theirs(**inputs), ours(**inputs)
@@ -137,7 +137,7 @@ def test_assert_same_with_wrong_bias_fails(name, mutation, backend, monkeypatch)
 @pytest.mark.parametrize("position", ["per layer", "shared", "none"])
 @pytest.mark.parametrize("name", ["BeitModel", "BeitForMaskedImageModeling"])
 def test_attention_mask_equals_transformers_eager(name, position, backend):
-    """The reference is eager, because Transformers 5.23 with sdpa adds the mask to the bias."""
+    """The reference is eager, because Transformers 5.24 with sdpa adds the mask to the bias."""
     theirs, ours = build_pair(name, backend, "eager", **POSITIONS[position])
     inputs = random_inputs(name, ours)
     inputs["attention_mask"] = (torch.rand(2, 17, generator=torch.Generator().manual_seed(2)) > 0.4).long()

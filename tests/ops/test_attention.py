@@ -68,7 +68,7 @@ def test_budget_with_wrong_bias_fails(mutation):
 
 
 def _transposed_table(table, window):
-    """Return the table with rows in (width, height) order, as transformers 5.23 reads rectangles."""
+    """Return the table with rows in (width, height) order, as transformers 5.24 reads rectangles."""
     height, width = (2 * side - 1 for side in window)
     patches = table[:-3].reshape(width, height, -1).transpose(0, 1).reshape(height * width, -1)
     return torch.cat([patches, table[-3:]])

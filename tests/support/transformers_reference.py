@@ -128,9 +128,9 @@ def _is_square(config: transformers.BeitConfig) -> bool:
 
 
 def _use_the_papers_gather(reference: nn.Module) -> None:
-    """Correct Transformers 5.23 for rectangular native windows, at the native size only.
+    """Correct Transformers 5.24 for rectangular native windows, at the native size only.
 
-    Transformers 5.23 reads the table as (width, height), which permutes it. It also uses the square root of the patch
+    Transformers 5.24 reads the table as (width, height), which permutes it. It also uses the square root of the patch
     count for absolute positions.
     """
 

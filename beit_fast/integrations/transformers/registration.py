@@ -43,7 +43,7 @@ def register(*, models: bool = True, backbones: bool = True, attention: bool = T
         backbones: `AutoBackbone` does the same, and with it UperNet, DPT, ZoeDepth and other models with a
             `backbone_config`. `model_type="beit_fast"` in a configuration then means this package's classes.
             `set_attn_implementation` of such a model reaches its backbone.
-            Transformers 5.23 saves a backbone's shared bias table under a name that 4.57 and this package do not read.
+            Transformers 5.24 saves a backbone's shared bias table under a name that 4.57 and this package do not read.
             For such a file pass `key_mapping={r"^backbone\\.beit\\.": "backbone."}` to `from_pretrained`.
         attention: `attn_implementation="triton"` is valid for Transformers' own BEiT classes. Attention is then
             `rel_pos_attention`, and no dense bias is built. With 4.57, and for Data2VecVision, it takes effect for
