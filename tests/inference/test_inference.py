@@ -18,7 +18,7 @@ from beit_fast.ops.cpu_linear import onednn, split_bf16
 from ..support.devices import DEFAULT_ATTENTION
 from ..support.models import MEAN, STD, build, byte_images, images
 from ..support.oracle import relative_error
-from ..support.transformers_reference import CLASSES, POSITIONS
+from ..support.transformers_reference import CLASSES, POSITIONS, randomize
 
 FP32_LIMIT = 1e-5
 
@@ -99,26 +99,26 @@ def test_optimize_masks_and_byte_images_equals_model():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CLASSES)
 def test_optimize_half_precision_error_within_budget(name, dtype):
-    """Allow 1.25 times the error of eager attention in the same dtype.
+    """Allow 1.1 times the error of eager attention in the same dtype.
 
-    The weights are folded in fp32 and rounded once. A classifier returns five numbers per image, so the
-    test averages over 128 images. Over 16 images the ratio varies from 1.0 to 1.5.
+    The weights are folded in fp32 and rounded once. The rounded weights of a model are the same for all its
+    images, and the ratio of one model's errors is 0.6 to 1.4 by chance. So the test averages over 16 models.
     """
-    model = build(name)
-    eager = copy.deepcopy(model).to(dtype)
-    eager.set_attn_implementation("eager")
-    exact = copy.deepcopy(model).double()
-    optimized = optimize_for_inference(model, dtype)
     errors, allowed = [], []
-    for seed in range(8):
-        pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    for seed in range(16):
+        model = build(name)
+        randomize(model, seed)
+        eager = copy.deepcopy(model).to(dtype)
+        eager.set_attn_implementation("eager")
+        pixels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
         with torch.no_grad():
-            expected, budget = tensors_of(exact(pixels.double())), tensors_of(eager(pixels))
+            expected, budget = tensors_of(copy.deepcopy(model).double()(pixels.double())), tensors_of(eager(pixels))
+        optimized = optimize_for_inference(model, dtype)
         for ours, theirs, reference in zip(tensors_of(optimized(pixels)), budget, expected, strict=True):
             assert ours.dtype == dtype
             errors.append(relative_error(ours, reference) ** 2)
             allowed.append(relative_error(theirs, reference) ** 2)
-    assert sum(errors) ** 0.5 <= 1.25 * sum(allowed) ** 0.5
+    assert (sum(errors) / sum(allowed)) ** 0.5 <= 1.1
 
 
 def test_optimize_half_precision_weights_folds_in_fp32():
