@@ -6,7 +6,7 @@ import argparse
 import importlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,27 +38,30 @@ _COMMANDS: dict[str, tuple[str, type]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prepare: Callable[[], object] | None = None) -> int:
     """Run one command.
 
     Args:
         arguments: The command line without the program, or None for `sys.argv[1:]`.
+        prepare: Called before the modules of the command are imported, which help and errors do not need.
 
     Returns:
         The exit code; bad input is one message on stderr and `ExitCode.ERROR`, and Ctrl-C one and
         `ExitCode.INTERRUPTED`. Without arguments the help is printed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return run(" ".join(["beit-fast", *given[:1]]), lambda: _run(given))
+    return run(" ".join(["beit-fast", *given[:1]]), lambda: _run(given, prepare))
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], prepare: Callable[[], object] | None) -> int:
     parser = _parser()
     if not arguments:
         parser.print_help()
         return ExitCode.DONE
     fields = vars(parser.parse_args(arguments))
     name = fields.pop("command")
+    if prepare is not None:
+        prepare()
     module, options_class = _COMMANDS[name]
     command = getattr(importlib.import_module(module, __package__), name)
     return command(options_class(**fields))

@@ -106,6 +106,7 @@ def test_wheel_contains_kernels_and_libraries_and_no_sources(wheel):
     names = names_in(wheel)
     assert {f"beit_fast/kernels/attention/{name}" for name in KERNEL_FILES} <= names
     assert {
+        "beit_fast_command.py",
         "beit_fast/py.typed",
         "beit_fast/kernels/README.md",
         f"beit_fast/{native.BUILD_NOTES}",
