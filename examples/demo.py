@@ -178,7 +178,7 @@ def measure_backends(model: BeitForImageClassification, pixels: Tensor) -> list[
     """Measure logits, latency and, on CUDA, peak memory of one forward under each backend."""
     results = []
     with (
-        tqdm(total=3 * len(BACKENDS), unit="step", file=sys.stderr, leave=False) as bar,
+        tqdm(total=3 * len(BACKENDS), unit="step", file=sys.stderr, leave=False, disable=None) as bar,
         torch.inference_mode(),
     ):
         for backend in BACKENDS:

@@ -86,7 +86,7 @@ def train(model: DPTForDepthEstimation) -> DPTForDepthEstimation:
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
     model.train()
-    for _ in (bar := tqdm(range(STEPS), desc="training", unit="step")):
+    for _ in (bar := tqdm(range(STEPS), desc="training", unit="step", disable=None)):
         pixels, nearness = draw_scenes(BATCH, random)
         loss = F.l1_loss(predict(model, pixels), nearness)
         optimizer.zero_grad()

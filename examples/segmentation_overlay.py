@@ -79,7 +79,7 @@ def train(digits: Digits, attn_implementation: str) -> BeitForSemanticSegmentati
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
-    for _ in (bar := tqdm(range(STEPS), desc="training", unit="step")):
+    for _ in (bar := tqdm(range(STEPS), desc="training", unit="step", disable=None)):
         batch = digits.training[torch.randint(len(digits.training), (BATCH,))]
         pixels = augment(digits.pixels[batch])
         loss = model(pixels, labels=classes_of(pixels, digits.labels[batch])).loss

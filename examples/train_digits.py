@@ -242,7 +242,7 @@ def train(
     batches = math.ceil(len(digits.training) / options.batch_size)
     optimizer, schedule = optimizer_for(model, options.rate, max(batches * epochs, 1))
     log: Log = []
-    for epoch in (bar := tqdm(range(1, epochs + 1), desc=title, unit="epoch")):
+    for epoch in (bar := tqdm(range(1, epochs + 1), desc=title, unit="epoch", disable=None)):
         model.train()
         losses, hits = [], []
         for batch in digits.training[torch.randperm(len(digits.training))].split(options.batch_size):

@@ -60,7 +60,7 @@ def read_tensors(
     ema_key = None
     options: Mapping[str, Any] = {}
     quiet = len(files) < 2 and size < _LARGE
-    with tqdm(total=size, unit="B", unit_scale=True, desc="Loading weights", disable=quiet, leave=False) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="Loading weights", disable=quiet or None, leave=False) as bar:
         for file in files:
             if file.suffix == ".safetensors":
                 tensors, file_key = _read_safetensors(file, device), None

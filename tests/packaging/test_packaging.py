@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -30,6 +31,13 @@ def python(code, cwd="/", executable=sys.executable, **environment):
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def test_dependencies_have_no_upper_bound():
+    """An upper bound would refuse the torch that a user has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    users = [*project["dependencies"], *(project["optional-dependencies"][name] for name in ("hf", "timm", "plot"))]
+    assert [name for name in map(str, users) if "<" in name or "==" in name.partition(";")[0]] == []
 
 
 @pytest.mark.parametrize("cwd", ["/", str(ROOT)])
