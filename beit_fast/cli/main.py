@@ -146,7 +146,8 @@ def _add_predict(commands: Any) -> None:
         "resume, but without --overwrite. `torchrun --nproc-per-node N -m beit_fast predict ...` shares the images "
         "among N processes.",
     )
-    parser.add_argument("dataset", metavar="DATASET", help="a folder, or a text file with one path per line")
+    dataset = "a folder, or a text file with one path per line; each image once, sorted by path"
+    parser.add_argument("dataset", metavar="DATASET", help=dataset)
     parser.add_argument("out", type=Path, metavar="OUT", help="the .jsonl or .parquet file to write")
     parser.add_argument("--format", choices=get_args(Format), help="format of OUT (default: by its suffix)")
     parser.set_defaults(output="classes", start="resume")

@@ -119,6 +119,17 @@ def test_predict_classes_are_the_most_probable(model, images, tmp_path, capsys):
         assert [entry["probability"] for entry in record["classes"]] == pytest.approx(values.tolist(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("seconds", "lines"), [(0, 3), (60, 0)])
+def test_predict_without_a_terminal_logs_its_progress(seconds, lines, model, images, tmp_path, capsys, monkeypatch):
+    """Regression: a long run in a batch system said nothing until its end."""
+    monkeypatch.setattr("beit_fast.cli.predict.command._LOG_SECONDS", seconds)
+    size = -(-len(NAMES) // 3)
+    code, _, err = predict(capsys, images, tmp_path / "out.jsonl", "--model", model, "--batch-size", size)
+    assert code == 0
+    found = [line.split(",")[0] for line in err.splitlines() if " images/s, 0 failed" in line]
+    assert found == [f"{min(n * size, len(NAMES))} of {len(NAMES)} images" for n in (1, 2, 3)][:lines]
+
+
 @pytest.mark.parametrize("name", ["BeitForImageClassification", "BeitModel", "BeitForSemanticSegmentation"])
 def test_predict_features_of_any_checkpoint(name, images, tmp_path, capsys):
     options = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": (1, 2)}

@@ -26,6 +26,9 @@ from .journal import Outcome, Record, Run, Share, check_resumable
 from .ranks import Ranks
 from .results import check_names, format_of, writer
 
+_LOG_SECONDS = 60.0
+"""The time between lines about progress if stderr is not a terminal."""
+
 
 def predict(options: PredictOptions) -> int:
     """Predict the remaining images; when all are done, write the results.
@@ -93,6 +96,17 @@ class Progress:
     failures: list[Record] = field(default_factory=list)
     already_done: int = 0
     seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Images per second."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def line(self, ranks: Ranks, total: int) -> str:
+        """Return a line for a log; `total` counts the images of this process."""
+        own = f"{ranks}: " if ranks.world > 1 else ""
+        done = self.already_done + self.images
+        return f"{own}{done} of {count_of(total, 'image')}, {self.rate:.1f} images/s, {len(self.failures)} failed"
 
 
 class Predictor:
@@ -197,7 +211,7 @@ def _predict_share(
     total = sum(len(dataset.batch(number, size)) for number in own)
     progress.already_done = total - sum(len(dataset.batch(number, size)) for number in remaining)
     workers = _default_workers(ranks.local_world) if options.workers is None else options.workers
-    start = time.perf_counter()
+    start = logged = time.perf_counter()
     with tqdm(
         total=total,
         initial=progress.already_done,
@@ -214,8 +228,12 @@ def _predict_share(
                 bar.write(f"failed: {record['path']}: {record['error']}", file=sys.stderr)
             progress.images += len(records)
             progress.failures += failures
-            progress.seconds = time.perf_counter() - start
+            now = time.perf_counter()
+            progress.seconds = now - start
             bar.update(len(records))
+            if bar.disable and now - logged >= _LOG_SECONDS:
+                logged = now
+                print(progress.line(ranks, total), file=sys.stderr, flush=True)
 
 
 def _default_workers(processes: int) -> int:
@@ -234,7 +252,6 @@ def _report(
     """Print what this process did, and the state of the run."""
     report = predictor.model.attention_report()
     kernel = report.kernel if report.has_run else None
-    rate = progress.images / progress.seconds if progress.seconds else 0.0
     if options.json:
         facts = {
             "model": options.model,
@@ -246,7 +263,7 @@ def _report(
             "images": progress.images,
             "already_done": progress.already_done,
             "seconds": progress.seconds,
-            "images_per_second": rate,
+            "images_per_second": progress.rate,
             "failures": [{"image": record["path"], "reason": record["error"]} for record in progress.failures],
             "complete": None if outcome is None else outcome._asdict(),
         }
@@ -257,7 +274,7 @@ def _report(
     if progress.images or progress.already_done:
         before = f", {progress.already_done} already done" if progress.already_done else ""
         lines.append(
-            f"{own}{count_of(progress.images, 'image')} in {progress.seconds:.1f} s, {rate:.1f} images/s, "
+            f"{own}{count_of(progress.images, 'image')} in {progress.seconds:.1f} s, {progress.rate:.1f} images/s, "
             f"{len(progress.failures)} failed{before}"
         )
     if progress.images and kernel is not None:
