@@ -22,7 +22,8 @@ from .cases import Case, PatchCase
 from .check import SCHEDULES, check
 from .loops import checked_kernels
 from .patch_table import patch_cases
-from .result_files import FOLDER, Results, Row, checked_sources, read, result_file
+from .result_files import FOLDER, Results, read, result_file
+from .rows import Row, checked_sources
 from .sources import MODULES, source_hash
 from .table import cases_of, is_refused, quick_cases, table
 

@@ -22,9 +22,8 @@ from ..executor.launch import Launch, Options
 from ..executor.launchers import on_gpu
 from ..executor.schedule import HALVES, LOCKSTEP, Schedule
 from .cases import Case, PatchCase
-from .loops import loops
 from .operators import Prepared, Results, as_on_gpu, prepare
-from .plans import launching_by, plan_hash
+from .plans import launching_by, patch_tiles, plan_of, tile_name
 from .sources import kernel_name, source_hash
 
 SCHEDULES = (Schedule(LOCKSTEP), Schedule(HALVES, 1), Schedule(HALVES, 2))
@@ -64,7 +63,7 @@ def run(
         driver = stack.enter_context(on_gpu(case.capability, prepared.num_sms, options, edit))
         results = prepared.launch()
     if isinstance(case, PatchCase):
-        tiles.update((loop.kernel, "x".join(map(str, loop.tile))) for loop in loops(case))
+        tiles.update(patch_tiles(case))
     return Run(results, driver.launches, tiles)
 
 
@@ -73,17 +72,11 @@ def _recorded(tiles: dict[str, str]) -> Iterator[None]:
     """Note the blocks, warps and stages of each kernel that is launched."""
 
     def launch(kernel: Any, programs: int, arguments: Arguments, **options: int) -> None:
-        tiles[kernel_name(kernel.__name__)] = _tile_name(by_name(arguments), options)
+        tiles[kernel_name(kernel.__name__)] = tile_name(by_name(arguments), options)
         launch_kernel(kernel, programs, arguments, **options)
 
     with launching_by(launch):
         yield
-
-
-def _tile_name(arguments: dict[str, Any], options: dict[str, int]) -> str:
-    blocks = [arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in arguments]
-    words = ["x".join(map(str, blocks))] if len(blocks) > 1 else []
-    return " ".join(words + [f"{options[name]}{name[4]}" for name in ("num_warps", "num_stages") if name in options])
 
 
 def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, Any]:
@@ -106,7 +99,8 @@ def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, An
 def _check(case: Case, schedules: Sequence[Schedule]) -> dict[str, Any]:
     prepared = prepare(case)
     reference = prepared.reference()
-    row: dict[str, Any] = {"case": str(case), "plan": plan_hash(case, triton.__version__), "kernels": {}, "launches": 0}
+    plan = plan_of(case, triton.__version__)
+    row: dict[str, Any] = {"case": str(case), "plan": plan.hash, "kernels": {}, "launches": 0}
     row |= {"budgets": _rounded(reference.budgets), "errors": {}, "hazards": {}, "wrong": []}
     first: Results | None = None
     for schedule in schedules:

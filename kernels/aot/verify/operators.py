@@ -30,6 +30,7 @@ from .patch_table import ABSENT as ABSENT_TOKENS
 
 DROPOUT_P = 0.2
 SEED = 2**40 + 12345
+PATCH_RESULTS = ("tokens",)
 
 Results = dict[str, Tensor]
 
@@ -158,10 +159,10 @@ def _prepare_patch(case: PatchCase) -> Prepared:
     def reference() -> Reference:
         exact = convolution(**in_precision(inputs, torch.float64))
         eager = convolution(**inputs) if case.dtype != "tf32" else _convolution_in_tf32(**inputs)
-        return _reference({"tokens": exact}, {"tokens": eager}, dtype)
+        return _reference(dict.fromkeys(PATCH_RESULTS, exact), dict.fromkeys(PATCH_RESULTS, eager), dtype)
 
     def launch() -> Results:
-        return {"tokens": patch_embed.launch(inputs, case.tile, allow_tf32=case.dtype == "tf32")}
+        return dict.fromkeys(PATCH_RESULTS, patch_embed.launch(inputs, case.tile, allow_tf32=case.dtype == "tf32"))
 
     return Prepared(1, launch, reference)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,12 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 from beit_fast.kernels.aot.verify import __main__ as command  # noqa: E402
 from beit_fast.kernels.aot.verify import check, operators, sources, table  # noqa: E402
-from beit_fast.kernels.aot.verify.cases import Case, LinearCase, NormCase  # noqa: E402
-from beit_fast.kernels.aot.verify.plans import plan_hash  # noqa: E402
-from beit_fast.kernels.aot.verify.result_files import Results, Row, is_current, read, result_file  # noqa: E402
-from beit_fast.kernels.attention import configs as attention_configs  # noqa: E402
-from beit_fast.kernels.attention import launch as attention  # noqa: E402
-from beit_fast.kernels.common import compiler_hazards as hazards_table  # noqa: E402
+from beit_fast.kernels.aot.verify.cases import Case, LinearCase, NormCase, PatchCase  # noqa: E402
+from beit_fast.kernels.aot.verify.result_files import Results, read, result_file  # noqa: E402
+from beit_fast.kernels.aot.verify.rows import Row, is_current  # noqa: E402
 from beit_fast.kernels.common.compiler_hazards import compiler_hazards  # noqa: E402
-from beit_fast.kernels.linear_gelu import configs as linear_configs  # noqa: E402
-from beit_fast.kernels.residual_norm import configs as norm_configs  # noqa: E402
+
+from .rows import row_of  # noqa: E402
 
 REFUSED = next(version for version in ("3.6.0", "3.7.1") if compiler_hazards(100, version))
 LINEAR = LinearCase(80, "bf16", 70, 144, 72)
@@ -34,16 +30,6 @@ LINEAR = LinearCase(80, "bf16", 70, 144, 72)
 def _no_patch_embed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the cases of nvcc, which have tests of their own."""
     monkeypatch.setattr(command, "patch_cases", lambda capability: [])
-
-
-def row_of(case: Case, version: str = triton.__version__, **changes: Any) -> Row:
-    """Return a row without errors, of kernels as they are."""
-    kernel = "linear_gelu" if isinstance(case, LinearCase) else "residual_norm"
-    kernels = {kernel: f"4w {sources.source_hash(kernel)}"}
-    row = {"case": str(case), "plan": plan_hash(case, version), "kernels": kernels}
-    errors = {"lockstep": {"out": 0.1}, "halves 1": check.SAME_BITS, "halves 2": check.SAME_BITS}
-    row |= {"budgets": {"out": 0.2}, "errors": errors}
-    return row | {"launches": 3, "wrong": [], "hazards": {}} | changes
 
 
 def test_check_returns_errors_within_the_budget_and_the_tile() -> None:
@@ -136,77 +122,6 @@ def test_results_of_another_source_are_not_current(tmp_path: Path) -> None:
     assert results.current(LINEAR) is None
 
 
-@pytest.fixture
-def fresh_plans() -> Iterator[None]:
-    """Forget plans of launches as they were, and as a test changed them."""
-    plan_hash.cache_clear()
-    yield
-    plan_hash.cache_clear()
-
-
-ATTENTION = table.quick_cases(100)[0]
-PAIRED = table.quick_cases(80)[0]
-NORM = NormCase(80, "bf16", "bf16", 768)
-
-
-@pytest.mark.parametrize(
-    ("case", "owner", "name", "value"),
-    [
-        (LINEAR, linear_configs, "GROUP", 4),
-        (NORM, norm_configs, "FORWARD_WARP_COLUMNS", 256),
-        (NORM, norm_configs, "PARTIALS_WARPS", 4),
-        (ATTENTION, attention_configs, "PREPROCESS_BLOCK", 64),
-        (ATTENTION, attention_configs, "DIAGONAL_BLOCK_PATCHES", 64),
-        (ATTENTION, attention_configs, "PACK_BLOCK", 256),
-        (ATTENTION, attention_configs, "lse_stride", lambda patches: patches + 16),
-        (PAIRED, attention_configs, "bias_layout", lambda *kind: attention_configs.BiasLayout("paired", 2)),
-        (ATTENTION, attention, "_options", lambda tile: {"num_warps": tile.num_warps, "num_stages": 1}),
-    ],
-)
-def test_results_of_other_launches_are_not_current(
-    case: Case, owner: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch, fresh_plans: None
-) -> None:
-    row = row_of(case)
-    assert is_current(row, case, triton.__version__)
-    plan_hash.cache_clear()
-    monkeypatch.setattr(owner, name, value)
-    assert not is_current(row, case, triton.__version__)
-
-
-def test_results_of_another_tile_are_not_current(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
-    row, select = row_of(LINEAR), linear_configs.select
-    plan_hash.cache_clear()
-    monkeypatch.setattr(linear_configs, "select", lambda *sizes: select(*sizes)._replace(num_stages=7))
-    assert not is_current(row, LINEAR, triton.__version__)
-
-
-def test_results_are_not_current_when_a_release_of_triton_gets_another_fault(
-    monkeypatch: pytest.MonkeyPatch, fresh_plans: None
-) -> None:
-    row = row_of(ATTENTION, "3.9.0", kernels={"forward": f"4w {sources.source_hash('forward')}"})
-    assert is_current(row, ATTENTION, "3.9.0")
-    plan_hash.cache_clear()
-    monkeypatch.setattr(hazards_table, "is_pipelined", lambda kernel, capability, version: kernel != "forward")
-    assert not is_current(row, ATTENTION, "3.9.0")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"launches": 0},
-        {"errors": {}},
-        {"errors": {"lockstep": {"out": 0.1}, "halves 1": check.SAME_BITS}},
-        {"errors": {"lockstep": {"out": 0.3}, "halves 1": check.SAME_BITS, "halves 2": check.SAME_BITS}},
-        {"errors": {"lockstep": {}, "halves 1": check.SAME_BITS, "halves 2": check.SAME_BITS}},
-        {"budgets": {}},
-    ],
-    ids=str,
-)
-def test_results_that_were_not_judged_are_not_current(changes: dict[str, Any]) -> None:
-    assert is_current(row_of(LINEAR), LINEAR, triton.__version__)
-    assert not is_current(row_of(LINEAR, **changes), LINEAR, triton.__version__)
-
-
 def test_check_of_a_hazard_keeps_the_whole_text_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     run = check.run
 
@@ -218,24 +133,6 @@ def test_check_of_a_hazard_keeps_the_whole_text_of_the_first(monkeypatch: pytest
     assert any(text.startswith("RaceError in linear_gelu") for text in row["hazards"])
     assert "kernel.py:" in row["first hazard"]
     assert "thread" in row["first hazard"]
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"), [("{", "is not JSON"), ("[]", "is no row of results"), ('{"case": "a"}', "kernels, launches")]
-)
-def test_main_of_a_damaged_file_names_the_line(
-    line: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = Results("3.9.0", 80, [LINEAR], tmp_path)
-    results.add(row_of(LINEAR, "3.9.0"))
-    with results.file.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["80", "--results", str(tmp_path), "--summary", "3.9.0"])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr().err
-    assert f"{results.file}, line 2" in printed
-    assert problem in printed
 
 
 @pytest.mark.parametrize(
@@ -271,7 +168,7 @@ def test_main_resumes_with_the_cases_that_are_missing(
     Results(triton.__version__, 80, cases, tmp_path).add(row_of(cases[0]))
     assert command.main(["80", "--results", str(tmp_path)]) == 0
     assert ran == cases[1:]
-    assert capsys.readouterr().out.splitlines()[-1] == "6 launches, 0 wrong, 0 hazards"
+    assert capsys.readouterr().out.splitlines()[-1] == "12 launches, 0 wrong, 0 hazards"
 
 
 def test_main_summary_fails_for_hazards_unless_the_pair_is_refused(
@@ -308,29 +205,42 @@ def test_main_summary_counts_distinct_cases(
     assert capsys.readouterr().out.startswith("2 distinct cases")
 
 
-def test_main_quick_fails_if_the_results_are_of_another_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "quick_cases", lambda capability: [LINEAR])
+PATCH = PatchCase(80, "bf16", "uint8", "bf16", "small", (28, 32), (7, 8), 72, "contiguous")
+EVERY_KERNEL = (
+    LINEAR,
+    NormCase(80, "bf16", "bf16", 768),
+    table.attention_case(80, "bf16", 32, "paired"),
+    table.attention_case(80, "bf16", 32, "none", split=True, backward=False),
+)
+
+
+@pytest.fixture
+def quick_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    """Results with rows of every kernel, all current."""
+    monkeypatch.setattr(command, "quick_cases", lambda capability: list(EVERY_KERNEL))
     monkeypatch.setattr(command, "check", lambda case, schedules: row_of(case))
-    results = Results(triton.__version__, 80, [LINEAR], tmp_path)
-    everything = {name: f"4w {sources.source_hash(name)}" for name in sources.MODULES}
-    results.add(row_of(LINEAR, kernels=everything))
+    Results("nvcc-13.0.88", 80, [PATCH], tmp_path).add(row_of(PATCH))
+    results = Results(triton.__version__, 80, EVERY_KERNEL, tmp_path)
+    for case in EVERY_KERNEL:
+        results.add(row_of(case))
+    return results
+
+
+def test_main_quick_fails_if_the_results_are_of_another_source(
+    quick_results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command.main(["80", "--quick", "--results", str(tmp_path)]) == 0
-    everything["backward_dq"] = "4w 0123456789ab"
-    results.add(row_of(LINEAR, kernels=everything))
+    row = row_of(EVERY_KERNEL[2])
+    row["kernels"]["backward_dq"] = "64x64 4w 2s 0123456789ab"
+    quick_results.add(row)
     assert command.main(["80", "--quick", "--results", str(tmp_path)]) == 1
     assert "backward_dq: results are of another source" in capsys.readouterr().out
 
 
 def test_main_quick_fails_if_a_case_is_launched_in_another_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick_results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "quick_cases", lambda capability: [LINEAR])
-    monkeypatch.setattr(command, "check", lambda case, schedules: row_of(case))
-    results = Results(triton.__version__, 80, [LINEAR], tmp_path)
-    everything = {name: f"4w {sources.source_hash(name)}" for name in sources.MODULES}
-    results.add(row_of(LINEAR, kernels=everything, plan="01234567"))
+    quick_results.add(row_of(LINEAR, plan="01234567"))
     assert command.main(["80", "--quick", "--results", str(tmp_path)]) == 1
     assert f"{LINEAR}: no result is of its launches as they are" in capsys.readouterr().out
 

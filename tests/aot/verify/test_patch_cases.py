@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,20 +19,12 @@ from beit_fast.kernels.aot.verify import check, loops, mutate, patch_table, sour
 from beit_fast.kernels.aot.verify.cases import DTYPES, PatchCase
 from beit_fast.kernels.aot.verify.mutations import Limits
 from beit_fast.kernels.aot.verify.patch_table import PATCH_CAPABILITIES, patch_cases
-from beit_fast.kernels.aot.verify.plans import plan_hash
-from beit_fast.kernels.aot.verify.result_files import Results, Row
+from beit_fast.kernels.aot.verify.result_files import Results
 
 from ...support.nvcc import needs_nvcc
+from .rows import row_of
 
 CASE = PatchCase(80, "bf16", "uint8", "bf16", "small", (28, 32), (7, 8), 72, "contiguous")
-
-
-def row_of(case: PatchCase, **changes: Any) -> Row:
-    """Return a row without errors, of the kernel as it is."""
-    kernels = {"patch_embed": f"64x64x64 {sources.source_hash('patch_embed')}"}
-    row = {"case": str(case), "plan": plan_hash(case, "nvcc-13.0.88"), "kernels": kernels}
-    row |= {"budgets": {"tokens": 0.2}, "errors": dict.fromkeys(map(str, check.SCHEDULES), check.SAME_BITS)}
-    return row | {"launches": 3, "wrong": [], "hazards": {}} | changes
 
 
 @needs_nvcc

@@ -12,7 +12,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 from beit_fast.kernels.aot.compile import CAPABILITIES
 from beit_fast.kernels.aot.verify.loops import checked_kernels
-from beit_fast.kernels.aot.verify.result_files import Results
+from beit_fast.kernels.aot.verify.patch_table import PATCH_CAPABILITIES, patch_cases
+from beit_fast.kernels.aot.verify.result_files import FOLDER, Results, Row, read
 from beit_fast.kernels.aot.verify.table import cases_of, is_refused
 from beit_fast.kernels.common.compiler_hazards import EXECUTED
 
@@ -45,6 +46,29 @@ def test_committed_results_are_right_unless_the_pair_is_refused(version: str, ca
         assert len(row["errors"]) == 3 or is_refused(case, version), case
         if not is_refused(case, version):
             assert (row["wrong"], row["hazards"]) == ([], {}), case
+
+
+@pytest.mark.parametrize("capability", PATCH_CAPABILITIES)
+def test_committed_results_of_patch_embed_are_of_every_case_and_right(capability: int) -> None:
+    versions = [folder.name for folder in FOLDER.glob("nvcc-*")]
+    files = [Results(version, capability, patch_cases(capability)) for version in versions]
+    for case in patch_cases(capability):
+        rows = [row for file in files if (row := file.current(case)) is not None]
+        assert rows, f"{case}: run `make verify-compiled`"
+        assert all((row["wrong"], row["hazards"]) == ([], {}) for row in rows), case
+
+
+def test_committed_budgets_of_a_case_are_the_same_for_every_release() -> None:
+    """A budget is that of PyTorch on a CPU, which no release changes."""
+    rows: dict[str, list[Row]] = {}
+    for file in FOLDER.glob("*/*.jsonl"):
+        for row in read(file):
+            rows.setdefault(row["case"], []).append(row)
+    compared = [found for found in rows.values() if len(found) > 1]
+    assert len(compared) > 1000
+    for first, *others in compared:
+        for other in others:
+            assert other["budgets"] == pytest.approx(first["budgets"], rel=0.1), first["case"]
 
 
 def test_committed_results_show_the_faults_of_refused_pairs() -> None:

@@ -36,7 +36,24 @@ def test_table_has_enough_distinct_cases() -> None:
     assert len(set(checked)) >= REQUIRED_CASES
 
 
-@pytest.mark.parametrize("architecture", sorted(set(map(architecture_of, CAPABILITIES))))
+ARCHITECTURES = sorted(set(map(architecture_of, CAPABILITIES)))
+
+
+def test_every_row_of_tiles_has_a_dtype_a_gpu_and_a_head_dim_in_the_table() -> None:
+    """A row of tiles that serves nothing would be shipped without a case."""
+    served = {
+        (use.kernel, arithmetic_of(use.dtype), use.dropout, architecture)
+        for architecture in ARCHITECTURES
+        for use in _shipped_tiles(architecture)
+    }
+    assert served == set(configs.TILES)
+    assert {len(tiles) for tiles in configs.TILES.values()} == {len(configs.HEAD_DIMS)}
+    assert set(configs.HEAD_DIMS) == set(table.HEAD_DIMS)
+    linear = set(itertools.product(map(arithmetic_of, DTYPES), ARCHITECTURES))
+    assert linear == set(linear_configs.TILES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_table_covers_every_shipped_tile_layout_and_dtype(architecture: str) -> None:
     sharing = [capability for capability in CAPABILITIES if architecture_of(capability) == architecture]
     found = {entry for capability in sharing for entry in _checked_tiles(capability)}
@@ -167,7 +184,7 @@ def test_table_covers_every_linear_tile(capability: int) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_table_covers_every_number_of_warps_of_residual_norm(capability: int) -> None:
     cases = [case for case in table.table(capability) if isinstance(case, NormCase)]
-    sizes = range(1, 3073)
+    sizes = range(1, norm_configs.LARGEST_SIZE + 1)
     assert {norm_configs.backward_warps(case.size) for case in cases} == set(map(norm_configs.backward_warps, sizes))
     assert {norm_configs.forward_warps(case.size) for case in cases} == set(map(norm_configs.forward_warps, sizes))
     assert {loop.kernel for case in cases for loop in loops.loops(case) if loop.counts} == {
