@@ -372,7 +372,6 @@ class BeitConfig(LabelsAndStages, HubUpload):
         if return_unused_kwargs:
             fields = {name: fields[name] for name in fields if name not in unused}
         config = cls.from_dict(values, **fields)
-        config.name_or_path = os.fspath(name_or_path)
         return (config, unused) if return_unused_kwargs else config
 
     def __eq__(self, other: object) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Literal, overload
+import sys
+from typing import Any, ClassVar, Literal, cast, overload
 
 from torch import Tensor
 
@@ -17,6 +18,17 @@ from .outputs import BackboneOutput
 from .segmentation import FeaturePyramidMixin, feature_map
 
 
+class _BackboneType:
+    """Read as Transformers' `BackboneType.TRANSFORMERS` if Transformers is imported, else as its value."""
+
+    def __get__(self, backbone: Any, owner: type) -> str:
+        for name in ("transformers.backbone_utils", "transformers.utils.backbone_utils"):
+            kinds = getattr(sys.modules.get(name), "BackboneType", None)
+            if kinds is not None:
+                return cast(str, kinds.TRANSFORMERS)  # a str and an Enum
+        return "transformers"
+
+
 class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
     """The trunk without a final norm, with the outputs of chosen stages.
 
@@ -26,7 +38,7 @@ class BeitBackbone(FeaturePyramidMixin, BeitPreTrainedModel):
     """
 
     base_model_prefix: ClassVar[str] = ""
-    backbone_type: ClassVar[str] = "transformers"
+    backbone_type = _BackboneType()
     has_attentions: ClassVar[bool] = True
 
     def __init__(

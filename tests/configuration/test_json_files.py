@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from beit_fast import BeitModel
 from beit_fast.configuration import BeitConfig
 
 # A file of the 4.x series: string keys, old names, no stage_names, keys that 5.x dropped and a user's own.
@@ -215,7 +216,19 @@ def test_from_pretrained_accepts_a_folder_or_a_file_and_overrides(tmp_path):
     for path in (tmp_path, tmp_path / "config.json", str(tmp_path)):
         config = BeitConfig.from_pretrained(path, image_size=384, attn_implementation="eager")
         assert (config.num_labels, config.image_size, config.attn_implementation) == (3, 384, "eager")
-        assert config.name_or_path == str(path)
+
+
+def test_from_pretrained_equals_what_was_saved_without_its_path(tmp_path):
+    """As Transformers' `BeitConfig`: a path names the weights, and no weights were loaded."""
+    config = BeitConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=8)
+    config.save_pretrained(tmp_path / "sub")
+    for read in (BeitConfig.from_pretrained(tmp_path / "sub"), BeitConfig.from_pretrained(tmp_path, subfolder="sub")):
+        assert read.to_dict() == config.to_dict()
+        assert read.name_or_path == BeitModel(read).name_or_path == ""
+    theirs = transformers.BeitConfig.from_pretrained(tmp_path / "sub")
+    assert theirs.name_or_path == ""
+    BeitModel(config).save_pretrained(tmp_path)
+    assert BeitModel.from_pretrained(tmp_path).config.name_or_path == str(tmp_path)
 
 
 def test_from_pretrained_with_a_missing_file_raises(tmp_path):

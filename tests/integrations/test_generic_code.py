@@ -1,6 +1,7 @@
 """What generic code of Transformers asks of models, configurations and outputs of this package."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -62,9 +63,31 @@ def test_config_nested_configurations_and_text_config():
     assert config.sub_configs == theirs.sub_configs == {}
     assert config.get_text_config() is config
     assert config.get_text_config(decoder=True) is config
-    assert "sub_configs" not in config.to_dict()
+    assert config.base_model_tp_plan is theirs.base_model_tp_plan is None
+    assert not {"sub_configs", "base_model_tp_plan"} & config.to_dict().keys()
     assert transformers.BeitModel(transformers.BeitConfig(**config.to_dict()))
     assert copy.deepcopy(config) == config
+
+
+def test_config_iterates_over_its_fields():
+    """As Transformers' tests do, to set some of them by name."""
+    config = beit_fast.BeitConfig(**VALUES, own_field=3)
+    assert list(config) == list(config.to_dict())
+    assert {"hidden_size", "id2label", "out_indices", "own_field"} < set(config)
+    changed = copy.deepcopy(config)
+    for name in changed:
+        if "_range" in name:
+            setattr(changed, name, 0.5)
+    assert changed == beit_fast.BeitConfig(**VALUES, own_field=3, initializer_range=0.5)
+
+
+def test_backbone_type_is_that_of_transformers_if_it_is_imported(monkeypatch):
+    theirs = transformers.BeitBackbone(transformers.BeitConfig(**VALUES))
+    ours = beit_fast.BeitBackbone(beit_fast.BeitConfig(**VALUES))
+    assert ours.backbone_type is beit_fast.BeitBackbone.backbone_type is theirs.backbone_type
+    for name in ("transformers.backbone_utils", "transformers.utils.backbone_utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert ours.backbone_type == theirs.backbone_type.value == "transformers"
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -79,7 +102,9 @@ def test_class_flags_say_what_the_models_do(name):
                 model.set_attn_implementation(implementation)
     for flag in ("_supports_flex_attn", "_supports_attention_backend"):
         assert getattr(cls, flag) is False
-    assert cls._keep_in_fp32_modules is None
+    assert not model._keep_in_fp32_modules | model._keep_in_fp32_modules_strict
+    assert cls._can_set_attn_implementation() is True
+    assert cls._can_set_experts_implementation() is False
     assert cls._keys_to_ignore_on_load_missing is None
 
 

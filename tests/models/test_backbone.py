@@ -32,7 +32,6 @@ def test_backbone_in_dense_model_equals_transformers(build, implementation):
 
 def test_backbone_attributes_follow_out_features():
     backbone = BeitBackbone(BeitConfig(**(OPTIONS | {"out_features": None})))
-    assert backbone.backbone_type == "transformers"
     assert backbone.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
     assert backbone.num_features == [32] * 5
     assert backbone.out_features == ["stage4"]
