@@ -130,9 +130,10 @@ sanitize: $(VENV)/.test
 
 # What needs a CUDA device, the most telling results first, each written to RESULTS (default: build) as it comes. Every
 # stage has a limit in seconds, and the next one runs whatever a stage finds: 12 minutes together, compilation included.
+# Of these, 30 seconds are for wheels, and 5 for the start of each stage or the time until it is killed.
 # Nothing is downloaded; the libraries are built in place. TRITON_WHEELS=FOLDER takes Triton from wheels in a folder.
-GPU_STAGES := library:100 selftest:120 bench-parts:60 bench:110 tune:70 test:160 bench-models:100
-GPU_STAGE_BUDGET := 80
+GPU_STAGES := library:90 selftest:120 bench-parts:55 bench:100 tune:65 test:140 bench-models:85
+GPU_STAGE_BUDGET := 65
 GPU_RESULTS = $(or $(RESULTS),build)
 TRITON_WHEELS ?=
 GPU_TRITON := build/gpu-triton
