@@ -23,7 +23,7 @@ LARGEST_BUDGET = 64
 
 
 class DamagedRowError(ValueError):
-    """A row of the present kernels contradicts itself or what the case launches."""
+    """A current row contradicts itself or what its case launches."""
 
 
 def _is_text(value: Any) -> bool:
@@ -44,7 +44,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _maps_to(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return a function that tells whether a value is a dict whose values are valid; keys of JSON are text."""
+    """Return a check of a dict whose values are valid. Keys of JSON are text."""
     return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
@@ -124,13 +124,13 @@ def checked_sources(rows: Iterable[Row]) -> Iterator[tuple[str, str]]:
 
 
 def _is_judged(row: Row) -> bool:
-    """Return whether each order of warps has errors, or a text says what is wrong with it."""
+    """Return whether each order of warps has errors or is wrong."""
     wrong = {order for order in ORDERS for text in row["wrong"] if text.startswith(f"{order}: ")}
     return row["errors"].keys() | wrong == set(ORDERS)
 
 
 def _plan_errors(row: Row, plan: Plan) -> list[str]:
-    """Compare kernels, tiles, launches and names of results with those of the plan."""
+    """Compare kernels, tiles, launches and results with those of the plan."""
     errors = []
     # An order that a kernel's error ended has neither launches nor errors, and may lack kernels.
     complete = len(row["errors"])
@@ -150,7 +150,7 @@ def _plan_errors(row: Row, plan: Plan) -> list[str]:
 
 
 def _verdict_errors(row: Row, plan: Plan) -> list[str]:
-    """Compare errors with budgets, and all orders with the first one that was complete."""
+    """Compare errors with budgets, and later orders with the first one."""
     errors, wrong = [], row["wrong"]
     judged = [order for order in ORDERS if order in row["errors"]]
     for order in judged:
