@@ -143,7 +143,8 @@ def _add_predict(commands: Any) -> None:
         "predict",
         help="write the classes or features of all images of a folder or list, also under torchrun",
         description="Predict all images of a folder or list. Progress is kept in OUT.run: rerun the same command to "
-        "resume, but without --overwrite. `torchrun --nproc-per-node N -m beit_fast predict ...` shares the images "
+        "resume, but without --overwrite. A complete run leaves a manifest there, and its batches if an image failed; "
+        "remove OUT.run with OUT. `torchrun --nproc-per-node N -m beit_fast predict ...` shares the images "
         "among N processes.",
     )
     dataset = "a folder, or a text file with one path per line; each image once, sorted by path"

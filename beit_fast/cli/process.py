@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TextIO
 
 from .options import ExitCode
@@ -50,8 +53,21 @@ def _escaped(stream: TextIO | None) -> Iterator[None]:
         reconfigure(errors=errors)  # flushes
 
 
+def report_to_torchrun(message: str) -> None:
+    """Put the reason of an exit code on torchrun's error page.
+
+    Without torchrun nothing is written.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": content}))
+
+
 def _end(message: str | None, code: ExitCode) -> ExitCode:
     if message is not None:
+        report_to_torchrun(message)
         with contextlib.suppress(BrokenPipeError):
             print(message, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):

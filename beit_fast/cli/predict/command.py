@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..._version import __version__
-from ...utils.messages import count_of
+from ...utils.messages import count_of, join_some
 from ..forward import CLASSIFIER, load_complete, run_batch, score_name, top_classes
 from ..options import TASKS, ExitCode, Format, Output, PredictOptions
 from ..outputs import check_file, check_keeps
+from ..process import report_to_torchrun
 from ..processors import processor_of
 from .dataset import Dataset, ImageBatch, ImageBatches, find_images
 from .journal import Outcome, Record, Run, Share, check_resumable
@@ -60,9 +61,11 @@ def predict(options: PredictOptions) -> int:
         elif options.start == "retry-failed":
             ranks.once_before_all(run.drop_failures)
     share = run.join(ranks.rank, ranks.world)
+    if ranks.rank == 0:
+        _note_modified(dataset, options.batch_size, run.times(share))
     if isinstance(share, Outcome):
         _report(options, ranks, predictor, Progress(), share, f"{options.out} is already complete")
-        return ExitCode.SOME_FAILED if share.failures and ranks.rank == 0 else ExitCode.DONE
+        return _exit_code(options, share if ranks.rank == 0 else None)
     if options.optimize:
         predictor.optimize(options.batch_size)
     progress = Progress()
@@ -78,7 +81,7 @@ def predict(options: PredictOptions) -> int:
     if outcome is None and ranks.world == 1:
         raise RuntimeError(f"{run.folder} was modified while running and lacks batches; rerun the same command")
     _report(options, ranks, predictor, progress, outcome, f"results: {options.out}")
-    return ExitCode.SOME_FAILED if outcome is not None and outcome.failures else ExitCode.DONE
+    return _exit_code(options, outcome)
 
 
 @dataclass
@@ -234,6 +237,41 @@ def _predict_share(
             if bar.disable and now - logged >= _LOG_SECONDS:
                 logged = now
                 print(progress.line(ranks, total), file=sys.stderr, flush=True)
+
+
+def _note_modified(dataset: Dataset, size: int, times: Mapping[int, float]) -> None:
+    """Print how many images were modified after their batch was predicted.
+
+    Args:
+        dataset: The images.
+        size: Images in a batch.
+        times: When each batch was written.
+    """
+    modified = [
+        path
+        for number, written in times.items()
+        for path in dataset.batch(number, size)
+        if dataset.time(path) > written
+    ]
+    if modified:
+        were = (
+            "was modified after it was predicted" if len(modified) == 1 else "were modified after they were predicted"
+        )
+        print(
+            f"{count_of(len(modified), 'image')} {were}: {join_some(modified, 3)}; --overwrite predicts all images "
+            "again, and --retry-failed those that failed",
+            file=sys.stderr,
+        )
+
+
+def _exit_code(options: PredictOptions, outcome: Outcome | None) -> ExitCode:
+    """Return the exit code of the process that has this outcome; None is that of the others."""
+    if outcome is None or not outcome.failures:
+        return ExitCode.DONE
+    report_to_torchrun(
+        f"{outcome.failures} of {count_of(outcome.images, 'image')} failed, see the errors in {options.out}"
+    )
+    return ExitCode.SOME_FAILED
 
 
 def _default_workers(processes: int) -> int:

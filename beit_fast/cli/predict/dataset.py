@@ -48,6 +48,13 @@ class Dataset:
         """List the images whose file has this name, in any folder."""
         return [self.root / path for path in self.paths if path.rpartition("/")[2] == name]
 
+    def time(self, path: str) -> float:
+        """The time of the last change of an image; 0 if it does not exist."""
+        try:
+            return (self.root / path).stat().st_mtime
+        except OSError:
+            return 0.0
+
     def num_batches(self, size: int) -> int:
         """The number of batches of `size` images; the last one may be smaller."""
         return -(-len(self.paths) // size)

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self, TypeAlias
@@ -32,6 +32,7 @@ Record: TypeAlias = dict[str, Any]
 Writer: TypeAlias = Callable[[Path, Iterator[Sequence[Record]]], None]
 
 _MANIFEST, _LOCK, _BATCHES, _MERGED = "manifest.json", "lock", "batches", "merged.unfinished"
+_IMAGES = {"images", "image names"}  # options that change with the files of a data set
 _BATCH_NAME = re.compile(r"(\d{8,})\.json")
 
 
@@ -159,6 +160,19 @@ class Run:
             (self.folder / _BATCHES).mkdir(exist_ok=True)
             return Share(self.folder / f"{rank}-of-{world}.lock", self.folder / _BATCHES, frozenset(self._done()))
 
+    def times(self, share: Share | Outcome) -> dict[int, float]:
+        """Return when each batch that was done at `join` was written.
+
+        For a complete run that is the time of `out`.
+        """
+        if isinstance(share, Outcome):
+            return dict.fromkeys(range(self.num_batches), self.out.stat().st_mtime)
+        times = {}
+        for number in share.done:
+            with suppress(FileNotFoundError):  # another process has completed the run
+                times[number] = _batch_file(self.folder / _BATCHES, number).stat().st_mtime
+        return times
+
     def finish(self, write: Writer) -> Outcome | None:
         """Write `out` if all batches are done, by whichever process; return None if some are not.
 
@@ -249,9 +263,10 @@ class Run:
             shown = "; ".join(
                 f"{name}: {before.get(name)!r} before, {self.options.get(name)!r} now" for name in changed
             )
+            images = "; for new images only, pass a list of them and another OUT" if set(changed) <= _IMAGES else ""
             raise ValueError(
                 f"{os.fspath(self.out)!r} was started with other options ({shown}); pass the same ones, choose another "
-                "OUT, or pass --overwrite to start from the beginning"
+                f"OUT, or pass --overwrite to start from the beginning{images}"
             )
         return None if manifest["complete"] is None else Outcome(**manifest["complete"])
 
