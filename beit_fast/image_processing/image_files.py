@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,10 @@ def _recognized(stream: Any, prefix: bytes) -> list[tuple[str, str]]:
     found = []
     for format_name in Image.ID:
         factory, accept = Image.OPEN[format_name]
-        accepted = accept(prefix) if accept is not None else False
+        try:
+            accepted = accept(prefix) if accept is not None else False
+        except (struct.error, IndexError):  # the prefix of a short file has fewer bytes than the plugin reads
+            continue
         if isinstance(accepted, str):  # the reason why this Pillow lacks the format
             found.append((format_name, accepted))
         elif accepted:

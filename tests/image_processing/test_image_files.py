@@ -21,6 +21,7 @@ def processor(request):
 def test_preprocess_names_the_reason_why_a_file_cannot_be_read(tmp_path, processor):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "empty.png").touch()
+    (tmp_path / "short.png").write_bytes(b"no\n")
     double = io.BytesIO()
     Image.new("F", (4, 4)).save(double, "TIFF")
     (tmp_path / "double.tiff").write_bytes(_with_64_bits(double.getvalue()))
@@ -30,6 +31,7 @@ def test_preprocess_names_the_reason_why_a_file_cannot_be_read(tmp_path, process
         reasons = {
             "folder.png": "it is a folder (expected an image file)",
             "empty.png": "Pillow does not recognize its format, since it is empty",
+            "short.png": "Pillow does not recognize its format",
             "double.tiff": "it begins like TIFF, but Pillow cannot open it: unknown pixel mode",
             "head.png": "it begins like PNG, but Pillow cannot open it: ",
             "socket.png": "it is neither a file nor a pipe",
