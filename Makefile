@@ -27,7 +27,7 @@ MODEL ?=
 OUT ?= demo.png
 BENCH_OPTIONS ?=
 
-.PHONY: demo test test-fallback test-full
+.PHONY: demo test test-fallback test-full test-transformers-suite
 .PHONY: sanitize verify-compiled verify-compiled-quick count-kernels bench lint docs wheel format clean
 .PHONY: gpu gpu-library gpu-selftest gpu-tune gpu-test gpu-test-kernels gpu-test-device
 .PHONY: gpu-bench gpu-bench-models gpu-bench-parts
@@ -94,6 +94,25 @@ test-triton-%: .venvs/triton-%/.done
 
 test-transformers-%: .venvs/transformers-%/.done
 	PYTHONPATH=$(CURDIR)/.venvs/transformers-$* $(BIN)/pytest tests/versions
+
+# Transformers' tests of BEiT with this package's classes in the place of its own. Its sdist lacks the model tests: they are
+# TRANSFORMERS_TESTS=FILE, or fetched from its repository. SUITE_OPTIONS=--baseline runs Transformers' own classes.
+SUITE := .venvs/transformers-suite
+SUITE_TAG = $(patsubst transformers==%,v%,$(TRANSFORMERS))
+SUITE_URL = https://raw.githubusercontent.com/huggingface/transformers/$(SUITE_TAG)/tests/models/beit/test_modeling_beit.py
+TRANSFORMERS_TESTS ?= $(SUITE)/model_tests.py
+test-transformers-suite: $(VENV)/.test $(NATIVE) $(SUITE)/.done $(TRANSFORMERS_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.integrations.transformers_suite $(SUITE) "$(TRANSFORMERS_TESTS)" $(SUITE_OPTIONS)
+
+$(SUITE)/model_tests.py: $(SUITE)/.done
+	curl --fail --silent --show-error --location --output $@ $(SUITE_URL)
+
+$(SUITE)/.done: Makefile
+	rm -rf $(@D)
+	$(PIP) download --no-deps --no-build-isolation --no-binary transformers --dest $(@D) "$(TRANSFORMERS)"
+	tar --extract --file $(@D)/transformers-*.tar.gz --directory $(@D) --strip-components 1
+	$(PIP) install --no-deps --target $(@D)/packages parameterized
+	touch $@
 
 # Execute the PTX of every kernel on the CPU, in every shipped tile and layout, for every architecture and Triton. Hours:
 # each case is written as it ends, and the same command resumes. A case that fails does not stop the others.
