@@ -21,7 +21,7 @@ from ..executor.counters import Counters
 from ..executor.launch import Launch, Options
 from ..executor.launchers import on_gpu
 from ..linear_gelu_variants import LinearVariant
-from ..verify.sources import kernel_name
+from ..verify.sources import kernel_name, source_hash
 from .executed import LaunchCounts, LoopCounts, launch_counts, loop_counts
 from .schedule import LoopCycles, loop_cycles, main_loop
 
@@ -74,6 +74,11 @@ class LaunchRow(NamedTuple):
     kernel: str
     capability: int
     counts: LaunchCounts
+
+    @property
+    def source(self) -> str:
+        """The hash of the source that was counted."""
+        return source_hash(self.kernel)
 
 
 def measure(capability: int) -> tuple[list[LoopRow], list[LaunchRow]]:

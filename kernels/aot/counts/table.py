@@ -64,7 +64,8 @@ def to_json(loops: Sequence[LoopRow], launches: Sequence[LaunchRow], triton: str
         f'"{name}": [\n' + ",\n".join(map(json.dumps, found)) + "\n]"
         for name, found in (("loops", rows), ("launches", whole))
     )
-    return "{\n" + ",\n".join([head, *lists]) + "\n}\n"
+    sources = json.dumps({row.kernel: row.source for row in launches})
+    return "{\n" + ",\n".join([head, f'"sources": {sources}', *lists]) + "\n}\n"
 
 
 def _names(row: LoopRow | LaunchRow) -> dict[str, Any]:
