@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.cpu_linear import onednn, split_bf16
 from ..ops.dispatch import availability
-from ..ops.linear_gelu import linear_gelu
+from ..ops.linear_gelu import lacks_matrix_instructions, linear_gelu
 from .folding import Affine
 
 
@@ -87,12 +87,17 @@ class SplitBf16Linear(InferenceLinear):
 
 
 class GeluLinear(InferenceLinear):
-    """A linear layer with exact GELU in one Triton kernel."""
+    """A linear layer with exact GELU in one Triton kernel.
+
+    Where the kernel lacks matrix instructions, two operations run.
+    """
 
     library = "triton"
     has_gelu = True
 
     def forward(self, x: Tensor) -> Tensor:
+        if lacks_matrix_instructions(x.device.type, x.dtype):
+            return F.gelu(F.linear(x, self.weight, self.bias))
         return linear_gelu(x, self.weight, self.bias)
 
 

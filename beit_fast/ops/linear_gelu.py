@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,6 +45,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     except TYPE_ERRORS:
         raise_type_errors("linear_gelu", LinearGeluArguments(x, weight, bias))
         raise
+
+
+def lacks_matrix_instructions(device_type: str, dtype: torch.dtype) -> bool:
+    """Return whether the kernel multiplies number by number.
+
+    Then two operations are faster: docs/counts.md has the counts.
+    """
+    return device_type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def _fallback(arguments: LinearGeluArguments) -> Tensor:

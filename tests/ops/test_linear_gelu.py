@@ -10,7 +10,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.ops.dispatch import availability
-from beit_fast.ops.linear_gelu import linear_gelu
+from beit_fast.ops.linear_gelu import lacks_matrix_instructions, linear_gelu
 
 from ..support.linear_gelu import make_layer, plain
 
@@ -112,3 +112,19 @@ def test_linear_gelu_unsupported_reasons() -> None:
     reasons = availability.linear_gelu_unsupported_reasons(torch.device("cpu"), torch.float64, 2**24)
     assert len(reasons) == 3
     assert "serves cuda tensors, not cpu" in reasons
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "precision", "lacks"),
+    [
+        ("cuda", torch.float32, "ieee", True),
+        ("cuda", torch.float32, "tf32", False),
+        ("cuda", torch.bfloat16, "ieee", False),
+        ("cpu", torch.float32, "ieee", False),
+    ],
+)
+def test_lacks_matrix_instructions_of_full_fp32_on_cuda_alone(
+    device_type: str, dtype: torch.dtype, precision: str, lacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    assert lacks_matrix_instructions(device_type, dtype) is lacks

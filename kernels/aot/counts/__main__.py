@@ -12,6 +12,7 @@ import triton
 from tqdm import tqdm
 
 from ..compile import CAPABILITIES, capabilities_error, require_compiler
+from .fp32 import Fp32Row, fp32_rows
 from .measure import LaunchRow, LoopRow, measure
 from .table import markdown, to_json
 
@@ -38,15 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     loops: list[LoopRow] = []
     launches: list[LaunchRow] = []
+    fp32: list[Fp32Row] = []
     for capability in tqdm(options.capabilities, desc="counting", disable=not sys.stderr.isatty()):
         more_loops, more_launches = measure(capability)
         loops += more_loops
         launches += more_launches
+        fp32 += fp32_rows(capability)
     loops.sort(key=lambda row: row.kernel)
     launches.sort(key=lambda row: row.kernel)
-    page = markdown(loops, launches, triton.__version__, options.commit)
+    fp32.sort(key=lambda row: row.kernel)
+    page = markdown(loops, launches, fp32, triton.__version__, options.commit)
     (folder / "counts.md").write_text(page)
-    (folder / "counts.json").write_text(to_json(loops, launches, triton.__version__, options.commit))
+    (folder / "counts.json").write_text(to_json(loops, launches, fp32, triton.__version__, options.commit))
     print(page)
     return 0
 

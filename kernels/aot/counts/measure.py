@@ -84,8 +84,8 @@ class LaunchRow(NamedTuple):
 def measure(capability: int) -> tuple[list[LoopRow], list[LaunchRow]]:
     """Count all kernels of a GPU: bf16, heads of 64, the bias of an even window."""
     loops, launches = [], []
-    for launch_all in (_attention, _linear_gelu, _residual_norm):
-        counters, records = _execute(capability, launch_all)
+    for launch_all in (count_attention, count_linear_gelu, _residual_norm):
+        counters, records = execute(capability, launch_all)
         # A kernel without a main loop may be launched several times; its counts are the sum.
         for record in {record.kernel: record for record in records}.values():
             name = kernel_name(record.kernel)
@@ -97,8 +97,8 @@ def measure(capability: int) -> tuple[list[LoopRow], list[LaunchRow]]:
     return loops, launches
 
 
-def _execute(capability: int, launch_all: Callable[[], None]) -> tuple[Counters, list[Launch]]:
-    """Run launches; return their counts and records."""
+def execute(capability: int, launch_all: Callable[[], None]) -> tuple[Counters, list[Launch]]:
+    """Run launches in the executor; return their counts and records."""
     counters = Counters()
     # Hazards are counted elsewhere, and do not change what is counted here.
     options = Options(counters=counters, collect=True)
@@ -107,18 +107,20 @@ def _execute(capability: int, launch_all: Callable[[], None]) -> tuple[Counters,
     return counters, driver.launches
 
 
-def _attention() -> None:
+def count_attention(dtype: torch.dtype = DTYPE) -> None:
+    """Launch forward and backward of attention."""
     tokens = WINDOW[0] * WINDOW[1] + 1
     table = torch.randn((2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + 3, 1)
-    q, k, v, grad_out = torch.randn(4, SAMPLES, tokens, 1, HEAD_DIM).to(DTYPE)
+    q, k, v, grad_out = torch.randn(4, SAMPLES, tokens, 1, HEAD_DIM).to(dtype)
     numbers = HEAD_DIM**-0.5, 0.0, 0
     out, lse = attention.attention_forward(q, k, v, table, None, WINDOW, *numbers)
     attention.attention_backward(grad_out, q, k, v, table, None, out, lse, WINDOW, *numbers, (True, True, True, True))
 
 
-def _linear_gelu() -> None:
-    x = torch.randn(LINEAR_ROWS, LINEAR_INPUTS).to(DTYPE)
-    weight, bias = torch.randn(LINEAR_OUTPUTS, LINEAR_INPUTS).to(DTYPE), torch.randn(LINEAR_OUTPUTS).to(DTYPE)
+def count_linear_gelu(dtype: torch.dtype = DTYPE) -> None:
+    """Launch the linear layer with GELU."""
+    x = torch.randn(LINEAR_ROWS, LINEAR_INPUTS).to(dtype)
+    weight, bias = torch.randn(LINEAR_OUTPUTS, LINEAR_INPUTS).to(dtype), torch.randn(LINEAR_OUTPUTS).to(dtype)
     # Choose the tile for many rows, without the time that they take.
     with mock.patch.dict(linear_configs.LARGEST_ROWS, clear=True):
         linear_gelu.linear_gelu(x, weight, bias)

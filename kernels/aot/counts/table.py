@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .. import sass
+from .fp32 import Fp32Row
 from .measure import LaunchRow, LoopRow
 
 EXECUTED_COLUMNS = (
@@ -20,6 +21,7 @@ MACHINE_COLUMNS = (
     "kernel", "sm", "tile", "registers", "shared KiB", "programs", "stalls", "waits", "waits for", "busiest pipe",
     "bound, 1 program", "bound, 2 programs",
 )  # fmt: skip
+FP32_COLUMNS = ("kernel", "sm", "precision", "shared wavefronts", "ideal", "cycles of multiply-adds")
 LAUNCH_COLUMNS = ("kernel", "sm", "shared wavefronts", "ideal", "sectors", "ideal", "ratio")
 
 HEADER = """# Counted, with Triton {triton}
@@ -30,7 +32,14 @@ here was measured on a GPU.
 """
 
 
-def markdown(loops: Sequence[LoopRow], launches: Sequence[LaunchRow], triton: str, commit: str) -> str:
+FP32_HEADER = """The same shapes in fp32. Cycles are those of an SM of compute capability 8.0. A wavefront takes one.
+
+"""
+
+
+def markdown(
+    loops: Sequence[LoopRow], launches: Sequence[LaunchRow], fp32: Sequence[Fp32Row], triton: str, commit: str
+) -> str:
     """Return the page with all tables."""
     parts = [
         HEADER.format(triton=triton, commit=commit),
@@ -39,11 +48,14 @@ def markdown(loops: Sequence[LoopRow], launches: Sequence[LaunchRow], triton: st
         "## Main loops in machine code\n\n" + _table(MACHINE_COLUMNS, map(_machine_cells, loops)),
         "## Whole launches\n\n" + _table(LAUNCH_COLUMNS, map(_launch_cells, launches)),
         "## Bank conflicts of whole launches\n\n" + conflicts(launches),
+        "## Whole launches in fp32\n\n" + FP32_HEADER + _table(FP32_COLUMNS, map(_fp32_cells, fp32)),
     ]
     return "\n".join(parts)
 
 
-def to_json(loops: Sequence[LoopRow], launches: Sequence[LaunchRow], triton: str, commit: str) -> str:
+def to_json(
+    loops: Sequence[LoopRow], launches: Sequence[LaunchRow], fp32: Sequence[Fp32Row], triton: str, commit: str
+) -> str:
     """Return all numbers as JSON."""
     rows = []
     for row in loops:
@@ -59,16 +71,22 @@ def to_json(loops: Sequence[LoopRow], launches: Sequence[LaunchRow], triton: str
             }
         )
     whole = [_rounded({**_names(row), **row.counts._asdict()}) for row in launches]
+    in_fp32 = [
+        _rounded(
+            {**_names(row), "precision": row.precision, "multiply_adds": row.multiply_adds, **row.counts._asdict()}
+        )
+        for row in fp32
+    ]
     head = f'"triton": {json.dumps(triton)},\n"commit": {json.dumps(commit)}'
     lists = (
         f'"{name}": [\n' + ",\n".join(map(json.dumps, found)) + "\n]"
-        for name, found in (("loops", rows), ("launches", whole))
+        for name, found in (("loops", rows), ("launches", whole), ("fp32 launches", in_fp32))
     )
     sources = json.dumps({row.kernel: row.source for row in launches})
     return "{\n" + ",\n".join([head, f'"sources": {sources}', *lists]) + "\n}\n"
 
 
-def _names(row: LoopRow | LaunchRow) -> dict[str, Any]:
+def _names(row: LoopRow | LaunchRow | Fp32Row) -> dict[str, Any]:
     return {"kernel": row.kernel, "capability": row.capability}
 
 
@@ -119,6 +137,11 @@ def _launch_cells(row: LaunchRow) -> list[str]:
     ratio = counts.sectors / counts.ideal_sectors
     numbers = [counts.wavefronts, counts.ideal_wavefronts, counts.sectors, counts.ideal_sectors]
     return [row.kernel, str(row.capability), *map(str, numbers), f"{ratio:.2f}"]
+
+
+def _fp32_cells(row: Fp32Row) -> list[str]:
+    numbers = [row.counts.wavefronts, row.counts.ideal_wavefronts, row.multiply_add_cycles]
+    return [row.kernel, str(row.capability), row.precision, *(f"{number:.0f}" for number in numbers)]
 
 
 def line_of(source: str) -> str:

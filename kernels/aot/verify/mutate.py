@@ -17,11 +17,13 @@ from ..compile import capabilities_error, require_compiler
 from ..executor.errors import KernelError, UnsupportedInstructionError
 from ..executor.kernel_code import load
 from ..executor.schedule import Schedule
+from ..nvcc import MISSING, nvcc_version
 from . import check
 from .cases import Case, LinearCase, NormCase
 from .check import Run, error_of, run
 from .mutations import MUTATIONS, ORDER, Limits, Mutant, mutants, spread
 from .operators import Prepared, prepare
+from .patch_table import PATCH_CAPABILITIES, patch_cases
 from .replay import Done, replayed
 from .table import attention_case, layouts
 
@@ -64,9 +66,14 @@ def _outcome(text: str) -> str:
 
 KERNELS = (
     *("attention_forward", "backward_dkv", "backward_dq", "backward_dbias"),
-    *("linear_gelu", "residual_norm_backward"),
+    *("linear_gelu", "residual_norm_backward", "patch_embed"),
 )
 """Kernels that are broken, in bf16 and with a bias."""
+
+
+def kernels_of(capability: int) -> tuple[str, ...]:
+    """Return the kernels that are broken on an architecture. The last one needs nvcc."""
+    return KERNELS if capability in PATCH_CAPABILITIES and nvcc_version() is not None else KERNELS[:-1]
 
 
 def subject_of(kernel: str, capability: int) -> Subject:
@@ -75,6 +82,8 @@ def subject_of(kernel: str, capability: int) -> Subject:
         case: Case = LinearCase(capability, "bf16", 70, 208, 176)
     elif kernel == "residual_norm_backward":
         case = NormCase(capability, "bf16", "bf16", 768)
+    elif kernel == "patch_embed":
+        case = next(case for case in patch_cases(capability) if case.dtype == "bf16")
     else:
         case = attention_case(capability, "bf16", 64, layouts(capability, "bf16")[0])
         case = case._replace(window=WINDOW, backward=kernel != "attention_forward")
@@ -171,11 +180,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(options.kind in kind for kind in MUTATIONS):
         parser.error(f"no kind contains {options.kind!r} (expected one of {', '.join(MUTATIONS)})")
     require_compiler()
+    if "patch_embed" in kernels and nvcc_version() is None:
+        print(f"{MISSING}: patch_embed is not broken")
     limits = Limits(options.order_limit, options.limit)
     for capability in options.capabilities:
         verdicts: list[Verdict] = []
         done: Done = {}
-        for kernel in kernels:
+        for kernel in (kernel for kernel in kernels if kernel in kernels_of(capability)):
             found = judge(subject_of(kernel, capability), limits, options.kind, done)
             verdicts += tqdm(found, f"sm_{capability} {kernel}", disable=None)
         print("\n".join(_report(capability, verdicts)))

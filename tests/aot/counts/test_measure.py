@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the Triton interpreter and compiler cannot share a process", allow_module_level=True)
 
 from beit_fast.kernels.aot.attention_variants import PRODUCTS  # noqa: E402
+from beit_fast.kernels.aot.counts import fp32  # noqa: E402
 from beit_fast.kernels.aot.counts.measure import HEAD_DIM, measure  # noqa: E402
 from beit_fast.kernels.aot.verify.sources import MODULES  # noqa: E402
 
@@ -31,3 +32,13 @@ def test_measure_counts_every_kernel() -> None:
         assert row.machine.bound(2) <= row.machine.bound(1)
     conflicts = {row.kernel for row in launches if row.counts.conflicts}
     assert conflicts <= {"sum_partials", "dtable_patches"}
+
+
+def test_fp32_rows_count_multiply_adds_of_ieee_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp32, "count_attention", lambda dtype: None)
+    by_precision = {row.precision: row for row in fp32.fp32_rows(80)}
+    assert set(by_precision) == set(fp32.PRECISIONS)
+    assert by_precision["tf32"].multiply_adds < by_precision["ieee"].multiply_adds / 100
+    # 128 rows x 128 outputs x 384 inputs, 32 lanes of a warp.
+    assert by_precision["ieee"].multiply_adds == pytest.approx(128 * 128 * 384 / 32, rel=0.02)
+    assert by_precision["tf32"].counts.conflicts == []

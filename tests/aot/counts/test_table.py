@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -18,6 +19,7 @@ from beit_fast.kernels.aot.compile import CAPABILITIES
 from beit_fast.kernels.aot.counts import __main__ as command
 from beit_fast.kernels.aot.counts import measure, table
 from beit_fast.kernels.aot.counts.executed import Conflict, LaunchCounts, LoopCounts
+from beit_fast.kernels.aot.counts.fp32 import PRECISIONS, Fp32Row
 from beit_fast.kernels.aot.counts.measure import LaunchRow, LoopRow, MachineCounts
 from beit_fast.kernels.aot.counts.schedule import LoopCycles
 from beit_fast.kernels.attention import configs
@@ -52,6 +54,7 @@ def test_markdown_has_every_table() -> None:
     page = table.markdown(
         [ROW],
         [LaunchRow("pack_bias", 80, LaunchCounts(9, 4, 90, 60, [Conflict("ld.shared", "c.py:3:3", 5.0)]))],
+        [Fp32Row("forward", 90, "ieee", LaunchCounts(50, 20, 90, 60, []), 80)],
         "3.7.1",
         "abc",
     )
@@ -61,6 +64,7 @@ def test_markdown_has_every_table() -> None:
     assert "| 700 | 100 | MUFU 100 | lsu 450 | 800 | 450 |" in page
     assert "| pack_bias | 80 | 9 | 4 | 90 | 60 | 1.50 |" in page
     assert "| pack_bias | 80 | ld.shared | c.py:3 | 5 |" in page
+    assert "| forward | 90 | ieee | 50 | 20 | 40 |" in page
 
 
 def test_conflicts_of_none_says_so() -> None:
@@ -83,10 +87,13 @@ def test_main_of_some_capabilities_does_not_replace_the_committed_counts(capsys:
 
 def test_main_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "measure", lambda capability: ([ROW._replace(capability=capability)], []))
+    fp32 = Fp32Row("forward", 80, "ieee", LaunchCounts(50, 20, 90, 60, []), 80)
+    monkeypatch.setattr(command, "fp32_rows", lambda capability: [fp32._replace(capability=capability)])
     assert command.main(["90", "80", "--results", str(tmp_path), "--commit", "abc"]) == 0
     found = json.loads((tmp_path / "counts.json").read_text())
     assert [row["capability"] for row in found["loops"]] == [90, 80]
     assert found["loops"][0]["machine"]["bounds"] == {"1": 800, "2": 450}
+    assert [(row["capability"], row["multiply_adds"]) for row in found["fp32 launches"]] == [(90, 80), (80, 80)]
     assert "abc" in (tmp_path / "counts.md").read_text()
 
 
@@ -101,3 +108,9 @@ def test_committed_counts_have_the_shipped_tiles() -> None:
         for kernel in PRODUCTS
         for capability in CAPABILITIES
     }
+
+
+def test_committed_counts_have_fp32_in_both_precisions() -> None:
+    rows = json.loads((command.RESULTS / "counts.json").read_text())["fp32 launches"]
+    found = {(row["kernel"], row["capability"], row["precision"]) for row in rows}
+    assert found == set(itertools.product((*PRODUCTS, "linear_gelu"), CAPABILITIES, PRECISIONS))

@@ -53,6 +53,17 @@ def test_judge_of_a_broken_patch_embed_returns_the_fault(kind: str, verdict: str
     assert [found.text for found in mutate.judge(subject, Limits(1, 1), kind)] == [verdict]
 
 
+@pytest.mark.parametrize(
+    ("capability", "nvcc_found", "broken"), [(80, True, True), (100, True, False), (80, False, False)]
+)
+def test_kernels_of_has_patch_embed_where_nvcc_compiles_it(
+    capability: int, nvcc_found: bool, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutate, "nvcc_version", lambda: "13.0.88" if nvcc_found else None)
+    assert ("patch_embed" in mutate.kernels_of(capability)) is broken
+    assert set(mutate.KERNELS) - set(mutate.kernels_of(capability)) <= {"patch_embed"}
+
+
 @pytest.mark.parametrize("capability", PATCH_CAPABILITIES)
 def test_patch_cases_cover_every_tile_dtype_and_read(capability: int) -> None:
     cases = [case for case in patch_cases(capability) if isinstance(case, PatchCase)]
