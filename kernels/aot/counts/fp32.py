@@ -25,7 +25,7 @@ class Fp32Row(NamedTuple):
     capability: int
     precision: str
     counts: LaunchCounts
-    multiply_adds: int  # warps that executed fma.rn.f32, sums included
+    multiply_adds: int  # of each lane, by all warps
 
     @property
     def multiply_add_cycles(self) -> float:
@@ -43,5 +43,6 @@ def fp32_rows(capability: int) -> Iterator[Fp32Row]:
                 name = kernel_name(launch.kernel)
                 if name in PRODUCTS or name == "linear_gelu":
                     counts = launch_counts(launch.kernel, counters)
-                    multiply_adds = launch.instructions()["fma.rn.f32"]
+                    executed = launch.instructions()
+                    multiply_adds = executed["fma.rn.f32"] + 2 * executed["fma.rn.f32x2"]
                     yield Fp32Row(name, capability, precision, counts, multiply_adds)
