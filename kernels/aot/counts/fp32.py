@@ -1,4 +1,4 @@
-"""Passes through shared memory of kernels with fp32 products: by tf32, and by ordinary multiply-adds ("ieee")."""
+"""Wavefronts of shared memory of kernels with fp32 products, in both precisions."""
 
 from __future__ import annotations
 
