@@ -34,7 +34,7 @@ class Fp32Row(NamedTuple):
 
 
 def fp32_rows(capability: int) -> Iterator[Fp32Row]:
-    """Yield the kernels with products in each precision, for the shapes of `measure`."""
+    """Yield the kernels with products, launched with the shapes of `measure`."""
     for precision in PRECISIONS:
         for launch_all in (count_attention, count_linear_gelu):
             with fp32_precision(precision):
