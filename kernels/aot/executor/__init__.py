@@ -10,7 +10,8 @@ No GPU is needed.
 | `fragments`, `descriptors` | layouts of matrix operands |
 | `registers`, `slots` | registers of all threads |
 | `global_memory`, `shared_memory`, `local_memory`, `tensor_memory` | bounds and contents of memory |
-| `access_log`, `proxies`, `async_copies`, `async_reads`, `warpgroup_products` | order of accesses |
+| `access_log`, `global_log`, `proxies`, `async_copies`, `async_reads`, `warpgroup_products` | order of accesses |
+| `live_barriers` | bytes that only mbarrier instructions may access |
 | `kernel_code`, `instructions` | a kernel as steps of a machine |
 | `machine`, `schedule`, `launch`, `counters` | execution |
 | `parameters`, `driver`, `launchers` | launches of Triton and of this package |

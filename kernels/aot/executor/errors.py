@@ -44,7 +44,14 @@ class AccessError(KernelError):
 
 
 class RaceError(KernelError):
-    """Two threads access a byte without a barrier between them. At least one of them writes it."""
+    """Two warps access a byte without a barrier between them. At least one of them writes it.
+
+    Barriers do not order CTAs.
+    """
+
+
+class RewriteError(KernelError):
+    """A kernel writes an element of a result twice."""
 
 
 class PipelineError(KernelError):
@@ -62,9 +69,10 @@ class ProxyError(KernelError):
 
 
 class BarrierError(KernelError):
-    """Threads do not reach a barrier, or a warp is not complete.
+    """Threads miss a barrier, or misuse a warp or an mbarrier.
 
-    The warp is at an instruction that needs all its threads, or parts at a uniform branch.
+    A warp is at an instruction that needs all its threads, or parts at a uniform branch. An mbarrier is
+    used before `mbarrier.init`, or its bytes are used for something else before `mbarrier.inval`.
     """
 
 

@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from .dtypes import ITEMS, U8, UNINITIALIZED, Array, has_pattern, holds_pattern
-from .errors import AccessError, RaceError
-from .sites import Site
+from .errors import AccessError
+from .global_log import Conflict, Extent, GlobalLog
+from .sites import Layout, Site
 
 SPACING = 1 << 40
 """Bytes between the address spaces of arguments. An offset that leaves one cannot reach another."""
-_FREE, _MANY = 0, -1
-"""States of an element: no CTA accessed it, several did. Other states are 1 + the number of the CTA."""
 
 
 class GlobalObserver(Protocol):
     """Counts accesses to global memory."""
 
     def count_global(self, site: Site, addresses: Array, size: int) -> None: ...
-
-
-class Extent:
-    """Host memory that one or several arguments share.
-
-    `writer` and `reader` hold the CTAs that accessed its elements.
-    """
-
-    def __init__(self, start: int, end: int, granule: int) -> None:
-        self.start = start
-        self.end = end
-        self.granule = granule  # bytes of the smallest element
-        self.writer: Array | None = None  # of each granule, once something was written
-        self.reader: Array | None = None
-        self.is_written = False  # whether the kernel may store here, so that reads are tracked too
-
-    def states(self) -> Array:
-        return np.zeros((self.end - self.start) // self.granule + 2, np.int32)
 
 
 class Buffer:
@@ -68,7 +50,6 @@ class Buffer:
         self.views = {size: self.bytes.view(dtype) for size, dtype in ITEMS.items()}
         self.gaps = None if count in (0, reach) else _gaps_before(self.first, shape, strides, item, len(self.bytes))
         self.extent = Extent(pointer, pointer + self.end - self.first, item)
-        self.rewritten = 0  # elements that were written more than once
 
     @property
     def address(self) -> int:
@@ -115,6 +96,17 @@ class Part(NamedTuple):
     def of(self, values: Array) -> Array:
         return values if self.chosen is None else values[self.chosen]
 
+    def write(self, values: Array) -> None:
+        size = values.dtype.itemsize
+        self.buffer.views[size][self.offsets // size] = values
+
+    def holds(self, values: Array) -> Array:
+        """Return for each granule of each access whether memory holds its value."""
+        size = values.dtype.itemsize
+        current = self.buffer.views[size].take(self.offsets // size)
+        granule = min(size, self.buffer.extent.granule)
+        return np.asarray((current.view(U8) == values.view(U8)).reshape(len(values), -1, granule).all(2))
+
     def number_of(self, place: int) -> int:
         """Return the number of an access among all threads of the site."""
         return place if self.chosen is None else int(self.chosen[place])
@@ -127,6 +119,7 @@ class GlobalMemory:
         self.buffers: dict[int, Buffer] = {}
         self.observer: GlobalObserver | None = None
         self.written: set[str] = set()  # arguments that the kernel may store to
+        self._log = GlobalLog()
 
     def add(self, name: str, pointer: int, shape: Sequence[int], strides: Sequence[int], item: int) -> int:
         """Add the elements of an argument; return the address to pass to the kernel."""
@@ -157,7 +150,8 @@ class GlobalMemory:
             buffer = part.buffer
             values = buffer.views[size].take(part.offsets // size)
             if buffer.extent.is_written:
-                self._note_read(part, size, site)
+                granules = buffer.granules(part.offsets, size)
+                self._report(self._log.read(buffer.extent, granules, self._stamps(part, site)), part, site)
             if size > 1 and has_pattern(values, UNINITIALIZED):
                 unwritten = holds_pattern(values, UNINITIALIZED)
                 site.note_unwritten(f"memory of {buffer.name}", unwritten, part.chosen)
@@ -171,50 +165,29 @@ class GlobalMemory:
         if self.observer is not None:
             self.observer.count_global(site, addresses, size)
         for part in self._parts(addresses, size, site):
-            self._note_write(part, size, site)
-            part.buffer.views[size][part.offsets // size] = part.of(values)
+            own, granules = part.of(values), part.buffer.granules(part.offsets, size)
+            write, holds = functools.partial(part.write, own), functools.partial(part.holds, own)
+            conflicts = self._log.write(part.buffer.extent, granules, self._stamps(part, site), write, holds)
+            self._report(conflicts, part, site)
 
-    # Accesses of other CTAs
+    # Order of accesses
 
-    def _note_read(self, part: Part, size: int, site: Site) -> None:
-        extent, granules = part.buffer.extent, part.buffer.granules(part.offsets, size)
-        states = part.of(site.ctas)[:, None].astype(np.int32) + 1
-        if extent.writer is not None:
-            self._check(extent.writer[granules], states, part, "reads what another CTA wrote in the same launch", site)
-        if extent.reader is None:
-            extent.reader = extent.states()
-        before = extent.reader[granules]
-        extent.reader[granules] = np.where((before == _FREE) | (before == states), states, _MANY)
-        # Several CTAs may read one granule in this instruction; the last one was stored.
-        again = extent.reader[granules]
-        if (differs := (again != states) & (again != _MANY)).any():
-            extent.reader[granules[differs]] = _MANY
+    def begin(self, layout: Layout) -> None:
+        """Continue with other CTAs of the launch."""
+        self._log.begin(layout)
 
-    def _note_write(self, part: Part, size: int, site: Site) -> None:
-        buffer, extent = part.buffer, part.buffer.extent
-        granules = buffer.granules(part.offsets, size)
-        states = part.of(site.ctas)[:, None].astype(np.int32) + 1
-        if extent.reader is not None:
-            self._check(extent.reader[granules], states, part, "writes what another CTA reads in the same launch", site)
-        if extent.writer is None:
-            extent.writer = extent.states()
-        problem = "writes what another CTA wrote in the same launch"
-        before = extent.writer[granules]
-        buffer.rewritten += int(np.count_nonzero(before))
-        self._check(before, states, part, problem, site)
-        extent.writer[granules] = states
-        self._check(extent.writer[granules], states, part, problem, site)
+    def barrier(self, ctas: Array | None) -> None:
+        """Handle a barrier of these CTAs; None for all."""
+        self._log.barrier(ctas)
 
-    def _check(self, found: Array, states: Array, part: Part, problem: str, site: Site) -> None:
-        foreign = ((found != _FREE) & (found != states)).any(1)
-        if not foreign.any():
-            return
-        place = int(np.argmax(foreign))
-        row = found[place]
-        other = int(row[(row != _FREE) & (row != states[place])][0])
-        where = self.describe(part.buffer.origin + int(part.offsets[place]))
-        who = "several CTAs" if other == _MANY else f"CTA {other - 1}"
-        site.report(RaceError, f"{problem}, in {part.buffer.name}", part.number_of(place), f"{where}, {who}")
+    def _stamps(self, part: Part, site: Site) -> Array:
+        return np.asarray(part.of(self._log.stamps(site))[:, None])
+
+    def _report(self, conflicts: list[Conflict], part: Part, site: Site) -> None:
+        for found in conflicts:
+            where = self.describe(part.buffer.origin + int(part.offsets[found.access]))
+            problem, number = f"{found.problem}, in {part.buffer.name}", part.number_of(found.access)
+            site.report(found.kind, problem, number, f"{where}, {found.who}", found.others)
 
     # Addresses
 

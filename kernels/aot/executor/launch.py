@@ -48,7 +48,6 @@ class Launch:
     code: Code
     seconds: float  # of CPU time
     executed: Counter[int]  # warps by basic block
-    rewritten: dict[str, int]  # elements of each argument that were written more than once
     hazards: Counter[Hazard]  # empty unless they are collected
     notes: Counter[Hazard]  # what PTX leaves to ptxas, and reads of undefined values
 
@@ -112,9 +111,8 @@ def run(
         machine.run()
         executed.update(machine.executed)
         notes.update(machine.reporter.notes)
-    rewritten = {buffer.name: buffer.rewritten for buffer in memory.buffers.values() if buffer.rewritten}
     seconds = time.process_time() - start
-    launch = Launch(code.function.name, grid, code, seconds, executed, rewritten, hazards, notes)
+    launch = Launch(code.function.name, grid, code, seconds, executed, hazards, notes)
     if options.counters is not None:
         options.counters.count_launch(launch)
     return launch

@@ -57,6 +57,7 @@ class Machine:
         self.code = code
         self.layout = layout
         self.memory = memory
+        memory.begin(layout)
         self.parameters = parameters
         self.reporter = Reporter(code.function.name, hazards)
         self.lane_count = len(layout.ctas) * layout.threads
@@ -209,6 +210,7 @@ class Machine:
 
     def _release(self, ctas: Array | None) -> None:
         self._turns.end(ctas)
+        self.memory.barrier(ctas)
         self.shared.barrier(ctas)
         if self.tensor is not None:
             self.tensor.barrier(ctas)

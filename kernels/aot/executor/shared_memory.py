@@ -11,6 +11,7 @@ from .async_copies import AsyncCopies, Copy
 from .async_reads import CHUNK, AsyncReads, Guard, Reader
 from .dtypes import IN_FLIGHT, ITEMS, U8, U16, UNINITIALIZED, Array, has_pattern, holds_pattern, pattern
 from .errors import AccessError, KernelError, PipelineError, RaceError
+from .live_barriers import BYTES, LiveBarriers
 from .proxies import GenericWrites
 from .sites import Layout, Site
 
@@ -50,6 +51,7 @@ class SharedMemory:
         self.reads = AsyncReads(lane_count, len(self._bytes))
         self._generic = GenericWrites(cta_count, self.pitch, threads) if has_async_proxy else None
         self.guard = Guard(cta_count, self.pitch // CHUNK, threads)
+        self.barriers = LiveBarriers(len(self._bytes), self.pitch)
 
     def place(self, addresses: Array, size: int, site: Site) -> Array:
         """Return the places of addresses after a check of bounds and alignment.
@@ -72,11 +74,20 @@ class SharedMemory:
         if self.observer is not None:
             self.observer.count_shared(site, site.numbers, places, size, is_matrix)
         self._log.add(places, size, site.numbers, site)
+        self.barriers.check("reads", places, size, site)
         values = self._views[size].take(places // size)
         self._check_loaded(values, places, site)
         return values
 
     def store(self, places: Array, values: Array, site: Site, is_matrix: bool = False) -> None:
+        self.barriers.check("writes", places, values.dtype.itemsize, site)
+        self._store(places, values, site, is_matrix)
+
+    def store_barriers(self, places: Array, site: Site) -> None:
+        """Handle mbarrier.init and mbarrier.inval. What the bytes hold is not defined."""
+        self._store(places, pattern(UNINITIALIZED, ITEMS[BYTES]).repeat(len(places)), site)
+
+    def _store(self, places: Array, values: Array, site: Site, is_matrix: bool = False) -> None:
         size = values.dtype.itemsize
         if self.observer is not None:
             self.observer.count_shared(site, site.numbers, places, size, is_matrix)
@@ -140,6 +151,7 @@ class SharedMemory:
         if self.observer is not None:
             self.observer.count_shared(site, site.numbers, places, size, False)
         self._log.add(places, size, site.numbers, site, values)
+        self.barriers.check("copies to", places, size, site)
         if self._copies or self.reads:
             self._check_overwritten(places, size, site)
         self._views[size][places // size] = pattern(IN_FLIGHT, values.dtype)
@@ -172,6 +184,7 @@ class SharedMemory:
             self._log.add(places, CHUNK, site.numbers, site)
         else:
             self._log.check_now(places, CHUNK, site.numbers, site, is_write=False)
+        self.barriers.check("multiplies", places, CHUNK, site)
         assert self._generic is not None
         self._generic.check(places, site.numbers, group, site)
         reader = self.reads.start(places, site.numbers, site, is_waited_by_thread)

@@ -15,7 +15,7 @@ from .access_log import AccessLog
 from .async_reads import CHUNK, Guard, Reader
 from .dtypes import IN_FLIGHT, U16, U32, UNINITIALIZED, Array, has_pattern, holds_pattern, pattern
 from .errors import AccessError, BarrierError, PipelineError, RaceError
-from .shared_memory import SharedMemory
+from .shared_memory import BASE, SharedMemory
 from .sites import Layout, Site
 
 ROWS = 128
@@ -253,13 +253,18 @@ class TensorMemory:
 
     # mbarriers
 
-    def initialize(self, cta: int, address: int) -> None:
+    def initialize(self, cta: int, address: int, site: Site) -> None:
+        self._shared.barriers.begin(self._place(cta, address), site)
         self._barriers[cta, address] = Mbarrier()
 
     def invalidate(self, cta: int, address: int, site: Site) -> None:
         if self._barrier(cta, address, site).arrivals:
             raise site.fault(PipelineError, "invalidates an mbarrier on which a commit will arrive", 0)
+        self._shared.barriers.end(self._place(cta, address))
         del self._barriers[cta, address]
+
+    def _place(self, cta: int, address: int) -> int:
+        return cta * self._shared.pitch + address - BASE
 
     def commit(self, cta: int, address: int, site: Site) -> None:
         """Let the mbarrier complete a phase after all the thread's earlier products."""

@@ -76,6 +76,7 @@ ORDER: Mutations = {
         r"(mbarrier\.try_wait[^\[;]*\[[^\]]*\], )(%r\d+)(;)",
         _computed("b32", "xor", 1),
     ),
+    "invalidation of an mbarrier dropped": (r"^[ \t]*@%p\d+ mbarrier\.inval[^;]*;", ""),
     "commit of tensor products dropped": (r"^[ \t]*@%p\d+ tcgen05\.commit[^;]*;", ""),
     "wait for loads of tensor memory dropped": (r"^[ \t]*tcgen05\.wait::ld[^;]*;", ""),
     "wait for stores of tensor memory dropped": (r"^[ \t]*tcgen05\.wait::st[^;]*;", ""),

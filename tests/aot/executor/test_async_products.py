@@ -244,3 +244,68 @@ def test_tensor_memory_race_between_warps_is_found() -> None:
     stored(body.replace(loaded, loaded + "bar.sync 0;" + upper), **options)
     with pytest.raises(RaceError, match=r"writes tensor memory without a barrier.*tcgen05.st.*read by .*tcgen05.ld"):
         stored(body.replace(loaded, loaded + upper), **options)
+
+
+INVAL = "@%p2 mbarrier.inval.shared::cta.b64 [%r9+7168];"
+LIVE = "fence.proxy.async.shared::cta; bar.sync 0;"
+"""Behind it, the mbarrier is initialized."""
+
+
+@each_schedule
+@pytest.mark.parametrize(
+    ("access", "problem"),
+    [
+        ("@%p5 st.shared.b64 [%r9+7168], %rd3;", "writes bytes of an mbarrier"),
+        ("@%p5 st.shared.v4.b32 [%r9+7168], {%r4,%r4,%r4,%r4};", "writes bytes of an mbarrier"),
+        ("@%p5 st.shared.b32 [%r9+7172], %r4;", "writes bytes of an mbarrier"),
+        ("@%p5 ld.shared.b32 %r16, [%r9+7172];", "reads bytes of an mbarrier"),
+        ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r16}, [%r9+7168];", "reads bytes of an mbarrier"),
+        ("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r9+7168], {%r4};", "writes bytes of an mbarrier"),
+        ("@%p5 cp.async.ca.shared.global [%r9+7168], [%rd1], 8, 0;", "copies to bytes of an mbarrier"),
+        ("@%p5 mbarrier.init.shared::cta.b64 [%r9+7168], 1;", "initializes an mbarrier again without mbarrier.inval"),
+    ],
+)
+def test_access_to_a_live_mbarrier_is_found(access: str, problem: str, schedule: Schedule) -> None:
+    placed = f"{LIVE} setp.eq.u32 %p5, %r1, 96; {access} bar.sync 0;"
+    found = rf"{problem}.*initialized by `@%p2 mbarrier.init.*\(thread (96|0) of CTA 0, byte 71(68|72) of shared memory"
+    with pytest.raises(BarrierError, match=found):
+        run_tensor(TENSOR.replace(LIVE, placed), schedule)
+
+
+@each_schedule
+@pytest.mark.parametrize("access", ["st.shared.b64 [%r9+7176], %rd3;", "ld.shared.b32 %r16, [%r9+7164];"])
+def test_access_beside_a_live_mbarrier_is_allowed(access: str, schedule: Schedule) -> None:
+    assert set(run_tensor(TENSOR.replace(LIVE, f"@%p2 {access} {LIVE}"), schedule)) == {16}
+
+
+@each_schedule
+def test_product_whose_operand_is_a_live_mbarrier_is_found(schedule: Schedule) -> None:
+    body = TENSOR.replace("[%r9+7168]", "[%r9+4224]")  # in B, which ends at 4352
+    body = body.replace("@%p2 mbarrier.init", "bar.sync 0; @%p2 mbarrier.init")
+    with pytest.raises(BarrierError, match=r"multiplies bytes of an mbarrier before.*`@%p2 tcgen05.mma.*byte 4224 of"):
+        run_tensor(body, schedule)
+
+
+@each_schedule
+def test_bytes_of_an_mbarrier_may_be_used_behind_its_invalidation(schedule: Schedule) -> None:
+    use = "bar.sync 0; st.shared.b32 [%r9+7168], %r10; bar.sync 0;".replace("st", "@%p1 st")
+    init = "@%p2 mbarrier.init.shared::cta.b64 [%r9+7168], 1;"
+    for later in (use, init):
+        body = TENSOR.replace(WAIT_LD, f"{WAIT_LD} bar.sync 0; {INVAL} {later}")
+        assert set(run_tensor(body, schedule)) == {16}
+        with pytest.raises(BarrierError, match=r"before mbarrier.inval|again without mbarrier.inval"):
+            run_tensor(body.replace(INVAL, ""), schedule)
+
+
+@each_schedule
+def test_mbarrier_that_all_threads_initialize_is_found(schedule: Schedule) -> None:
+    with pytest.raises(BarrierError, match="initializes an mbarrier again"):
+        run_tensor(TENSOR.replace("@%p2 mbarrier.init", "@%p1 mbarrier.init"), schedule)
+
+
+def test_zeros_where_another_warp_initializes_an_mbarrier_are_a_race() -> None:
+    zeros = "setp.eq.u32 %p5, %r1, 96; mov.b64 %rd6, 0; @%p5 st.shared.b64 [%r9+7168], %rd6;"
+    body = TENSOR.replace("@%p2 mbarrier.init", f"{zeros} bar.sync 0; @%p2 mbarrier.init")
+    assert set(run_tensor(body)) == {16}
+    with pytest.raises(RaceError, match=r"mbarrier.init|st.shared.b64"):
+        run_tensor(TENSOR.replace("@%p2 mbarrier.init", f"{zeros} @%p2 mbarrier.init"))

@@ -96,12 +96,6 @@ def test_arguments_that_share_memory_share_races() -> None:
         run_ptx(body, [memory, memory[1:]], grid=(2, 1, 1))
 
 
-def test_elements_written_twice_are_counted() -> None:
-    launch = run_ptx(STORE + STORE, [torch.zeros(1)], threads=32)
-    assert launch.rewritten == {"a0": 32}
-    assert run_ptx(STORE_OWN.replace("%ctaid", "%tid"), [torch.zeros(32)], threads=32).rewritten == {}
-
-
 @pytest.mark.parametrize(
     ("statement", "problem"),
     [

@@ -54,7 +54,6 @@ def test_patch_embed_equals_fp64_in_every_order(name: str, tile: str, capability
     coarsest = max(tokens.dtype, arguments["weight"].dtype, key=lambda dtype: torch.finfo(dtype).eps)
     assert_within_budget("tokens", tokens, reference, eager, 2, coarsest)
     assert not launch.hazards
-    assert not launch.rewritten
     again, launch = embed(arguments, capability, tile, Options(Schedule(RANDOM, 1), collect=True))
     assert torch.equal(tokens, again)
     assert not launch.hazards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,22 @@ def test_check_of_a_hazard_keeps_the_whole_text_of_the_first(monkeypatch: pytest
     assert any(text.startswith("RaceError in linear_gelu") for text in row["hazards"])
     assert "kernel.py:" in row["first hazard"]
     assert "thread" in row["first hazard"]
+
+
+def test_check_of_a_result_that_is_written_twice_names_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = check.run
+
+    def stored_twice(*arguments: Any, **options: Any) -> check.Run:
+        return run(*arguments, **options, edit=lambda ptx: re.sub(r"((?:@%p\d+ )?st\.global[^;]*;)", r"\1 \1", ptx))
+
+    monkeypatch.setattr(check, "run", stored_twice)
+    row = check.check(LINEAR, check.SCHEDULES[:1])
+    ((hazard, counts),) = row["hazards"].items()
+    assert hazard.startswith("RewriteError in linear_gelu: writes what its CTA wrote before in the same launch, in ")
+    assert list(counts) == ["lockstep"]
+    assert row["first hazard"].startswith("RewriteError in linear_gelu_kernel: ")
+    for part in ("from kernel.py:", "st.global", "thread 0 of CTA 0", "+0 bytes"):
+        assert part in row["first hazard"]
 
 
 @pytest.mark.parametrize(

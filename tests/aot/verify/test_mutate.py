@@ -47,6 +47,12 @@ def test_mutants_name_the_line_and_change_one_statement() -> None:
     ]
 
 
+def test_mutants_drop_the_invalidation_of_an_mbarrier() -> None:
+    statement = "@%p2 mbarrier.inval.shared::cta.b64 [%r8];"
+    (found,) = mutants(f"\tret;\n\t{statement}\n")
+    assert found == ("invalidation of an mbarrier dropped", 2, statement, "\tret;\n\n")
+
+
 @pytest.mark.parametrize(
     ("kind", "changed"),
     [

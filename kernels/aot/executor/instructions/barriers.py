@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..dtypes import ITEMS, U32
+from ..dtypes import U32
+from ..live_barriers import BYTES
 from ..ptx import Instruction
 from ..sites import LANES
 from ..slots import Slots
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from ..tensor_memory import TensorMemory
 
 Step = Callable[["Machine"], None]
-
-_BYTES = 8
-"""Size of an mbarrier."""
 
 
 def _fence(instruction: Instruction, slots: Slots) -> Step:
@@ -45,13 +43,10 @@ def _mbarrier(instruction: Instruction, slots: Slots) -> Step:
         tensor = tensor_of(machine, instruction)
         site = machine.site(instruction)
         addresses = site.active(address(machine))
-        machine.shared.store(machine.shared.place(addresses, _BYTES, site), np.zeros(len(addresses), ITEMS[8]), site)
+        machine.shared.store_barriers(machine.shared.place(addresses, BYTES, site), site)
+        change = tensor.initialize if action == "init" else tensor.invalidate
         for lane, place in zip(site.numbers.tolist(), addresses.tolist(), strict=True):
-            if action == "init":
-                tensor.initialize(lane // machine.layout.threads, place)
-            else:
-                one = site.among(np.array([lane]))
-                tensor.invalidate(lane // machine.layout.threads, place, one)
+            change(lane // machine.layout.threads, place, site.among(np.array([lane])))
 
     return step
 
@@ -74,7 +69,7 @@ def _try_wait(instruction: Instruction, slots: Slots) -> Step:
         tensor, threads = tensor_of(machine, instruction), machine.layout.threads
         site = machine.site(instruction)
         addresses, parities = site.active(address(machine)), site.active(machine.registers.read(phase, U32))
-        machine.shared.touch(machine.shared.place(addresses, _BYTES, site), _BYTES, site)
+        machine.shared.touch(machine.shared.place(addresses, BYTES, site), BYTES, site)
         lanes_by_key: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for lane, place, parity in zip(site.numbers.tolist(), addresses.tolist(), parities.tolist(), strict=True):
             lanes_by_key[lane // threads, place, parity].append(lane)
