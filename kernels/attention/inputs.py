@@ -174,13 +174,16 @@ def signed_word(value: int) -> int:
     return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def tile_config(kernel: str, inputs: AttentionInputs) -> configs.TileConfig:
-    """Choose the tiles of `kernel`, one of configs.KERNELS."""
+def tile_config(kernel: str, inputs: AttentionInputs, form: str | None = None) -> configs.TileConfig:
+    """Choose the tiles of `kernel`, one of configs.KERNELS.
+
+    `form` is its name in compiler_hazards.py if it differs.
+    """
     q = inputs.query
     variant, amount = tuned_shape(inputs)
     tuned = tuned_tiles.find(kernel, variant, amount, q)
     tile = shipped_tile(kernel, inputs) if tuned is None else configs.TileConfig(*tuned)
-    return tile if is_pipelined(kernel, q) else tile._replace(num_stages=1)
+    return tile if is_pipelined(form or kernel, q) else tile._replace(num_stages=1)
 
 
 def shipped_tile(kernel: str, inputs: AttentionInputs) -> configs.TileConfig:

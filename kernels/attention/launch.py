@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common.compiler_hazards import DV_ALONE
 from ..common.device import device_of, num_sms_of
 from ..common.launch import launch_kernel
 from . import backward_dbias, backward_dkv, backward_dq, backward_preprocess, configs, forward
@@ -237,7 +238,7 @@ def _launch_dkv(
     inputs: AttentionInputs, shared: _Shared, bias: BiasArguments, dk: Tensor | None, dv: Tensor | None
 ) -> None:
     batch, tokens, heads, _ = inputs.query.shape
-    tile = tile_config("backward_dkv", inputs)
+    tile = tile_config("backward_dkv", inputs, DV_ALONE if dk is None else None)
     arguments = BackwardDkvArguments(
         scores=shared.scores,
         matmul=shared.matmul,

@@ -17,6 +17,9 @@ TORCH_WITH = {"3.7.1": "2.12.1", "3.8.0": "2.14", "3.9.0": "2.15"}
 
 REFUSED, FENCED, ONE_STAGE = "refused", "fenced", "one stage"
 
+DV_ALONE = "backward_dkv for dV alone"
+"""A form of a kernel with a loop of its own, as a kernel's name."""
+
 
 class Hazard(NamedTuple):
     """A compiler fault for one major compute capability.
@@ -35,7 +38,13 @@ HAZARDS = (
     Hazard(9, "3.7.1", "wgmma reads asynchronous copies without a fence between them", FENCED),
     Hazard(10, "3.7.1", "tcgen05 products read asynchronous copies without a fence between them", REFUSED),
     Hazard(10, "3.8.0", "warps race in tensor memory", REFUSED),
-    Hazard(10, "3.9.0", "the fence is missing in the loop of dQ alone", ONE_STAGE, ("backward_dq",)),
+    Hazard(
+        10,
+        "3.9.0",
+        "the fence is missing in loops whose other operand was stored before",
+        ONE_STAGE,
+        ("backward_dq", DV_ALONE),
+    ),
 )
 
 
@@ -68,7 +77,7 @@ def needs_copy_fence(capability: int, triton_version: str) -> bool:
 
 
 def is_pipelined(kernel: str, capability: int, triton_version: str) -> bool:
-    """Return whether the loop of a kernel may copy tiles asynchronously."""
+    """Return whether the loop of a kernel, or DV_ALONE, may copy tiles asynchronously."""
     hazards = _hazards(capability, triton_version)
     # One stage does not make a refused pair right: its tiles are left alone.
     is_refused = any(hazard.answer == REFUSED for hazard in hazards)

@@ -85,15 +85,15 @@ def test_needs_copy_fence_on_sm90_until_3_7_1(version: str, needed: bool) -> Non
     assert not any(hazards.needs_copy_fence(capability, version) for capability in (80, 86, 89, 100, 120))
 
 
-def test_is_pipelined_only_dq_of_3_8_on_sm100_is_not() -> None:
+def test_is_pipelined_only_dq_and_dv_alone_of_3_8_on_sm100_are_not() -> None:
     found = {
         (kernel, capability, version)
-        for kernel in attention_variants.KERNELS
+        for kernel in (*attention_variants.KERNELS, hazards.DV_ALONE)
         for capability in aot.CAPABILITIES
         for version in hazards.EXECUTED
         if not hazards.is_pipelined(kernel, capability, version)
     }
-    assert found == {("backward_dq", 100, "3.8.0")}
+    assert found == {("backward_dq", 100, "3.8.0"), (hazards.DV_ALONE, 100, "3.8.0")}
 
 
 def test_compiler_hazards_version_without_numbers_raises() -> None:
