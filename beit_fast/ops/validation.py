@@ -302,8 +302,11 @@ def _are_numbers(values: Any, method: str) -> bool:
 def raise_type_errors(operator: str, arguments: Any) -> None:
     """Raise one TypeError that lists every argument of a wrong type.
 
-    The operators call it after torch has rejected a call, so that a correct call does not pay for the check.
+    The operators call it after torch has rejected a call, so that a correct call does not pay for the check. It does
+    nothing in a traced call: Dynamo of torch 2.14 follows the handler of an error, but not type hints.
     """
+    if torch.compiler.is_compiling():
+        return
     errors = []
     for name, kind in get_type_hints(type(arguments)).items():
         expected, accepts = _EXPECTED[kind]

@@ -41,7 +41,12 @@ def normalized(pixels: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 def align_parameters(model: torch.nn.Module) -> torch.nn.Module:
     """Copy the parameters and buffers to aligned memory, and return the model.
 
-    Tensors that were read from a file are not aligned, and a GEMM or a convolution may then round differently.
+    Tensors that were read from a safetensors file are aligned to 8 bytes. MKL's fp64 GEMM rounds differently if an
+    operand is not aligned to 16 bytes. On an AMD EPYC, torch 2.13.0 and 2.14.1, this prints False:
+
+        x, weight = torch.randn(34, 32).double(), torch.randn(48, 32).double()
+        moved = torch.empty(48 * 32 + 1).double()[1:].view(48, 32).copy_(weight)
+        print(torch.equal(F.linear(x, weight), F.linear(x, moved)))
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
