@@ -11,6 +11,10 @@ OTHER_TRITONS ?= 3.6.0 3.9.0
 VERIFIED_TRITONS ?= 3.6.0 3.7.0 3.8.0 3.9.0
 VERIFY_JOBS ?= 2
 OTHER_TRANSFORMERS ?= 4.57.6
+# What `make test-torch-VERSION` adds to torch, and the torch and the interpreter of `make test-python-VERSION`.
+TORCHVISION_2.14.1 ?= torchvision==0.29.1
+OTHER_PYTHON_TORCH ?= torch==2.14.1
+OTHER_PYTHON ?= python$*
 
 # Where there is a GPU: a Python that has torch with CUDA, Triton, pytest and Hypothesis already.
 GPU_PYTHON ?= python3
@@ -113,6 +117,30 @@ $(SUITE)/.done: Makefile
 	tar --extract --file $(@D)/transformers-*.tar.gz --directory $(@D) --strip-components 1
 	$(PIP) install --no-deps --target $(@D)/packages parameterized
 	touch $@
+
+# Another torch, with its own Triton and torchvision, or another Python: each in an environment of its own (5.6 GB), and
+# outside .ci/run. docs/installation.md records the last results. Another torch compiles the native library; another Python
+# takes the library of the checkout, as from a wheel.
+OTHER_TORCH_TESTS := $(addprefix tests/,checkpoint configuration image_processing inference integrations layers models \
+  ops packaging utils test_native.py test_position_bias.py test_variables.py)
+OTHER_PYTHON_TESTS := $(addprefix tests/,ops packaging utils test_native.py test_position_bias.py test_variables.py)
+test-torch-%: .venvs/torch-%/.done
+	$(call COPY_CHECKOUT,torch-$*)
+	cd build/copies/torch-$* && BEIT_FAST_NATIVE=1 $(CURDIR)/.venvs/torch-$*/bin/python setup.py --quiet build_ext --inplace
+	.venvs/torch-$*/bin/python -c 'import torchvision.models.feature_extraction'
+	cd build/copies/torch-$* && $(CURDIR)/.venvs/torch-$*/bin/pytest -m "not slow" $(OTHER_TORCH_TESTS)
+
+test-python-%: .venvs/python-%/.done $(NATIVE)
+	$(call COPY_CHECKOUT,python-$*)
+	cp beit_fast/_C*.so beit_fast/native_build.json build/copies/python-$*/beit_fast
+	cd build/copies/python-$* && $(CURDIR)/.venvs/python-$*/bin/pytest -m "not slow" $(OTHER_PYTHON_TESTS)
+
+# Copy what git does not ignore, with the objects of the last build: the library of the checkout stays as it is.
+define COPY_CHECKOUT
+mkdir -p build/copies/$(1)
+find build/copies/$(1) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -xC build/copies/$(1)
+endef
 
 # Execute the PTX of every kernel on the CPU, in every shipped tile and layout, for every architecture and Triton. Hours:
 # each case is written as it ends, and the same command resumes. A case that fails does not stop the others.
@@ -285,6 +313,29 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.ba
 	rm -rf $(@D)
 	$(PIP) install --target $(@D) "transformers==$*"
 	touch $@
+
+.PRECIOUS: .venvs/torch-%/.done .venvs/python-%/.done
+.venvs/torch-%/.done: pyproject.toml
+	@test -n "$(TORCHVISION_$*)" || { echo 'TORCHVISION_$* is not set (expected torchvision==VERSION)'; exit 1; }
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(call INSTALL_COPY,torch-$*,"torch==$*" "$(TORCHVISION_$*)")
+	$(@D)/bin/pip --disable-pip-version-check --quiet install "$(TIMM)"
+	touch $@
+
+.venvs/python-%/.done: pyproject.toml
+	@$(OTHER_PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$*")' || \
+	  { echo 'OTHER_PYTHON=$(OTHER_PYTHON) does not run Python $*'; exit 1; }
+	test -x $(@D)/bin/python || $(OTHER_PYTHON) -m venv $(@D)
+	$(call INSTALL_COPY,python-$*,"$(OTHER_PYTHON_TORCH)")
+	touch $@
+
+# Install what a copy of the checkout needs, and the copy itself, editable, without a native library.
+define INSTALL_COPY
+$(call COPY_CHECKOUT,$(1))
+$(@D)/bin/pip --disable-pip-version-check --quiet install "setuptools>=77" $(2)
+BEIT_FAST_NATIVE=0 $(@D)/bin/pip --disable-pip-version-check --quiet install --no-build-isolation \
+  --editable "build/copies/$(1)[test]" $(2) "$(TRANSFORMERS)"
+endef
 
 # Tools that read files of the package and do not import it, so these environments need no torch.
 .venvs/docs/.done .venvs/wheel/.done: .venvs/%/.done: pyproject.toml
