@@ -77,7 +77,7 @@ def needs_copy_fence(capability: int, triton_version: str) -> bool:
 
 
 def is_pipelined(kernel: str, capability: int, triton_version: str) -> bool:
-    """Return whether the loop of a kernel, or DV_ALONE, may copy tiles asynchronously."""
+    """Return whether a kernel, or DV_ALONE, may copy tiles asynchronously."""
     hazards = _hazards(capability, triton_version)
     # One stage does not make a refused pair right: its tiles are left alone.
     is_refused = any(hazard.answer == REFUSED for hazard in hazards)
