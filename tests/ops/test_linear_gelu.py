@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.ops.dispatch import availability
 from beit_fast.ops.linear_gelu import lacks_matrix_instructions, linear_gelu
+from beit_fast.tuning.selftest import fp32_precision
 
 from ..support.linear_gelu import make_layer, plain
 
@@ -124,7 +125,7 @@ def test_linear_gelu_unsupported_reasons() -> None:
     ],
 )
 def test_lacks_matrix_instructions_of_full_fp32_on_cuda_alone(
-    device_type: str, dtype: torch.dtype, precision: str, lacks: bool, monkeypatch: pytest.MonkeyPatch
+    device_type: str, dtype: torch.dtype, precision: str, lacks: bool
 ) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
-    assert lacks_matrix_instructions(device_type, dtype) is lacks
+    with fp32_precision(precision):
+        assert lacks_matrix_instructions(device_type, dtype) is lacks
