@@ -48,8 +48,8 @@ def _write(target: Path, text: str, state: Mapping[str, Tensor], max_shard_size:
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)  # checks the size
     target.mkdir(parents=True, exist_ok=True)
-    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     names = _free_names(target, list(plan.filename_to_tensors)) if plan.is_sharded else {WEIGHTS_NAME: WEIGHTS_NAME}
     with unfinished_folder(target) as unfinished:
         (unfinished / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from ..utils.hub import HubOptions
 from .forward import CLASSIFIER, load, load_complete, run_batch, top_classes
 from .images import batch_of, read_pixels
 from .options import TASKS, ClassifyOptions, ConvertOptions, ExitCode
-from .outputs import check_folder
+from .outputs import check_folder, check_keeps
 from .processors import converted_processor
 from .reports import ClassificationReport, report_failures, report_unreadable
 
@@ -54,6 +54,8 @@ def convert(options: ConvertOptions) -> int:
     The image processor is written too. The result is the exit code.
     """
     check_folder("the checkpoint", options.target)
+    source = Path(options.source)
+    check_keeps([options.target], [source.parent if source.is_file() else source])
     hub = HubOptions(local_files_only=options.local_files_only)
     name = TASKS[options.task] if options.task else _architecture_of(options.source, hub)
     model = load_complete(

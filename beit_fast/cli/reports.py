@@ -170,8 +170,8 @@ def _failure_line(image: str, reason: str) -> str:
 
 def _csv_row(*cells: object) -> str:
     stream = io.StringIO()
-    csv.writer(stream, lineterminator="").writerow(cells)
-    return stream.getvalue()
+    csv.writer(stream, lineterminator="\n").writerow(cells)  # quotes cells that contain it
+    return stream.getvalue()[:-1]
 
 
 def kernel_of(model: Any) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layers.block import BeitEncoder
-from ..layers.embeddings import window_of
+from ..layers.embeddings import check_pixel_shape, window_of
 from ..models.base import BeitPreTrainedModel
 from ..position_bias import CLS_ROWS, Window
 from ..utils.messages import FieldError, describe, raise_errors
@@ -116,6 +116,7 @@ def plot_attention(
     errors = _model_errors(model) or _index_errors(model.config, layer, heads)
     raise_errors("plot_attention", [*errors, *_pixel_errors(pixel_values)])
     pixels = pixel_values.reshape(1, *pixel_values.shape[-3:])
+    check_pixel_shape(pixels, model.config.num_channels)
     window = window_of(pixels, model.config.patch_size)
     patch = None if query == "cls" else query
     raise_errors("plot_attention", _query_errors(patch, window, "'cls' or "))

@@ -1,5 +1,6 @@
 """Files of checkpoints: shards, pickles, the cache of the hub, and killed saves."""
 
+import io
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import resource
 import shutil
 import signal
+import sys
 import traceback
 import warnings
 
@@ -63,13 +65,23 @@ def test_save_pretrained_writes_two_files_with_one_mode(tmp_path):
     assert b'"format":"pt"' in header
 
 
-def test_from_pretrained_with_shards_shows_progress(tmp_path, capsys):
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_from_pretrained_with_shards_shows_progress_on_a_terminal(tmp_path, monkeypatch, is_terminal):
     make_model().save_pretrained(tmp_path / "one")
     make_model().save_pretrained(tmp_path / "many", max_shard_size="30KB")
+    stderr = io.StringIO()
+    stderr.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
     load(tmp_path / "one")
-    assert capsys.readouterr().err == ""
+    assert stderr.getvalue() == ""
     load(tmp_path / "many")
-    assert "Loading weights" in capsys.readouterr().err
+    assert ("Loading weights" in stderr.getvalue()) is is_terminal
+
+
+def test_save_pretrained_with_a_bad_shard_size_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="many"):
+        make_model().save_pretrained(tmp_path / "new", max_shard_size="many")
+    assert not (tmp_path / "new").exists()
 
 
 def test_save_pretrained_again_removes_old_weights_only(tmp_path):

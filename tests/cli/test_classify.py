@@ -131,7 +131,7 @@ def test_classify_outputs_not_finite_are_a_failure(photographs, tmp_path, capsys
 
 
 def test_classify_csv_has_one_row_a_class(model, tmp_path, capsys):
-    image = save_image(tmp_path / 'a "b", c.png', 0)
+    image = save_image(tmp_path / 'a "b",\nc.png', 0)
     code, out, err = classify(capsys, model, image, "--csv", "--top", 2)
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 0

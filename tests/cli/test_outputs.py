@@ -193,6 +193,16 @@ def test_convert_target_is_checked_before_the_model_is_loaded(no_model, tmp_path
     )
 
 
+@pytest.mark.parametrize("source", ["model", "model/model.safetensors"])
+def test_convert_onto_its_source_is_refused(source, no_model, tmp_path, capsys):
+    save_checkpoint(tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    code, _, err = run(capsys, "convert", tmp_path / source, tmp_path / "model")
+    assert code == 2
+    assert f"{str(tmp_path / 'model')!r} is an input of this command (expected another" in err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
+
+
 def test_atomic_write_errors_name_the_file(tmp_path):
     path = tmp_path / "none" / "file.txt"
     with pytest.raises(FileNotFoundError) as caught, atomic_write(path) as unfinished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -280,3 +281,8 @@ def test_other_pixels_are_one_error(pixels: Any, message: str) -> None:
         plot_attention(build(), pixels)
     with pytest.raises(TypeError, match=r"query='class' is not valid \(expected 'cls' or"):
         plot_attention(build(), torch.zeros(1, 3, 32, 32), query="class")  # type: ignore[arg-type]
+
+
+def test_plot_attention_of_channels_last_pixels_says_how_to_pass_them() -> None:
+    with pytest.raises(ValueError, match=re.escape("the channels are last: pass pixel_values.permute(0, 3, 1, 2)")):
+        plot_attention(build(), torch.zeros(32, 32, 3))

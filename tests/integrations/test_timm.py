@@ -326,6 +326,15 @@ def test_restore_changed_forward_raises():
     assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
 
 
+def test_restore_parametrized_attention_raises():
+    _, fast = pair()
+    nn.utils.parametrize.register_parametrization(fast.blocks[1].attn.proj, "weight", nn.Identity())
+    nn.utils.parametrize.register_parametrization(fast.blocks[1].attn, "relative_position_bias_table", nn.Identity())
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn is a ParametrizedFusedAttention now"):
+        restore(fast)
+    assert type(fast.blocks[0].attn) is timm_accelerate.FusedAttention
+
+
 def forget(monkeypatch, package):
     for name in [name for name in sys.modules if f"{name}.".startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
