@@ -124,7 +124,7 @@ def test_select_every_kernel_and_head_dim_returns_tile(capability: tuple[int, in
 def test_attention_gpu_tiles_match_oracle(
     architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tiles_of_gpu(kernel: str, call: inputs.AttentionInputs) -> configs.TileConfig:
+    def tiles_of_gpu(kernel: str, call: inputs.AttentionInputs, form: str | None = None) -> configs.TileConfig:
         arithmetic = gpu.arithmetic(call.query.element_size(), "ieee")
         return configs.select(kernel, architecture, call.block_d, arithmetic, call.dropout_p > 0)
 
