@@ -14,6 +14,7 @@ from ..support.checkout import ROOT
 
 FAKE_TORCH = """
 import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
 os.kill(os.getpid(), signal.SIGINT)
 time.sleep(60)
 """
