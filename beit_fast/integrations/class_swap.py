@@ -74,9 +74,10 @@ class ClassSwap(ABC):
     def place(self, module: nn.Module) -> Place | None:
         """Return where an accelerated attention module runs, or None for other modules."""
 
-    @abstractmethod
     def restore_error(self, module: nn.Module) -> str:
         """Return why an accelerated module cannot be restored, or an empty string."""
+        changed = isinstance(module, tuple(self.originals)) and type(module) not in self.originals
+        return f"is a {type(module).__name__} now" if changed else ""
 
     def already_fast(self, module: nn.Module) -> str | None:
         """Return a note if a module needs no replacement, otherwise None."""

@@ -271,11 +271,8 @@ class _TimmSwap(ClassSwap):
         return reason and f"{reason}; timm's own attention runs until this changes"
 
     def restore_error(self, module: nn.Module) -> str:
-        if not isinstance(module, tuple(_ORIGINALS)):
-            return ""
-        if type(module) not in _ORIGINALS:
-            return f"is a {type(module).__name__} now"
-        return "has a forward of its own" if "forward" in vars(module) else ""
+        held = type(module) in _ORIGINALS and "forward" in vars(module)
+        return "has a forward of its own" if held else super().restore_error(module)
 
 
 _SWAP = _TimmSwap()

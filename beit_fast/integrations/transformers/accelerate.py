@@ -149,10 +149,6 @@ class _TransformersSwap(ClassSwap):
             reason = "has hooks, which expect a dense bias" if watches_output(module) else ""
         return reason and f"{reason}; Transformers' own attention runs until this changes"
 
-    def restore_error(self, module: nn.Module) -> str:
-        changed = isinstance(module, tuple(ORIGINALS)) and type(module) not in ORIGINALS
-        return f"is a {type(module).__name__} now" if changed else ""
-
 
 _SWAP = _TransformersSwap()
 
