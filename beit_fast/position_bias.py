@@ -41,8 +41,8 @@ def relative_position_index(window: Window, device: torch.device | str | None = 
     height, width = window
     rows = torch.arange(height, device=device) * (2 * width - 1)
     position = (rows[:, None] + torch.arange(width, device=device)).flatten()  # [P]
-    centre = (height - 1) * (2 * width - 1) + width - 1
-    patches = position[:, None] - position[None, :] + centre  # [P, P]
+    center = (height - 1) * (2 * width - 1) + width - 1
+    patches = position[:, None] - position[None, :] + center  # [P, P]
     from_cls, to_cls, cls_to_cls = (position.new_full((1,), table_rows(window) - row) for row in (3, 2, 1))
     keys_of_cls = torch.cat([cls_to_cls, from_cls.expand(height * width)])  # [N]
     keys_of_patches = torch.cat([to_cls.expand(height * width, 1), patches], dim=1)  # [P, N]

@@ -116,8 +116,8 @@ def draw_scenes(count: int, random: np.random.Generator) -> tuple[Tensor, Tensor
         nearness = np.full((SIDE, SIDE), 0.1)
         colors = np.full((3, SIDE, SIDE), 0.1)
         for near in np.sort(random.uniform(0.2, 1, DISCS)):  # the nearest is drawn last
-            centre = random.uniform(0, SIDE, 2)
-            disc = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < (near * SIDE / 4) ** 2
+            center = random.uniform(0, SIDE, 2)
+            disc = (rows - center[0]) ** 2 + (columns - center[1]) ** 2 < (near * SIDE / 4) ** 2
             nearness[disc] = near
             colors[:, disc] = near * random.uniform(0.5, 1, (3, 1))
         pictures.append(2 * colors - 1 + random.normal(0, 0.05, colors.shape))

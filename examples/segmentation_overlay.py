@@ -122,7 +122,7 @@ def color(
     outputs = model(processor(pictures, return_tensors="pt")["pixel_values"])
     sizes = [(picture.height, picture.width) for picture in pictures]
     maps = processor.post_process_semantic_segmentation(outputs, sizes)  # [height, width] each
-    hues = [(0.618 * index) % 1.0 for index in range(model.config.num_labels)]  # neighbours differ most
+    hues = [(0.618 * index) % 1.0 for index in range(model.config.num_labels)]  # neighbors differ most
     palette = torch.tensor([colorsys.hsv_to_rgb(hue, 0.85, 1.0) for hue in hues]).mul(255).byte()
     colored = []
     for picture, classes in zip(pictures, maps, strict=True):

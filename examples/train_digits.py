@@ -165,7 +165,7 @@ def patches_of(pixels: Tensor) -> Tensor:
 
 
 def fit_tokenizer(pixels: Tensor, seed: int) -> Tensor:
-    """Cluster the patches; the index of a centre `[V, 3 * 8 * 8]` is a visual token."""
+    """Cluster the patches; the index of a center `[V, 3 * 8 * 8]` is a visual token."""
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
@@ -194,12 +194,12 @@ def pretrain(digits: Digits, options: argparse.Namespace) -> tuple[BeitForMasked
     config = BeitConfig(use_mask_token=True, use_shared_relative_position_bias=True, **ARCHITECTURE)
     model = BeitForMaskedImageModeling(config, attn_implementation=options.attn)
     random = np.random.default_rng(options.seed)
-    centres = fit_tokenizer(digits.pixels[digits.training], options.seed)
+    centers = fit_tokenizer(digits.pixels[digits.training], options.seed)
 
     def step(batch: Tensor) -> tuple[Tensor, Tensor]:
         pixels = augment(digits.pixels[batch])
         mask = torch.from_numpy(np.stack([blockwise_mask(config.window, random) for _ in batch])).flatten(1)  # [B, P]
-        labels = torch.cdist(patches_of(pixels), centres).argmin(-1)[mask]  # the nearest centres' numbers
+        labels = torch.cdist(patches_of(pixels), centers).argmin(-1)[mask]  # the nearest centers' numbers
         output = model(pixels, bool_masked_pos=mask, labels=labels)
         return output.loss, output.logits[mask].argmax(-1) == labels
 

@@ -74,7 +74,7 @@ def split_arguments(
     """Split keywords into ordinary arguments, the constructor's and fields of the configuration.
 
     Raises:
-        TypeError: If a keyword is none of them. The error lists what is accepted.
+        TypeError: If a keyword is not supported. The error lists what is accepted.
     """
     built = set(inspect.signature(model_class).parameters) - {"config", *IMPLEMENTATION_FIELDS}
     fields = known_fields()

@@ -51,7 +51,7 @@ def read_tensors(
 
     Raises:
         ValueError: If a file is damaged, has an unknown format, contains objects other than tensors and plain data,
-            repeats a name, or does not have the weights that `use_ema` asks for.
+            repeats a name, or does not have the weights that `use_ema` selects.
     """
     from tqdm import tqdm
 

@@ -29,7 +29,7 @@ def run(name: str, action: Callable[[], int]) -> int:
             return action()
     except KeyboardInterrupt:
         return _end(f"{name}: interrupted", ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # the reader wants no more
+    except BrokenPipeError:  # the reader closed the pipe
         return _end(None, ExitCode.CLOSED_PIPE)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         return _end(f"{name}: {error}", ExitCode.ERROR)

@@ -1,4 +1,4 @@
-"""Names that generic code asks of any configuration."""
+"""Names that generic code expects of any configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open image files with Pillow; an error says why one cannot be read."""
+"""Open image files with Pillow; an error gives the reason if one cannot be read."""
 
 from __future__ import annotations
 

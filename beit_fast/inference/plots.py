@@ -151,11 +151,11 @@ def _bias_maps(values: np.ndarray, titles: list[str], window: Window, query: tup
     cls_to_patch, patch_to_cls, cls_to_cls = values[:, -CLS_ROWS:].T
     grid = values[:, :-CLS_ROWS].reshape(-1, 2 * window[0] - 1, 2 * window[1] - 1)
     by_key = grid[:, ::-1, ::-1]  # rows of the table count from the key to the query
-    centre = window[0] - 1, window[1] - 1
+    center = window[0] - 1, window[1] - 1
     if query is None:
         entries = {"CLS→patch": cls_to_patch, "patch→CLS": patch_to_cls, "CLS→CLS": cls_to_cls}
-        return HeadMaps(by_key, titles, entries, centre)
-    top, left = centre[0] - query[0], centre[1] - query[1]
+        return HeadMaps(by_key, titles, entries, center)
+    top, left = center[0] - query[0], center[1] - query[1]
     shown = by_key[:, top : top + window[0], left : left + window[1]]
     return HeadMaps(shown, titles, {"CLS": patch_to_cls}, query)
 

@@ -88,8 +88,8 @@ def is_repository_name(name: str) -> bool:
 class Repository:
     """One revision of a hub repository.
 
-    Without a connection only the cache is used. The hub is asked once: `huggingface_hub` would ask six times in half a
-    minute, and print twelve lines.
+    Without a connection only the cache is used. One request finds this out: `huggingface_hub` would
+    send six in half a minute, and print twelve lines.
 
     Raises:
         FileNotFoundError: If `name` is not a valid repository name.

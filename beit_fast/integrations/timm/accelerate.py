@@ -149,7 +149,7 @@ torch.fx.wrap("fused_attention")
 def library_forward_reason(attention: timm_beit.Attention) -> str:
     """Return why timm's own forward must run, or an empty string.
 
-    All of it can change after `accelerate`, so that it is asked at each call.
+    All of it can change after `accelerate`, so it is checked at each call.
     """
     if not attention.fused_attn:
         return "has fused_attn=False"
@@ -176,9 +176,9 @@ def accelerate(model: nn.Module, attn_implementation: AttentionImplementation | 
     model works as before, except `torch.jit.script`, which needs `restore` first. `torch.fx` traces the model, with
     `fused_attention` as a leaf.
 
-    Hooks see what they see in timm. Whether they do is asked at each call. timm's own attention runs, with a dense
-    bias, while `fused_attn` is False (then timm calls `attn_drop`, and hooks on it see the attention weights), while
-    the shared bias has hooks, and while an attention has hooks with `with_kwargs=True`.
+    Hooks see what they see in timm. Each call checks for them. timm's own attention runs, with a dense bias, while the
+    shared bias has hooks or an attention has hooks with `with_kwargs=True`. It also runs while `fused_attn` is False:
+    timm then calls `attn_drop`, and hooks on it see the attention weights.
 
     Args:
         model: a `timm.models.beit.Beit`, or a module that contains one, such as the result of `features_only=True`.

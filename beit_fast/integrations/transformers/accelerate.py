@@ -48,7 +48,7 @@ def accelerate(model: nn.Module, attn_implementation: AttentionImplementation | 
     A call with `output_attentions=True`, and in 4.57 a call with a head mask, runs Transformers' attention with a dense
     bias. It returns what Transformers returns: weights under `"eager"`, and none under `"sdpa"`.
 
-    Hooks see what they see in Transformers. Whether there are any is asked at each call. While a bias module has hooks,
+    Hooks see what they see in Transformers. Each call checks whether there are any. While a bias module has hooks,
     or an attention or layer has hooks that read a bias among its arguments, the attention that takes this bias is
     Transformers' own. The same holds for `"eager"` attention of Data2VecVision whose dropout has hooks.
 
