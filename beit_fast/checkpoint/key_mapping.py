@@ -205,6 +205,11 @@ def full_name(key: str, masked_modeling: bool = False) -> str:
     return TRUNK_PREFIX + key if trunk else key
 
 
+def head_of(name: str) -> str | None:
+    """Return the prefix in `OTHER_TASKS` that a full name has, or None."""
+    return next((head for head in OTHER_TASKS if name.startswith(head)), None)
+
+
 def share_table_among_layers(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """Copy a shared table to each layer, as unilm does before fine-tuning."""
     shared = "beit.encoder.relative_position_bias.relative_position_bias_table"

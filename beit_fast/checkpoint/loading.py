@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..configuration.beit_config import BeitConfig
 from ..configuration.conversion import as_beit_config
 from ..position_bias import Window
+from ..utils.dtypes import find_dtype
 from ..utils.hub import HubOptions
 from ..utils.messages import count_of, join_choices, join_some
 from ..utils.names import POSITION_INTERPOLATIONS
@@ -21,7 +22,7 @@ from .arguments import OrdinaryArguments, check_types, split_arguments
 from .device_map import Placement
 from .files import CheckpointFiles, FileChoice, find_checkpoint, find_config
 from .infer_config import copy_config, infer_config, read_config
-from .key_mapping import OTHER_TASKS, TRUNK_PREFIX, full_name, rename_keys, share_table_among_layers, to_hub_names
+from .key_mapping import TRUNK_PREFIX, full_name, head_of, rename_keys, share_table_among_layers, to_hub_names
 from .protocol import PretrainedModel
 from .read_tensors import StoredTensors, read_tensors, tensors_of
 from .resize_positions import TABLE, fits_window, is_position, resize_positions, square_window
@@ -173,7 +174,8 @@ def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | 
     Raises:
         ValueError: If both were passed and differ.
     """
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+    first, second = (find_dtype(name) or name if isinstance(name, str) else name for name in (dtype, torch_dtype))
+    if first is not None and second is not None and first != second:
         raise ValueError(f"{dtype=} and {torch_dtype=} are two names of one argument; pass one")
     return torch_dtype if dtype is None else dtype
 
@@ -258,21 +260,16 @@ def _compare(model: PretrainedModel, state: Mapping[str, Tensor]) -> tuple[KeyRe
     return report, {key: tensor for key, tensor in found.items() if key not in report.mismatched}
 
 
-def _head_of(name: str) -> str | None:
-    """The prefix in `OTHER_TASKS` that a full name has."""
-    return next((head for head in OTHER_TASKS if name.startswith(head)), None)
-
-
 def _check(report: KeyReport, name: str, model: PretrainedModel, ignore_mismatched_sizes: bool) -> None:
     """Raise one error that lists all parameters that do not fit.
 
     A head may be missing as a whole. Parameters of other heads may be unexpected.
     """
     head_is_modeling = hasattr(model, "lm_head")
-    heads = {key: _head_of(full_name(key, head_is_modeling)) for key in model.state_dict()}
+    heads = {key: head_of(full_name(key, head_is_modeling)) for key in model.state_dict()}
     present = {heads[key] for key in heads if key not in report.missing}
     missing = {k: shape for k, shape in report.missing.items() if heads[k] is None or heads[k] in present}
-    unexpected = {key: shape for key, shape in report.unexpected.items() if _head_of(key) is None}
+    unexpected = {key: shape for key, shape in report.unexpected.items() if head_of(key) is None}
     mismatched = {} if ignore_mismatched_sizes else report.mismatched
     lines = []
     if missing:
@@ -298,7 +295,7 @@ def _advice(mismatched: Mapping[str, tuple[Sequence[int], Sequence[int]]], confi
             f"{config.patch_size} pixels) and the configuration has image_size={config.image_size}: pass "
             f"image_size={config.image_size} to from_pretrained to resize its position parameters"
         )
-    if any(_head_of(key) is not None for key in mismatched):
+    if any(head_of(key) is not None for key in mismatched):
         lines.append(
             "- pass ignore_mismatched_sizes=True to initialize parameters of another shape, such as a classifier"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .._version import __version__
-from ..utils.names import ATTENTION_IMPLEMENTATIONS, DTYPE_ALIASES, POSITION_INTERPOLATIONS
+from ..utils.names import ATTENTION_IMPLEMENTATIONS, POSITION_INTERPOLATIONS, dtype_name
 from .options import (
     TASKS,
     ClassifyOptions,
@@ -207,7 +207,7 @@ def _add_convert(commands: Any) -> None:
         default="bilinear",
         help="how --image-size resizes: bilinear as Transformers, geometric as timm and unilm (default: bilinear)",
     )
-    parser.add_argument("--dtype", type=_dtype, help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--dtype", type=dtype_name, help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
 
 
@@ -251,7 +251,7 @@ def _add_tune(commands: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
-        type=_dtype,
+        type=dtype_name,
         choices=_HALF_AND_SINGLE,
         action="append",
         default=[],
@@ -288,7 +288,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> Any:
     parser.add_argument("--processor", metavar="SOURCE", help=_PROCESSOR_HELP)
     parser.add_argument("--attn", choices=ATTENTION_IMPLEMENTATIONS, help="attention (default: by device and dtype)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
-    parser.add_argument("--dtype", type=_dtype, help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--dtype", type=dtype_name, help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--local-files-only", action="store_true", help="never use the network")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -343,7 +343,3 @@ def _size(text: str) -> int | tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text} is not a number or HEIGHTxWIDTH")
     numbers = [_positive(side) for side in sides]
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-
-
-def _dtype(text: str) -> str:
-    return DTYPE_ALIASES.get(text, text)

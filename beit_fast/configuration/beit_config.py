@@ -108,7 +108,7 @@ class BeitConfig(LabelsAndStages, HubUpload):
             "multi_label_classification", or None to choose by labels.
         output_attentions, output_hidden_states, return_dict: Defaults of the arguments of forward.
         gradient_checkpointing: Construct models with gradient checkpointing.
-        dtype: Dtype of the weights or its name. The old name is `torch_dtype`.
+        dtype: Dtype of the weights or its name, such as "bfloat16" or "bf16". The old name is `torch_dtype`.
         architectures, transformers_version, _name_or_path, chunk_size_feed_forward, is_encoder_decoder:
             Fields of Transformers without effect in this package.
         attn_implementation: "eager", "sdpa", "triton" or None to choose at each call. It is not saved.

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from ..utils.dtypes import find_dtype
 from ..utils.messages import FieldError, describe, join_choices
 from ..utils.names import ATTENTION_IMPLEMENTATIONS, PATCH_EMBED_IMPLEMENTATIONS
 
@@ -102,8 +103,8 @@ def _to_patch_size(value: Any) -> Any:
 
 
 def _to_dtype(value: Any) -> Any:
-    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    return found if isinstance(found, torch.dtype) else value
+    found = find_dtype(value) if isinstance(value, str) else None
+    return value if found is None else found
 
 
 def _to_floats(value: Any) -> Any:
@@ -227,7 +228,7 @@ RULES: dict[str, Rule] = {
     "output_hidden_states": _OPTIONAL_FLAG,
     "return_dict": _OPTIONAL_FLAG,
     "dtype": Rule(
-        "None, a floating-point torch.dtype or its name such as 'float16'",
+        "None, a floating-point torch.dtype or its name such as 'float16' or 'fp16'",
         lambda value: value is None or isinstance(value, (str, torch.dtype)),
         _is_floating_dtype,
         _to_dtype,

@@ -15,6 +15,7 @@ from ..layers.embeddings import check_pixel_shape, window_of
 from ..models.base import BeitPreTrainedModel
 from ..ops.dispatch import attention
 from ..position_bias import token_count
+from ..utils.dtypes import find_dtype
 from ..utils.messages import count_of, join_choices
 from ..utils.names import DTYPE_ALIASES, AttentionImplementation
 from .compilation import raise_if_compiling
@@ -100,8 +101,7 @@ def _dtype_of(dtype: Any) -> torch.dtype | None:
     """
     if dtype is None:
         return None
-    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
-    resolved = getattr(torch, DTYPE_ALIASES.get(name, name), None) if name else dtype
+    resolved = find_dtype(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise TypeError(
             f"dtype={dtype!r} is not supported (expected a floating-point torch.dtype, its name, "

@@ -29,7 +29,8 @@ class PretrainedMixin(HubUpload):
             names may have the prefixes of DDP, `torch.compile`, Lightning and `AveragedModel`.
         config: A `BeitConfig`, one of Transformers, a dict of fields or a path to one, instead of the checkpoint's.
         attn_implementation, patch_embed_implementation: See `BeitPreTrainedModel`.
-        dtype, torch_dtype: Dtype of the parameters. None or `"auto"`: that of the configuration, else of the file.
+        dtype, torch_dtype: Dtype of the parameters or its name, such as `"bfloat16"` or `"bf16"`. None or `"auto"`:
+            that of the configuration, else of the file.
         device: Device of the parameters.
         device_map, max_memory, offload_folder: Dispatch the layers to devices, host memory and disk by the package
             accelerate, instead of `device`: `"auto"`, or a device for every part by name. See

@@ -13,5 +13,22 @@ PATCH_EMBED_IMPLEMENTATIONS: tuple[PatchEmbedImplementation, ...] = get_args(Pat
 PositionInterpolation = Literal["bilinear", "geometric"]
 POSITION_INTERPOLATIONS: tuple[PositionInterpolation, ...] = get_args(PositionInterpolation)
 
-DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
-"""Short names of dtypes that the commands and `optimize_for_inference` accept."""
+DTYPE_ALIASES = {
+    "fp32": "float32",
+    "float": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp64": "float64",
+    "double": "float64",
+}
+"""Other names of dtypes that configurations, `from_pretrained`, `optimize_for_inference` and the commands accept."""
+
+
+def dtype_name(name: str) -> str:
+    """Return the full name of a dtype, such as "bfloat16" for "bf16" or "torch.bfloat16".
+
+    Any other string is returned as it is, without `torch.`.
+    """
+    name = name.removeprefix("torch.")
+    return DTYPE_ALIASES.get(name, name)

@@ -18,6 +18,9 @@ from beit_fast import __version__, native
 from beit_fast.cli import info, main
 from beit_fast.cli.options import PredictOptions
 from beit_fast.ops.dispatch import attention, availability
+from beit_fast.utils.names import DTYPE_ALIASES
+
+HALF_AND_SINGLE = [item for item in DTYPE_ALIASES.items() if item[1] != "float64"]
 
 
 def test_info_as_a_process_prints_aligned_text_and_nothing_else() -> None:
@@ -103,7 +106,7 @@ def test_main_without_arguments_prints_the_help(capsys: pytest.CaptureFixture[st
     assert err == ""
 
 
-@pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+@pytest.mark.parametrize(("short", "name"), [*HALF_AND_SINGLE, ("torch.float16", "float16")])
 def test_main_short_names_of_dtypes_are_accepted(short: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
     monkeypatch.setattr("beit_fast.cli.predict.command.predict", lambda options: found.append(options.dtype) or 0)
