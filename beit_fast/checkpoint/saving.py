@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..configuration.beit_config import BeitConfig
 from ..utils.files import CONFIG_NAME, read_json_object, replace_files, unfinished_folder, writing
 from ..utils.hub import INDEX_NAME, WEIGHTS_NAME
 from ..utils.messages import full_name, join_some
 from .infer_config import copy_config
 from .protocol import PretrainedModel
+from .round_trip import build_expected, describe_mismatches, find_mismatches, without_absent_heads
+from .wrappers import without_wrappers
 
 _SHARDED = (
     "parameters are sharded over processes (call get_model_state_dict of torch.distributed.checkpoint.state_dict in "
@@ -38,7 +41,7 @@ def save_model(
     config = copy_config(model.config, architectures=[type(model).__name__], dtype=model.dtype)
     config.validate()
     text = config.to_json_string()
-    state = _state_to_save(model, state_dict)
+    state = _state_to_save(model, config, state_dict)
     with writing("the checkpoint", folder):
         _write(Path(folder), text, state, max_shard_size)
 
@@ -66,11 +69,13 @@ def _write(target: Path, text: str, state: Mapping[str, Tensor], max_shard_size:
         _replace_checkpoint(unfinished, target, list(names.values()), plan.is_sharded)
 
 
-def _state_to_save(model: PretrainedModel, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors passed, or the model's own.
+def _state_to_save(model: PretrainedModel, config: BeitConfig, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return the tensors passed, or the model's own.
+
+    Their names are those that `from_pretrained` reads.
 
     Raises:
-        ValueError: If they are not complete or do not fit the model.
+        ValueError: If they are not complete, do not fit the model, or could not be read back.
     """
     own = model.state_dict(keep_vars=True)  # a parameter that is detached loses its subclass
     values = own if given is None else given
@@ -80,21 +85,41 @@ def _state_to_save(model: PretrainedModel, given: Mapping[str, Tensor] | None) -
             f"save_pretrained writes plain dense tensors; these cannot be written: {join_some(unsupported)}. "
             "Save the model before it is quantized, or write its state_dict() with torch.save"
         )
-    state = {key: tensor.detach().contiguous() for key, tensor in values.items()}
+    own = {without_wrappers(key): tensor for key, tensor in own.items()}
+    state = {without_wrappers(key): tensor.detach().contiguous() for key, tensor in values.items()}
+    built = build_expected(model, config)
+    expected = own
+    if built is not None:
+        expected = without_absent_heads(built.state_dict(keep_vars=True), own, hasattr(model, "lm_head"))
     errors = {
         "parameters on the meta device have no values": [key for key in state if state[key].is_meta],
         _SHARDED: [key for key in state if hasattr(state[key], "device_mesh")],
-        "state_dict lacks parameters of the model": [key for key in own if key not in state],
-        "state_dict has parameters that the model does not have": [key for key in state if key not in own],
-        "state_dict has parameters of a different shape": [
-            f"{key} {list(state[key].shape)} (expected {list(own[key].shape)})"
-            for key in state
-            if key in own and state[key].shape != own[key].shape
-        ],
     }
+    if given is not None and _shapes(state) != _shapes(own):
+        errors |= _errors_of_argument(state, expected)
     if any(errors.values()):
         raise ValueError("\n".join(f"{error}: {join_some(keys)}" for error, keys in errors.items() if keys))
+    mismatches = find_mismatches(state, expected, {path for path, _ in (built or model).named_modules()})
+    if mismatches:
+        raise ValueError(describe_mismatches(model, mismatches))
     return _without_ties(state)
+
+
+def _errors_of_argument(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """List how the argument `state_dict` differs from `expected`."""
+    return {
+        "state_dict lacks parameters of the model": [key for key in expected if key not in state],
+        "state_dict has parameters that the model does not have": [key for key in state if key not in expected],
+        "state_dict has parameters of a different shape": [
+            f"{key} {list(state[key].shape)} (expected {list(expected[key].shape)})"
+            for key in state
+            if key in expected and state[key].shape != expected[key].shape
+        ],
+    }
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def _without_ties(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -135,6 +135,11 @@ def _names(value: Any, levels: int = _MOST_LEVELS) -> Iterator[str]:
                 yield from _names(item, levels - 1)
 
 
+def without_wrappers(name: str) -> str:
+    """Remove the prefixes of `torch.compile`, FSDP and activation checkpointing."""
+    return _WRAPPED.sub("", name)
+
+
 def averaging_counter(names: Collection[str]) -> str | None:
     """The name of the counter that `torch.optim.swa_utils.AveragedModel` keeps beside averaged weights."""
     return next((name for name in names if name.rpartition(".")[2] == _COUNTER), None)
@@ -152,7 +157,7 @@ def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     counter = averaging_counter(tensors)
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        key = _WRAPPED.sub("", name)
+        key = without_wrappers(name)
         if key in state:
             raise ValueError(f"the checkpoint contains {key!r} twice, once inside a wrapper ({name!r}): {_REMEDY}")
         if name != counter:
