@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.files import CONFIG_NAME, read_json_object
-from ..utils.hub import WEIGHT_NAMES, HubOptions, Repository, local_folder
+from ..utils.hub import WEIGHT_NAMES, HubOptions, Repository, add_variant, local_folder
 from ..utils.messages import describe
+from ..utils.paths import as_path
 
 
 class FileChoice(NamedTuple):
@@ -31,9 +32,7 @@ class FileChoice(NamedTuple):
             for name in WEIGHT_NAMES
             if self.use_safetensors is None or self.use_safetensors == (".safetensors" in name)
         ]
-        if self.variant is None:
-            return tuple(names)
-        return tuple(f"{stem}.{self.variant}.{suffix}" for stem, _, suffix in (n.rpartition(".") for n in names))
+        return tuple(add_variant(name, self.variant) for name in names)
 
     def check_file(self, file: Path) -> None:
         """Check the arguments for a file that the user named.
@@ -77,10 +76,11 @@ def find_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If an index of shards is not valid, or the arguments do not fit a file.
+        TypeError: If the name is neither a string nor a path object.
+        ValueError: If the name is empty, an index of shards is not valid, or the arguments do not fit a file.
     """
+    path = as_path("the checkpoint", name_or_path).expanduser()
     name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
     if path.exists():
         path = local_folder(path, hub)
     if path.is_dir():
@@ -98,8 +98,8 @@ def find_checkpoint(
 
 def find_config(name_or_path: str | os.PathLike[str], hub: HubOptions) -> CheckpointFiles:
     """`find_checkpoint` without weights, for a state dict that the user passes."""
+    path = as_path("the checkpoint", name_or_path).expanduser()
     name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
     if path.exists():
         path = local_folder(path, hub)
         return CheckpointFiles(name, _config_in(path if path.is_dir() else path.parent))

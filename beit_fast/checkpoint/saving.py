@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..configuration.beit_config import BeitConfig
 from ..utils.files import CONFIG_NAME, read_json_object, replace_files, unfinished_folder, writing
-from ..utils.hub import INDEX_NAME, WEIGHTS_NAME
-from ..utils.messages import full_name, join_some
+from ..utils.hub import INDEX_NAME, WEIGHTS_NAME, add_variant
+from ..utils.messages import describe, full_name, join_some
+from ..utils.paths import as_path
 from .infer_config import copy_config
 from .protocol import PretrainedModel
 from .round_trip import build_expected, describe_mismatches, find_mismatches, without_absent_heads
@@ -28,32 +30,78 @@ _SHARDED = (
 )
 
 
+class FileNames(NamedTuple):
+    """Names of the weights files of one variant; None is the checkpoint itself.
+
+    Attributes:
+        weights: The name of a single file.
+        index_file: The name of the index of shards.
+        shard_prefix: The start of the names of shards.
+    """
+
+    variant: str | None
+    weights: str
+    index_file: str
+    shard_prefix: str
+
+    @classmethod
+    def of(cls, variant: str | None) -> Self:
+        """Name the files as Transformers does.
+
+        Raises:
+            TypeError: If `variant` is not a string.
+            ValueError: If it cannot be a part of a file name.
+        """
+        if variant is not None and not isinstance(variant, str):
+            raise TypeError(f"{describe('variant', variant)} is not supported (expected a string or None)")
+        variant = variant or None
+        if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
+            expected = "letters, digits, '_', '-' and '.', as in 'fp16'"
+            raise ValueError(f"{describe('variant', variant)} is not supported (expected {expected})")
+        prefix = "model" if variant is None else f"model.{variant}"
+        return cls(variant, add_variant(WEIGHTS_NAME, variant), add_variant(INDEX_NAME, variant), prefix)
+
+    def on_hub(self) -> list[str]:
+        """Patterns of the files in a repository that a new checkpoint replaces."""
+        return [self.weights, self.index_file, f"{self.shard_prefix}-*.safetensors"]
+
+
 def save_model(
     model: PretrainedModel,
     folder: str | os.PathLike[str],
     max_shard_size: int | str,
     safe_serialization: bool,
     state_dict: Mapping[str, Tensor] | None = None,
+    variant: str | None = None,
 ) -> None:
     """Write `config.json` and safetensors files; see `BeitPreTrainedModel.save_pretrained`."""
     if not safe_serialization:
         raise ValueError("safe_serialization=False is not supported: it writes a pickle (expected True)")
-    config = copy_config(model.config, architectures=[type(model).__name__], dtype=model.dtype)
+    target = as_path("the checkpoint", folder)
+    names = FileNames.of(variant)
+    # The configuration is that of all variants; each file has its own dtype.
+    dtype = model.dtype if names.variant is None else None
+    config = copy_config(model.config, architectures=[type(model).__name__], dtype=dtype)
     config.validate()
     text = config.to_json_string()
     state = _state_to_save(model, config, state_dict)
     with writing("the checkpoint", folder):
-        _write(Path(folder), text, state, max_shard_size)
+        _write(target, text, state, max_shard_size, names)
 
 
-def _write(target: Path, text: str, state: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+def _write(target: Path, text: str, state: Mapping[str, Tensor], max_shard_size: int | str, files: FileNames) -> None:
     """Write the configuration `text` and the tensors `state` into the folder `target`."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)  # checks the size
+    pattern = f"{files.shard_prefix}{{suffix}}.safetensors"
+    plan = split_torch_state_dict_into_shards(
+        state, filename_pattern=pattern, max_shard_size=max_shard_size
+    )  # checks the size
     target.mkdir(parents=True, exist_ok=True)
-    names = _free_names(target, list(plan.filename_to_tensors)) if plan.is_sharded else {WEIGHTS_NAME: WEIGHTS_NAME}
+    names = {files.weights: files.weights}
+    if plan.is_sharded:
+        names = _free_names(target, list(plan.filename_to_tensors), files.shard_prefix)
     with unfinished_folder(target) as unfinished:
         (unfinished / CONFIG_NAME).write_text(text, encoding="utf-8")
         for planned, keys in plan.filename_to_tensors.items():
@@ -65,8 +113,8 @@ def _write(target: Path, text: str, state: Mapping[str, Tensor], max_shard_size:
             weight_map = {key: names[planned] for key, planned in plan.tensor_to_filename.items()}
             index = {"metadata": plan.metadata, "weight_map": dict(sorted(weight_map.items()))}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (unfinished / INDEX_NAME).write_text(text, encoding="utf-8")
-        _replace_checkpoint(unfinished, target, list(names.values()), plan.is_sharded)
+            (unfinished / files.index_file).write_text(text, encoding="utf-8")
+        _replace_checkpoint(unfinished, target, list(names.values()), plan.is_sharded, files)
 
 
 def _state_to_save(model: PretrainedModel, config: BeitConfig, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -166,32 +214,34 @@ def _unsupported_type(value: Any) -> str | None:
     return None
 
 
-def _free_names(folder: Path, planned: list[str]) -> dict[str, str]:
+def _free_names(folder: Path, planned: list[str], prefix: str) -> dict[str, str]:
     """Map planned shard names to names that no file in `folder` has."""
     if not any((folder / name).exists() for name in planned):
         return {name: name for name in planned}
     tag = os.urandom(4).hex()
-    return {name: name.replace("model-", f"model-{tag}-", 1) for name in planned}
+    return {name: name.replace(f"{prefix}-", f"{prefix}-{tag}-", 1) for name in planned}
 
 
-def _replace_checkpoint(unfinished: Path, folder: Path, weights: Sequence[str], sharded: bool) -> None:
+def _replace_checkpoint(
+    unfinished: Path, folder: Path, weights: Sequence[str], sharded: bool, files: FileNames
+) -> None:
     """Move complete files into `folder`.
 
     The folder contains one whole set of weights at every moment. New shards are not read before the index is replaced.
-    A single file takes precedence over an index.
+    A single file takes precedence over an index. Files of other variants are kept.
     """
-    replaced = _shards_in(folder) - set(weights)
-    order = [*weights, INDEX_NAME, CONFIG_NAME] if sharded else [WEIGHTS_NAME, CONFIG_NAME]
+    replaced = _shards_in(folder, files.index_file) - set(weights)
+    order = [*weights, files.index_file, CONFIG_NAME] if sharded else [files.weights, CONFIG_NAME]
     replace_files([(unfinished / name, folder / name) for name in order])
-    stale = replaced | ({WEIGHTS_NAME} if sharded else {INDEX_NAME})
+    stale = replaced | ({files.weights} if sharded else {files.index_file})
     for name in sorted(stale):
         (folder / name).unlink(missing_ok=True)
 
 
-def _shards_in(folder: Path) -> set[str]:
-    """Names of the shards in the index of `folder`; none if it is missing or damaged."""
+def _shards_in(folder: Path, index: str) -> set[str]:
+    """Names of the shards that `index` in `folder` lists; none if it is missing or damaged."""
     try:
-        weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
+        weight_map = read_json_object(folder / index).get("weight_map")
     except (FileNotFoundError, ValueError):
         return set()
     names = weight_map.values() if isinstance(weight_map, dict) else ()

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from .._version import __version__
 from ..utils.names import ATTENTION_IMPLEMENTATIONS, POSITION_INTERPOLATIONS, dtype_name
+from ..utils.paths import as_path
 from .options import (
     TASKS,
     ClassifyOptions,
@@ -114,7 +115,7 @@ def _add_segment(commands: Any) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         required=True,
         metavar="PNG",
         help="the picture to write, of any suffix that Pillow writes in color; a folder of NAME.png if there are "
@@ -122,7 +123,7 @@ def _add_segment(commands: Any) -> None:
     )
     parser.add_argument(
         "--labels",
-        type=Path,
+        type=_path,
         metavar="PNG",
         help="also write the classes as 16-bit gray, .png or .tiff; another folder if --out is a folder",
     )
@@ -149,7 +150,7 @@ def _add_predict(commands: Any) -> None:
     )
     dataset = "a folder, or a text file with one path per line; each image once, sorted by path"
     parser.add_argument("dataset", metavar="DATASET", help=dataset)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the .jsonl or .parquet file to write")
+    parser.add_argument("out", type=_path, metavar="OUT", help="the .jsonl or .parquet file to write")
     parser.add_argument("--format", choices=get_args(Format), help="format of OUT (default: by its suffix)")
     parser.set_defaults(output="classes", start="resume")
     output = parser.add_mutually_exclusive_group()
@@ -197,7 +198,7 @@ def _add_convert(commands: Any) -> None:
         "config.json, safetensors and preprocessor_config.json.",
     )
     parser.add_argument("source", metavar="SRC", help="a folder, a file, or a name on the hub")
-    parser.add_argument("target", type=Path, metavar="DST", help="the folder to write")
+    parser.add_argument("target", type=_path, metavar="DST", help="the folder to write")
     parser.add_argument("--task", choices=TASKS, help="the model in the checkpoint (default: from its config.json)")
     parser.add_argument("--processor", metavar="SOURCE", help=_PROCESSOR_HELP)
     parser.add_argument("--image-size", type=_size, metavar="N or HxW", help="resize positions for this image size")
@@ -275,7 +276,7 @@ _HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
 
 def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--rows", type=Path, metavar="FILE.jsonl", help="write each row here as soon as it is measured")
+    parser.add_argument("--rows", type=_path, metavar="FILE.jsonl", help="write each row here once it is measured")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> Any:
@@ -335,6 +336,13 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _path(text: str) -> Path:
+    try:
+        return as_path("the file or folder", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -6,14 +6,15 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping, Set
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 
 from ..utils.files import CONFIG_NAME, atomic_write_text, json_text, plain, read_json_object
-from ..utils.hub import HubOptions, HubUpload, find_options
+from ..utils.hub import HubOptions, find_options
+from ..utils.json_file import JsonFile
 from ..utils.messages import FieldError, describe, join_choices, raise_errors, suggest
+from ..utils.paths import as_path
 from .fields import RULES
 from .labels_and_stages import (
     LABEL_FIELDS,
@@ -63,7 +64,7 @@ def _alias_of(name: str) -> property:
     return property(read, write, doc=f"Alias of `{name}`.")
 
 
-class BeitConfig(LabelsAndStages, HubUpload):
+class BeitConfig(LabelsAndStages, JsonFile):
     """Configuration of all BEiT models, compatible with Transformers' `BeitConfig`.
 
     All arguments are keywords. Unknown names become attributes and are saved; one that resembles a field gets a
@@ -122,6 +123,7 @@ class BeitConfig(LabelsAndStages, HubUpload):
     """
 
     model_type: ClassVar[str] = "beit"
+    _file_name: ClassVar[str] = CONFIG_NAME
     _commit_hash = None  # pipelines of Transformers 4 read it
 
     vocab_size: int = 8192
@@ -320,14 +322,11 @@ class BeitConfig(LabelsAndStages, HubUpload):
 
     def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write `to_json_string()` to `path` atomically."""
-        atomic_write_text(Path(path), self.to_json_string(use_diff))
+        atomic_write_text(as_path("the configuration", path), self.to_json_string(use_diff))
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Validate, then write `config.json` to `folder`, which is created if needed."""
+    def _text_to_save(self) -> str:
         self.validate()
-        text = self.to_json_string()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        atomic_write_text(Path(folder) / CONFIG_NAME, text)
+        return self.to_json_string()
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], /, **overrides: Any) -> Self:
@@ -335,7 +334,7 @@ class BeitConfig(LabelsAndStages, HubUpload):
 
         Files of Transformers 4 and 5 are also supported.
         """
-        return cls.from_dict(read_json_object(Path(path)), **overrides)
+        return cls.from_dict(read_json_object(as_path("the configuration", path)), **overrides)
 
     @overload
     @classmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias, overload
 
 import numpy as np
@@ -14,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..utils.files import atomic_write_text, json_text, plain, read_json_object
-from ..utils.hub import HubOptions, HubUpload, find_options
+from ..utils.hub import HubOptions, find_options
+from ..utils.json_file import JsonFile
 from ..utils.messages import describe, suggest
+from ..utils.paths import as_path
 from .batch_feature import BatchFeature
 from .inputs import Array, as_array, as_levels, as_tensor, is_unit_range, read_images, read_label_maps
 from .options import (
@@ -43,7 +44,7 @@ _SAME_OPTIONS = ("Beit", "ViT")  # prefixes of the classes whose files hold thes
 Options: TypeAlias = dict[str, Any]
 
 
-class BeitImageProcessor(HubUpload):
+class BeitImageProcessor(JsonFile):
     """Preprocess images and label maps one by one with Pillow.
 
     Args:
@@ -81,6 +82,7 @@ class BeitImageProcessor(HubUpload):
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    _file_name: ClassVar[str] = PREPROCESSOR_NAME
     _written_type: ClassVar[str] = "BeitImageProcessor"  # a name that AutoImageProcessor knows, also for subclasses
 
     def __init__(self, **options: Any) -> None:
@@ -241,15 +243,10 @@ class BeitImageProcessor(HubUpload):
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json_string()` to `path` atomically."""
-        atomic_write_text(Path(path), self.to_json_string())
+        atomic_write_text(as_path("the image processor", path), self.to_json_string())
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> list[str]:
-        """Write `preprocessor_config.json` to `folder`, which is created if needed; return its path."""
-        text = self.to_json_string()
-        file = Path(folder) / PREPROCESSOR_NAME
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(file, text)
-        return [os.fspath(file)]
+    def _text_to_save(self) -> str:
+        return self.to_json_string()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], /, **overrides: Any) -> Self:
@@ -279,7 +276,7 @@ class BeitImageProcessor(HubUpload):
 
         Files of Transformers 4 and 5 are also supported.
         """
-        return cls.from_dict(read_json_object(Path(path)), **overrides)
+        return cls.from_dict(read_json_object(as_path("the image processor", path)), **overrides)
 
     @overload
     @classmethod

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import Tensor
 
 from ..configuration.beit_config import IMPLEMENTATION_FIELDS
-from ..utils.hub import INDEX_NAME, WEIGHTS_NAME, HubUpload
+from ..utils.hub_upload import HubUpload
 from ..utils.names import AttentionImplementation, PatchEmbedImplementation
 
 if TYPE_CHECKING:
@@ -50,9 +50,6 @@ class PretrainedMixin(HubUpload):
         options: Fields of `BeitConfig` that override those of the checkpoint, `add_pooling_layer`, and Transformers'
             arguments in `beit_fast.checkpoint.arguments.OrdinaryArguments`: `state_dict`, `key_mapping` and others.
     """
-
-    # A single file takes precedence over shards, so files of an earlier upload would be read instead of new ones.
-    _replaced_on_hub: ClassVar[Sequence[str]] = (WEIGHTS_NAME, INDEX_NAME, "model-*.safetensors")
 
     @overload
     @classmethod
@@ -140,9 +137,9 @@ class PretrainedMixin(HubUpload):
 
         Raises:
             FileNotFoundError: If there is no checkpoint.
-            TypeError: If an option is not known.
-            ValueError: If parameters are missing, unexpected or mismatched (all are listed), the file is damaged,
-                unsafe or ambiguous, a device cannot be used, or the configuration cannot be inferred.
+            TypeError: If an option is not known, or the name is not a path.
+            ValueError: If the name is empty, parameters are missing, unexpected or mismatched (all are listed), the
+                file is damaged, unsafe or ambiguous, a device cannot be used, or the configuration cannot be inferred.
         """
         from ..checkpoint import loading
 
@@ -161,9 +158,14 @@ class PretrainedMixin(HubUpload):
         self,
         save_directory: str | os.PathLike[str],
         *,
+        is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
+        variant: str | None = None,
+        save_function: Callable[..., Any] | None = None,
+        push_to_hub: bool = False,
+        **upload_options: Any,
     ) -> None:
         """Write `config.json` and safetensors under the names of the hub.
 
@@ -172,18 +174,39 @@ class PretrainedMixin(HubUpload):
 
         Args:
             save_directory: The folder, created if missing.
+            is_main_process: False checks these arguments and writes nothing, as all but one process of a run need it.
             state_dict: Tensors to write instead of those of the model. If these are sharded over processes, gather
                 them with `get_model_state_dict` of `torch.distributed.checkpoint.state_dict`.
             max_shard_size: Larger weights are split into shards with an index. Bytes, or a string such as `"5GB"`.
             safe_serialization: Must be True: pickles are not written.
+            variant: A part of the names of weights files, as `"fp16"` in `model.fp16.safetensors`. `config.json` is
+                that of all variants, without a dtype. Files of other variants are kept.
+            save_function: No effect, as in Transformers: it would replace `torch.save`.
+            push_to_hub: Then upload the same files by `push_to_hub`.
+            upload_options: Arguments of `push_to_hub`, such as `repo_id`, by default the name of the folder.
 
         Raises:
-            ValueError: If `safe_serialization` is False, modules have values that safetensors cannot store, such as
-                quantized weights (all modules are listed), parameters are on the meta device or sharded over processes,
-                or `state_dict` does not match the model. Nothing is then written.
-            OSError: If the folder cannot be written.
+            TypeError: If an argument is not known or has a wrong type.
+            ValueError: If the path is empty, `safe_serialization` is False, modules have values that safetensors cannot
+                store, such as quantized weights, or that `from_pretrained` cannot read (these modules are listed),
+                parameters are on the meta device or sharded over processes, or `state_dict` does not match the model.
+                Nothing is then written.
+            OSError: If the folder cannot be written, or the hub cannot be reached after it was written.
         """
         from ..checkpoint.saving import save_model
 
+        upload = self._upload_after_saving(save_directory, is_main_process, push_to_hub, upload_options)
+        if not (save_function is None or callable(save_function)):
+            raise TypeError(f"save_function={save_function!r} is not supported (expected a function or None)")
+        if not is_main_process:
+            return
         model: Any = self
-        save_model(model, save_directory, max_shard_size, safe_serialization, state_dict)
+        save_model(model, save_directory, max_shard_size, safe_serialization, state_dict, variant)
+        if upload is not None:
+            self.push_to_hub(**upload, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant)
+
+    def _replaced_on_hub(self, save_options: Mapping[str, Any]) -> Sequence[str]:
+        # A single file takes precedence over shards, so files of an earlier upload would be read instead of new ones.
+        from ..checkpoint.saving import FileNames
+
+        return FileNames.of(save_options.get("variant")).on_hub()

@@ -1,18 +1,15 @@
-"""Files of Hugging Face hub repositories: download, upload, and the names of weights files."""
+"""Files of Hugging Face hub repositories: download, and the names of weights files."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 from .files import CONFIG_NAME, find_json_file
 from .messages import suggest
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+from .paths import as_path
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -20,6 +17,14 @@ WEIGHT_NAMES = (WEIGHTS_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bi
 """Names of the weights in a folder, in order of preference."""
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt", ".pth.tar", ".pt.tar")
+
+
+def add_variant(name: str, variant: str | None) -> str:
+    """Insert a variant, as in "model.fp16.safetensors"; None inserts nothing."""
+    if variant is None:
+        return name
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
 
 
 class HubOptions(NamedTuple):
@@ -47,9 +52,10 @@ def find_options(name_or_path: str | os.PathLike[str], file_name: str, what: str
 
     Raises:
         FileNotFoundError: If there is no such file or subfolder.
-        ValueError: If `name_or_path` is a file, and a subfolder was passed.
+        TypeError, ValueError: If `name_or_path` is not a path, empty, or a file and a subfolder was passed.
     """
-    name, path = os.fspath(name_or_path), Path(name_or_path)
+    path = as_path(f"the {what}", name_or_path)
+    name = os.fspath(name_or_path)
     if not path.exists() and "/" in name and is_repository_name(name):
         return Repository(name, hub).fetch_first((file_name,))
     return find_json_file(local_folder(path, hub), file_name, what)
@@ -201,71 +207,3 @@ def _similar_path(name: str) -> str:
     except OSError:
         return ""
     return suggest(name, [os.path.join(os.path.dirname(name), each) for each in names])
-
-
-class HubUpload:
-    """`push_to_hub` for classes with `save_pretrained`.
-
-    `huggingface_hub.ModelHubMixin` would be a base class, so huggingface_hub would be imported with the models. It also
-    replaces `__new__` and `from_pretrained`, and passes other arguments to `save_pretrained`.
-    """
-
-    _replaced_on_hub: ClassVar[Sequence[str]] = ()
-    """Patterns of files in the repository that `save_pretrained` would remove or replace in a folder."""
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        **save_options: Any,
-    ) -> CommitInfo:
-        """Write what `save_pretrained` writes to a hub repository.
-
-        The files are first saved to a temporary folder. The repository is created if it does not exist. Its other
-        files are kept.
-
-        Args:
-            repo_id: The repository, `"name"` or `"user/name"`.
-            commit_message, commit_description: The message of the commit.
-            private: Whether a new repository is private; None is the default of the account.
-            token: A token, or True or None for the stored one.
-            revision: The branch, created if it does not exist; None is the main branch.
-            create_pr: Open a pull request instead of committing.
-            save_options: Arguments of `save_pretrained`, such as `max_shard_size` of the models.
-
-        Returns:
-            The commit, from `huggingface_hub`.
-
-        Raises:
-            ValueError: If `save_pretrained` refuses, the name is not valid, or `revision` is passed with `create_pr`.
-                Nothing is created or uploaded then.
-            OSError: If the hub cannot be reached or refuses, from `huggingface_hub`.
-        """
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import validate_repo_id
-
-        validate_repo_id(repo_id)
-        if create_pr and revision is not None:
-            raise ValueError(f"{revision=} cannot be passed with create_pr=True, which opens a branch of its own")
-        owner: Any = self
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            owner.save_pretrained(folder, **save_options)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=list(self._replaced_on_hub) or None,
-            )

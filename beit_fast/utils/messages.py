@@ -44,6 +44,17 @@ def raise_value_error(heading: str, errors: Sequence[str]) -> None:
         raise ValueError(f"{heading}:\n" + "\n".join(f"- {error}" for error in errors))
 
 
+def unexpected_arguments(names: Iterable[str], accepted: Iterable[str]) -> list[FieldError]:
+    """Return the error of arguments that are not in `accepted`; none if there are no such `names`."""
+    accepted = sorted(accepted)
+    unknown = sorted(set(names) - set(accepted))
+    if not unknown:
+        return []
+    advice = "".join(suggest(name, accepted) for name in unknown)
+    what = "an unexpected argument" if len(unknown) == 1 else "unexpected arguments"
+    return [FieldError(f"{what} {', '.join(unknown)} (expected {', '.join(accepted)}){advice}", wrong_type=True)]
+
+
 def describe(name: str, value: Any) -> str:
     """`name=value` with a shortened value."""
     return f"{name}={reprlib.repr(value)}"

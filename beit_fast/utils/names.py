@@ -26,7 +26,7 @@ DTYPE_ALIASES = {
 
 
 def dtype_name(name: str) -> str:
-    """Return the full name of a dtype, such as "bfloat16" for "bf16" or "torch.bfloat16".
+    """Return the full name of a dtype, such as "bfloat16" for "bf16".
 
     Any other string is returned as it is, without `torch.`.
     """

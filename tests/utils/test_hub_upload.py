@@ -13,7 +13,13 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from beit_fast import BeitConfig, BeitForImageClassification, BeitImageProcessor, BeitImageProcessorFast
+from beit_fast import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitImageProcessor,
+    BeitImageProcessorFast,
+    optimize_for_inference,
+)
 
 from ..support.transformers_reference import TINY, randomize
 
@@ -152,6 +158,56 @@ def test_push_to_hub_refuses_before_anything_is_created(fault, hub, model):
         model.push_to_hub(name, **options)
     assert hub.calls == []
     assert files_in(hub.repository) == {}
+
+
+FAULTS = {
+    "none": (None, {}, TypeError, r"repo_id=None is not a string \(expected 'name' or 'user/name'\)"),
+    "empty": ("", {}, ValueError, r"repo_id='' is not the name of a repository \(expected"),
+    "typo": ("a/b", {"comit_message": "m"}, TypeError, r"comit_message \(expected .*did you mean 'commit_message'"),
+    "typo of save": ("a/b", {"max_shard_sise": 1}, TypeError, "did you mean 'max_shard_size'"),
+    "process": ("a/b", {"is_main_process": False}, TypeError, "an unexpected argument is_main_process"),
+    "two": (None, {"tags": [], "create_pr": True, "revision": "r"}, ValueError, "push_to_hub has 3 errors"),
+}
+
+
+@pytest.mark.parametrize("kind", ["model", "optimized"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_push_to_hub_with_wrong_arguments_is_one_error_with_the_right_ones(fault, kind, hub, model):
+    """Regression: None created a repository, and a typo was an error of `save_pretrained`."""
+    name, options, error, message = FAULTS[fault]
+    pushed = optimize_for_inference(model) if kind == "optimized" else model
+    with pytest.raises(error, match=message):
+        pushed.push_to_hub(name, **options)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("kind", ["model", "optimized", "config", "processor"])
+def test_save_pretrained_with_push_to_hub_uploads_what_it_wrote(kind, hub, model, tmp_path):
+    """Regression: `push_to_hub=True` was a TypeError."""
+    objects = {"config": model.config, "processor": BeitImageProcessor(), "optimized": optimize_for_inference(model)}
+    saved = objects.get(kind, model)
+    saved.save_pretrained(tmp_path / "my-beit", push_to_hub=True, private=True, token="hf_x", commit_message="m")
+    assert hub.calls[0] == ("create_repo", "my-beit", {"private": True, "exist_ok": True})
+    assert hub.calls[1][2]["commit_message"] == "m"
+    assert hub.tokens == ["hf_x", "hf_x"]
+    assert files_in(hub.repository) == files_in(tmp_path / "my-beit")
+    hub.calls.clear()
+    saved.save_pretrained(tmp_path / "my-beit", push_to_hub=True, repo_id="user/other", create_pr=True)
+    assert [call[:2] for call in hub.calls] == [("create_repo", "user/other"), ("upload_folder", "user/other")]
+    hub.calls.clear()
+    saved.save_pretrained(tmp_path / "none", push_to_hub=True, is_main_process=False)
+    assert hub.calls == []
+    assert not (tmp_path / "none").exists()
+    saved.save_pretrained(tmp_path / "only-here", push_to_hub=False, token=None, private=None)
+    assert hub.calls == []
+
+
+def test_push_to_hub_of_a_variant_replaces_files_of_that_variant_only(hub, model):
+    model.push_to_hub("user/name")
+    model.push_to_hub("user/name", variant="fp16", max_shard_size="20KB")
+    assert len(list(hub.repository.glob("model.fp16-*"))) > 1
+    model.push_to_hub("user/name", variant="fp16")
+    assert set(files_in(hub.repository)) == {"config.json", "model.safetensors", "model.fp16.safetensors"}
 
 
 def test_push_to_hub_leaves_pickling_and_compilation_alone(model):
