@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit_fast.inference import cuda_graphs
 from beit_fast.inference.cuda_graphs import GraphCache
 from beit_fast.models.outputs import BaseModelOutput
+from beit_fast.tuning.selftest import fp32_precision
 
 from ..support.models import MEAN, STD, build, byte_images
 
@@ -180,12 +181,8 @@ def test_call_new_autocast_or_precision_captures_another_graph(graphs):
         assert count_captures(cache, x) == 1
         assert cache(x).dtype == torch.bfloat16
     assert cache(x).dtype == torch.float32
-    precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
+    with fp32_precision("tf32"):
         assert count_captures(cache, x) == 1
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = precision
 
 
 def test_call_inference_mode_and_no_grad_share_a_graph(graphs):
