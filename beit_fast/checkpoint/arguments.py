@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ..configuration.beit_config import IMPLEMENTATION_FIELDS
 from ..configuration.labels_and_stages import known_fields
-from ..utils.messages import FieldError, describe, raise_errors, suggest
+from ..utils.foreign_names import suggest_options
+from ..utils.messages import FieldError, describe, raise_errors
 from .protocol import PretrainedModel
 
 _FLAGS = (
@@ -81,7 +82,7 @@ def split_arguments(
     unknown = sorted(set(given) - built - fields - set(OrdinaryArguments._fields))
     if unknown:
         arguments = _explicit_arguments(model_class) | set(OrdinaryArguments._fields) | built
-        advice = "".join(suggest(name, arguments | fields) for name in unknown)
+        advice = suggest_options(unknown, arguments | fields)
         raise TypeError(
             f"{model_class.__name__}.from_pretrained got unexpected arguments {', '.join(unknown)} (expected fields of "
             f"BeitConfig, {', '.join(sorted(arguments))}){advice}"

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal, Self, overload
 import torch
 
 from ..utils.files import CONFIG_NAME, atomic_write_text, json_text, plain, read_json_object
+from ..utils.foreign_names import suggest_options
 from ..utils.hub import HubOptions, find_options
 from ..utils.json_file import JsonFile
-from ..utils.messages import FieldError, describe, join_choices, raise_errors, suggest
+from ..utils.messages import FieldError, describe, join_choices, raise_errors
 from ..utils.paths import as_path
 from .fields import RULES
 from .labels_and_stages import (
@@ -67,7 +68,7 @@ def _alias_of(name: str) -> property:
 class BeitConfig(LabelsAndStages, JsonFile):
     """Configuration of all BEiT models, compatible with Transformers' `BeitConfig`.
 
-    All arguments are keywords. Unknown names become attributes and are saved; one that resembles a field gets a
+    All arguments are keywords. Unknown names become attributes and are saved; a typo or a name of timm gets a
     warning. Values are validated at construction and by `validate()`. The error lists all invalid fields.
 
     Args:
@@ -203,7 +204,7 @@ class BeitConfig(LabelsAndStages, JsonFile):
         taken = {name for name in fields if name in _PRIVATE_STATE or callable(getattr(type(self), name, None))}
         self.__dict__.update({name: value for name, value in fields.items() if name not in taken})
         for name in fields:
-            advice = "" if name in taken or name in _NOT_TYPOS else suggest(name, known_fields())
+            advice = "" if name in taken or name in _NOT_TYPOS else suggest_options([name], known_fields())
             if advice:
                 text = (
                     f"{describe(name, fields[name])} is not a field of {type(self).__name__} and has no effect{advice}"

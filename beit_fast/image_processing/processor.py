@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..utils.files import atomic_write_text, json_text, plain, read_json_object
+from ..utils.foreign_names import suggest_options
 from ..utils.hub import HubOptions, find_options
 from ..utils.json_file import JsonFile
-from ..utils.messages import describe, suggest
+from ..utils.messages import describe
 from ..utils.paths import as_path
 from .batch_feature import BatchFeature
 from .inputs import Array, as_array, as_levels, as_tensor, is_unit_range, read_images, read_label_maps
@@ -65,13 +66,12 @@ class BeitImageProcessor(JsonFile):
         device: The device of tensors. This class requires `return_tensors="pt"` with it.
         disable_grouping: An option of `BeitImageProcessorFast` without effect here.
 
-    Each option is an attribute that can be set. Other fields of a file are in `other_fields` and are saved again. One
-    that resembles an option gets a warning.
+    Each option is an attribute that can be set. Other fields of a file are in `other_fields` and are saved again. A
+    typo or a name of timm gets a warning.
 
     The EXIF orientation of Pillow images and files is applied first. Conversion to RGB blends transparent pixels
     over white and scales 16 bits to 8. Images of 32-bit integers are 8 bits if no value exceeds 255, else 16.
-    Floating-point arrays have values from 0 to 1, or integers up to 255. They
-    are rounded to 8 bits if they are resized.
+    Floating-point arrays have values from 0 to 1, or integers up to 255. They are rounded to 8 bits if resized.
 
     Label maps are resized by nearest neighbor and cropped like the images. They are padded with 255, which the loss
     ignores. The array passed is not modified. Transformers 5 resizes label maps with `resample`, which creates new
@@ -92,7 +92,7 @@ class BeitImageProcessor(JsonFile):
             name: plain(value) for name, value in given.items() if name not in DEFAULTS and name not in _WRITER_FIELDS
         }
         for name, value in self.other_fields.items():
-            if advice := suggest(name, OPTION_NAMES):
+            if advice := suggest_options([name], OPTION_NAMES):
                 text = f"{describe(name, value)} is not an option of {owner} and has no effect{advice}"
                 warnings.warn(text, UserWarning, stacklevel=2)
         known = {name: given.get(name, default) for name, default in plain(DEFAULTS).items()}
@@ -140,7 +140,7 @@ class BeitImageProcessor(JsonFile):
         overrides = with_current_names(owner, overrides)
         unknown = [name for name in overrides if name not in DEFAULTS]
         if unknown:
-            advice = "".join(suggest(name, OPTION_NAMES) for name in unknown)
+            advice = suggest_options(unknown, OPTION_NAMES)
             raise TypeError(f"{owner} has no option {', '.join(unknown)} (expected {', '.join(DEFAULTS)}){advice}")
         given = {name: value for name, value in overrides.items() if value is not None}
         return checked(owner, {name: getattr(self, name) for name in DEFAULTS} | given)

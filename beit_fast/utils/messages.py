@@ -91,5 +91,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
     The string is empty if none resembles `name`.
     """
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=_CLOSE)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    close = closest(name, known)
+    return "" if close is None else f" (did you mean {close!r}?)"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the name in `known` that `name` resembles, or None."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=_CLOSE)), None)

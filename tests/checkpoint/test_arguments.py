@@ -180,6 +180,9 @@ def test_from_pretrained_with_an_unknown_argument_lists_what_is_accepted(tmp_pat
     for name in ("fields of BeitConfig", "add_pooling_layer", "use_safetensors", "subfolder", "key_mapping", "use_ema"):
         assert name in message
     assert message.endswith("(did you mean 'use_safetensors'?)")
+    for name, meant in (("num_classes", "num_labels"), ("img_size", "image_size"), ("use_auth_token", "token")):
+        with pytest.raises(TypeError, match=rf"\(did you mean '{meant}'\?\)$"):
+            load(tmp_path, **{name: 5})
 
 
 def test_from_pretrained_with_offload_buffers_passes_it_to_accelerate(tmp_path, monkeypatch):

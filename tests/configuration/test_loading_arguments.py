@@ -69,9 +69,20 @@ def test_from_pretrained_with_return_unused_kwargs_returns_what_is_not_a_field(t
         ("attn_implementaton", "attn_implementation"),
         ("num_label", "num_labels"),
         ("out_indice", "out_indices"),
+        ("num_classes", "num_labels"),
+        ("drop_path", "drop_path_rate"),
+        ("depth", "num_hidden_layers"),
+        ("embed_dim", "hidden_size"),
+        ("mlp_ratio", "intermediate_size"),
+        ("in_chans", "num_channels"),
+        ("img_size", "image_size"),
+        ("init_values", "layer_scale_init_value"),
+        ("num_heads", "num_attention_heads"),
+        ("mean", "pixel_mean"),
+        ("crop_pct", "pixel_resize"),
     ],
 )
-def test_construction_with_a_typo_warns_with_the_field_that_was_meant(name, meant, tmp_path):
+def test_construction_with_a_typo_or_a_name_of_timm_warns_with_the_field_that_was_meant(name, meant, tmp_path):
     message = rf"{name}=3 is not a field of BeitConfig and has no effect \(did you mean '{meant}'\?\)"
     with pytest.warns(UserWarning, match=message) as caught:
         config = BeitConfig(**{name: 3})
@@ -80,6 +91,12 @@ def test_construction_with_a_typo_warns_with_the_field_that_was_meant(name, mean
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "beit", name: 3}))
     with pytest.warns(UserWarning, match=message):
         BeitConfig.from_pretrained(tmp_path)
+
+
+def test_construction_with_an_option_that_only_timm_has_warns():
+    """Regression: `qkv_bias=False` was kept without a word, and the biases were there."""
+    with pytest.warns(UserWarning, match=r"qkv_bias=False .* has no effect \(other libraries have this option, this"):
+        BeitConfig(qkv_bias=False)
 
 
 def test_construction_with_fields_of_transformers_and_own_ones_does_not_warn():

@@ -32,10 +32,16 @@ WITHOUT_EFFECT = {
         ("do_resise", "do_resize"),
         ("cropsize", "crop_size"),
         ("reduce_label", "reduce_labels"),
+        ("mean", "image_mean"),
+        ("std", "image_std"),
+        ("interpolation", "resample"),
+        ("input_size", "size"),
+        ("crop_pct", "size' or 'crop_size"),
+        ("crop_mode", "do_center_crop"),
     ],
 )
-def test_construction_with_a_typo_warns_and_names_the_option(class_, typo, option):
-    """Regression: `image_men` was kept without a word, and images were normalized with 0.5."""
+def test_construction_with_a_typo_or_a_name_of_timm_warns_and_names_the_option(class_, typo, option):
+    """Regression: `image_men` and `mean` were kept without a word, and images were normalized with 0.5."""
     text = rf"{typo}=0\.5 is not an option of {class_.__name__} and has no effect \(did you mean '{option}'\?\)"
     with pytest.warns(UserWarning, match=text) as caught:
         processor = class_(**{typo: 0.5})
@@ -52,7 +58,7 @@ def test_file_with_a_typo_warns(tmp_path, class_):
 
 @BOTH
 def test_construction_with_fields_of_other_files_does_not_warn(class_):
-    fields = ("processor_class", "do_pad", "pad_size", "size_divisor", "do_flip_channel_order", "crop_pct", "note")
+    fields = ("processor_class", "do_pad", "pad_size", "size_divisor", "do_flip_channel_order", "num_classes", "note")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert set(class_(**dict.fromkeys(fields, 1)).other_fields) == set(fields)
@@ -61,6 +67,8 @@ def test_construction_with_fields_of_other_files_does_not_warn(class_):
 def test_preprocess_with_a_typo_names_the_option():
     with pytest.raises(TypeError, match=r"no option do_center_crp \(expected .*\) \(did you mean 'do_center_crop'\?\)"):
         BeitImageProcessor()([], do_center_crp=True)
+    with pytest.raises(TypeError, match=r"\(mean: did you mean 'image_mean'\?; std: did you mean 'image_std'\?\)$"):
+        BeitImageProcessor()([], mean=0.5, std=0.5, note=1)
 
 
 @BOTH
