@@ -12,7 +12,7 @@ from ..checkpoint.read_tensors import check_pickle_is_safe
 from ..configuration.beit_config import BeitConfig
 from ..utils.files import CONFIG_NAME, writing
 from ..utils.hub import HubOptions
-from .forward import CLASSIFIER, load, load_complete, run_batch, top_classes
+from .forward import CLASSIFIER, class_entries, load, load_complete, run_batch
 from .images import batch_of, read_pixels
 from .options import TASKS, ClassifyOptions, ConvertOptions, ExitCode
 from .outputs import check_folder, check_keeps
@@ -43,7 +43,7 @@ def classify(options: ClassifyOptions) -> int:
                 if isinstance(row, str):
                     report.fail(path, row, is_printed=path in errors)
                 else:
-                    report.add(path, top_classes(row, model.config, options.top))
+                    report.add(path, class_entries(row, model.config, options.top))
             bar.update(len(paths))
     return ExitCode.SOME_FAILED if report.failures else ExitCode.DONE
 

@@ -112,8 +112,8 @@ def score_name(config: Any) -> ScoreName:
     return "value" if class_scores.problem_type_of(config) == "regression" else "probability"
 
 
-def top_classes(logits: Tensor, config: Any, count: int) -> list[dict[str, Any]]:
-    """Return the result of `class_scores.top_classes` for one image as JSON objects.
+def class_entries(logits: Tensor, config: Any, count: int) -> list[dict[str, Any]]:
+    """Return `class_scores.top_classes` of one image as JSON objects.
 
     The score is under `score_name(config)`.
     """

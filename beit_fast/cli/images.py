@@ -72,6 +72,8 @@ def result_or_reason(file: Path, read: Callable[[], Result]) -> Result | str:
 
 
 def _try_to_open(path: str) -> None:
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"image {path!r} is a folder (expected an image file; for a folder: beit-fast predict)")
     if not Path(path).is_fifo():
         open_image_file(path, f"image {path!r}").close()
 

@@ -96,7 +96,7 @@ def _add_classify(commands: Any) -> None:
         help="print the most probable classes of images",
         description="Print the most probable classes of each image, with their probabilities.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files; for a folder: beit-fast predict")
     parser.add_argument("--top", type=_positive, default=5, help="classes to print for each image (default: 5)")
     parser.add_argument("--batch-size", type=_positive, default=8, help="images in one forward (default: 8)")
     form = _add_model_options(parser)

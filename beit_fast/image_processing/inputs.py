@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.tensors import unreadable_reason
 from .image_files import open_image_file
 from .options import CHANNELS_FIRST, CHANNELS_LAST
 
@@ -42,7 +43,8 @@ def read_images(images: Any, convert_rgb: bool | None, input_data_format: str | 
         FileNotFoundError: If a file does not exist.
         OSError: If a file or a Pillow image cannot be decoded.
         TypeError: If an input is not an image.
-        ValueError: If an image has no pixels, or its channel dimension cannot be inferred.
+        ValueError: If an image has no pixels, its channel dimension cannot be inferred, or its tensor has no values or
+            is not dense.
     """
     for name, item in _named("image", images, dimensions=3):
         yield _read_image(item, name, convert_rgb, input_data_format)
@@ -75,6 +77,8 @@ def _flatten(items: Any, dimensions: int) -> Iterator[Any]:
     if isinstance(items, (list, tuple)):
         for item in items:
             yield from _flatten(item, dimensions)
+    elif isinstance(items, Tensor) and items.layout != torch.strided:
+        yield items
     elif isinstance(items, (np.ndarray, Tensor)) and items.ndim == dimensions + 1:
         is_one_map = dimensions == 2 and items.shape[-1] == 1 and items.shape[0] != 1
         yield from [items[..., 0]] if is_one_map else items
@@ -84,6 +88,7 @@ def _flatten(items: Any, dimensions: int) -> Iterator[Any]:
 
 def _read_image(image: Any, name: str, convert_rgb: bool | None, input_data_format: str | None) -> Array:
     if isinstance(image, (np.ndarray, Tensor)):
+        _check_readable(image, name)
         pixels = _bool_to_levels(_channels_first(image, name, input_data_format))
         return _array_to_rgb(pixels, name) if convert_rgb else pixels
     opened = _open(image, name)
@@ -97,6 +102,7 @@ def _read_image(image: Any, name: str, convert_rgb: bool | None, input_data_form
 def _read_label_map(label_map: Any, name: str) -> Tensor:
     if not isinstance(label_map, (np.ndarray, Tensor)):
         label_map = np.array(_upright(_open(label_map, name), name))
+    _check_readable(label_map, name)
     if label_map.ndim != 2:
         raise ValueError(f"{name} has the shape {list(label_map.shape)} (expected [H, W], one class id for each pixel)")
     _check_not_empty(label_map, name)
@@ -160,7 +166,10 @@ def _to_rgb(image: PillowImage, name: str, file_format: str | None) -> PillowIma
         has_sixteen_bits = image.mode != "I" or file_format in _SIXTEEN_BIT_FORMATS
         return Image.fromarray(_eight_bits(np.array(image), name, has_sixteen_bits)).convert("RGB")
     if image.mode == "F":
-        raise ValueError(f"{name} has mode 'F', which has no fixed range: pass an array with values from 0 to 1")
+        raise ValueError(
+            f"{name} has mode 'F', floating point without a fixed range (expected an image file of 8 or 16 bits, or an "
+            "array with values from 0 to 1)"
+        )
     if image.mode.lower().endswith("a") or "transparency" in image.info:
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
@@ -201,6 +210,11 @@ def _bool_to_levels(pixels: Array) -> Array:
     if isinstance(pixels, Tensor):
         return pixels.to(torch.uint8) * 255 if pixels.dtype == torch.bool else pixels
     return pixels.astype(np.uint8) * np.uint8(255) if pixels.dtype == np.bool_ else pixels
+
+
+def _check_readable(image: Array, name: str) -> None:
+    if isinstance(image, Tensor) and (reason := unreadable_reason(image)):
+        raise ValueError(f"{name} {reason}")
 
 
 def _check_not_empty(image: Array, name: str) -> None:

@@ -11,6 +11,7 @@ from ..ops.fallback.patch_embed import normalize_pixels
 from ..ops.patch_embed import patch_embed
 from ..position_bias import Window, resize_position_embeddings
 from ..utils.messages import full_name
+from ..utils.tensors import layout_reason, unreadable_reason
 from .module_hooks import hook_reasons
 
 Normalization = tuple[list[float], list[float]]
@@ -34,11 +35,13 @@ def window_of(pixel_values: Tensor, patch_size: int) -> Window:
 
 
 def check_pixel_shape(pixel_values: Tensor, channels: int) -> None:
-    """Check that pixels are `[B, channels, H, W]`.
+    """Check that pixels are dense and `[B, channels, H, W]`.
 
     Raises:
         ValueError: If they are not. If the channels are last or one image has no batch, the error says what to pass.
     """
+    if reason := layout_reason(pixel_values):
+        raise ValueError(f"pixel_values {reason}")
     shape = pixel_values.shape
     if pixel_values.ndim == 4 and shape[1] == channels:
         return
@@ -105,6 +108,8 @@ class BeitEmbeddings(nn.Module):
         attention_backend: str | None = None,
     ) -> Tensor:
         check_pixel_shape(pixel_values, self.config.num_channels)
+        if pixel_values.is_meta and not self.cls_token.is_meta:
+            raise ValueError(f"pixel_values {unreadable_reason(pixel_values)}")
         normalization = normalization_of(pixel_values, self.config.pixel_mean, self.config.pixel_std)
         mask = self._mask(bool_masked_pos, (pixel_values.shape[0], window[0] * window[1]))
         positions: Tensor | None = self.position_embeddings

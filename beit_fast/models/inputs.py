@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layers.embeddings import check_pixel_shape
+from ..utils.tensors import layout_reason
 
 _PROCESS_IMAGES = "convert images with a BeitImageProcessor, as in model(**processor(images, return_tensors='pt'))"
 
@@ -21,7 +22,7 @@ def check_inputs(
 
     Raises:
         TypeError: If some are not tensors; the error lists all of them.
-        ValueError: If the pixels are not `[B, channels, H, W]`.
+        ValueError: If some are not dense, or the pixels are not `[B, channels, H, W]`.
     """
     optional = {"bool_masked_pos": bool_masked_pos, "attention_mask": attention_mask, "labels": labels}
     given = {"pixel_values": pixel_values} | {name: value for name, value in optional.items() if value is not None}
@@ -31,6 +32,9 @@ def check_inputs(
     if errors:
         hint = "" if isinstance(pixel_values, Tensor) else f"; {_hint(pixel_values)}"
         raise TypeError(f"{', '.join(errors)} (expected a torch.Tensor){hint}")
+    layouts = {name: layout_reason(value) for name, value in given.items()}
+    if any(layouts.values()):
+        raise ValueError("; ".join(f"{name} {reason}" for name, reason in layouts.items() if reason))
     check_pixel_shape(pixel_values, channels)
 
 

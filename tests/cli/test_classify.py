@@ -11,7 +11,7 @@ from PIL import Image
 
 from beit_fast import BeitForImageClassification, BeitImageProcessor
 from beit_fast.cli import main
-from beit_fast.cli.forward import top_classes
+from beit_fast.cli.forward import class_entries
 from beit_fast.models.class_scores import class_scores, problem_type_of
 
 from ..support.prediction import LABELS, save_checkpoint, save_image
@@ -79,9 +79,16 @@ def test_classify_image_that_the_processor_refuses_fails_alone(form, photographs
     assert code == 1
     assert all(str(path) in out for path in photographs)
     assert f"failed: {small}: images of 5x3 pixels are smaller than one patch of 8x8" in err
-    assert f"failed: {wide}: has mode 'F', which has no fixed range" in err
+    assert f"failed: {wide}: has mode 'F', floating point without a fixed range (expected an image file of 8" in err
     if form == "json":
         assert [failure["image"] for failure in json.loads(out)["failures"]] == [str(small), str(wide)]
+
+
+def test_classify_folder_fails_and_names_predict(model, photographs, tmp_path, capsys):
+    code, out, err = classify(capsys, model, photographs[0], tmp_path)
+    assert code == 1
+    assert str(photographs[0]) in out
+    assert f"failed: {tmp_path}: is a folder (expected an image file; for a folder: beit-fast predict)" in err
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -192,9 +199,9 @@ def test_class_scores_are_float32_of_any_dtype():
     )
 
 
-def test_top_classes_lists_at_most_all_labels(model):
+def test_class_entries_lists_at_most_all_labels(model):
     config = BeitForImageClassification.from_pretrained(model).config
-    assert [entry["index"] for entry in top_classes(torch.arange(5.0), config, 9)] == [4, 3, 2, 1, 0]
+    assert [entry["index"] for entry in class_entries(torch.arange(5.0), config, 9)] == [4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["BeitModel", "BeitForMaskedImageModeling", "BeitForSemanticSegmentation"])

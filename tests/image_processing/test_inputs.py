@@ -102,7 +102,10 @@ def test_do_convert_rgb_false_keeps_the_mode(processor):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.new("F", (1, 1), 0.5), "image 0 has mode 'F', which has no fixed range"),
+        (Image.new("F", (1, 1), 0.5), "mode 'F', .* .expected an image file of 8 or 16 bits, or an array with values"),
+        (torch.zeros(2, 3, 4, 5).to_sparse(), r"image 0 has the layout torch\.sparse_coo .expected a dense tensor"),
+        (torch.zeros(3, 4, 5).to_mkldnn(), r"image 0 has the layout torch\._mkldnn .expected a dense tensor"),
+        (torch.zeros(2, 3, 4, 5, device="meta"), "image 0 is on the device meta, which has no values"),
         (Image.new("I", (1, 1), 70000), "integers from 70000 to 70000 .expected 0 to 65535"),
         (Image.new("RGB", (0, 5)), "image 0 has no pixels: its size is 0 x 5"),
         (np.zeros((0, 5, 3)), r"image 0 has no pixels: its shape is \[0, 5, 3\]"),
@@ -313,6 +316,10 @@ def test_preprocess_accepts_every_form_of_a_label_map(tmp_path, processor):
         (np.zeros((1, 2)) + 0.5, "not integers"),
         (Image.new("RGB", (2, 1)), r"segmentation map 0 has the shape \[1, 2, 3\] \(expected \[H, W\]"),
         (np.zeros((0, 2)), r"segmentation map 0 has no pixels: its shape is \[0, 2\]"),
+        (
+            torch.zeros(1, 2).to_sparse(),
+            r"segmentation map 0 has the layout torch\.sparse_coo .expected a dense tensor",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

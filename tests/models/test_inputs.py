@@ -61,6 +61,34 @@ def test_pixels_of_a_wrong_shape_raise_with_the_right_call(name, size, hint):
         build(name)(images(*size) if size else torch.tensor(0.0))
 
 
+UNREADABLE = {
+    "sparse": (torch.Tensor.to_sparse, r"has the layout torch\.sparse_coo \(expected a dense tensor: call to_dense"),
+    "mkldnn": (torch.Tensor.to_mkldnn, r"has the layout torch\._mkldnn \(expected a dense tensor: call to_dense"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), r"is a nested tensor \(expected a dense one: torch\.sta"),
+    "meta": (lambda x: x.to("meta"), r"is on the device meta, which has no values \(expected a tensor on a CPU or GPU"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("given", UNREADABLE)
+@pytest.mark.parametrize("name", CLASSES)
+def test_pixels_without_values_or_not_dense_raise_with_the_reason(name, given):
+    """Regression: errors of torch's storage, such as "Cannot access storage of SparseTensorImpl"."""
+    convert, message = UNREADABLE[given]
+    with pytest.raises(ValueError, match=rf"^pixel_values {message}"):
+        build(name)(convert(images(1, 3, 32, 32)))
+
+
+def test_masks_and_pixels_that_are_not_dense_are_all_listed():
+    model, mask = build(), torch.ones(1, 17)
+    with pytest.raises(ValueError, match=r"^pixel_values has the layout .*; attention_mask has the layout torch\.spa"):
+        model(images(1, 3, 32, 32).to_sparse(), attention_mask=mask.to_sparse())
+
+
+def test_pixels_on_the_meta_device_run_in_a_model_there():
+    assert build().to("meta")(images(2, 3, 32, 32).to("meta")).logits.is_meta
+
+
 def test_calls_that_the_errors_suggest_are_accepted():
     model = build()
     model(images(1, 32, 32, 3).permute(0, 3, 1, 2))
@@ -76,6 +104,10 @@ def test_optimized_model_wrong_pixels_raise_as_in_the_model():
     for call in (optimized, lambda x: beit_fast.optimize_for_inference(model, example=x)):
         with pytest.raises(ValueError, match="the channels are last"):
             call(images(1, 32, 32, 3))
+        with pytest.raises(ValueError, match=r"pixel_values has the layout torch\.sparse_coo"):
+            call(images(1, 3, 32, 32).to_sparse())
+    with pytest.raises(ValueError, match="pixel_values is on the device meta"):
+        optimized(images(1, 3, 32, 32).to("meta"))
 
 
 @pytest.mark.parametrize("name", CLASSES)

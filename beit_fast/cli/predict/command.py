@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..._version import __version__
 from ...utils.messages import count_of, join_some
-from ..forward import CLASSIFIER, load_complete, run_batch, score_name, top_classes
+from ..forward import CLASSIFIER, class_entries, load_complete, run_batch, score_name
 from ..options import TASKS, ExitCode, Format, Output, PredictOptions
 from ..outputs import check_file, check_keeps
 from ..process import report_to_torchrun
@@ -145,7 +145,7 @@ class Predictor:
         if isinstance(found, str):
             return {"path": path, self.output: None, "error": found}
         is_ranked = self.output == "classes"
-        value: Any = top_classes(found, self.model.config, self.top) if is_ranked else found.tolist()
+        value: Any = class_entries(found, self.model.config, self.top) if is_ranked else found.tolist()
         return {"path": path, self.output: value, "error": None}
 
     def digest(self) -> str:
