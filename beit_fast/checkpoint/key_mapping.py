@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..utils.messages import join_some
-from .wrappers import strip_wrappers
+from .wrappers import REMEDY, strip_wrappers
 
 CheckpointFormat = Literal["transformers", "transformers5", "data2vec", "timm", "mmseg"]
 """Formats by their names of parameters; `"timm"` includes unilm, and `"mmseg"` unilm's ADE20k."""
@@ -124,10 +124,14 @@ def to_hub_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Chec
         The tensors and their format.
 
     Raises:
-        ValueError: If the names are not those of a supported format, or a prefix is ambiguous.
+        ValueError: If the names are not those of a supported format, a prefix is ambiguous, or there are tensors beside
+            the model.
     """
     state = {key: tensor for key, tensor in tensors.items() if not key.endswith("relative_position_index")}
-    state = strip_wrappers(state)
+    model = strip_wrappers(state)
+    if model.left_aside:
+        raise ValueError(f"there are names beside the BEiT model: {join_some(model.left_aside, 5)}: {REMEDY}")
+    state = model.tensors
     checkpoint_format = format_of(state)
     if checkpoint_format in ("timm", "mmseg"):
         state = _from_unilm(_renamed(state, (*_HEADS_OF_MMSEG, *_MMSEG_BLOCK) if checkpoint_format == "mmseg" else ()))

@@ -26,6 +26,7 @@ from .key_mapping import TRUNK_PREFIX, full_name, head_of, rename_keys, share_ta
 from .protocol import PretrainedModel
 from .read_tensors import StoredTensors, read_tensors, tensors_of
 from .resize_positions import TABLE, fits_window, is_position, resize_positions, square_window
+from .wrappers import strip_wrappers
 
 Model = TypeVar("Model", bound=PretrainedModel)
 
@@ -65,14 +66,19 @@ class KeyReport:
     unexpected: dict[str, Sequence[int]]
     mismatched: dict[str, tuple[Sequence[int], Sequence[int]]]
 
-    def loading_info(self, ema_key: str | None) -> dict[str, Any]:
-        """Format the report as `output_loading_info`; `ema_key` names averaged weights that were read."""
+    def loading_info(self, stored: StoredTensors) -> dict[str, Any]:
+        """Format the report as `output_loading_info`.
+
+        `stored` says what was read of the files, and what was left aside.
+        """
         return {
             "missing_keys": set(self.missing),
             "unexpected_keys": set(self.unexpected),
             "mismatched_keys": {(key, tuple(stored), tuple(own)) for key, (stored, own) in self.mismatched.items()},
             "error_msgs": [],
-            "ema_weights": ema_key,
+            "weights_entry": stored.entry,
+            "ema_weights": stored.average,
+            "left_aside": list(stored.left_aside),
         }
 
 
@@ -101,7 +107,9 @@ def load_model(
     device = placement.loading_device()
     files, stored = _find_tensors(name_or_path, options, ordinary, device)
     file_config = read_config(files.config)
-    state, _ = to_hub_names(rename_keys(stored.tensors, ordinary.key_mapping))
+    unwrapped = strip_wrappers(rename_keys(stored.tensors, ordinary.key_mapping))
+    stored = stored._replace(left_aside=(*stored.left_aside, *unwrapped.left_aside))
+    state, _ = to_hub_names(unwrapped.tensors)
     native = file_config or _requested_config(config, options)
     if native is None:
         native = infer_config(state, files.name, overrides, stored.options)
@@ -128,7 +136,7 @@ def load_model(
         )
     model.eval()
     placement.dispatch(model)
-    return model, report.loading_info(stored.ema_key)
+    return model, report.loading_info(stored)
 
 
 def missing_parameters_error(source: str, class_name: str, missing: Sequence[str], expected: str) -> ValueError:

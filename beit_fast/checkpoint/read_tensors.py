@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..utils.hub import PICKLE_SUFFIXES
-from ..utils.messages import join_some
-from .wrappers import averaging_counter, find_state_dict, script_options
+from ..utils.messages import count_of, join_some
+from .training_files import FoundWeights, find_state_dict, script_options
+from .wrappers import averaging_counter, choose_average
 
 SAFE_PICKLE_VERSION = (2, 10)
 """Before torch 2.10, a file could run code despite `weights_only=True` (GHSA-63cw-57p8-fm3p)."""
@@ -29,11 +30,18 @@ _OBJECT = re.compile(r"GLOBAL ([\w.]+)")
 class StoredTensors(NamedTuple):
     """Tensors of a checkpoint, by their names in the files.
 
-    `ema_key` is the key of the averaged weights if these were read. `options` are those of the training script.
+    Attributes:
+        tensors: The tensors by name.
+        entry: The entry of the file that was read, or None for a plain state dict.
+        average: The entry or prefix of the averaged weights, or the name of their counter, if these were read.
+        left_aside: Other entries of the file and names of tensors, which were not read.
+        options: Options of the training script.
     """
 
     tensors: dict[str, Tensor]
-    ema_key: str | None
+    entry: str | None = None
+    average: str | None = None
+    left_aside: tuple[str, ...] = ()
     options: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -51,30 +59,32 @@ def read_tensors(
 
     Raises:
         ValueError: If a file is damaged, has an unknown format, contains objects other than tensors and plain data,
-            repeats a name, or does not have the weights that `use_ema` selects.
+            repeats a name, has parameters without elements, or does not have the weights that `use_ema` selects.
     """
     from tqdm import tqdm
 
     size = sum(file.stat().st_size for file in files)
     state: dict[str, Tensor] = {}
-    ema_key = None
+    weights: FoundWeights | None = None
     options: Mapping[str, Any] = {}
     quiet = len(files) < 2 and size < _LARGE
     with tqdm(total=size, unit="B", unit_scale=True, desc="Loading weights", disable=quiet or None, leave=False) as bar:
         for file in files:
             if file.suffix == ".safetensors":
-                tensors, file_key = _read_safetensors(file, device), None
+                found = FoundWeights(_read_safetensors(file, device), None, False, ())
             else:
                 content = _read_pickle(file, device)
-                tensors, file_key = find_state_dict(content, os.fspath(file), use_ema)
+                found = find_state_dict(content, os.fspath(file), use_ema)
                 options = options or script_options(content)
-            ema_key = ema_key or file_key
-            for key, tensor in tensors.items():
+            weights = weights or found
+            for key, tensor in found.tensors.items():
                 if key in state:
                     raise ValueError(f"{os.fspath(file)!r} contains {key!r}, which another shard also contains")
                 state[key] = tensor
                 bar.update(tensor.nbytes)
-    stored = _checked_averages(state, ema_key, os.fspath(files[0]) if files else "", use_ema)
+    if weights is None:
+        return StoredTensors({})
+    stored = _one_model(weights._replace(tensors=state), os.fspath(files[0]), use_ema)
     return stored._replace(options=options)
 
 
@@ -86,19 +96,31 @@ def tensors_of(state_dict: Mapping[str, object], device: torch.device | str, use
     Raises:
         ValueError: As in `read_tensors`.
     """
-    tensors, ema_key = find_state_dict(state_dict, "state_dict", use_ema)
-    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in tensors.items()}
-    return _checked_averages(copies, ema_key, "state_dict", use_ema)._replace(options=script_options(state_dict))
+    found = find_state_dict(state_dict, "state_dict", use_ema)
+    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in found.tensors.items()}
+    return _one_model(found._replace(tensors=copies), "state_dict", use_ema)._replace(
+        options=script_options(state_dict)
+    )
 
 
-def _checked_averages(state: dict[str, Tensor], ema_key: str | None, name: str, use_ema: bool | None) -> StoredTensors:
-    counter = averaging_counter(state)
-    if use_ema is False and counter is not None and ema_key is None:
-        raise ValueError(f"{name!r} contains only averaged weights (it has {counter!r}), and use_ema=False")
-    ema_key = ema_key or counter
-    if use_ema and ema_key is None:
-        raise ValueError(f"{name!r} does not contain averaged weights, and use_ema=True")
-    return StoredTensors(state, ema_key)
+def _one_model(found: FoundWeights, name: str, use_ema: bool | None) -> StoredTensors:
+    """Choose between a model and its average by names; check the result."""
+    chosen = choose_average(found.tensors, use_ema, found.is_averaged)
+    mark = chosen.average or averaging_counter(chosen.tensors)
+    left_aside = (*found.left_aside, *chosen.left_aside)
+    if use_ema is False and mark is not None:
+        raise ValueError(f"{name!r} contains only averaged weights (it has {mark!r}), and use_ema=False")
+    average = found.entry if found.is_averaged else mark
+    if use_ema and average is None:
+        entries = f"; its other entries are {join_some(map(repr, left_aside))}" if left_aside else ""
+        raise ValueError(f"{name!r} does not contain averaged weights, and use_ema=True{entries}")
+    empty = [key for key, tensor in chosen.tensors.items() if tensor.numel() == 0]
+    if empty:
+        raise ValueError(
+            f"{name!r} contains {count_of(len(empty), 'tensor')} without elements: {join_some(empty, 5)} (expected all "
+            "parameters; DeepSpeed's ZeRO-3 divides them among files, which its zero_to_fp32.py merges)"
+        )
+    return StoredTensors(chosen.tensors, found.entry, average, left_aside)
 
 
 def _read_safetensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:

@@ -40,13 +40,15 @@ class PretrainedMixin(HubUpload):
         use_safetensors: True reads safetensors files only, False pickles only. None prefers safetensors.
         variant: A part of the names of files, as `"fp16"` in `model.fp16.safetensors`.
         use_ema: True reads averaged weights (under `"state_dict_ema"`, `"model_ema"` and the like), False the others.
-            None reads averaged weights if the file has them, as timm does.
+            None reads averaged weights if the file has them, as timm does. If only the prefixes of names tell a model
+            and its average apart, None is an error.
         num_labels: Number of classes. `ignore_mismatched_sizes` is required if the file's head has another number.
         ignore_mismatched_sizes: Initialize parameters whose shape differs, with a warning, instead of raising.
         image_size: Resize bias tables and position embeddings to images of this size.
         position_interpolation: `"bilinear"` (Transformers, MiDaS) or `"geometric"` (timm, unilm).
         output_loading_info: Return `(model, info)`. `info` has the sets `missing_keys`, `unexpected_keys` and
-            `mismatched_keys`, and `ema_weights`, the key of the averaged weights if these were read.
+            `mismatched_keys`. `weights_entry` is the entry of the file that was read, `ema_weights` that of averaged
+            weights if these were read, and `left_aside` lists the entries and tensors that were not read.
         options: Fields of `BeitConfig` that override those of the checkpoint, `add_pooling_layer`, and Transformers'
             arguments in `beit_fast.checkpoint.arguments.OrdinaryArguments`: `state_dict`, `key_mapping` and others.
     """

@@ -10,12 +10,30 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
 import beit_fast
-from beit_fast.checkpoint.wrappers import EMA_KEYS, WEIGHT_KEYS
+from beit_fast.checkpoint.training_files import WEIGHT_KEYS
 
 from ..support import timm_reference
 from ..support.transformers_reference import TINY, randomize
 
 Classifier = beit_fast.BeitForImageClassification
+EMA_KEYS = (
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "EMA",
+    "ema_state_dict",
+    "model_state_dict_ema",
+    "model_ema_state_dict",
+    "model_ema_state",
+    "ema_model",
+    "ema_model_state",
+    "ema_model_state_dict",
+    "ema_state",
+    "averaged_model",
+    "average_model_state",
+    "swa_model",
+    "swa_state_dict",
+)
 
 
 def make_model(seed=0):
@@ -215,7 +233,7 @@ AMBIGUOUS = {
     ),
     "two averages": (
         lambda model: {"ema": model.state_dict(), "model_ema": model.state_dict()},
-        "several state dicts, under 'model_ema', 'ema'",
+        "several state dicts, under 'ema', 'model_ema'",
     ),
 }
 
@@ -233,7 +251,7 @@ def test_from_pretrained_with_an_ambiguous_file_names_what_was_found(case, tmp_p
 
 def test_from_pretrained_with_state_dict_or_key_mapping_resolves_an_ambiguous_file(tmp_path):
     student, teacher = make_model(0), make_model(1)
-    write(student, tmp_path, prefixed("student.", student) | {"criterion.weight": torch.ones(2)})
+    write(student, tmp_path, prefixed("student.", student) | {"head.weight": torch.ones(2)})
     with pytest.raises(ValueError, match=r"under the prefix 'student\.'"):
         load(tmp_path)
     both = prefixed("student.", student) | prefixed("teacher.", teacher)
@@ -247,7 +265,10 @@ def test_from_pretrained_with_state_dict_or_key_mapping_resolves_an_ambiguous_fi
 
 def test_from_pretrained_with_another_container_lists_its_entries(tmp_path):
     write(make_model(), tmp_path, {"teacher": make_model().state_dict(), "epoch": 3})
-    with pytest.raises(ValueError, match=r"nor does its 'model', .*; its entries are 'teacher', 'epoch'"):
+    with pytest.raises(ValueError, match=r"nor does its 'model', .*; its entries are 'teacher', 'epoch': pass the"):
+        load(tmp_path)
+    write(make_model(), tmp_path, {"model": {"teacher": make_model().state_dict()}, "epoch": 3})
+    with pytest.raises(ValueError, match=r"; its entries under 'model' are 'teacher': pass the tensors"):
         load(tmp_path)
 
 
