@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from .bias_handle import showing_class
 from .forward_scope import scoped_class
+from .library_code import has_own_forward, held_forwards
 from .report import (
     ALREADY,
     LEFT_ALONE,
@@ -39,12 +41,16 @@ class ClassSwap(ABC):
         originals: the library's class for each replacement.
         trunks: the library's classes whose `trunk_methods` run all layers of a forward pass.
         blocks: the library's classes between a trunk and its attention, which get the shared bias by keyword.
+        bias_names: the attributes of trunks and blocks that hold the bias of the attention inside.
+        library: the library's name in the genitive.
     """
 
     originals: Mapping[type[nn.Module], type[nn.Module]]
     trunks: tuple[type[nn.Module], ...]
     trunk_methods: tuple[str, ...]
     blocks: tuple[type[nn.Module], ...]
+    bias_names: tuple[str, ...]
+    library: str
 
     @staticmethod
     @abstractmethod
@@ -53,6 +59,11 @@ class ClassSwap(ABC):
 
         `name` and `value` are a keyword argument of a block. Other values are returned unchanged.
         """
+
+    @staticmethod
+    @abstractmethod
+    def takes_handle(block: nn.Module) -> bool:
+        """Return whether the attention of a block is accelerated."""
 
     @abstractmethod
     def find(self, model: nn.Module, caller: str) -> Modules:
@@ -76,16 +87,19 @@ class ClassSwap(ABC):
 
     def restore_error(self, module: nn.Module) -> str:
         """Return why an accelerated module cannot be restored, or an empty string."""
-        changed = isinstance(module, tuple(self.originals)) and type(module) not in self.originals
-        return f"is a {type(module).__name__} now" if changed else ""
+        if not isinstance(module, tuple(self.originals)):
+            return ""
+        if type(module) not in self.originals:
+            return f"is a {type(module).__name__} now"
+        return "has a forward of its own" if has_own_forward(module) else ""
 
     def already_fast(self, module: nn.Module) -> str | None:
         """Return a note if a module needs no replacement, otherwise None."""
         return "" if isinstance(module, tuple(self.originals)) else None
 
     def call_reason(self, module: nn.Module) -> str:
-        """Return why the library's own attention runs, or an empty string."""
-        return ""
+        """Return why the library's own code runs, or an empty string."""
+        return "has a forward of its own" if has_own_forward(module) else ""
 
     def accelerate(self, model: nn.Module, attn_implementation: str | None) -> AccelerationReport:
         """Exchange the classes of attention and bias modules and their trunks; see an integration's `accelerate`."""
@@ -101,6 +115,7 @@ class ClassSwap(ABC):
             if hasattr(type(module), "attn_implementation"):
                 vars(module)["attn_implementation"] = attn_implementation
         self._wrap_or_unwrap(model)
+        changes = self._with_call_reasons(model, changes, found)
         return AccelerationReport(type(model).__name__, tuple(changes), kernel_lines(self._places(found)))
 
     def restore(self, model: nn.Module) -> AccelerationReport:
@@ -122,10 +137,33 @@ class ClassSwap(ABC):
     def _change(self, name: str, module: nn.Module, reason: str) -> ModuleChange:
         kind, note = self.library_class(module).__name__, self.already_fast(module)
         if note is not None:
-            return ModuleChange(name, kind, ALREADY, note or self.call_reason(module))
-        if reason:
-            return ModuleChange(name, kind, LEFT_ALONE, reason)
-        return ModuleChange(name, kind, REPLACED, self.call_reason(module))
+            return ModuleChange(name, kind, ALREADY, note)
+        return ModuleChange(name, kind, LEFT_ALONE if reason else REPLACED, reason)
+
+    def _with_call_reasons(self, model: nn.Module, changes: list[ModuleChange], found: Modules) -> list[ModuleChange]:
+        """Add why the library's own attention runs at present."""
+        given = self._dense_biases(model)
+        reasoned = []
+        for change in changes:
+            module = found[change.name]
+            reason = "" if change.reason else self.call_reason(module) or given.get(module, "")
+            note = f"{reason}; {self.library} own attention runs until this changes"
+            reasoned.append(replace(change, reason=note) if reason else change)
+        return reasoned
+
+    def _dense_biases(self, model: nn.Module) -> dict[nn.Module, str]:
+        """Return a reason for each accelerated attention that takes a dense bias."""
+        accelerated = tuple(self.originals)
+        reasons: dict[nn.Module, str] = {}
+        for owner in model.modules():
+            if not isinstance(owner, (*self.trunks, *self.blocks)):
+                continue
+            for name in self.bias_names:
+                bias = owner._modules.get(name)
+                if bias is not None and not isinstance(bias, accelerated):
+                    reason = f"takes the dense bias of a {type(bias).__module__}.{type(bias).__qualname__}"
+                    reasons |= {m: reason for m in owner.modules() if hasattr(type(m), "attn_implementation")}
+        return reasons
 
     def _wrap_or_unwrap(self, model: nn.Module) -> None:
         """Set the classes of trunks and blocks with accelerated modules.
@@ -141,7 +179,11 @@ class ClassSwap(ABC):
             wanted = original_of(type(module))
             if any(isinstance(inner, tuple(self.originals)) for inner in module.modules()):
                 is_trunk = isinstance(module, self.trunks)
-                wanted = scoped_class(wanted, self.trunk_methods) if is_trunk else showing_class(wanted, self.hide)
+                wanted = (
+                    scoped_class(wanted, self.trunk_methods)
+                    if is_trunk
+                    else showing_class(wanted, self.hide, self.takes_handle)
+                )
             if type(module) is not wanted:
                 exchange_class(module, wanted)
 
@@ -158,12 +200,3 @@ def exchange_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
     for name in held:
         vars(module)[name] = types.MethodType(cls.forward, module)
-
-
-def held_forwards(module: nn.Module) -> list[str]:
-    """Return the module's attributes that hold the forward of its class."""
-    return [
-        name
-        for name in ("forward", "_old_forward")
-        if getattr(vars(module).get(name), "__func__", None) is type(module).forward
-    ]

@@ -9,7 +9,7 @@ from beit_fast.integrations.transformers import accelerate
 from beit_fast.integrations.transformers.table_bias import TableBias, key_mask_of
 
 from ..support.oracle import dense_bias, relative_error
-from ..support.transformers_models import IS_4, build, inputs_for, pair
+from ..support.transformers_models import IS_4, assert_same, build, inputs_for, pair, run
 
 needs_5 = pytest.mark.skipif(IS_4, reason="BEiT accepts a padding mask since 5.0")
 
@@ -69,7 +69,16 @@ def test_accelerate_unsupported_mask_raises():
     with pytest.raises(ValueError, match="has values other than 0 and -10000"):
         ours(**inputs, attention_mask=torch.full((2, 1, 17, 17), -1.0, dtype=torch.float64))
     with pytest.raises(ValueError, match="accelerate the whole model"):
-        ours(**inputs, attention_mask=torch.zeros(2, 4, 17, 17, dtype=torch.float64))
+        ours(**inputs, attention_mask=torch.zeros(2, 3, 17, 17, dtype=torch.float64))
+
+
+@needs_5
+@pytest.mark.parametrize("position", ["per layer", "shared", "both", "none"])
+def test_accelerate_mask_with_heads_equals_transformers(position):
+    """Such a mask is added to scores as a dense bias is."""
+    theirs, ours = pair("BeitModel", position)
+    inputs = inputs_for("BeitModel", theirs) | {"attention_mask": torch.randn(2, 4, 17, 17, dtype=torch.float64)}
+    assert_same(run(ours, inputs), run(theirs, inputs))
 
 
 def test_key_mask_of_bool_and_additive_masks_returns_keys():
@@ -91,8 +100,7 @@ def test_table_bias_add_to_and_dense_keep_key_mask():
     keep = torch.tensor([[True, False, True], [True, True, True]])
     masked = both + keep[:, None, None, :].expand(2, 1, 3, 3)
     assert torch.equal((keep[:, None, None, :] + both).key_mask, keep)
-    with pytest.raises(TypeError):
-        torch.ones(2, 2, 3, 3) * both
+    assert torch.equal(torch.ones(2, 2, 3, 3) * both, torch.ones(2, 2, 3, 3) * both.dense())
     assert torch.equal((masked + one).key_mask, keep)
     assert torch.equal((one + masked).key_mask, keep)
     assert torch.equal(masked.dense().softmax(-1) > 0, keep[:, None, None, :].expand(2, 2, 3, 3))

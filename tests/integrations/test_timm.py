@@ -288,13 +288,18 @@ def test_accelerate_shared_bias_is_replaced_together_or_left_alone(reason):
     assert len(report.replaced) == 4
 
 
-def test_accelerate_blocks_with_dense_shared_bias_raises_at_call():
-    model = timm_reference.build(**SHARED)
-    accelerate(model.blocks)
-    with pytest.raises(ValueError, match=r"dense shared_rel_pos_bias \[4, 17, 17\]: accelerate the whole Beit"):
-        model(pixels_for(model))
-    assert accelerate(model).replaced == ["rel_pos_bias"]
-    model(pixels_for(model))
+def test_accelerate_blocks_alone_run_timm_attention_with_dense_bias():
+    reference = timm_reference.build(**SHARED)
+    fast = copy.deepcopy(reference)
+    accelerate(fast.blocks, "triton")
+    with torch.no_grad(), Spy(17) as spy:
+        fast(pixels_for(fast))
+    assert not spy.calls
+    assert_equal_results(fast, reference, pixels_for(fast))
+    assert accelerate(fast, "triton").replaced == ["rel_pos_bias"]
+    with torch.no_grad(), Spy(17) as spy:
+        fast(pixels_for(fast))
+    assert len(spy.calls) == 3
 
 
 def test_accelerate_and_restore_unsupported_input_raises():

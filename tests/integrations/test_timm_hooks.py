@@ -37,6 +37,7 @@ def assert_same_values(mine, theirs):
     assert len(mine) == len(theirs) > 0
     for value, wanted in zip(mine, theirs, strict=True):
         assert type(value) is type(wanted)
+        assert value.shape == wanted.shape
         assert relative_error(value, wanted) < 1e-5
 
 

@@ -18,16 +18,21 @@ from ...layers.attention_backends import run_attention
 from ...layers.module_hooks import clone_if_hooked, watches_keywords, watches_output
 from ...position_bias import Window, gather_bias
 from ...utils.names import AttentionImplementation
-from ..bias_handle import BiasHandle, dense, show_dense
+from ..bias_handle import BiasHandle, acts_as_dense, dense, show_dense
 from ..class_swap import ClassSwap, Modules, Place
 from ..forward_scope import choose_in_forward
+from ..library_code import changed_function, changed_index, changed_sdpa, library_functions
 from ..report import AccelerationReport
 from ..same_name import original_of
 from .conversion import timm_beit
 
 _FORWARD_ARGUMENTS = ("self", "x", "shared_rel_pos_bias")
+_ATTENTION_FORWARD = library_functions(timm_beit.Attention, "forward")
+_ATTENTION_BIAS = library_functions(timm_beit.Attention, "_get_rel_pos_bias")
+_SHARED_FORWARD = library_functions(timm_beit.RelativePositionBias, "forward")
 
 
+@acts_as_dense
 @BiasHandle.register
 class SharedTable(NamedTuple):
     """The shared bias as its table, in place of a dense tensor."""
@@ -36,33 +41,41 @@ class SharedTable(NamedTuple):
     window: Window
 
     def dense(self) -> Tensor:
-        """Return the bias `[1, H, N, N]`."""
-        return gather_bias(self.table, self.window).unsqueeze(0)
+        """Return the bias `[H, N, N]`, as timm's module does."""
+        return gather_bias(self.table, self.window)
 
 
+@acts_as_dense
 @BiasHandle.register
 class SharedDense(NamedTuple):
-    """The shared bias `[1, H, N, N]`, for hooks."""
+    """The shared bias `[H, N, N]`, for hooks."""
 
     bias: Tensor
 
     def dense(self) -> Tensor:
-        """Return the bias `[1, H, N, N]`."""
+        """Return the bias `[H, N, N]`."""
         return self.bias
 
 
 class TableRelativePositionBias(timm_beit.RelativePositionBias):
     """timm's shared bias, which returns its table and gathers nothing.
 
-    If it has hooks, they see timm's dense bias and may replace it.
+    If it has hooks, they see timm's dense bias and may replace it. timm's own forward also runs if
+    `library_forward_reason` names a reason.
     """
+
+    def library_forward_reason(self) -> str:
+        """Return why timm's own forward must run, or an empty string."""
+        if watches_output(self):
+            return "has hooks, which expect a dense bias"
+        return changed_function(_SHARED_FORWARD, timm_beit.RelativePositionBias) or changed_index(self)
 
     def __call__(self) -> SharedTable | SharedDense:
         bias = super().__call__()
         return bias if isinstance(bias, SharedTable) else SharedDense(bias)
 
     def forward(self) -> SharedTable | Tensor:
-        if watches_output(self):
+        if self.library_forward_reason():
             return super().forward()
         return SharedTable(clone_if_hooked(self, self.relative_position_bias_table), self.window_size)
 
@@ -70,8 +83,9 @@ class TableRelativePositionBias(timm_beit.RelativePositionBias):
 class FusedAttention(timm_beit.Attention):
     """timm's attention with `beit_fast.rel_pos_attention`, which reads the bias from its table.
 
-    timm's own forward runs if `library_forward_reason` names a reason, if the shared bias is dense, and for hooks that
-    read the shared bias. `attn_drop` is not called, as in timm's own fused attention: only its probability is read.
+    timm's own forward runs if `library_forward_reason` names a reason, if the shared bias is dense because its module
+    was replaced, and for hooks that read the shared bias. `attn_drop` is not called, as in timm's own fused attention:
+    only its probability is read.
     """
 
     attn_implementation: str | None = None
@@ -81,13 +95,15 @@ class FusedAttention(timm_beit.Attention):
         return super().__call__(*args, **kwargs)
 
     def forward(self, x: Tensor, shared_rel_pos_bias: SharedTable | SharedDense | Tensor | None = None) -> Tensor:
-        if watches_keywords(self) or isinstance(shared_rel_pos_bias, SharedDense) or library_forward_reason(self):
+        takes_no_table = watches_keywords(self) or bool(library_forward_reason(self))
+        # not isinstance of Tensor: torch.fx passes a Proxy
+        if takes_no_table or not (shared_rel_pos_bias is None or isinstance(shared_rel_pos_bias, SharedTable)):
             return super().forward(x, dense(shared_rel_pos_bias))
         packed = self._project(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = packed.unbind(2)  # [B, N, H, D]
         table, window = self._table(shared_rel_pos_bias)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out = fused_attention(q, k, v, table, window, self.scale, dropout_p, self.attn_implementation)
+        out = fused_attention(q, k, v, table, window, dropout_p, self.attn_implementation)
         return self.proj_drop(self.proj(out.flatten(2)))
 
     def _project(self, x: Tensor) -> Tensor:
@@ -97,16 +113,11 @@ class FusedAttention(timm_beit.Attention):
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         return self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
 
-    def _table(self, shared: SharedTable | Tensor | None) -> tuple[Tensor | None, Window | None]:
+    def _table(self, shared: SharedTable | None) -> tuple[Tensor | None, Window | None]:
         """Return the sum of the tables and its window.
 
         The gather is linear, so tables can be added in place of biases.
         """
-        if isinstance(shared, Tensor):
-            raise ValueError(
-                f"an accelerated Attention got a dense shared_rel_pos_bias {list(shared.shape)}: accelerate the whole "
-                "Beit, so that its shared bias returns a table, or restore() this part of it"
-            )
         own = self.relative_position_bias_table
         if shared is None:
             return own, self.window_size
@@ -119,7 +130,6 @@ def fused_attention(
     v: Tensor,
     table: Tensor | None,
     window: Window | None,
-    scale: float,
     dropout_p: float,
     attn_implementation: str | None,
 ) -> Tensor:
@@ -129,7 +139,6 @@ def fused_attention(
         q, k, v: `[B, N, H, D]`.
         table: `[rows, H]` of `window`, or None.
         window: Patches `(height, width)`, or None.
-        scale: Factor of the scores.
         dropout_p: Dropout probability of the attention weights.
         attn_implementation: `"triton"`, or None.
 
@@ -140,7 +149,7 @@ def fused_attention(
         ValueError: If `"triton"` is requested and no kernel serves.
     """
     backend = choose_in_forward(attn_implementation, q.device, q.dtype, q.shape[-1]).attention
-    return run_attention(backend, q, k, v, table, window, None, scale, dropout_p)
+    return run_attention(backend, q, k, v, table, window, None, None, dropout_p)
 
 
 torch.fx.wrap("fused_attention")
@@ -156,7 +165,10 @@ def library_forward_reason(attention: timm_beit.Attention) -> str:
     drop: Any = attention._modules["attn_drop"]  # faster than through nn.Module.__getattr__
     if type(drop) is not nn.Dropout or drop.p >= 1:
         return f"has {drop} as attn_drop (expected Dropout with p below 1)"
-    return ""
+    changed = changed_function(_ATTENTION_FORWARD, timm_beit.Attention) or changed_sdpa()
+    if changed or attention.relative_position_bias_table is None:
+        return changed
+    return changed_function(_ATTENTION_BIAS, type(attention), attention) or changed_index(attention)
 
 
 _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
@@ -178,7 +190,8 @@ def accelerate(model: nn.Module, attn_implementation: AttentionImplementation | 
 
     Hooks see what they see in timm. Each call checks for them. timm's own attention runs, with a dense bias, while the
     shared bias has hooks or an attention has hooks with `with_kwargs=True`. It also runs while `fused_attn` is False:
-    timm then calls `attn_drop`, and hooks on it see the attention weights.
+    timm then calls `attn_drop`, and hooks on it see the attention weights. The same holds for attention whose shared
+    bias was replaced by a dense one, and while methods or a `relative_position_index` are not timm's.
 
     Args:
         model: a `timm.models.beit.Beit`, or a module that contains one, such as the result of `features_only=True`.
@@ -219,10 +232,16 @@ class _TimmSwap(ClassSwap):
     trunks = (timm_beit.Beit,)
     trunk_methods = ("forward_features", "forward_intermediates")
     blocks = (timm_beit.Block,)
+    bias_names = ("rel_pos_bias",)
+    library = "timm's"
 
     @staticmethod
     def hide(module: nn.Module, name: str, value: Any) -> Any:
         return SharedDense(value) if name == "shared_rel_pos_bias" and isinstance(value, Tensor) else value
+
+    @staticmethod
+    def takes_handle(block: nn.Module) -> bool:
+        return isinstance(block._modules["attn"], FusedAttention)
 
     def find(self, model: nn.Module, caller: str) -> Modules:
         known = tuple(_REPLACEMENTS)
@@ -264,11 +283,10 @@ class _TimmSwap(ClassSwap):
         return module.attn_implementation, weight.device, weight.dtype, round(module.scale**-2)
 
     def call_reason(self, module: nn.Module) -> str:
-        if isinstance(module, timm_beit.RelativePositionBias):
-            reason = "has hooks, which expect a dense bias" if watches_output(module) else ""
-        else:
-            reason = library_forward_reason(module)
-        return reason and f"{reason}; timm's own attention runs until this changes"
+        if isinstance(module, TableRelativePositionBias):
+            return module.library_forward_reason()
+        own = library_forward_reason(module) if isinstance(module, FusedAttention) else ""
+        return own or super().call_reason(module)
 
     def restore_error(self, module: nn.Module) -> str:
         held = type(module) in _ORIGINALS and "forward" in vars(module)

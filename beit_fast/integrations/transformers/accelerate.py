@@ -18,9 +18,9 @@ import transformers
 from torch import nn
 
 from ...layers.attention import BeitRelativePositionBias, BeitSelfAttention
-from ...layers.module_hooks import watches_output
 from ...utils.names import AttentionImplementation
-from ..class_swap import ClassSwap, Modules, Place, held_forwards
+from ..class_swap import ClassSwap, Modules, Place
+from ..library_code import held_forwards
 from ..report import AccelerationReport
 from .fused_layers import (
     BLOCKS,
@@ -33,6 +33,7 @@ from .fused_layers import (
     SplitAttentionBase,
     hide_dense,
 )
+from .library_reasons import FromLibraryBias
 
 _OWN = (BeitSelfAttention, BeitRelativePositionBias)
 
@@ -50,7 +51,8 @@ def accelerate(model: nn.Module, attn_implementation: AttentionImplementation | 
 
     Hooks see what they see in Transformers. Each call checks whether there are any. While a bias module has hooks,
     or an attention or layer has hooks that read a bias among its arguments, the attention that takes this bias is
-    Transformers' own. The same holds for `"eager"` attention of Data2VecVision whose dropout has hooks.
+    Transformers' own. The same holds for `"eager"` attention of Data2VecVision whose dropout has hooks, for a bias
+    module that was replaced, and while methods, or the attention function, are not those of Transformers.
 
     A padding mask excludes keys under every attention, as Transformers' `"eager"` does. Transformers' `"sdpa"`
     in 5.x adds the mask to the bias as 0 and 1, so that masked keys are attended to. A sample whose keys are all masked
@@ -81,8 +83,8 @@ def restore(model: nn.Module) -> AccelerationReport:
 
     Raises:
         TypeError: If `model` is not a module.
-        ValueError: If there are no BEiT layers, or the class of an accelerated module has changed since. The model does
-            not change.
+        ValueError: If there are no BEiT layers, or an accelerated module has another class or a forward of its own
+            since. The model does not change.
     """
     return _SWAP.restore(model)
 
@@ -92,7 +94,16 @@ class _TransformersSwap(ClassSwap):
     trunks = tuple(TRUNKS)
     trunk_methods = ("forward",)
     blocks = BLOCKS
+    bias_names = ("shared_position_bias", "relative_position_bias")
+    library = "Transformers'"
     hide = staticmethod(hide_dense)
+
+    @staticmethod
+    def takes_handle(block: nn.Module) -> bool:
+        inner = block._modules["attention"]
+        if isinstance(inner, BLOCKS):
+            return _TransformersSwap.takes_handle(inner)
+        return isinstance(inner, (JoinedAttentionMixin, SplitAttentionBase))
 
     def find(self, model: nn.Module, caller: str) -> Modules:
         found = _instances(model, *FUSED, *_OWN)
@@ -143,11 +154,10 @@ class _TransformersSwap(ClassSwap):
         return None if weight is None else (attention.attn_implementation, weight.device, weight.dtype, head_dim)
 
     def call_reason(self, module: nn.Module) -> str:
-        if isinstance(module, (JoinedAttentionMixin, SplitAttentionBase)):
-            reason = module.library_forward_reason()
-        else:
-            reason = "has hooks, which expect a dense bias" if watches_output(module) else ""
-        return reason and f"{reason}; Transformers' own attention runs until this changes"
+        own = ""
+        if isinstance(module, (JoinedAttentionMixin, SplitAttentionBase, FromLibraryBias)):
+            own = module.library_forward_reason()
+        return own or super().call_reason(module)
 
 
 _SWAP = _TransformersSwap()

@@ -6,6 +6,7 @@ a dense mask. If the configuration has "triton", the patched modules return thei
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import ModuleType
@@ -22,7 +23,9 @@ from ...layers.module_hooks import watches_keywords, watches_output
 from ...position_bias import Window
 from ..bias_handle import dense, show_dense, showing_methods
 from ..forward_scope import choose_in_forward, in_scope
+from ..library_code import Functions, changed_function, library_functions
 from .fused_layers import BLOCKS, FUSED, INNER_BIASES, TRUNKS, as_handle, hide_dense, table_of
+from .library_reasons import INDEX
 from .monkey_patch import replace_attribute, set_item
 from .table_bias import DenseBias, TableBias, key_mask_of
 
@@ -36,7 +39,7 @@ def enter_attention(undo: ExitStack) -> None:
     _enter_family(undo, modeling_beit, "Beit", "BEIT")
     _enter_family(undo, modeling_data2vec_vision, "Data2VecVision", "DATA2VEC_VISION")
     for block in BLOCKS:
-        for name, method in showing_methods(block.__call__, block.forward, _hide_if_triton).items():
+        for name, method in showing_methods(block.__call__, block.forward, _hide_if_triton, _any).items():
             replace_attribute(undo, block, name, method)
         block.__init_subclass__()  # Transformers wraps the forward of a class here, for gradient checkpointing
     for trunk in TRUNKS:
@@ -47,7 +50,7 @@ def _enter_family(undo: ExitStack, modeling: ModuleType, family: str, constant: 
     bias = getattr(modeling, f"{family}RelativePositionBias")
     base = getattr(modeling, f"{family}PreTrainedModel")
     replace_attribute(undo, bias, "__init__", _keeping_config(bias.__init__))
-    replace_attribute(undo, bias, "forward", _returning_table(bias.forward))
+    replace_attribute(undo, bias, "forward", _returning_table(bias.forward, library_functions(bias, INDEX)))
     replace_attribute(undo, bias, "__call__", _returning_handle(bias.__call__))
     choose = base.get_correct_attn_implementation
     replace_attribute(undo, base, "get_correct_attn_implementation", _configuring_biases(choose, bias))
@@ -118,9 +121,10 @@ def _keeping_config(init: Callable[..., None]) -> Callable[..., None]:
     return init_and_keep_config
 
 
-def _returning_table(forward: Callable[..., Tensor]) -> Callable[..., TableBias | Tensor]:
+def _returning_table(forward: Callable[..., Tensor], index: Functions) -> Callable[..., TableBias | Tensor]:
+    @functools.wraps(forward)
     def forward_of_implementation(self: Any, window_size: Any, *args: Any, **kwargs: Any) -> TableBias | Tensor:
-        if not _asks_for_triton(self) or watches_output(self):
+        if not _asks_for_triton(self) or watches_output(self) or changed_function(index, type(self), self):
             return forward(self, window_size, *args, **kwargs)
         return table_of(self, window_size)
 
@@ -146,6 +150,10 @@ def _showing_dense(call: Callable[..., Any]) -> Callable[..., Any]:
 def _hide_if_triton(module: nn.Module, name: str, value: Any) -> Any:
     asks = any(_asks_for_triton(part) for part in module.modules())
     return hide_dense(module, name, value) if asks else value
+
+
+def _any(module: nn.Module) -> bool:
+    return True
 
 
 def _asks_for_triton(module: Any) -> bool:

@@ -27,7 +27,9 @@ from ...layers.module_hooks import clone_if_hooked, watches_keywords, watches_ou
 from ...position_bias import Window, resize_table
 from ..bias_handle import dense, show_dense
 from ..forward_scope import choose_in_forward, kernels_for
-from .table_bias import Bias, DenseBias, TableBias, key_mask_of
+from ..library_code import changed_sdpa
+from .library_reasons import FromLibrary, FromLibraryBias, attention_function_reason, attributes_of
+from .table_bias import Bias, DenseBias, TableBias, is_dense_bias, key_mask_of
 
 
 def attend(
@@ -57,11 +59,11 @@ def attend(
     ).flatten(2)
 
 
-class TableMixin(nn.Module):
+class TableMixin(FromLibraryBias):
     """A relative position bias that returns its table.
 
     The table is resized to the window of the image. If the module has hooks, they see Transformers' dense bias and may
-    replace it.
+    replace it. `library_forward_reason` says when Transformers' forward runs.
     """
 
     window_size: Window
@@ -71,7 +73,7 @@ class TableMixin(nn.Module):
         return as_handle(super().__call__(*args, **kwargs))
 
     def forward(self, window_size: Window, interpolate_pos_encoding: bool = False, dim_size: Any = None) -> Any:
-        if watches_output(self):
+        if self.library_forward_reason():
             return super().forward(window_size, interpolate_pos_encoding, dim_size)
         return table_of(self, window_size)
 
@@ -88,7 +90,7 @@ def as_handle(bias: Any) -> Any:
     return DenseBias(bias) if isinstance(bias, Tensor) else bias
 
 
-class TableOrDenseMixin(nn.Module):
+class TableOrDenseMixin(FromLibraryBias):
     """A bias inside a `SelfAttention`: its table, or the dense bias for Transformers' own forward."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,16 +105,17 @@ class TableOrDenseMixin(nn.Module):
     ) -> Any:
         if as_table:
             return table_of(self, window_size)
-        if watches_output(self):
+        if self.library_forward_reason():
             return super().forward(window_size, interpolate_pos_encoding, dim_size)
         return table_of(self, window_size).dense()
 
 
-class JoinedAttentionMixin(nn.Module):
+class JoinedAttentionMixin(FromLibrary):
     """`BeitAttention` since 5.8; `library_forward_reason` says when Transformers' forward runs."""
 
     attn_implementation: str | None = None
     config: Any
+    num_attention_heads: int
     head_dim: int
     scaling: float
     attention_dropout: float
@@ -123,7 +126,9 @@ class JoinedAttentionMixin(nn.Module):
 
     def library_forward_reason(self) -> str:
         """Return why Transformers' own forward must run, or an empty string."""
-        return "has hooks with keyword arguments" if watches_keywords(self) else ""
+        if watches_keywords(self):
+            return "has hooks with keyword arguments"
+        return self.changed_forward() or attention_function_reason(self.config._attn_implementation)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = show_dense(self, args, kwargs)
@@ -133,7 +138,8 @@ class JoinedAttentionMixin(nn.Module):
         self, hidden_states: Tensor, attention_mask: TableBias | DenseBias | Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         asks_for_weights = kwargs.get("output_attentions", self.config.output_attentions)
-        if asks_for_weights or isinstance(attention_mask, DenseBias) or self.library_forward_reason():
+        given_bias = isinstance(attention_mask, Tensor) and is_dense_bias(attention_mask, self.num_attention_heads)
+        if asks_for_weights or given_bias or isinstance(attention_mask, DenseBias) or self.library_forward_reason():
             return super().forward(hidden_states, dense(attention_mask), **kwargs)
         kernels = kernels_for(hidden_states, self.attn_implementation, self.head_dim)
         out = attend(
@@ -147,7 +153,7 @@ class JoinedAttentionMixin(nn.Module):
         return apply_linear(self.o_proj, out, kernels.gemm), None
 
 
-class SplitAttentionBase(nn.Module):
+class SplitAttentionBase(FromLibrary):
     """Common base of the `SelfAttention` classes of split layers."""
 
     attn_implementation: str | None = None
@@ -165,18 +171,24 @@ class SplitAttentionBase(nn.Module):
         """Return why Transformers' own forward must run, or an empty string."""
         if watches_keywords(self):
             return "has hooks with keyword arguments"
-        if self.has_relative_position_bias and watches_output(self.relative_position_bias):
-            return "has a bias with hooks, which expect a dense bias"
+        if self.has_relative_position_bias and (reason := self._bias_reason(self.relative_position_bias)):
+            return reason
         # the class for sdpa does not call its dropout
         if not self.returns_none_for_weights and (type(self.dropout) is not nn.Dropout or watches_output(self.dropout)):
             return "has a dropout of attention weights that was replaced or has hooks"
-        return ""
+        return self.changed_forward() or (changed_sdpa() if self.returns_none_for_weights else "")
+
+    def _bias_reason(self, bias: nn.Module) -> str:
+        if not isinstance(bias, TableOrDenseMixin):
+            return f"takes the dense bias of a {type(bias).__module__}.{type(bias).__qualname__}"
+        reason = bias.library_forward_reason()
+        return reason and f"has a bias that {reason}"
 
     def runs_library(self, bias: Bias | Tensor | None) -> bool:
         """Return whether Transformers' own forward must run, given the shared bias."""
         # the layer around passes the bias by position, which every hook reads
         shown = bias is not None and watches_output(self)
-        return shown or isinstance(bias, DenseBias) or bool(self.library_forward_reason())
+        return shown or isinstance(bias, (DenseBias, Tensor)) or bool(self.library_forward_reason())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = show_dense(self, args, kwargs)
@@ -260,7 +272,11 @@ TRUNKS: list[type[nn.Module]] = []
 
 def _subclass(mixin: type[nn.Module], original: type[nn.Module], prefix: str = "Fused", **attributes: Any) -> type:
     name = f"{prefix}{original.__name__}"
-    made = type(name, (mixin, original), {"__module__": __name__, "__doc__": mixin.__doc__, **attributes})
+    made = type(
+        name,
+        (mixin, original),
+        {"__module__": __name__, "__doc__": mixin.__doc__} | attributes_of(original) | attributes,
+    )
     globals()[name] = made  # pickle looks it up here
     return made
 

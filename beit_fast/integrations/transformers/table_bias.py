@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from ...position_bias import Window, gather_bias
-from ..bias_handle import BiasHandle
+from ..bias_handle import BiasHandle, acts_as_dense
 
 _MASKED = -1e4
 """Added to the score of a masked key; this value or less leaves no weight in any dtype."""
 
 
-class Bias(BiasHandle):
+@acts_as_dense
+class _Dense(BiasHandle):
+    """A handle that other layers take for its dense bias."""
+
+
+class Bias(_Dense):
     """A relative position bias and a padding mask.
 
-    It is for layers that only add biases and pass them on. A padding mask that is added becomes the key mask.
+    It is for layers that only add biases and pass them on. A padding mask that is added becomes the key mask. The sum
+    with a dense bias is dense.
 
     Attributes:
         key_mask: bool `[B, N]` or `[1, N]`, True = attend, or None.
@@ -38,16 +44,23 @@ class Bias(BiasHandle):
     def unmasked(self) -> Tensor:
         """Return the dense bias `[1, H, N, N]` without the key mask."""
 
-    def __add__(self, other: Bias | Tensor) -> Bias:
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Return the number of heads."""
+
+    def __add__(self, other: Bias | Tensor) -> Bias | Tensor:
         if not isinstance(other, Bias):
+            if not isinstance(other, Tensor) or is_dense_bias(other, self.heads):
+                return self.dense() + other
             return self.with_key_mask(_both(self.key_mask, key_mask_of(other)))
         return self.plus(other).with_key_mask(_both(self.key_mask, other.key_mask))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Handle the sum under torch.compile, and with the mask on the left."""
-        if func.__name__ not in ("add", "__add__", "__radd__"):
-            return NotImplemented
+        """Handle the sum under torch.compile, and with the mask on the left; else call with dense biases."""
+        if func.__name__ not in ("add", "__add__", "__radd__") or kwargs or len(args) != 2:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[misc]
         first, second = args
         return first.__add__(second) if isinstance(first, Bias) else second.__add__(first)
 
@@ -81,6 +94,11 @@ class TableBias(Bias):
     def with_key_mask(self, key_mask: Tensor | None) -> TableBias:
         """Return the bias with another key mask."""
         return TableBias(self.table, self.window, key_mask)
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.table.shape[1]
 
     def plus(self, other: Bias) -> Bias:
         """Return the sum of the tables, or of dense biases."""
@@ -116,6 +134,11 @@ class DenseBias(Bias):
         """Return the bias with another key mask."""
         return DenseBias(self.bias, key_mask)
 
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.bias.shape[1]
+
     def plus(self, other: Bias) -> DenseBias:
         """Return the dense sum."""
         return DenseBias(self.bias + other.unmasked())
@@ -127,6 +150,17 @@ class DenseBias(Bias):
     def to(self, *args: Any, **kwargs: Any) -> DenseBias:
         """Move or cast the tensors, as in `Tensor.to`."""
         return DenseBias(self.bias.to(*args, **kwargs), _moved(self.key_mask, args, kwargs))
+
+
+def is_dense_bias(mask: Tensor, heads: int) -> bool:
+    """Return whether a tensor is a bias, not an attention mask.
+
+    Modules that are not accelerated pass such a bias `[B or 1, H, N, N]`. With one head its values decide, except under
+    torch.compile, where they are taken for a mask and checked.
+    """
+    if mask.ndim != 4 or not mask.is_floating_point() or mask.shape[1] != heads:
+        return False
+    return heads > 1 or not (torch.compiler.is_compiling() or bool(((mask == 0) | (mask <= _MASKED)).all()))
 
 
 def key_mask_of(mask: Tensor) -> Tensor:
