@@ -124,7 +124,7 @@ class BeitConfig(LabelsAndStages, JsonFile):
     """
 
     model_type: ClassVar[str] = "beit"
-    _file_name: ClassVar[str] = CONFIG_NAME
+    _file_name = CONFIG_NAME
     _commit_hash = None  # pipelines of Transformers 4 read it
 
     vocab_size: int = 8192
