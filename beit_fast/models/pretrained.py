@@ -176,7 +176,7 @@ class PretrainedMixin(HubUpload):
 
         Args:
             save_directory: The folder, created if missing.
-            is_main_process: False checks these arguments and writes nothing, as all but one process of a run need it.
+            is_main_process: False writes nothing; pass it in all processes of a run but one.
             state_dict: Tensors to write instead of those of the model. If these are sharded over processes, gather
                 them with `get_model_state_dict` of `torch.distributed.checkpoint.state_dict`.
             max_shard_size: Larger weights are split into shards with an index. Bytes, or a string such as `"5GB"`.
