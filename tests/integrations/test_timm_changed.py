@@ -258,6 +258,19 @@ def test_index_is_read_once_for_each_version():
     assert key not in library_code._checked
 
 
+def test_index_without_version_or_values_keeps_fused_attention():
+    """Tensors of inference mode have no version, and those of `vmap` have no values."""
+    with torch.inference_mode():
+        model = timm_reference.build(**NETWORKS["both"])
+        accelerate(model, "triton")
+        assert fused_calls(model, pixels_for(model)) == 3
+    reference, fast = pair("both")
+    pixels = pixels_for(fast)
+    stacked = torch.func.stack_module_state([fast, copy.deepcopy(fast)])
+    both = torch.vmap(lambda *state: torch.func.functional_call(fast, state, (pixels,)))(*stacked)
+    assert torch.allclose(both, reference(pixels).expand(2, -1, -1), atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [patch_instance, change_index_in_place])
 def test_compiled_model_changed_before_it_compiles_equals_timm(change, monkeypatch):
