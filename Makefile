@@ -184,7 +184,7 @@ GPU_STAGE_BUDGET := 65
 GPU_RESULTS = $(or $(RESULTS),build)
 TRITON_WHEELS ?=
 GPU_TRITON := build/gpu-triton
-# The stamp is named after the wheels, so that another folder, or another wheel in it, is installed anew.
+# The stamp is named after the wheels, so that another folder, or another wheel in it, is installed again.
 ifneq ($(TRITON_WHEELS),)
 GPU_WHEELS := $(shell cd "$(TRITON_WHEELS)" 2>&- && stat -c '%n %s %Y' "$$PWD"/triton-*.whl 2>&-)
 $(if $(GPU_WHEELS),,$(error TRITON_WHEELS=$(TRITON_WHEELS) has no wheel of Triton (expected a folder with triton-*.whl)))

@@ -32,20 +32,20 @@ class AccessLog:
     Args:
         memory: Its name in messages.
         cta_count: Number of CTAs.
-        pitch: Bytes of a CTA's memory, a multiple of 128. CTA `i` begins at `i * pitch`.
+        stride: Bytes from one CTA's memory to the next, a multiple of 128. CTA `i` begins at `i * stride`.
         threads: Threads of a CTA.
         granule: Bytes of the smallest access.
     """
 
-    def __init__(self, memory: str, cta_count: int, pitch: int, threads: int, granule: int) -> None:
+    def __init__(self, memory: str, cta_count: int, stride: int, threads: int, granule: int) -> None:
         self.memory = memory
-        self.pitch = pitch
+        self.stride = stride
         self.granule = granule
         self.warps = threads // LANES
         self._cta_count = cta_count
-        self._rest = cta_count * pitch
+        self._rest = cta_count * stride
         self._base = np.arange(cta_count * threads) // LANES % self.warps * self._rest
-        shape = (self.warps, cta_count, pitch // granule)
+        shape = (self.warps, cta_count, stride // granule)
         self._reads, self._writes = np.zeros(shape, U8), np.zeros(shape, U8)
         self._marks = {
             size: (
@@ -56,7 +56,7 @@ class AccessLog:
             for size in ITEMS
             if size >= granule
         }
-        self._read_span, self._write_span = _Span(pitch), _Span(pitch)
+        self._read_span, self._write_span = _Span(stride), _Span(stride)
         self._accesses: list[Access] = []
         self._first = np.zeros(cta_count, np.int64)  # of each CTA, the first access since its last barrier
 
@@ -67,7 +67,7 @@ class AccessLog:
         reads, writes, mark = self._marks[size]
         marks = reads if values is None else writes
         marks[(places + self._base[lanes]) // size] = mark
-        (self._read_span if values is None else self._write_span).extend(places % self.pitch, size)
+        (self._read_span if values is None else self._write_span).extend(places % self.stride, size)
         self._accesses.append(Access(places, lanes, size, values, site))
 
     def check_now(self, places: Array, size: int, lanes: Array, site: Site, is_write: bool) -> None:
@@ -89,7 +89,7 @@ class AccessLog:
                     RaceError,
                     f"{'writes' if is_write else 'reads'} {self.memory} without a barrier after another warp's access",
                     first,
-                    f"byte {place % self.pitch}",
+                    f"byte {place % self.stride}",
                     self._others(place),
                 )
                 return
@@ -126,7 +126,8 @@ class AccessLog:
         The mask is true where no barrier separates a place from what follows.
         """
         return [
-            (access, self._first[access.places // self.pitch] <= number) for number, access in enumerate(self._accesses)
+            (access, self._first[access.places // self.stride] <= number)
+            for number, access in enumerate(self._accesses)
         ]
 
     def _races(self, writes: Array, reads: Array, first: int, chosen: slice | Array) -> Array | None:
@@ -168,7 +169,7 @@ class AccessLog:
         row, granule = (int(part) for part in np.argwhere(races)[0])
         cta = int(np.arange(self._cta_count)[chosen][row])
         offset = (first + granule) * self.granule
-        place = cta * self.pitch + offset
+        place = cta * self.stride + offset
         touching = [(access, self._touches(access, place) & current) for access, current in self._since_barrier()]
         writer, hit = next((one, hit) for one, hit in reversed(touching) if one.values is not None and hit.any())
         index = int(np.argmax(hit))
@@ -196,12 +197,12 @@ class AccessLog:
 class _Span:
     """The part of each CTA's memory that was accessed."""
 
-    def __init__(self, pitch: int) -> None:
-        self._pitch = pitch
+    def __init__(self, stride: int) -> None:
+        self._stride = stride
         self.clear()
 
     def clear(self) -> None:
-        self._first, self._last = self._pitch, 0
+        self._first, self._last = self._stride, 0
 
     @property
     def is_empty(self) -> bool:

@@ -17,11 +17,11 @@ class LiveBarriers:
 
     Args:
         size: Bytes of shared memory of all CTAs.
-        pitch: Bytes of a CTA's memory.
+        stride: Bytes from one CTA's memory to the next.
     """
 
-    def __init__(self, size: int, pitch: int) -> None:
-        self._pitch = pitch
+    def __init__(self, size: int, stride: int) -> None:
+        self._stride = stride
         self._sites: dict[int, Site] = {}  # of the initialization, by place
         marks = np.zeros(size // BYTES, U8)  # 1 for each mbarrier
         self._marks = {item: marks.view(ITEMS[max(1, item // BYTES)]) for item in ITEMS}
@@ -52,7 +52,7 @@ class LiveBarriers:
             site.report(BarrierError, problem, index, self._byte(place), self._others(barrier))
 
     def _byte(self, place: int) -> str:
-        return f"byte {place % self._pitch} of shared memory"
+        return f"byte {place % self._stride} of shared memory"
 
     def _others(self, place: int) -> list[str]:
         return [f"initialized by {self._sites[place].instruction}"]

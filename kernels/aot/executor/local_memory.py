@@ -19,8 +19,8 @@ class LocalMemory:
 
     def __init__(self, lane_count: int, size: int) -> None:
         self.size = size
-        self._pitch = -(-size // 16) * 16
-        self._bytes = np.full(lane_count * self._pitch // 2, UNINITIALIZED, U16).view(U8)
+        self._stride = -(-size // 16) * 16
+        self._bytes = np.full(lane_count * self._stride // 2, UNINITIALIZED, U16).view(U8)
         self._views = {item: self._bytes.view(dtype) for item, dtype in ITEMS.items()}
 
     def _places(self, addresses: Array, size: int, site: Site) -> Array:
@@ -30,7 +30,7 @@ class LocalMemory:
             index = int(np.argmax(wrong))
             where = f"byte {int(offsets[index])} of {self.size} bytes of local memory"
             raise site.fault(AccessError, f"an access of {size} bytes is outside local memory", index, where)
-        return np.asarray(site.numbers * self._pitch + offsets)
+        return np.asarray(site.numbers * self._stride + offsets)
 
     def load(self, addresses: Array, size: int, site: Site) -> Array:
         places = self._places(addresses, size, site)

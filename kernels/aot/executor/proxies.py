@@ -23,12 +23,12 @@ class GenericWrites:
 
     Args:
         cta_count: Number of CTAs.
-        pitch: Bytes of a CTA's memory.
+        stride: Bytes from one CTA's memory to the next.
         threads: Threads of a CTA.
     """
 
-    def __init__(self, cta_count: int, pitch: int, threads: int) -> None:
-        chunks = pitch // CHUNK
+    def __init__(self, cta_count: int, stride: int, threads: int) -> None:
+        chunks = stride // CHUNK
         warps = threads // LANES
         self._threads = threads
         self._warp = np.arange(cta_count * threads) // LANES % warps

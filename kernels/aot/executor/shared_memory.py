@@ -41,17 +41,17 @@ class SharedMemory:
         cta_count, threads = len(layout.ctas), layout.threads
         lane_count = cta_count * threads
         self.size = size
-        self.pitch = max(-(-size // 128) * 128, 128)
+        self.stride = max(-(-size // 128) * 128, 128)
         self.observer: SharedObserver | None = None
-        self._bytes = np.full(cta_count * self.pitch // 2, UNINITIALIZED, U16).view(U8)
+        self._bytes = np.full(cta_count * self.stride // 2, UNINITIALIZED, U16).view(U8)
         self._views = {item: self._bytes.view(dtype) for item, dtype in ITEMS.items()}
-        self._cta_base = np.arange(lane_count) // threads * self.pitch
-        self._log = AccessLog("shared memory", cta_count, self.pitch, threads, granule)
+        self._cta_base = np.arange(lane_count) // threads * self.stride
+        self._log = AccessLog("shared memory", cta_count, self.stride, threads, granule)
         self._copies = AsyncCopies(lane_count)
         self.reads = AsyncReads(lane_count, len(self._bytes))
-        self._generic = GenericWrites(cta_count, self.pitch, threads) if has_async_proxy else None
-        self.guard = Guard(cta_count, self.pitch // CHUNK, threads)
-        self.barriers = LiveBarriers(len(self._bytes), self.pitch)
+        self._generic = GenericWrites(cta_count, self.stride, threads) if has_async_proxy else None
+        self.guard = Guard(cta_count, self.stride // CHUNK, threads)
+        self.barriers = LiveBarriers(len(self._bytes), self.stride)
 
     def place(self, addresses: Array, size: int, site: Site) -> Array:
         """Return the places of addresses after a check of bounds and alignment.
@@ -112,7 +112,7 @@ class SharedMemory:
                 site.report(RaceError, problem, index, self._byte(places[index]))
 
     def _byte(self, place: int) -> str:
-        return f"byte {int(place) % self.pitch} of shared memory"
+        return f"byte {int(place) % self.stride} of shared memory"
 
     def _check_loaded(self, values: Array, places: Array, site: Site) -> None:
         size = values.dtype.itemsize

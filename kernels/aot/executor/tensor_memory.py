@@ -67,7 +67,7 @@ class _Load(NamedTuple):
 
 
 class TensorMemory:
-    """Tensor memory of the CTAs that run together. A cell's number is `CTA * pitch + column * ROWS + row`.
+    """Tensor memory of the CTAs that run together. A cell's number is `CTA * stride + column * ROWS + row`.
 
     Args:
         layout: The CTAs.
@@ -79,13 +79,13 @@ class TensorMemory:
         cta_count = len(layout.ctas)
         self._layout = layout
         self._shared = shared
-        self._pitch = columns * ROWS
-        self._cells = np.full(cta_count * self._pitch * 2, UNINITIALIZED, U16).view(U32)
+        self._stride = columns * ROWS
+        self._cells = np.full(cta_count * self._stride * 2, UNINITIALIZED, U16).view(U32)
         self._coming = np.zeros_like(self._cells)  # what products in flight leave
         self._writer = np.zeros(len(self._cells), np.int32)  # number of the product that will write a cell
         self._readers = np.zeros(len(self._cells), np.int16)  # products that read a cell
-        self._log = AccessLog("tensor memory", cta_count, self._pitch * CELL, layout.threads, CELL)
-        self._guard = Guard(cta_count, self._pitch, layout.threads)
+        self._log = AccessLog("tensor memory", cta_count, self._stride * CELL, layout.threads, CELL)
+        self._guard = Guard(cta_count, self._stride, layout.threads)
         self._products: list[Product] = []
         self._stores: list[_Store] = []
         self._loads: list[_Load] = []
@@ -101,7 +101,7 @@ class TensorMemory:
         first = int(self._allocated[cta])
         if (
             columns not in (32, 64, 128, 256, 512)
-            or (first + columns) * ROWS > self._pitch
+            or (first + columns) * ROWS > self._stride
             or first + columns > COLUMNS
         ):
             raise site.fault(AccessError, f"allocates {columns} columns of tensor memory", 0, f"{first} are in use")
@@ -112,7 +112,7 @@ class TensorMemory:
     def free(self, cta: int, columns: int, site: Site) -> None:
         if any(product.cta == cta for product in self._products):
             raise site.fault(PipelineError, "frees tensor memory that a product still uses", 0)
-        cells = cta * self._pitch + np.arange(int(self._allocated[cta]) * ROWS)
+        cells = cta * self._stride + np.arange(int(self._allocated[cta]) * ROWS)
         lanes = np.broadcast_to(site.numbers[:1], cells.shape)
         self._log.check_now(cells * CELL, CELL, lanes, site.among(lanes), is_write=True)
         self._check_loaded(cells, lanes, site)
@@ -128,10 +128,10 @@ class TensorMemory:
             row, column = (int(np.broadcast_to(part, outside.shape)[index]) for part in (rows, columns))
             where = f"row {row}, column {column}"
             raise site.fault(AccessError, "accesses tensor memory that is not allocated", int(index[0]), where)
-        return np.asarray(ctas * self._pitch + columns * ROWS + rows)
+        return np.asarray(ctas * self._stride + columns * ROWS + rows)
 
     def _where(self, cell: int) -> str:
-        place = int(cell) % self._pitch
+        place = int(cell) % self._stride
         return f"row {place % ROWS}, column {place // ROWS} of tensor memory"
 
     # Loads and stores of threads
@@ -264,7 +264,7 @@ class TensorMemory:
         del self._barriers[cta, address]
 
     def _place(self, cta: int, address: int) -> int:
-        return cta * self._shared.pitch + address - BASE
+        return cta * self._shared.stride + address - BASE
 
     def commit(self, cta: int, address: int, site: Site) -> None:
         """Let the mbarrier complete a phase after all the thread's earlier products."""
