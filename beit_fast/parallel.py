@@ -31,9 +31,9 @@ _BY_ROWS = ("attention.output.dense", "output.dense")
 def tensor_parallel_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelStyle]:
     """Plan how `parallelize_module` shards the heads and the MLP of every block.
 
-    Query, key, value and the first half of the MLP are sharded by columns, the two linear layers after them by rows,
-    and all bias tables by heads. A block needs two all-reduces in the forward pass and two in the backward pass, none
-    of them within attention.
+    Query, key, value and the first half of the MLP are sharded by columns. The two linear layers after them are sharded
+    by rows, and all bias tables by heads. A block needs two all-reduces in the forward pass and two in the backward
+    pass, none of them within attention.
 
     All other computation is replicated, including the residual stream. Give each process the same images and labels
     and, with drop path or dropout, the same seed; otherwise the replicas diverge. Attention dropout then drops the same

@@ -1,9 +1,9 @@
 """Geometry of BEiT's learned 2-D relative position bias (arXiv 2106.08254, section 2.1).
 
 A window is `(height, width)` in patches. Token 0 is CLS, token `1 + row * width + column` is a patch, so a window has
-`N = height * width + 1` tokens. A table holds one row per relative position and one column per head:
-`(2 * height - 1) * (2 * width - 1)` rows for pairs of patches, then three rows for CLS to patch, patch to CLS and
-CLS to CLS.
+`N = height * width + 1` tokens. A table holds one row per relative position and one column per head. The first
+`(2 * height - 1) * (2 * width - 1)` rows are for pairs of patches. The last three are for CLS to patch, patch to CLS
+and CLS to CLS.
 """
 
 from __future__ import annotations

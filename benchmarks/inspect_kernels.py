@@ -5,10 +5,10 @@
     python benchmarks/inspect_kernels.py --kernel forward --capability 90 --tile 128,64,8,2 --markdown
 
 Counts are those of the machine code. A row is a kernel, GPU architecture, tile and bias layout. Its columns are the
-registers of a thread, spilled bytes, shared memory of a program, and instructions of the main loop per scheduler for
-64 x 64 scores, by pipe. The last columns are their ratio to the kernel without a bias, and the bound. The bound is the
-largest of the least cycles for issue, tensor cores (mma), exp2 (xu), memory accesses (lsu) and arithmetic (alu, fma):
-see kernels/aot/sass.py.
+registers of a thread, spilled bytes, and shared memory of a program. Then come the instructions of the main loop per
+scheduler for 64 x 64 scores, by pipe. The last columns are their ratio to the kernel without a bias, and the bound. The
+bound is the largest of the least cycles for issue, tensor cores (mma), exp2 (xu), memory accesses (lsu) and arithmetic
+(alu, fma): see kernels/aot/sass.py.
 
 "shipped" is the tile that the launcher chooses, "reference" is 64x64 with 4 warps and 2 stages. Results are cached in
 build/aot, or in the folder BEIT_FAST_AOT_CACHE, until the source of the kernels changes.

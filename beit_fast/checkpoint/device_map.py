@@ -22,8 +22,9 @@ class Placement(NamedTuple):
 
     Attributes:
         device: One device, or None for the default.
-        device_map: `"auto"`, `"balanced"`, `"balanced_low_0"` or `"sequential"`, which fill the available devices
-            and never split a block; one device; or a mapping from module names to devices, `"cpu"` or `"disk"`.
+        device_map: A strategy, one device, or a mapping from module names to devices, `"cpu"` or `"disk"`. The
+            strategies `"auto"`, `"balanced"`, `"balanced_low_0"` and `"sequential"` fill the available devices and
+            never split a block.
         max_memory: Maximum memory of each device for these strategies, by index or `"cpu"`, in bytes or as in
             `"10GB"`.
         offload_folder: The folder for weights on `"disk"`.

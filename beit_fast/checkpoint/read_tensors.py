@@ -58,8 +58,9 @@ def read_tensors(
         use_ema: Whether to read averaged weights; None reads them if there are any.
 
     Raises:
-        ValueError: If a file is damaged, has an unknown format, contains objects other than tensors and plain data,
-            repeats a name, has parameters without elements, or does not have the weights that `use_ema` selects.
+        ValueError: If a file is damaged, has an unknown format, repeats a name, or contains objects other than tensors
+            and plain data. Also if it has parameters without elements, or does not have the weights that `use_ema`
+            selects.
     """
     from tqdm import tqdm
 

@@ -101,8 +101,8 @@ def strip_wrappers(tensors: Mapping[str, Tensor]) -> OneModel:
     Names without BEiT's attention layers are returned unchanged.
 
     Raises:
-        ValueError: If it is not clear whether names without the prefix belong to the model, several prefixes have a
-            BEiT model, or two names become equal. The error lists the names or prefixes.
+        ValueError: If it is not clear whether names without the prefix belong to the model. Also if several prefixes
+            have a BEiT model, or two names become equal. The error lists the names or prefixes.
     """
     counter = averaging_counter(tensors)
     state: dict[str, Tensor] = {}

@@ -83,9 +83,10 @@ class GraphCache:
     """A function of tensors that is replayed as a CUDA graph.
 
     One graph is captured for each shape of the inputs. The key of a graph holds shapes, dtypes, devices and memory
-    formats of all tensors, the values of other arguments, autocast and the precision of fp32 GEMMs. Calls that no graph
-    can serve run the function, and `report` counts them with the reason. All graphs share one memory pool, so replays
-    on different streams wait for each other. Copies and pickles take the function and the limit, not the graphs.
+    formats of all tensors. It also holds the values of other arguments, autocast and the precision of fp32 GEMMs. Calls
+    that no graph can serve run the function, and `report` counts them with the reason. All graphs share one memory
+    pool, so replays on different streams wait for each other. Copies and pickles take the function and the limit, not
+    the graphs.
 
     Args:
         function: a function whose arguments and result may be nested in tuples, lists, dicts and model outputs.

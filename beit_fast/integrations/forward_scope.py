@@ -1,8 +1,8 @@
 """One choice of kernels for each forward pass of another library's model.
 
 The layers of another library do not pass a choice on. The forward of a trunk therefore opens a scope, and its layers
-share their choices within it. A layer outside a scope chooses for itself: one that is called alone, or that gradient
-checkpointing runs again in the backward pass, which has left the forward. Compiled code has no scope, because the
+share their choices within it. A layer outside a scope chooses for itself. Such a layer is called alone, or gradient
+checkpointing runs it again in the backward pass, which has left the forward. Compiled code has no scope, because the
 choice is a constant there.
 """
 

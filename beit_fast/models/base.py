@@ -40,10 +40,10 @@ class BeitPreTrainedModel(PretrainedMixin, GradientCheckpointingMixin, nn.Module
         config: A `BeitConfig`, or a configuration of Transformers' BEiT, which is converted.
         attn_implementation: `"eager"`, `"sdpa"`, `"triton"` or None. None runs a fused kernel if one serves the device
             and dtype, else `"sdpa"`, as in an export to ONNX. It overrides the config.
-        patch_embed_implementation: `"conv"` (`nn.Conv2d` and the steps after it), `"fused"` (one operator from pixels
-            to tokens, which reads the weight of the convolution without calling it) or None. None runs `"fused"` if
-            attention runs `"triton"` and the convolution was not replaced and has no hooks, else `"conv"`. It overrides
-            the config.
+        patch_embed_implementation: `"conv"` (`nn.Conv2d` and the steps after it), `"fused"` or None. `"fused"` is one
+            operator from pixels to tokens, which reads the weight of the convolution without calling it. None runs
+            `"fused"` if attention runs `"triton"` and the convolution was not replaced and has no hooks, else `"conv"`.
+            It overrides the config.
     """
 
     config_class: ClassVar[type] = BeitConfig

@@ -296,9 +296,9 @@ class BeitForImageClassification(BeitPreTrainedModel):
 
         Args:
             labels: Class indices `[B]` of any integer dtype (-100 is ignored), or numbers `[B]` for regression
-                (`num_labels == 1`), or floats `[B, num_labels]` from 0 to 1 for several labels an image.
-                `config.problem_type` overrides this rule. If all class indices are ignored, the loss is NaN, as that
-                of `torch.nn.functional.cross_entropy`.
+                (`num_labels == 1`). For several labels an image, floats `[B, num_labels]` from 0 to 1.
+                `config.problem_type` overrides this rule. If all class indices are ignored, the loss is NaN, as that of
+                `torch.nn.functional.cross_entropy`.
 
         The other arguments are those of `BeitModel.forward`.
         """

@@ -25,7 +25,7 @@ class PretrainedMixin(HubUpload):
     Args:
         pretrained_model_name_or_path: A folder, a file (safetensors, an index of shards, or a pickle of tensors, read
             with `weights_only=True`), or a hub repository such as `"microsoft/beit-base-patch16-224"`. None if
-            `state_dict` is passed. In a pickle the state dict may be under `"model"`, `"state_dict"` and the like, and
+            `state_dict` is passed. In a pickle the state dict may be under `"model"`, `"state_dict"` and the like. Its
             names may have the prefixes of DDP, `torch.compile`, Lightning and `AveragedModel`.
         config: A `BeitConfig`, one of Transformers, a dict of fields or a path to one, instead of the checkpoint's.
         attn_implementation, patch_embed_implementation: See `BeitPreTrainedModel`.
@@ -33,7 +33,7 @@ class PretrainedMixin(HubUpload):
             that of the configuration, else of the file.
         device: Device of the parameters.
         device_map, max_memory, offload_folder: Dispatch the layers to devices, host memory and disk by the package
-            accelerate, instead of `device`: `"auto"`, or a device for every part by name. See
+            accelerate, instead of `device`. `device_map` is `"auto"`, or a device for every part by name. See
             `beit_fast.checkpoint.device_map.Placement`. The file is read into host memory first.
         revision, cache_dir, token, local_files_only: Passed to `huggingface_hub`.
         subfolder: The folder of the checkpoint inside the repository or the local folder.
@@ -47,8 +47,8 @@ class PretrainedMixin(HubUpload):
         image_size: Resize bias tables and position embeddings to images of this size.
         position_interpolation: `"bilinear"` (Transformers, MiDaS) or `"geometric"` (timm, unilm).
         output_loading_info: Return `(model, info)`. `info` has the sets `missing_keys`, `unexpected_keys` and
-            `mismatched_keys`. `weights_entry` is the entry of the file that was read, `ema_weights` that of averaged
-            weights if these were read, and `left_aside` lists the entries and tensors that were not read.
+            `mismatched_keys`. `weights_entry` is the entry of the file that was read, and `ema_weights` that of
+            averaged weights if these were read. `left_aside` lists the entries and tensors that were not read.
         options: Fields of `BeitConfig` that override those of the checkpoint, `add_pooling_layer`, and Transformers'
             arguments in `beit_fast.checkpoint.arguments.OrdinaryArguments`: `state_dict`, `key_mapping` and others.
     """
@@ -140,8 +140,9 @@ class PretrainedMixin(HubUpload):
         Raises:
             FileNotFoundError: If there is no checkpoint.
             TypeError: If an option is not known, or the name is not a path.
-            ValueError: If the name is empty, parameters are missing, unexpected or mismatched (all are listed), the
-                file is damaged, unsafe or ambiguous, a device cannot be used, or the configuration cannot be inferred.
+            ValueError: If the name is empty, the file is damaged, unsafe or ambiguous, a device cannot be used, or the
+                configuration cannot be inferred. Also if parameters are missing, unexpected or mismatched (all are
+                listed).
         """
         from ..checkpoint import loading
 
@@ -189,10 +190,10 @@ class PretrainedMixin(HubUpload):
 
         Raises:
             TypeError: If an argument is not known or has a wrong type.
-            ValueError: If the path is empty, `safe_serialization` is False, modules have values that safetensors cannot
-                store, such as quantized weights, or that `from_pretrained` cannot read (these modules are listed),
-                parameters are on the meta device or sharded over processes, or `state_dict` does not match the model.
-                Nothing is then written.
+            ValueError: If the path is empty, `safe_serialization` is False, or `state_dict` does not match the model.
+                Also if parameters are on the meta device or sharded over processes. Also if modules have values that
+                safetensors cannot store, such as quantized weights, or that `from_pretrained` cannot read (these
+                modules are listed). Nothing is then written.
             OSError: If the folder cannot be written, or the hub cannot be reached after it was written.
         """
         from ..checkpoint.saving import save_model

@@ -144,8 +144,8 @@ class Reference:
 def reference(case: Case, biased: bool) -> Reference:
     """Compute the fp64 results and error budgets of a case.
 
-    The budgets come from the error of textbook attention in the dtype of the case: twice that error for the output,
-    three times for a gradient, plus four eps of the dtype.
+    The budgets come from the error of textbook attention in the dtype of the case. They are twice that error for the
+    output and three times for a gradient, plus four eps of the dtype.
     """
     exact = _reference_results(case, biased)
     inputs = draw(case)

@@ -1,7 +1,7 @@
 """Peak memory of a call: torch's allocator on CUDA, the resident set of the process on Linux.
 
 glibc keeps freed blocks of up to 32 MiB in its heap, and a later call may reuse them. Its peak would then depend on
-what ran before. While a call is measured, glibc maps every block of a MiB or more from the system: free pages are
+what ran before. While a call is measured, glibc maps every block of a MiB or more from the system. Free pages are
 returned, holes in the heap are filled, and the threshold for mapping is lowered.
 """
 

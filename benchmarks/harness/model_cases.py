@@ -144,9 +144,9 @@ def our_model(case: ModelCase, implementation: str, dtype: torch.dtype) -> BeitF
 def model_reference(case: ModelCase) -> Reference:
     """Compute fp64 logits and, in training, gradients, with error budgets.
 
-    The budgets come from the error of eager attention in the dtype of the case: twice that error for the logits, three
-    times for gradients, plus four eps of the dtype. Gradients are concatenated over layers: "lambda_1" holds the layer
-    scales of all layers.
+    The budgets come from the error of eager attention in the dtype of the case. They are twice that error for the
+    logits and three times for gradients, plus four eps of the dtype. Gradients are concatenated over layers: "lambda_1"
+    holds the layer scales of all layers.
     """
     exact = _eager_results(case, torch.float64)
     rounded = _eager_results(case, DTYPES[case.dtype])

@@ -1,8 +1,8 @@
 """Register layouts of the bias loads, read from the compiler's TTGIR.
 
 The vector loads of bias.load_bias_tile are right only if adjacent registers hold what one instruction loads. A layout
-of Triton is linear over bits: each bit of a register, lane or warp number adds (exclusive or) one basis vector
-(row, column) to the position of the element.
+of Triton is linear over bits. Each bit of a register, lane or warp number adds (exclusive or) one basis vector (row,
+column) to the position of the element.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Attention kernels compiled for every supported GPU: spills and shared memory.
 
-The tests also count the instructions of the main loop with and without the bias, and check that the vector loads of
+The tests also count the instructions of the main loop with and without the bias. They check that the vector loads of
 the bias match the register layout of the compiler. They do not need a GPU.
 """
 
@@ -237,10 +237,10 @@ def has_more_demanding(kernel: str, architecture: str, block_d: int, arithmetic:
 def table_variants(architecture: str) -> list[Variant]:
     """Return variants for the entries of the configs of an architecture.
 
-    Each tile has its most demanding options: the largest head dimension that uses it, dropout, the extended table, a
-    key mask, and a head dimension that is padded. Half precision also has every head dimension in the layout of even
-    windows, whose vector loads depend on the tile. The other layouts are tested at head dimension 64. Of the small
-    GPUs, sm_86 represents sm_89, and sm_120 is tested if registers are scarce.
+    Each tile has its most demanding options. These are the largest head dimension that uses it, dropout, the extended
+    table, a key mask, and a head dimension that is padded. Half precision also has every head dimension in the layout
+    of even windows, whose vector loads depend on the tile. The other layouts are tested at head dimension 64. Of the
+    small GPUs, sm_86 represents sm_89, and sm_120 is tested if registers are scarce.
     """
     variants = []
     for kernel, arithmetic, block_d, dropout, capability in itertools.product(

@@ -101,8 +101,8 @@ def test_optimize_masks_and_byte_images_equals_model():
 def test_optimize_half_precision_error_within_budget(name, dtype):
     """Allow 1.1 times the error of eager attention in the same dtype.
 
-    The weights are folded in fp32 and rounded once. The rounded weights of a model are the same for all its
-    images, and the ratio of one model's errors is 0.6 to 1.4 by chance. So the test averages over 16 models.
+    The weights are folded in fp32 and rounded once. The rounded weights of a model are the same for all its images. The
+    ratio of one model's errors is 0.6 to 1.4 by chance. So the test averages over 16 models.
     """
     errors, allowed = [], []
     for seed in range(16):

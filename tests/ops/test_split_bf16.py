@@ -68,7 +68,7 @@ def test_linear_of_two_terms_is_within_error_bound(rows, depth, columns):
     For a in [1, 2), the first term leaves a remainder r1, uniform between -2**-8 and 2**-8. The second term leaves r2,
     uniform within half a unit in the last place of r1. That unit is 2**-16 for the upper half of all r1, 2**-17 for a
     quarter, and so on. The root mean square (RMS) of r2 is then 2**-16 * sqrt(4 / 7 / 12) = 2**-18.2.
-    A product a * b omits a times r2 of b, b times r2 of a, and r1 of a times r1 of b, whose RMS are 2**-8.8 each.
+    A product a * b omits a times r2 of b, b times r2 of a, and r1 of a times r1 of b. The RMS of each r1 is 2**-8.8.
     Divided by the RMS of a, 2**0.6, each omitted term is 2**-18.8 of the product, and all three are 2**-18.
     Sums of many products have the same ratio; the test allows 2**-17.
     Each omitted term is at most 2**-16 of the product, and all three at most 3 * 2**-16.

@@ -1,8 +1,9 @@
 """One process of a distributed run: `python scale_out_run.py RANK WORLD FOLDER`.
 
 It needs only torch and beit_fast. `FOLDER/orders.pt` has orders by name. An order has a task of `TASKS`, an engine of
-`ENGINES`, `class`, `config`, `state` and `dtype` of a model, the `inputs` of the whole batch, and the options of
-`build`, `checkpointed` and the engines. Each process writes the results of the tasks to `FOLDER/results-RANK.pt`.
+`ENGINES`, and `class`, `config`, `state` and `dtype` of a model. It also has the `inputs` of the whole batch, and the
+options of `build`, `checkpointed` and the engines. Each process writes the results of the tasks to
+`FOLDER/results-RANK.pt`.
 """
 
 from __future__ import annotations

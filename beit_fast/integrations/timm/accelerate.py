@@ -83,9 +83,9 @@ class TableRelativePositionBias(timm_beit.RelativePositionBias):
 class FusedAttention(timm_beit.Attention):
     """timm's attention with `beit_fast.rel_pos_attention`, which reads the bias from its table.
 
-    timm's own forward runs if `library_forward_reason` names a reason, if the shared bias is dense because its module
-    was replaced, and for hooks that read the shared bias. `attn_drop` is not called, as in timm's own fused attention:
-    only its probability is read.
+    timm's own forward runs if `library_forward_reason` names a reason, or if the shared bias is dense because its
+    module was replaced. It also runs for hooks that read the shared bias. `attn_drop` is not called, as in timm's own
+    fused attention: only its probability is read.
     """
 
     attn_implementation: str | None = None

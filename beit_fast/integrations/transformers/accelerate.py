@@ -49,10 +49,11 @@ def accelerate(model: nn.Module, attn_implementation: AttentionImplementation | 
     A call with `output_attentions=True`, and in 4.57 a call with a head mask, runs Transformers' attention with a dense
     bias. It returns what Transformers returns: weights under `"eager"`, and none under `"sdpa"`.
 
-    Hooks see what they see in Transformers. Each call checks whether there are any. While a bias module has hooks,
-    or an attention or layer has hooks that read a bias among its arguments, the attention that takes this bias is
-    Transformers' own. The same holds for `"eager"` attention of Data2VecVision whose dropout has hooks, for a bias
-    module that was replaced, and while methods, or the attention function, are not those of Transformers.
+    Hooks see what they see in Transformers. Each call checks whether there are any. A bias module may have hooks, or an
+    attention or layer may have hooks that read a bias among its arguments. While they do, the attention that takes this
+    bias is Transformers' own. The same holds for `"eager"` attention of Data2VecVision whose dropout has hooks, and for
+    a bias module that was replaced. It also holds while methods, or the attention function, are not those of
+    Transformers.
 
     A padding mask excludes keys under every attention, as Transformers' `"eager"` does. Transformers' `"sdpa"`
     in 5.x adds the mask to the bias as 0 and 1, so that masked keys are attended to. A sample whose keys are all masked

@@ -1,10 +1,10 @@
 """Choice of the GEMM for fp32 linear layers on CPU. The GEMM is chosen by CPU model and not by autotuning.
 
 `F.linear` on CPU is BLAS, usually MKL, which runs AVX2 kernels on AMD CPUs. oneDNN runs AVX-512 kernels there, but it
-packs the right operand of each product: the weight forward, the transposed weight for the gradient of the input, and
-the input for the gradient of the weight. This pays for enough rows, on CPUs whose AVX-512 is
-twice as wide as their AVX2: AMD from family 26 on (Zen 5; Zen 4 splits each AVX-512 instruction in two). Both are
-equally fast on Intel CPUs. If the CPU has AMX, the kernel of `split_bf16` is faster than both.
+packs the right operand of each product. It is the weight in the forward, the transposed weight for the gradient of the
+input, and the input for the gradient of the weight. oneDNN pays for enough rows, on CPUs whose AVX-512 is twice as wide
+as their AVX2. These are AMD from family 26 on (Zen 5; Zen 4 splits each AVX-512 instruction in two). BLAS and oneDNN
+are equally fast on Intel CPUs. If the CPU has AMX, the kernel of `split_bf16` is faster than both.
 
 Query, key and value stay three products: concatenating their weights copies weights and gradients, which costs more
 than it saves.

@@ -1,7 +1,7 @@
 """Fallback of attention with relative position bias: PyTorch operations for CPU tensors without a native kernel.
 
-Arithmetic is fp32 (fp64 for fp64 inputs) for any input dtype. One sample and a few heads are computed at a time, so the
-temporary memory is at most 2**20 scores at a time, or the scores of one head if these are more.
+Arithmetic is fp32 (fp64 for fp64 inputs) for any input dtype. One sample and a few heads are computed at a time. The
+temporary memory is therefore at most 2**20 scores at a time, or the scores of one head if these are more.
 """
 
 from __future__ import annotations

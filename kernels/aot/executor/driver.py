@@ -4,8 +4,8 @@
         kernel[grid](*cpu_tensors, ...)
 
 Triton specializes and compiles as for a GPU of that compute capability. The launch binds parameters as Triton's CUDA
-launcher does: the arguments of the signature that are not constants, tuples flattened, and two pointers to scratch
-memory behind them.
+launcher does. These are the arguments of the signature that are not constants, tuples flattened, and two pointers to
+scratch memory behind them.
 """
 
 from __future__ import annotations

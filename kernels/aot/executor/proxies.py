@@ -2,8 +2,8 @@
 
 Loads and stores use the generic proxy. wgmma and tcgen05.mma read shared memory through the asynchronous proxy. They
 see what the generic proxy wrote only if `fence.proxy.async` stands on the path of barriers and program order between
-both. So a fence of the writing warp covers its earlier writes for every thread behind the next barrier, and a fence
-behind a barrier covers all writes before that barrier for its own thread.
+both. So a fence of the writing warp covers its earlier writes for every thread behind the next barrier. A fence behind
+a barrier covers all writes before that barrier for its own thread.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ class Schedule:
     """An order of warps.
 
     `lockstep` runs all warps together. `reversed` and `random` run one warp (or warpgroup, if the kernel multiplies by
-    warpgroups) until it waits for others: the last one that can run, or one that is drawn. `halves` draws half of the
-    warps and runs these together until they wait, then the others, and draws anew at each barrier: any two warps are
-    apart half of the time. It takes two to three times the CPU time of lockstep, one warp alone as many as there are.
+    warpgroups) until it waits for others. `reversed` takes the last one that can run, and `random` draws one. `halves`
+    draws half of the warps and runs these together until they wait, then the others. It draws again at each barrier, so
+    any two warps are apart half of the time. It takes two to three times the CPU time of lockstep, one warp alone as
+    many as there are.
     """
 
     order: str = LOCKSTEP

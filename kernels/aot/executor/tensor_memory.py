@@ -1,7 +1,7 @@
 """Tensor memory of sm_100 and the tcgen05 instructions in flight.
 
-A product's sums and a store hold the pattern of values in flight until the kernel waits: for products at the mbarrier
-that a commit names, for stores and loads with tcgen05.wait.
+A product's sums and a store hold the pattern of values in flight until the kernel waits. It waits for products at the
+mbarrier that a commit names, and for stores and loads with tcgen05.wait.
 """
 
 from __future__ import annotations

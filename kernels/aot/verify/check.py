@@ -82,9 +82,9 @@ def _recorded(tiles: dict[str, str]) -> Iterator[None]:
 def check(case: Case, schedules: Sequence[Schedule] = SCHEDULES) -> dict[str, Any]:
     """Run a case in each order of warps; return a row of the results, which JSON can hold.
 
-    The row has the hash of the plan, the launched kernels with tile and source hash, the number of launches, budgets,
-    the errors in each order, hazards with their number in each order, and a list of what is wrong. If there are
-    hazards, it has the whole text of the first one: source line, instruction, thread and address.
+    The row has the hash of the plan, the launched kernels with tile and source hash, and the number of launches. It
+    also has the budgets, the errors in each order, hazards with their number in each order, and a list of what is
+    wrong. If there are hazards, it has the whole text of the first one: source line, instruction, thread and address.
     """
     # Parsed kernels are many small objects, which the collector would visit again and again.
     gc.disable()
