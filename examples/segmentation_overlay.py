@@ -3,7 +3,7 @@
 python examples/segmentation_overlay.py [--out overlay.png] [--model FOLDER_OR_ID --image PATH]
 
 With --model, a checkpoint for semantic segmentation colors a photograph. Without it, the digits classifier beside this
-script gets a new UPerNet head, which is trained for some seconds to classify the ink of scikit-learn's handwritten
+script gets a new UPerNet head. The script trains it for some seconds to classify the ink of scikit-learn's handwritten
 digits. Then it colors twenty held-out digits.
 """
 

@@ -51,10 +51,14 @@ def blocks_of(page: str, *languages: str) -> list[Block]:
     return [block for block in blocks if not languages or block.language in languages]
 
 
+def without_fences(text: str) -> str:
+    """Remove fenced blocks."""
+    return re.sub(r"^ *(```+|~~~+).*?^ *\1 *$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def prose_of(text: str) -> str:
     """Remove fenced blocks and inline code, which do not contain links."""
-    without_blocks = re.sub(r"^ *(```+|~~~+).*?^ *\1 *$", "", text, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"`[^`\n]*`", "", without_blocks)
+    return re.sub(r"`[^`\n]*`", "", without_fences(text))
 
 
 def links_of(text: str) -> list[str]:
@@ -64,6 +68,6 @@ def links_of(text: str) -> list[str]:
 
 def anchors_of(path: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
-    text = re.sub(r"^ *(```+|~~~+).*?^ *\1 *$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = without_fences(path.read_text(encoding="utf-8"))
     titles = [match["title"] for line in text.splitlines() if (match := _HEADING.match(line))]
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
