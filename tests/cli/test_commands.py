@@ -241,16 +241,6 @@ def test_convert_weights_file_finds_the_configuration_beside_it(tmp_path, capsys
     assert "BeitForImageClassification" in out
 
 
-def test_classify_folder_is_named_as_one(tmp_path, photographs, capsys):
-    save(BeitForImageClassification, tmp_path / "model")
-    code, out, err = run(
-        capsys, "classify", tmp_path, photographs[0], "--model", tmp_path / "model", "--top", 1, "--device", "cpu"
-    )
-    assert code == 1
-    assert out.splitlines()[0] == photographs[0]
-    assert f"failed: {tmp_path}: cannot be read: it is a folder (expected an image file)" in err
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
