@@ -151,11 +151,13 @@ def _read_pickle(file: Path, device: torch.device | str) -> Any:
 
 
 def _foreign_objects(file: Path, error: pickle.UnpicklingError) -> str:
-    """Name the objects in a pickle that are not plain data."""
+    """Name objects in a pickle that are not plain data, outermost first."""
+    outermost = _OBJECT.findall(str(error))
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # a pickle of an older format
-        names = _OBJECT.findall(str(error))
+        found = set(outermost)
+    names = [*found.intersection(outermost), *sorted(found.difference(outermost))]  # torch lists them in any order
     if names:
         return join_some(names)
     lines = [line.strip() for line in _ANSI.sub("", str(error)).rpartition("WeightsUnpickler error:")[2].splitlines()]

@@ -17,6 +17,7 @@ from .protocol import PretrainedModel
 from .wrappers import without_wrappers
 
 _MODULE_LIMIT = 10
+_MISSING = "missing in the model"
 _POOLING = "add_pooling_layer"
 _ADVICE = (
     (("parametrizations.",), "call torch.nn.utils.parametrize.remove_parametrizations(module, name) first"),
@@ -117,8 +118,8 @@ def describe_mismatches(model: PretrainedModel, mismatches: Mapping[str, Mismatc
     name = type(model).__name__
     types = {without_wrappers(f"{path}.")[:-1]: full_name(type(module)) for path, module in model.named_modules()}
     lines = [
-        f"{f'{path} ({types[path]})' if path else 'the model'}: found {_list(mismatch.found, mismatch)}, expected "
-        f"{_list(mismatch.expected, mismatch)}"
+        f"{f'{path} ({types.get(path, _MISSING)})' if path else 'the model'}: found "
+        f"{_list(mismatch.found, mismatch)}, expected {_list(mismatch.expected, mismatch)}"
         for path, mismatch in mismatches.items()
     ]
     more = len(lines) - _MODULE_LIMIT

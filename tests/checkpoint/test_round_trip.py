@@ -63,6 +63,11 @@ def without_a_bias(model):
     return model
 
 
+def with_fewer_layers(model):
+    del model.beit.encoder.layer[1:]
+    return model
+
+
 LAYER = "beit.encoder.layer.0"
 CASES = {
     "weight norm": (
@@ -105,6 +110,11 @@ CASES = {
     "no bias": (
         without_a_bias,
         f"- {LAYER}.output.dense (torch.nn.modules.linear.Linear): found nothing, expected bias [32]",
+        "a class whose constructor builds these modules",
+    ),
+    "fewer layers": (
+        with_fewer_layers,
+        "- beit.encoder.layer.1.attention.attention.query (missing in the model): found nothing, expected weight [32",
         "a class whose constructor builds these modules",
     ),
 }

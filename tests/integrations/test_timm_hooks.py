@@ -180,3 +180,15 @@ def test_symbolic_trace_accelerated_equals_model(position, fused):
     assert fused_calls(traced, pixels) == len(leaves)
     restore(fast)
     assert_equal_results(torch.fx.symbolic_trace(fast), reference, pixels)
+
+
+@pytest.mark.parametrize("path", ["blocks.0", "blocks.0.attn", "rel_pos_bias"])
+def test_fused_attention_runs_under_hooks_of_the_package_accelerate(path):
+    """Regression: these hooks moved the shared bias as a dense tensor, and timm's own attention ran without a word."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    reference, fast = pair("shared")
+    hook = hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True)
+    hooks.add_hook_to_module(fast.get_submodule(path), hook)
+    pixels = pixels_for(fast)
+    assert fused_calls(fast, pixels) == len(fast.blocks)
+    assert_equal_results(fast, reference, pixels)

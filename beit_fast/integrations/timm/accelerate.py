@@ -44,6 +44,11 @@ class SharedTable(NamedTuple):
         """Return the bias `[H, N, N]`, as timm's module does."""
         return gather_bias(self.table, self.window)
 
+    def to(self, *args: Any, **kwargs: Any) -> SharedTable:
+        """Return a handle of the moved table."""
+        # Hooks of the package accelerate call `to` where they find one; a tensor's would move the dense bias.
+        return SharedTable(self.table.to(*args, **kwargs), self.window)
+
 
 @acts_as_dense
 @BiasHandle.register
@@ -55,6 +60,10 @@ class SharedDense(NamedTuple):
     def dense(self) -> Tensor:
         """Return the bias `[H, N, N]`."""
         return self.bias
+
+    def to(self, *args: Any, **kwargs: Any) -> SharedDense:
+        """Return a handle of the moved bias."""
+        return SharedDense(self.bias.to(*args, **kwargs))
 
 
 class TableRelativePositionBias(timm_beit.RelativePositionBias):
