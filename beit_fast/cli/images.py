@@ -72,6 +72,8 @@ def result_or_reason(file: Path, read: Callable[[], Result]) -> Result | str:
 
 
 def _try_to_open(path: str) -> None:
+    if not path:
+        raise ValueError("the path is empty (expected an image file)")
     if Path(path).is_dir():
         raise IsADirectoryError(f"image {path!r} is a folder (expected an image file; for a folder: beit-fast predict)")
     if not Path(path).is_fifo():

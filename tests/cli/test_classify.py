@@ -84,6 +84,12 @@ def test_classify_image_that_the_processor_refuses_fails_alone(form, photographs
         assert [failure["image"] for failure in json.loads(out)["failures"]] == [str(small), str(wide)]
 
 
+def test_classify_empty_path_is_not_the_current_folder(model, photographs, capsys):
+    code, _, err = classify(capsys, model, photographs[0], "")
+    assert code == 1
+    assert "the path is empty (expected an image file)" in err
+
+
 def test_classify_folder_fails_and_names_predict(model, photographs, tmp_path, capsys):
     code, out, err = classify(capsys, model, photographs[0], tmp_path)
     assert code == 1
