@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ..integrations.test_accelerate_transformers import *  # noqa: F403
+from ..integrations.test_accelerate_transformers_changed import *  # noqa: F403
 from ..integrations.test_accelerate_transformers_compiled import *  # noqa: F403
 from ..integrations.test_accelerate_transformers_masks import *  # noqa: F403
 from ..integrations.test_accelerate_transformers_modules import *  # noqa: F403
