@@ -122,7 +122,7 @@ $(SUITE)/.done: Makefile
 # outside .ci/run. docs/installation.md records the last results. Another torch compiles the native library; another Python
 # takes the library of the checkout, as from a wheel.
 OTHER_TORCH_TESTS := $(addprefix tests/,checkpoint configuration image_processing inference integrations layers models \
-  ops packaging utils test_native.py test_position_bias.py test_variables.py)
+  ops packaging training utils test_native.py test_position_bias.py test_variables.py)
 OTHER_PYTHON_TESTS := $(addprefix tests/,ops packaging utils test_native.py test_position_bias.py test_variables.py)
 test-torch-%: .venvs/torch-%/.done
 	$(call COPY_CHECKOUT,torch-$*)

@@ -23,6 +23,8 @@ FORBIDDEN = {
     "a circle of files": ("beit_fast/layers/drop_path.py", "from . import block"),
     "inside a function": ("beit_fast/ops/validation.py", "def late():\n    from ..layers import block"),
     "a folder outside the rule": ("beit_fast/elsewhere/__init__.py", "from ..cli import commands"),
+    "training to tuning": ("beit_fast/training/seeding.py", "from ..tuning import timer"),
+    "models to training": ("beit_fast/models/outputs.py", "from ..training import seeding"),
     "tuning to commands": ("beit_fast/tuning/timer.py", "from ..cli import collect_env"),
     "models to integrations": ("beit_fast/models/outputs.py", "from ..integrations import report"),
 }
