@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import ops as ops
-from ._version import __version__
 from .configuration import BeitConfig
 from .models.backbone import BeitBackbone
 from .models.base import BeitPreTrainedModel
@@ -16,6 +15,7 @@ from .models.outputs import BeitModelOutputWithPooling
 from .models.segmentation import BeitForSemanticSegmentation
 from .ops.attention import rel_pos_attention
 from .ops.patch_embed import patch_embed
+from .utils.version import __version__
 
 if TYPE_CHECKING:
     from .image_processing import BeitFeatureExtractor, BeitImageProcessor, BeitImageProcessorFast

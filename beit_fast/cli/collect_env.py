@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
+from ..utils.version import __version__
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:

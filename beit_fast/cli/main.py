@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from .._version import __version__
 from ..utils.names import ATTENTION_IMPLEMENTATIONS, POSITION_INTERPOLATIONS, dtype_name
 from ..utils.paths import as_path
+from ..utils.version import __version__
 from .options import (
     TASKS,
     ClassifyOptions,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.compiler.config
 
-from .._version import __version__
+from ..utils.version import __version__
 
 
 def source_tag() -> str:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..._version import __version__
 from ...utils.messages import count_of, join_some
+from ...utils.version import __version__
 from ..forward import CLASSIFIER, class_entries, load_complete, run_batch, score_name
 from ..options import TASKS, ExitCode, Format, Output, PredictOptions
 from ..outputs import check_file, check_keeps
