@@ -81,7 +81,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -126,7 +126,7 @@ def _are_integers(value: Any) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    return value is None or (isinstance(value, tuple) and all(map(_is_number, value)))
+    return value is None or (isinstance(value, tuple) and all(map(is_number, value)))
 
 
 def _is_optional(kind: type) -> Callable[[Any], bool]:
@@ -143,10 +143,8 @@ def _are_strings(value: Any) -> bool:
 
 _POSITIVE = Rule("a positive int", is_integer, lambda value: value > 0, to_integer)
 COUNT = Rule("an int of at least 0", is_integer, lambda value: value >= 0, to_integer)
-_PROBABILITY = Rule("a number in [0, 1)", _is_number, lambda value: 0 <= value < 1, _to_float)
-_AMOUNT = Rule(
-    "a finite number of at least 0", _is_number, lambda value: value >= 0 and math.isfinite(value), _to_float
-)
+_PROBABILITY = Rule("a number in [0, 1)", is_number, lambda value: 0 <= value < 1, _to_float)
+_AMOUNT = Rule("a finite number of at least 0", is_number, lambda value: value >= 0 and math.isfinite(value), _to_float)
 _FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 _OPTIONAL_FLAG = Rule("True, False or None", _is_optional(bool))
 _OPTIONAL_STRING = Rule("a string or None", _is_optional(str))

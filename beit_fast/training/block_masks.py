@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configuration.fields import is_integer, to_integer
+from ..configuration.fields import is_integer, is_number, to_integer
 from ..utils.messages import FieldError, describe, raise_errors
+from .arguments import sides_of, size_errors
 from .seeding import MASKS, RandomStream, seed_errors
 
 _ATTEMPTS = 10  # of unilm's generator, for one block
@@ -54,15 +55,14 @@ class BlockMaskGenerator:
         flat: bool = False,
         seed: int | None = None,
     ) -> None:
-        sides = tuple(map(to_integer, input_size if isinstance(input_size, (tuple, list)) else (input_size,) * 2))
-        errors = _size_errors(input_size, sides)
+        errors = size_errors("input_size", input_size, 2, "an int or a (height, width) pair of ints, each at least 2")
         errors += _count_errors("num_masking_patches", num_masking_patches)
         errors += _count_errors("min_num_patches", min_num_patches) + _aspect_errors("min_aspect", min_aspect)
         errors += [] if max_num_patches is None else _count_errors("max_num_patches", max_num_patches)
         errors += [] if max_aspect is None else _aspect_errors("max_aspect", max_aspect)
         errors += seed_errors(seed)
         raise_errors(type(self).__name__, errors)
-        self.height, self.width = (int(side) for side in sides)
+        self.height, self.width = sides_of(input_size)
         self.num_masking_patches, self.min_num_patches = int(num_masking_patches), int(min_num_patches)
         self.max_num_patches = self.num_masking_patches if max_num_patches is None else int(max_num_patches)
         self.min_aspect = float(min_aspect)
@@ -171,21 +171,12 @@ class BlockMaskGenerator:
         return [FieldError(error) for error in errors]
 
 
-def _size_errors(input_size: object, sides: tuple[Any, ...]) -> list[FieldError]:
-    has_type = all(map(is_integer, sides))
-    if has_type and len(sides) == 2 and all(side > 1 for side in sides):
-        return []
-    expected = "an int or a (height, width) pair of ints, each at least 2"
-    return [FieldError(f"{describe('input_size', input_size)} (expected {expected})", not has_type)]
-
-
 def _count_errors(name: str, count: object) -> list[FieldError]:
     number = to_integer(count)
     fits = is_integer(number) and number >= 1
     return [] if fits else [FieldError(f"{describe(name, count)} (expected a positive int)", not is_integer(number))]
 
 
-def _aspect_errors(name: str, aspect: object) -> list[FieldError]:
-    is_number = isinstance(aspect, (int, float)) and not isinstance(aspect, bool)
-    fits = isinstance(aspect, (int, float)) and is_number and 0 < aspect < math.inf
-    return [] if fits else [FieldError(f"{describe(name, aspect)} (expected a positive number)", not is_number)]
+def _aspect_errors(name: str, aspect: Any) -> list[FieldError]:
+    fits = is_number(aspect) and 0 < aspect < math.inf
+    return [] if fits else [FieldError(f"{describe(name, aspect)} (expected a positive number)", not is_number(aspect))]

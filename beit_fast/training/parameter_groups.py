@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..configuration.fields import is_number
 from ..utils.messages import FieldError, describe, full_name, raise_errors
 
 _WRAPPERS = r"^(?:(?:module|_orig_mod|base_model|model|backbone)\.)*(?:beit\.)?"
@@ -90,8 +91,7 @@ def _check_numbers(numbers: dict[str, float]) -> None:
     }
     errors = []
     for name, value in numbers.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fits = is_number and (0 < value <= 1 if name == "decay" else 0 <= value < math.inf)
+        fits = is_number(value) and (0 < value <= 1 if name == "decay" else 0 <= value < math.inf)
         if not fits:
-            errors.append(FieldError(f"{describe(name, value)} (expected {expected[name]})", not is_number))
+            errors.append(FieldError(f"{describe(name, value)} (expected {expected[name]})", not is_number(value)))
     raise_errors("layer_decay_parameter_groups", errors)

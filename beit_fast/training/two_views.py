@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configuration.fields import is_integer, to_integer
+from ..configuration.fields import is_number
 from ..image_processing.inputs import as_array, as_levels, as_tensor, read_images
 from ..image_processing.options import RESAMPLING_NAMES, Resampling
 from ..image_processing.resampling import Size, resize_array
 from ..utils.messages import FieldError, describe, join_choices, raise_errors
+from .arguments import sides_of, size_errors
 from .seeding import VIEWS, RandomStream, seed_errors
+from .tokenizers.pixels import dalle_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
 _ATTEMPTS = 10  # crops to draw before the center is taken
-_LOGIT_LAPLACE_EPSILON = 0.1
 
 
 class Crop(NamedTuple):
@@ -78,7 +79,8 @@ class TwoViewTransform:
         sizes = {"input_size": input_size, "second_input_size": second_input_size}
         filters = {"train_interpolation": train_interpolation, "second_interpolation": second_interpolation}
         means, deviations = _three_numbers(image_mean), _three_numbers(image_std)
-        errors = [error for name, size in sizes.items() for error in _size_errors(name, size)]
+        expected = "a positive int or a (height, width) pair"
+        errors = [error for name, size in sizes.items() for error in size_errors(name, size, 1, expected)]
         errors += [
             FieldError(f"{describe(name, value)} (expected {join_choices(RESAMPLING_NAMES)})")
             for name, value in filters.items()
@@ -92,7 +94,7 @@ class TwoViewTransform:
         errors += _fraction_errors("flip_probability", flip_probability)
         errors += [] if color_jitter is None else _fraction_errors("color_jitter", color_jitter)
         raise_errors(type(self).__name__, errors + seed_errors(seed))
-        self.size, self.second_size = _pair(input_size), _pair(second_input_size)
+        self.size, self.second_size = sides_of(input_size), sides_of(second_input_size)
         self.train_interpolation, self.second_interpolation = train_interpolation, second_interpolation
         self.image_mean, self.image_std = means, deviations
         self.map_pixels, self.scale, self.ratio = map_pixels, scale, ratio
@@ -127,7 +129,7 @@ class TwoViewTransform:
         tokenizer_view = _resized(pixels, self.second_size, self.second_interpolation)
         mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (self.image_mean, self.image_std))
         if self.map_pixels:
-            tokenizer_view = (1 - 2 * _LOGIT_LAPLACE_EPSILON) * tokenizer_view + _LOGIT_LAPLACE_EPSILON
+            tokenizer_view = dalle_pixels(tokenizer_view)
         return {"pixel_values": (view - mean) / std, "tokenizer_pixels": tokenizer_view}
 
     def _crop(self, height: int, width: int, draw: Callable[[float, float], float]) -> Crop:
@@ -194,26 +196,13 @@ def _uniform(generator: torch.Generator | None) -> Callable[[float, float], floa
     return draw
 
 
-def _pair(size: int | Size) -> Size:
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return int(height), int(width)
-
-
 def _three_numbers(value: Any) -> list[float]:
     numbers = value.tolist() if hasattr(value, "tolist") else value
     return [float(number) for number in (numbers if isinstance(numbers, Sequence) else [numbers] * 3)]
 
 
-def _size_errors(name: str, size: Any) -> list[FieldError]:
-    sides = [to_integer(side) for side in (size if isinstance(size, (tuple, list)) else (size, size))]
-    has_type = all(map(is_integer, sides))
-    if has_type and len(sides) == 2 and min(sides) > 0:
-        return []
-    return [FieldError(f"{describe(name, size)} (expected a positive int or a (height, width) pair)", not has_type)]
-
-
 def _range_errors(name: str, limits: Any, most: float) -> list[FieldError]:
-    has_type = isinstance(limits, (tuple, list)) and all(map(_is_number, limits))
+    has_type = isinstance(limits, (tuple, list)) and all(map(is_number, limits))
     if has_type and len(limits) == 2 and 0 < limits[0] <= limits[1] <= most and limits[1] < math.inf:
         return []
     upper = "" if most == math.inf else f", at most {most:g}"
@@ -222,11 +211,7 @@ def _range_errors(name: str, limits: Any, most: float) -> list[FieldError]:
 
 
 def _fraction_errors(name: str, value: Any) -> list[FieldError]:
-    fits = _is_number(value) and 0 <= value <= 1
+    fits = is_number(value) and 0 <= value <= 1
     return (
-        [] if fits else [FieldError(f"{describe(name, value)} (expected a number from 0 to 1)", not _is_number(value))]
+        [] if fits else [FieldError(f"{describe(name, value)} (expected a number from 0 to 1)", not is_number(value))]
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from ...utils.messages import join_some
 from ...utils.paths import as_path
 from .module_pickle import read_module_tensors
+from .pixels import dalle_pixels
 from .pretrained import PretrainedTokenizer, check_positive
-
-PIXEL_MARGIN = 0.1
-"""The margin of the pixel map, so that no pixel is at the bounds of the logit-Laplace distribution."""
 
 _WIDTHS = (1, 1, 2, 4, 8)
 """Channels of the first convolution and of the four groups, in units of `hidden_size`."""
@@ -133,7 +131,7 @@ class DalleTokenizer(PretrainedTokenizer):
         return cls._build(_sizes_of(tensors, os.fspath(path)), tensors, os.fspath(path))
 
     def _normalize(self, pixels: Tensor) -> Tensor:
-        return (1 - 2 * PIXEL_MARGIN) * pixels + PIXEL_MARGIN
+        return dalle_pixels(pixels)
 
     def logits(self, values: Tensor) -> Tensor:
         """Return the logits of preprocessed pixels: `[B, C, H, W]` to `[B, vocab_size, h, w]`, both float32."""

@@ -8,6 +8,15 @@ from torch import Tensor
 from ...layers.embeddings import check_pixel_shape
 
 _LARGEST_PIXEL = 255
+_DALLE_MARGIN = 0.1
+
+
+def dalle_pixels(pixels: Tensor) -> Tensor:
+    """Map pixels in 0..1 to 0.1..0.9, as DALL-E's encoder requires.
+
+    No pixel is then at the bounds of the logit-Laplace distribution (arXiv 2102.12092).
+    """
+    return (1 - 2 * _DALLE_MARGIN) * pixels + _DALLE_MARGIN
 
 
 def unit_pixels(pixels: Tensor, channels: int) -> Tensor:

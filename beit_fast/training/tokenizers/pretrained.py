@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ...configuration.fields import is_integer
 from ...utils.hub import HubOptions
 from ...utils.messages import FieldError, describe, join_some, raise_errors, unexpected_arguments
 from .files import TYPE_KEY, check_tensors, find_files, read_numbers, write_files
@@ -166,8 +167,8 @@ def check_positive(owner: str, **sizes: int) -> None:
     """
     expected = "(expected a positive integer)"
     errors = [
-        FieldError(f"{describe(name, size)} {expected}", wrong_type=isinstance(size, bool) or not isinstance(size, int))
+        FieldError(f"{describe(name, size)} {expected}", wrong_type=not is_integer(size))
         for name, size in sizes.items()
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1
+        if not is_integer(size) or size < 1
     ]
     raise_errors(owner, errors)
