@@ -14,7 +14,7 @@ def sides_of(size: Any) -> tuple[Any, ...]:
 
 
 def size_errors(name: str, size: Any, least: int, expected: str) -> list[FieldError]:
-    """Return why a size does not have two integer sides of at least `least`."""
+    """Return why a size is not two integers from `least` on."""
     sides = sides_of(size)
     has_type = all(map(is_integer, sides))
     if has_type and len(sides) == 2 and min(sides) >= least:
