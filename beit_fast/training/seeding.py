@@ -11,8 +11,22 @@ from torch.utils.data import get_worker_info
 from ..configuration.fields import is_integer
 from ..utils.messages import FieldError, describe
 
-MASKS, VIEWS = 1, 2
+MASKS, VIEWS, ORDER, DROPOUT, MIXUP, INITIALIZATION, SAMPLES = 1, 2, 3, 4, 5, 6, 7
 """Purposes: streams of one seed and two purposes are independent."""
+
+
+def derived_seed(*entropy: int) -> int:
+    """Return a 63-bit seed that is a function of non-negative ints; any difference gives an independent stream."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def derived_generator(*entropy: int) -> torch.Generator:
+    """Return a CPU generator whose stream is a function of non-negative ints.
+
+    The training commands draw everything from such generators of (seed, purpose, epoch, index or step). A run then has
+    no random state to save, and its numbers do not depend on the number of workers.
+    """
+    return torch.Generator().manual_seed(derived_seed(*entropy))
 
 
 class RandomStream:
