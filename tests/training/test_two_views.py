@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageEnhance
 
 from beit_fast.training import TwoViewTransform
-from beit_fast.training.two_views import jitter
+from beit_fast.training.transforms.crops import draw_crop
+from beit_fast.training.transforms.pixels import jitter
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
 IMAGE = Image.fromarray(PIXELS)
@@ -59,8 +60,8 @@ def test_both_views_have_the_same_crop_and_flip():
 
 
 def test_crops_have_areas_and_ratios_in_range_and_cover_the_image():
-    transform, draw = TwoViewTransform(), np.random.default_rng(0)
-    crops = [transform._crop(90, 120, draw.uniform) for _ in range(2000)]
+    draw = np.random.default_rng(0).uniform
+    crops = [draw_crop(90, 120, (0.08, 1.0), (3 / 4, 4 / 3), 0.5, draw) for _ in range(2000)]
     areas = np.array([crop.height * crop.width for crop in crops]) / (90 * 120)
     assert 0.07 < areas.min() < 0.1
     assert 0.95 < areas.max() <= 1
@@ -72,7 +73,7 @@ def test_crops_have_areas_and_ratios_in_range_and_cover_the_image():
 
 
 def test_crop_that_never_fits_is_the_largest_center_of_the_ratio():
-    crop = TwoViewTransform(scale=(1.0, 1.0))._crop(10, 100, np.random.default_rng(0).uniform)
+    crop = draw_crop(10, 100, (1.0, 1.0), (3 / 4, 4 / 3), 0.5, np.random.default_rng(0).uniform)
     assert (crop.top, crop.left, crop.height, crop.width) == (0, 43, 10, 13)
 
 

@@ -1,0 +1,1 @@
+"""Augmentation for training: one image or one batch, all random numbers from one generator."""
