@@ -1,4 +1,4 @@
-"""The flags of unilm's BeiT scripts, and what each of them does here."""
+"""The flags of unilm's BeiT scripts and their effect here."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _LAUNCHER = "torchrun and accelerate launch set it"
 _REL_POS_NOTE = "in unilm it is on unless --disable_rel_pos_bias is given"
 
 FLAGS: tuple[UnilmFlag, ...] = (
-    *_same(_BOTH, "batch_size", "epochs", "save_ckpt_freq", "input_size", "drop_path"),
+    *_same(_BOTH, "batch_size", "epochs", "input_size", "drop_path", "warmup_lr", "weight_decay_end", "device"),
     *_same(_BOTH, "opt_eps", "opt_betas", "clip_grad", "weight_decay", "lr", "min_lr", "warmup_epochs", "warmup_steps"),
     *_same(_BOTH, "train_interpolation", "imagenet_default_mean_and_std", "seed", "num_workers"),
     *_same(_PRETRAIN, "num_mask_patches", "max_mask_patches_per_block", "min_mask_patches_per_block"),
@@ -70,9 +70,12 @@ FLAGS: tuple[UnilmFlag, ...] = (
         "discrete_vae_weight_path",
         "discrete_vae_type",
     ),
-    *_same(_FINETUNE, "update_freq", "layer_decay", "smoothing", "color_jitter", "aa", "crop_pct", "nb_classes"),
+    *_same(_FINETUNE, "layer_decay", "smoothing", "color_jitter", "aa", "crop_pct", "nb_classes"),
     *_same(_FINETUNE, "reprob", "remode", "recount", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob"),
     *_same(_FINETUNE, "mixup_mode", "model_ema", "model_ema_decay", "eval_data_path"),
+    UnilmFlag("save_ckpt_freq", _BOTH, "option", "--save-every-epochs"),
+    UnilmFlag("update_freq", _FINETUNE, "option", "--gradient-accumulation"),
+    UnilmFlag("log_dir", _BOTH, "converted", "--tensorboard", note="`--tensorboard`, whose files are in OUT"),
     UnilmFlag("data_path", _BOTH, "converted", "DATA", note="DATA"),
     UnilmFlag("output_dir", _BOTH, "converted", "OUT", note="OUT"),
     UnilmFlag(
@@ -111,9 +114,7 @@ FLAGS: tuple[UnilmFlag, ...] = (
     _switch("use_mean_pooling", _FINETUNE, "configuration", "use_mean_pooling", True),
     _switch("use_cls", _FINETUNE, "configuration", "use_mean_pooling", False),
     UnilmFlag("momentum", _BOTH, "ignored", parse=float, note="AdamW has no momentum"),
-    UnilmFlag("warmup_lr", _BOTH, "ignored", parse=float, note="unilm does not use it: the warm-up starts at 0"),
     _switch("auto_resume", _BOTH, "ignored", note="a run always resumes from OUT"),
-    UnilmFlag("log_dir", _BOTH, "ignored", note="logs are in OUT; `--tensorboard` writes those of TensorBoard too"),
     _switch("pin_mem", _BOTH, "ignored", note="memory is pinned if there is a GPU"),
     _switch("no_pin_mem", _BOTH, "ignored", note="memory is pinned if there is a GPU"),
     UnilmFlag("world_size", _BOTH, "ignored", parse=int, note=_LAUNCHER),
@@ -124,10 +125,6 @@ FLAGS: tuple[UnilmFlag, ...] = (
     _switch("dist_eval", _FINETUNE, "ignored", note="all processes share each evaluation"),
     _switch("save_ckpt", _FINETUNE, "ignored", note="checkpoints are always written"),
     UnilmFlag("opt", _BOTH, "refused", note="the optimizer is AdamW", accepted=("adamw",)),
-    UnilmFlag("weight_decay_end", _BOTH, "refused", parse=float, note="weight decay is constant: `--weight-decay`"),
-    UnilmFlag(
-        "device", _BOTH, "refused", note="accelerate chooses it: `accelerate launch --cpu` for CPUs", accepted=("cuda",)
-    ),
     UnilmFlag("resume", _BOTH, "refused", note="rerun the same command to resume from OUT", accepted=("",)),
     _switch("no_auto_resume", _BOTH, "refused", note="pass a new OUT to start from the beginning"),
     UnilmFlag("start_epoch", _BOTH, "refused", parse=int, note="the checkpoint in OUT decides", accepted=(0,)),

@@ -86,7 +86,7 @@ class _Record(argparse.Action):
     ) -> None:
         several = "+" if flag.name == "cutmix_minmax" else None
         nargs = 0 if flag.parse is None else several
-        kind: Any = flag.parse if own is None else own.type
+        kind: Any = flag.parse if own is None or own.nargs == 0 else own.type
         super().__init__(option_strings, _GIVEN, nargs, None, argparse.SUPPRESS, kind, help=argparse.SUPPRESS)
         self.flag, self.own = flag, own
 
@@ -124,9 +124,11 @@ def take_flags(fields: Fields, command: Command) -> list[str]:
             configuration[flag.target] = value
         elif flag.effect == "ignored":
             notes.append(f"{flag.flag} has no effect: {flag.note}")
-        elif flag.effect == "refused" and not _changes_nothing(flag, value, fields):
+        elif flag.effect == "refused" and value not in flag.accepted:
             shown = "" if flag.parse is None else f" {value}"
             errors.append(f"{flag.flag}{shown} is not supported: {flag.note}")
+    if "log_dir" in given:
+        fields["tensorboard"] = True
     _take_architecture(fields, command, given, configuration, errors)
     for name in ("data_path", "output_dir"):
         if name in given:
@@ -136,11 +138,6 @@ def take_flags(fields: Fields, command: Command) -> list[str]:
     raise_value_error(f"flags of unilm cannot be used with beit-fast {command}", errors)
     fields["configuration"] = {**fields.get("configuration", {}), **configuration}
     return notes
-
-
-def _changes_nothing(flag: UnilmFlag, value: Any, fields: Fields) -> bool:
-    """Return whether a refused flag has a value that asks for what is done anyway."""
-    return value in flag.accepted or (flag.name == "weight_decay_end" and value == fields.get("weight_decay"))
 
 
 def _fill(fields: Fields, flag: UnilmFlag, value: Any, errors: list[str]) -> None:
@@ -154,7 +151,7 @@ def _fill(fields: Fields, flag: UnilmFlag, value: Any, errors: list[str]) -> Non
 def _take_architecture(
     fields: Fields, command: Command, given: Fields, configuration: dict[str, Any], errors: list[str]
 ) -> None:
-    """Take `--model` if it is the name of a model of unilm, and `--finetune`."""
+    """Take `--finetune`, and a `--model` that names a model of unilm."""
     name = fields.get("model")
     if command == "pretrain":
         if name in PRETRAINING_MODELS:

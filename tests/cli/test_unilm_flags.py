@@ -44,6 +44,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--model", required=command == "finetune")
+    parser.add_argument("--tensorboard", action="store_true")
     switches = ("model_ema", "imagenet_default_mean_and_std")
     for flag in flags_of(command).values():
         if flag.effect not in ("same", "option"):
@@ -107,7 +108,7 @@ def test_published_pretraining_command_is_taken_whole():
         "--data_path images --output_dir run --num_mask_patches 75 --model beit_base_patch16_224_8k_vocab "
         "--discrete_vae_weight_path tokenizer --batch_size 128 --lr 1.5e-3 --warmup_steps 10000 --epochs 150 "
         "--clip_grad 3.0 --drop_path 0.1 --layer_scale_init_value 0.1 --abs_pos_emb --disable_rel_pos_bias "
-        "--local_rank 0 --warmup_lr 1e-6",
+        "--local_rank 0 --momentum 0.9 --save_ckpt_freq 5 --log_dir logs",
     )
     assert (fields["data"], fields["out"], fields["model"]) == (Path("images"), Path("run"), None)
     assert (fields["num_mask_patches"], fields["lr"], fields["warmup_steps"]) == ("75", 1.5e-3, "10000")
@@ -115,7 +116,8 @@ def test_published_pretraining_command_is_taken_whole():
         "use_absolute_position_embeddings": True,
         "use_shared_relative_position_bias": False,
     }
-    assert [note.split()[0] for note in notes] == ["--local_rank", "--warmup_lr"]
+    assert [note.split()[0] for note in notes] == ["--local_rank", "--momentum"]
+    assert (fields["save_every_epochs"], fields["tensorboard"]) == ("5", True)
     assert "unilm_flags" not in fields
 
 
@@ -124,7 +126,7 @@ def test_published_finetuning_command_is_taken_whole():
         "finetune",
         "--model beit_large_patch16_384 --data_path imagenet --finetune pretrained.pth --output_dir run "
         "--batch_size 8 --lr 2e-5 --update_freq 1 --warmup_epochs 5 --epochs 30 --layer_decay 0.9 --drop_path 0.4 "
-        "--weight_decay 1e-8 --weight_decay_end 1e-8 --data_set IMNET --use_cls --drop 0.2 --opt adamw",
+        "--weight_decay 1e-8 --data_set IMNET --use_cls --drop 0.2 --opt adamw",
     )
     assert (fields["data"], fields["out"], fields["model"]) == (Path("imagenet/train"), Path("run"), "pretrained.pth")
     assert (fields["eval_data_path"], fields["input_size"], notes) == (Path("imagenet/val"), 384, [])
@@ -148,12 +150,12 @@ def test_evaluation_is_off_if_disabled():
 
 
 def test_refused_flags_are_one_error_with_all_of_them():
-    line = "a b --model m --enable_deepspeed --opt sgd --data_set CIFAR --cutmix_minmax 0.2 0.8 --weight_decay_end 0.2"
+    line = "a b --model m --enable_deepspeed --opt sgd --data_set CIFAR --cutmix_minmax 0.2 0.8"
     with pytest.raises(ValueError, match="cannot be used with beit-fast finetune") as caught:
         parse("finetune", line)
     lines = str(caught.value).splitlines()[1:]
     assert [line.split()[1] for line in lines] == [
-        *("--enable_deepspeed", "--opt", "--cutmix_minmax", "--weight_decay_end", "--data_set"),
+        *("--enable_deepspeed", "--opt", "--cutmix_minmax", "--data_set"),
     ]
     assert lines[0] == "- --enable_deepspeed is not supported: `--fsdp`"
 
@@ -181,7 +183,7 @@ def test_missing_folders_are_required_without_their_flags(capsys):
 
 
 def test_values_that_change_nothing_are_accepted():
-    line = "a b --opt adamw --device cuda --start_epoch 0 --weight_decay 0.05 --weight_decay_end 0.05"
+    line = "a b --opt adamw --start_epoch 0"
     assert parse("pretrain", line)[1] == []
 
 
