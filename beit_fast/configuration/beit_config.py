@@ -35,7 +35,7 @@ IMPLEMENTATION_FIELDS = ("attn_implementation", "patch_embed_implementation")
 
 _PRIVATE_STATE = frozenset({"_id2label", "_label2id", "_out_indices"})
 # Transformers does not have these fields, so they are omitted if they have their default.
-_OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std", "pixel_resize", "gradient_checkpointing")
+_OPTIONAL_FIELDS = ("head_dim", "pixel_mean", "pixel_std", "pixel_resize", "visual_tokenizer", "gradient_checkpointing")
 # Arguments of Transformers' `from_pretrained` that do not change what is read.
 _NOT_FIELDS = ("proxies", "trust_remote_code", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash")
 _NOT_TYPOS = frozenset({"tie_encoder_decoder"})  # a field of Transformers 4 that resembles another
@@ -74,8 +74,7 @@ class BeitConfig(LabelsAndStages, JsonFile):
     Args:
         vocab_size: Number of visual tokens in masked image modeling.
         hidden_size: E, channels of a token.
-        num_hidden_layers: Number of blocks.
-        num_attention_heads: H.
+        num_hidden_layers, num_attention_heads: Number of blocks, and of heads H in each.
         intermediate_size: Hidden channels of the MLP.
         hidden_act: Activation of the MLP, a name in `beit_fast.layers.activations.ACTIVATIONS`.
         hidden_dropout_prob: Dropout after projections.
@@ -87,8 +86,7 @@ class BeitConfig(LabelsAndStages, JsonFile):
         num_channels: Channels of an image.
         use_mask_token: Learn an embedding for masked patches.
         use_absolute_position_embeddings: Add position embeddings to the tokens.
-        use_relative_position_bias: Use one relative position bias table for each block.
-        use_shared_relative_position_bias: Use one relative position bias table for all blocks.
+        use_relative_position_bias, use_shared_relative_position_bias: Use a bias table for each block, or one for all.
         layer_scale_init_value: Initial layer scale (paper: 0.1 base, 1e-5 large). 0 disables layer scale.
         drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 at the first block.
         use_mean_pooling: Pool the mean of the patch tokens instead of CLS.
@@ -108,6 +106,8 @@ class BeitConfig(LabelsAndStages, JsonFile):
         num_labels, id2label, label2id: Classes (default: 2). Any of them determines the others.
         problem_type: Loss of the classifier: "regression", "single_label_classification",
             "multi_label_classification", or None to choose by labels.
+        visual_tokenizer: Folder or hub repository of the tokenizer that makes the labels of masked image modeling, in
+            a model that Transformers' Auto class builds after `register()`. See `load_visual_tokenizer`.
         output_attentions, output_hidden_states, return_dict: Defaults of the arguments of forward.
         gradient_checkpointing: Construct models with gradient checkpointing.
         dtype: Dtype of the weights or its name, such as "bfloat16" or "bf16". The old name is `torch_dtype`.
@@ -160,6 +160,7 @@ class BeitConfig(LabelsAndStages, JsonFile):
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
     pixel_resize: dict[str, Any] | None = None
+    visual_tokenizer: str | None = None
     problem_type: str | None = None
     output_attentions: bool | None = False
     output_hidden_states: bool | None = False

@@ -217,6 +217,12 @@ RULES: dict[str, Rule] = {
         _to_floats,
     ),
     "pixel_resize": Rule("None or a dict of entries of timm's pretrained_cfg", _is_optional(dict)),
+    "visual_tokenizer": Rule(
+        "None, or the path or the hub repository of a visual tokenizer",
+        _is_optional(str),
+        lambda value: value is None or value.strip() != "",
+        _to_path_string,
+    ),
     "problem_type": Rule(
         join_choices((*PROBLEM_TYPES, None)),
         _is_optional(str),

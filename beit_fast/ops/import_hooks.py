@@ -9,12 +9,18 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 
-def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
-    """Call `action` with the module `name`: now if it is already imported, else right after its import."""
+def when_imported(name: str, action: Callable[[ModuleType], None]) -> Callable[[], None]:
+    """Call `action` with the module `name`: now if it is already imported, else right after its import.
+
+    Returns:
+        A function that cancels the action; it does nothing after the import.
+    """
+    finder = _ActAfterImport(name, action)
     if name in sys.modules:
         action(sys.modules[name])
     else:
-        sys.meta_path.insert(0, _ActAfterImport(name, action))
+        sys.meta_path.insert(0, finder)
+    return lambda: sys.meta_path.remove(finder) if finder in sys.meta_path else None
 
 
 class _ActAfterImport(importlib.abc.MetaPathFinder):

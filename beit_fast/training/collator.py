@@ -57,7 +57,8 @@ class MaskedImageCollator:
         patch = config.patch_size
         self.patch_size: tuple[int, int] = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
         self.vocab_size = config.vocab_size
-        self.mask_generator, self.tokenizer = mask_generator, tokenizer
+        self.mask_generator = mask_generator
+        self.visual_tokenizer = tokenizer  # `Trainer` saves an attribute `tokenizer` of a collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collate examples.
@@ -78,16 +79,16 @@ class MaskedImageCollator:
             ValueError: If fields are missing, or masks or visual tokens do not fit; the error lists every reason.
         """
         heading = f"{type(self).__name__} got examples that do not fit"
-        errors = _field_errors(examples, self.mask_generator is not None, self.tokenizer is not None)
+        errors = _field_errors(examples, self.mask_generator is not None, self.visual_tokenizer is not None)
         raise_value_error(heading, errors)
         pixels = _stacked(examples, "pixel_values", errors)  # [B, C, H, W]
         masks = self._masks(examples, errors)
-        tokens = _stacked(examples, "visual_tokens" if self.tokenizer is None else "tokenizer_pixels", errors)
+        tokens = _stacked(examples, "visual_tokens" if self.visual_tokenizer is None else "tokenizer_pixels", errors)
         raise_value_error(heading, errors)
         window = self._window(pixels)
-        if self.tokenizer is not None:
+        if self.visual_tokenizer is not None:
             with torch.no_grad():
-                tokens = self.tokenizer(tokens)
+                tokens = self.visual_tokenizer(tokens)
         errors += _grid_errors(masks, "masks", len(pixels), window) + _mask_errors(masks)
         errors += _grid_errors(tokens, "visual tokens", len(pixels), window) + self._token_errors(tokens)
         raise_value_error(heading, errors)

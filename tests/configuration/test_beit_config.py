@@ -101,6 +101,8 @@ INVALID = [
     ("pixel_std", [0.5, 0.5, 0.0], ValueError, "None or a positive, finite number for each channel"),
     ("pixel_std", [0.5, 0.5, 0.5], ValueError, r"pixel_mean=None with .* \(expected num_channels=3 numbers each"),
     ("pixel_resize", "center", TypeError, "None or a dict of entries of timm's pretrained_cfg"),
+    ("visual_tokenizer", " ", ValueError, "None, or the path or the hub repository"),
+    ("visual_tokenizer", 3, TypeError, "None, or the path or the hub repository"),
     ("pixel_mean", "imagenet", TypeError, "None or a finite number for each channel"),
     ("num_labels", -1, ValueError, "at least 0"),
     ("num_labels", "2", TypeError, "at least 0"),

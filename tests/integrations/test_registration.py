@@ -25,6 +25,7 @@ from ..support.transformers_reference import (
 
 AUTO = {
     "AutoModel": "BeitModel",
+    "AutoModelForMaskedImageModeling": "BeitForMaskedImageModeling",
     "AutoModelForImageClassification": "BeitForImageClassification",
     "AutoModelForSemanticSegmentation": "BeitForSemanticSegmentation",
     "AutoBackbone": "BeitBackbone",
@@ -223,6 +224,7 @@ def registered_entries():
         "bias": dict(vars(bias)),
         "base": dict(vars(base)),
         "model": dict(vars(transformers.PreTrainedModel)),
+        "trainer": dict(vars(transformers.Trainer)),
     }
 
 

@@ -19,6 +19,7 @@ import beit_fast
 from beit_fast.configuration.conversion import as_beit_config
 
 from ...utils.names import AttentionImplementation
+from .token_labels import making_labels
 
 try:
     from transformers.backbone_utils import BackboneType
@@ -99,6 +100,15 @@ class BeitModel(TransformersConventions, beit_fast.BeitModel):
     forward = _returning(BeitModelOutputWithPooling, beit_fast.BeitModel.forward)
 
 
+class BeitForMaskedImageModeling(TransformersConventions, beit_fast.BeitForMaskedImageModeling):
+    """`beit_fast.BeitForMaskedImageModeling` that returns Transformers' output class.
+
+    If its configuration names a `visual_tokenizer`, it makes the labels of a mask that comes without labels.
+    """
+
+    forward = _returning(modeling_outputs.MaskedLMOutput, making_labels(beit_fast.BeitForMaskedImageModeling.forward))
+
+
 class BeitForImageClassification(TransformersConventions, beit_fast.BeitForImageClassification):
     """`beit_fast.BeitForImageClassification` that returns Transformers' output class."""
 
@@ -122,7 +132,13 @@ def adopt(model: Any) -> Any:
     """Set a model's class to the subclass with Transformers' output class."""
     made: dict[type, type] = {
         cls.__bases__[-1]: cls
-        for cls in (BeitModel, BeitForImageClassification, BeitForSemanticSegmentation, BeitBackbone)
+        for cls in (
+            BeitModel,
+            BeitForMaskedImageModeling,
+            BeitForImageClassification,
+            BeitForSemanticSegmentation,
+            BeitBackbone,
+        )
     }
     if type(model) not in made.values():
         if type(model) not in made:

@@ -23,6 +23,7 @@ from ...ops.dispatch import attention
 from . import auto_classes
 from .attention_interface import enter_attention
 from .monkey_patch import replace_attribute, set_item
+from .trainer import enter_trainer
 
 _PARAMETER_OWNERS = (BeitEmbeddings, BeitLayer, BeitRelativePositionBias)
 
@@ -37,9 +38,11 @@ def register(*, models: bool = True, backbones: bool = True, attention: bool = T
     `set_attn_implementation`.
 
     Args:
-        models: `AutoModel`, `AutoModelForImageClassification`, `AutoModelForSemanticSegmentation` and pipelines build
-            this package's classes for `model_type="beit"`, with Transformers' output classes. Transformers' own classes
-            keep their names, such as `transformers.BeitModel`.
+        models: `AutoModel`, `AutoModelForMaskedImageModeling`, `AutoModelForImageClassification`,
+            `AutoModelForSemanticSegmentation` and pipelines build this package's classes for `model_type="beit"`, with
+            Transformers' output classes. Transformers' own classes keep their names, such as `transformers.BeitModel`.
+            With a `visual_tokenizer` in the configuration, masked image modeling makes its own labels. `Trainer`
+            writes `config.json` of this package's models, and names what masked image modeling without labels lacks.
         backbones: `AutoBackbone` does the same, and with it UperNet, DPT, ZoeDepth and other models with a
             `backbone_config`. `model_type="beit_fast"` in a configuration then means this package's classes.
             `set_attn_implementation` of such a model reaches its backbone.
@@ -79,8 +82,10 @@ def with_transformers_outputs(model: BeitPreTrainedModel) -> BeitPreTrainedModel
 def _enter_models(undo: ExitStack) -> None:
     _enter_config(undo)
     _enter_class(undo, transformers.AutoModel, auto_classes.BeitModel)
+    _enter_class(undo, transformers.AutoModelForMaskedImageModeling, auto_classes.BeitForMaskedImageModeling)
     _enter_class(undo, transformers.AutoModelForImageClassification, auto_classes.BeitForImageClassification)
     _enter_class(undo, transformers.AutoModelForSemanticSegmentation, auto_classes.BeitForSemanticSegmentation)
+    enter_trainer(undo)
 
 
 def _enter_backbones(undo: ExitStack) -> None:
