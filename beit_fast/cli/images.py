@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
-from ..image_processing.image_files import open_image_file
-from ..image_processing.inputs import read_images
+from ..image_processing.image_files import error_without_path, open_image_file
+from ..image_processing.inputs import read_rgb
 from ..image_processing.size_groups import group_by_size
 
 Result = TypeVar("Result")
@@ -43,13 +41,7 @@ def read_photograph(path: str) -> Any:
 
     If it cannot be read, return the reason, a string.
     """
-    from PIL import Image
-
-    def read() -> Any:
-        pixels = next(iter(read_images(path, convert_rgb=True, input_data_format=None)))  # [3, height, width]
-        return Image.fromarray(torch.as_tensor(pixels).permute(1, 2, 0).contiguous().numpy())
-
-    return result_or_reason(Path(path), read)
+    return result_or_reason(Path(path), lambda: read_rgb(path, f"image {path!r}"))
 
 
 def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
@@ -68,7 +60,7 @@ def result_or_reason(file: Path, read: Callable[[], Result]) -> Result | str:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises nearly any exception for a damaged file
-        return unreadable_reason(error, file)
+        return error_without_path(error, file)
 
 
 def _try_to_open(path: str) -> None:
@@ -85,15 +77,3 @@ def batch_of(images: Iterable[Tensor | str]) -> PixelBatch:
     read = dict(enumerate(images))
     groups = group_by_size((index, image) for index, image in read.items() if not isinstance(image, str))
     return PixelBatch(groups, {index: image for index, image in read.items() if isinstance(image, str)})
-
-
-def unreadable_reason(error: Exception, file: Path) -> str:
-    """Return the error of reading one file, without index and folder.
-
-    The results of `predict` then do not depend on the location of the data set.
-    """
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    name = os.fspath(file)
-    text = str(error).removeprefix(f"image {name!r} ").replace(name, file.name)
-    return text or type(error).__name__

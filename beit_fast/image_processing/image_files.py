@@ -38,6 +38,18 @@ def open_image_file(path: str | os.PathLike[str], name: str) -> PillowImage:
         raise OSError(f"{name} cannot be read: it exceeds PIL.Image.MAX_IMAGE_PIXELS: {error}") from error
 
 
+def error_without_path(error: Exception, file: str | os.PathLike[str]) -> str:
+    """Return the error of reading one image, without its index and folder.
+
+    The text then does not depend on the location of the data set.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    name = os.fspath(file)
+    text = str(error).removeprefix(f"image {name!r} ").replace(name, Path(name).name)
+    return text or type(error).__name__
+
+
 def _source(path: str | os.PathLike[str], name: str) -> Path | io.BytesIO:
     file = Path(path)
     if not file.exists():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.messages import join_choices
 from ..utils.tensors import unreadable_reason
 from .image_files import open_image_file
 from .options import CHANNELS_FIRST, CHANNELS_LAST
@@ -22,6 +23,7 @@ Array: TypeAlias = "np.ndarray | Tensor"
 _CHANNEL_COUNTS = (1, 3, 4)
 _EXIF_ORIENTATION = 0x0112
 _INTEGER_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_LABEL_MODES = ("1", "L", "P", *_INTEGER_MODES)
 # Some versions of Pillow open the 16 bits of these formats as mode "I" with 32 bits.
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 _EXPECTED = "a Pillow image, a numpy array, a torch tensor, the path of a file, or lists and batches of these"
@@ -60,6 +62,37 @@ def read_label_maps(label_maps: Any) -> list[Tensor]:
         FileNotFoundError, OSError, TypeError: As in `read_images`.
     """
     return [_read_label_map(item, name) for name, item in _named("segmentation map", label_maps, dimensions=2)]
+
+
+def read_rgb(image: Any, name: str) -> PillowImage:
+    """Read an upright RGB image of Pillow.
+
+    Args:
+        image: A path, or a Pillow image.
+        name: The image, for errors.
+
+    Raises:
+        FileNotFoundError, OSError, TypeError, ValueError: As in `read_images`.
+    """
+    opened = _open(image, name)
+    return _to_rgb(_upright(opened, name), name, opened.format)
+
+
+def read_label_image(image: Any, name: str) -> PillowImage:
+    """Read an upright image of class ids.
+
+    Its mode stays as stored: palette images keep their indices.
+
+    Raises:
+        ValueError: If the image has colors, not class ids.
+        FileNotFoundError, OSError, TypeError: As in `read_images`.
+    """
+    opened = _upright(_open(image, name), name)
+    if opened.mode not in _LABEL_MODES:
+        raise ValueError(
+            f"{name} has mode {opened.mode!r} (expected one class id for each pixel: mode {join_choices(_LABEL_MODES)})"
+        )
+    return opened
 
 
 def _named(kind: str, items: Any, dimensions: int) -> Iterator[tuple[str, Any]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -14,14 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from ...image_processing.image_folders import IMAGE_SUFFIXES, files_below, is_image_name
 from ...utils.messages import count_of
+from ...utils.workers import ignore_interrupt
 from ..images import PixelBatch, batch_of, read_pixels
-
-IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
-    *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-)
-"""Suffixes of the images of a folder, in any case."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +79,8 @@ def find_images(source: str | os.PathLike[str]) -> Dataset:
 
 
 def _in_folder(folder: Path) -> Dataset:
-    files = [file.relative_to(folder).as_posix() for file in _files_below(folder, frozenset())]
-    images = sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
+    files = files_below(folder)
+    images = sorted(filter(is_image_name, files))
     if not images:
         raise ValueError(
             f"the folder {os.fspath(folder)!r} does not contain images: none of its {len(files)} files ends in "
@@ -96,25 +91,10 @@ def _in_folder(folder: Path) -> Dataset:
     return Dataset(folder.resolve(), folder, tuple(images), note)
 
 
-def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """Yield the files below a folder, through links too; a link to a parent folder is not followed."""
-    status = folder.stat()
-    identity = status.st_dev, status.st_ino
-    if identity in above:
-        return
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    for entry in visible:
-        if entry.is_dir():
-            yield from _files_below(Path(entry.path), above | {identity})
-        elif entry.is_file() or not os.path.exists(entry.path):  # a broken link is a failure
-            yield Path(entry.path)
-
-
 def _in_list(file: Path) -> Dataset:
     name = os.fspath(file)
     expected = "expected a folder of images, or a text file with one path per line"
-    if name.lower().endswith(IMAGE_SUFFIXES):
+    if is_image_name(name):
         raise ValueError(f"{name!r} is an image ({expected})")
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     if "\0" in text:
@@ -175,10 +155,5 @@ class ImageBatches(TorchDataset[ImageBatch]):
             sampler=numbers,
             num_workers=workers,
             prefetch_factor=1 if workers else None,  # shared memory is 64 MiB in a container
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=ignore_interrupt,
         )
-
-
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches all processes of a terminal; the main process stops the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,44 @@
+"""Open a source of images by its path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+from ...utils.messages import describe, join_choices
+from .folders import ClassFolder, ImageFolder, SegmentationFolder
+from .source import ImageSource, SourceKind
+
+_FOLDERS: dict[SourceKind, Callable[[Path], ImageSource]] = {
+    "images": ImageFolder,
+    "classes": ClassFolder,
+    "segmentation": SegmentationFolder,
+}
+_EXPECTED = {
+    "images": "a folder of images",
+    "classes": "a folder with one folder of images for each class",
+    "segmentation": "a folder with images/ and annotations/",
+}
+
+
+def open_source(path: str | os.PathLike[str], kind: SourceKind) -> ImageSource:
+    """Open a source of images.
+
+    Args:
+        path: The folder.
+        kind: "images": a folder of images, also in folders below it. "classes": a folder with one folder of images for
+            each class; the sorted names are the classes. "segmentation": a folder with `images/` and `annotations/`,
+            paired by their names without suffix.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the folder does not have the images of this kind; the error lists every reason.
+    """
+    if kind not in _FOLDERS:
+        raise ValueError(f"{describe('kind', kind)} is not supported (expected {join_choices(get_args(SourceKind))})")
+    if not Path(path).is_dir():
+        reason = "it is a file" if Path(path).exists() else "there is no such folder"
+        raise FileNotFoundError(f"no data set at {os.fspath(path)!r}: {reason} (expected {_EXPECTED[kind]})")
+    return _FOLDERS[kind](Path(path))
