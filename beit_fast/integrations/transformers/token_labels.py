@@ -1,6 +1,7 @@
-"""Labels of masked image modeling, from the visual tokenizer that a configuration names.
+"""Labels of masked image modeling, from a visual tokenizer.
 
-Models do not import `training`. So the class that `register()` adds to the Auto class makes the labels.
+The configuration names the tokenizer. Models do not import `training`, so the class that `register()` adds to the Auto
+class makes the labels.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _OVERSHOOT = 0.15  # outside 0..1, of bicubic resizing
 
 
 class TokenLabels:
-    """Visual tokens of masked patches; it reads the tokenizer at the first call.
+    """Visual tokens of masked patches.
 
-    Copies and pickles hold no tokenizer and read it again.
+    The first call reads the tokenizer. Copies and pickles hold no tokenizer and read it again.
     """
 
     def __init__(self) -> None:
@@ -125,7 +126,10 @@ def _load(config: BeitConfig) -> PretrainedTokenizer:
 
 
 def _normalization(config: BeitConfig) -> tuple[list[float], list[float]]:
-    """Return `pixel_mean` and `pixel_std`, or else the defaults of BEiT's image processor."""
+    """Return mean and standard deviation of the configuration.
+
+    Without them they are the defaults of BEiT's image processor.
+    """
     if config.pixel_mean is None or config.pixel_std is None:
         return [_PROCESSOR_MEAN] * config.num_channels, [_PROCESSOR_STD] * config.num_channels
     return list(config.pixel_mean), list(config.pixel_std)

@@ -1,4 +1,4 @@
-"""Transformers' `Trainer` with this package's models: an error without labels, and `config.json`."""
+"""Transformers' `Trainer`: an error without labels, and `config.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from .monkey_patch import replace_attribute
 
 
 def enter_trainer(undo: ExitStack) -> None:
-    """Patch `Trainer` until `undo` is closed; if it is not imported yet, after its import."""
+    """Patch `Trainer` until `undo` is closed.
+
+    If it is not imported yet, it is patched after its import.
+    """
     patches = undo.enter_context(ExitStack())
 
     def patch(module: ModuleType) -> None:
@@ -29,7 +32,10 @@ def enter_trainer(undo: ExitStack) -> None:
 
 
 def _requiring_labels(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `compute_loss` to say what masked image modeling lacks, as in Transformers' `run_mim.py`."""
+    """Wrap `compute_loss` to name what masked image modeling lacks.
+
+    Batches of Transformers' `run_mim.py` have masks and no labels.
+    """
 
     @functools.wraps(compute_loss)
     def compute_loss_of_labels(self: Any, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +48,10 @@ def _requiring_labels(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _writing_config(save: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `_save` to write `config.json` too, which `Trainer` does for its own classes only."""
+    """Wrap `_save` to write `config.json` too.
+
+    `Trainer` writes it for its own classes only.
+    """
 
     @functools.wraps(save)
     def save_with_config(self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -56,7 +65,7 @@ def _writing_config(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _own_model(trainer: Any) -> Any:
-    """Return the model of a trainer without the wrappers of DDP and `torch.compile`."""
+    """Return the model of a trainer without wrappers such as DDP."""
     return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
