@@ -26,6 +26,7 @@ from .options import (
     TuneOptions,
 )
 from .process import run
+from .training_parsers import add_pretrain
 
 # Modules are imported when their command runs: `info` needs neither NumPy nor a model.
 _COMMANDS: dict[str, tuple[str, type]] = {
@@ -36,6 +37,7 @@ _COMMANDS: dict[str, tuple[str, type]] = {
     "convert": (".commands", ConvertOptions),
     "selftest": (".selftest", SelftestOptions),
     "tune": (".tune", TuneOptions),
+    "pretrain": (".training", dict),
 }
 
 
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_selftest(commands)
     _add_tune(commands)
+    add_pretrain(commands)
     return parser
 
 

@@ -16,8 +16,12 @@ MASKS, VIEWS, ORDER, DROPOUT, MIXUP, INITIALIZATION, SAMPLES = 1, 2, 3, 4, 5, 6,
 
 
 def derived_seed(*entropy: int) -> int:
-    """Return a 63-bit seed that is a function of non-negative ints; any difference gives an independent stream."""
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """Return a 63-bit seed from non-negative ints.
+
+    Other ints give an independent stream.
+    """
+    # NumPy pads entropy with zeros, so the count keeps (1, 2) and (1, 2, 0) apart.
+    return int(np.random.SeedSequence((len(entropy), *entropy)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def derived_generator(*entropy: int) -> torch.Generator:

@@ -1,1 +1,1 @@
-"""The training loop behind `beit-fast pretrain` and `beit-fast finetune`, on Hugging Face accelerate."""
+"""The training loop of all recipes, on torch's DDP and FSDP2."""

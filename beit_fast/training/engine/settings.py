@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from ...configuration.fields import is_integer, is_number
 from ...utils.messages import FieldError, describe, join_choices, raise_errors
-from ...utils.names import ATTENTION_IMPLEMENTATIONS
+from ...utils.names import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
-TrainingDevice: TypeAlias = Literal["auto", "cpu"]
+TrainingDevice: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class EngineSettings:
         max_steps: Optimizer steps after which the run ends earlier, or None. The schedule still has all epochs.
         batch_size: Images of one process in one forward.
         gradient_accumulation: Forwards before each optimizer step.
-        lr: Peak learning rate.
-        min_lr: Learning rate of the last step.
+        lr: Peak learning rate. None: `reference_lr` for a step of `reference_batch` images, and in proportion.
+        min_lr: Learning rate of the last step. None: `reference_min_lr` in proportion.
         warmup_lr: Learning rate of the first step of the warmup.
         warmup_epochs: Epochs of linear warmup.
         warmup_steps: Steps of linear warmup, instead of `warmup_epochs`, or None.
@@ -44,7 +44,7 @@ class EngineSettings:
         model_ema_decay: Decay of an exponential moving average of the weights, or None.
         fsdp: If True, shard weights, gradients and optimizer state among processes (FSDP2).
         attn_implementation: Attention implementation, or None to choose by device and dtype.
-        device: "cpu", or "auto" for CUDA if it is available.
+        device: "cpu", "cuda", or "auto" for CUDA if it is available.
         num_workers: Processes that read images for each training process; 0 reads in the training process.
         save_every_epochs: Epochs between checkpoints; the last epoch has one too.
         save_every_steps: Also write a checkpoint after so many steps, or None.
@@ -53,6 +53,10 @@ class EngineSettings:
         tensorboard: If True, also write TensorBoard's files.
     """
 
+    reference_lr: ClassVar[float] = 5e-4
+    reference_min_lr: ClassVar[float] = 1e-5
+    reference_batch: ClassVar[int] = 1024
+
     output: Path
     overwrite: bool = False
     seed: int = 0
@@ -60,9 +64,9 @@ class EngineSettings:
     max_steps: int | None = None
     batch_size: int = 32
     gradient_accumulation: int = 1
-    lr: float = 5e-4
-    min_lr: float = 1e-5
-    warmup_lr: float = 1e-6
+    lr: float | None = None
+    min_lr: float | None = None
+    warmup_lr: float = 0.0
     warmup_epochs: float = 5.0
     warmup_steps: int | None = None
     weight_decay: float = 0.05
@@ -75,7 +79,7 @@ class EngineSettings:
     gradient_checkpointing: bool = False
     model_ema_decay: float | None = None
     fsdp: bool = False
-    attn_implementation: str | None = None
+    attn_implementation: AttentionImplementation | None = None
     device: TrainingDevice = "auto"
     num_workers: int = 2
     save_every_epochs: int = 1
@@ -89,25 +93,41 @@ class EngineSettings:
 
     def errors(self) -> list[FieldError]:
         """Return every value that does not fit; a subclass adds its own."""
+        errors = self.rule_errors(RULES)
+        if not errors and self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
+            errors.append(FieldError(f"min_lr={self.min_lr} (expected at most lr={self.lr})"))
+        return errors
+
+    def rule_errors(self, rules: Mapping[str, Rule]) -> list[FieldError]:
+        """Return the values that break a rule."""
         errors = []
-        for name, rule in RULES.items():
+        for name, rule in rules.items():
             value = getattr(self, name)
             if not (rule.optional and value is None) and not rule.fits(value):
                 expected = f"{rule.expected}, or None" if rule.optional else rule.expected
                 errors.append(FieldError(f"{describe(name, value)} (expected {expected})", not rule.has_type(value)))
-        if not errors and self.min_lr > self.lr:
-            errors.append(FieldError(f"min_lr={self.min_lr} (expected at most lr={self.lr})"))
         return errors
 
+    def images_per_step(self, processes: int) -> int:
+        """Return the images of one optimizer step of that many processes."""
+        return self.batch_size * self.gradient_accumulation * processes
+
+    def resolved(self, processes: int) -> Self:
+        """Copy the settings with learning rates in the place of None."""
+        scale = self.images_per_step(processes) / self.reference_batch
+        peak = self.reference_lr * scale if self.lr is None else self.lr
+        least = min(self.reference_min_lr * scale, peak) if self.min_lr is None else self.min_lr
+        return dataclasses.replace(self, lr=peak, min_lr=least)
+
     def recorded(self) -> dict[str, Any]:
-        """Return the values that must not differ when a run is resumed, as JSON's types."""
+        """Return what a resumed run must have too, as JSON's types."""
         values = dataclasses.asdict(self)
         return {name: _as_json(value) for name, value in values.items() if name not in FREE_SETTINGS}
 
 
 FREE_SETTINGS = frozenset(
-    {"output", "overwrite", "max_steps", "device", "num_workers", "keep_checkpoints", "tensorboard"}
-    # The engine compares their product with the number of processes.
+    {"data", "output", "overwrite", "max_steps", "device", "num_workers", "keep_checkpoints", "tensorboard"}
+    # The engine records their product with the number of processes.
     | {"batch_size", "gradient_accumulation"}
 )
 """Settings that may differ when a run is resumed."""
@@ -154,8 +174,8 @@ RULES = {
     "max_steps": OPTIONAL_COUNT,
     "batch_size": COUNT,
     "gradient_accumulation": COUNT,
-    "lr": POSITIVE,
-    "min_lr": NOT_NEGATIVE,
+    "lr": POSITIVE._replace(optional=True),
+    "min_lr": NOT_NEGATIVE._replace(optional=True),
     "warmup_lr": NOT_NEGATIVE,
     "warmup_epochs": NOT_NEGATIVE,
     "warmup_steps": NATURAL._replace(optional=True),

@@ -1,0 +1,1 @@
+"""Recipes: pre-training, fine-tuning and evaluation."""
