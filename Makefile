@@ -31,7 +31,7 @@ MODEL ?=
 OUT ?= demo.png
 BENCH_OPTIONS ?=
 
-.PHONY: demo test test-fallback test-full test-transformers-suite
+.PHONY: demo test test-fallback test-full test-transformers-suite test-dalle
 .PHONY: sanitize verify-compiled verify-compiled-quick count-kernels bench lint docs wheel format clean
 .PHONY: gpu gpu-library gpu-selftest gpu-tune gpu-test gpu-test-kernels gpu-test-device
 .PHONY: gpu-bench gpu-bench-models gpu-bench-parts
@@ -116,6 +116,17 @@ $(SUITE)/.done: Makefile
 	$(PIP) download --no-deps --no-build-isolation --no-binary transformers --dest $(@D) "$(TRANSFORMERS)"
 	tar --extract --file $(@D)/transformers-*.tar.gz --directory $(@D) --strip-components 1
 	$(PIP) install --no-deps --target $(@D)/packages parameterized
+	touch $@
+
+# DALL-E's encoder as the package dall_e saves it. The package also requires mypy and torchvision, which it does not import.
+DALLE ?= dall_e==0.1
+test-dalle: $(VENV)/.test .venvs/dalle/.done
+	PYTHONPATH=$(CURDIR)/.venvs/dalle $(BIN)/pytest tests/training/tokenizers/test_dalle_package.py
+
+.venvs/dalle/.done: Makefile
+	rm -rf $(@D)
+	$(PIP) install --target $(@D) attrs requests
+	$(PIP) install --no-deps --target $(@D) "$(DALLE)"
 	touch $@
 
 # Another torch, with its own Triton and torchvision, or another Python: each in an environment of its own (5.6 GB), and

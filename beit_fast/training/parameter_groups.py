@@ -32,7 +32,7 @@ def layer_decay_parameter_groups(
 
     Args:
         model: A model of this package or a BEiT model of Transformers, also one that DistributedDataParallel, PEFT or
-            `torch.compile` wraps. Freeze parameters before the call.
+            `torch.compile` wraps, or that is the `backbone` of another model. Freeze parameters before the call.
         lr: Learning rate of the last layer.
         decay: Factor from one layer to the one before it, above 0 and at most 1.
         weight_decay: Weight decay of the matrices.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import peft
 import pytest
 import torch
 import transformers
@@ -115,6 +116,67 @@ class Wrapper(nn.Module):
 def test_wrapped_model_has_the_groups_of_the_model(wrapper):
     model = make("BeitForImageClassification", "beit_fast")
     assert list(by_name(Wrapper(wrapper, model)).values()) == list(by_name(model).values())
+
+
+@pytest.mark.parametrize("package", ["beit_fast", "transformers"])
+def test_adapters_of_peft_have_the_rate_of_their_layer(package):
+    """LoRA and a new head under the names of `PeftModel`: base_model.model.beit.encoder.layer.0.… .lora_A.default."""
+    model = make("BeitForImageClassification", package)
+    blocks = model.config.num_hidden_layers
+    targets = ["query", "value"] if package == "beit_fast" else ["q_proj", "v_proj"]
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in ("query", "value", *targets) if name in present]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, modules_to_save=["classifier"], r=2))
+    found = by_name(wrapped)
+    assert set(found) == {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    adapters = [name for name in found if "lora_" in name]
+    assert len(adapters) == blocks * len(set(targets)) * 2
+    for name in adapters:
+        layer = int(next(part for part in name.split(".") if part.isdigit()))
+        assert found[name] == (0.5 ** (blocks - layer), 0.05), name
+    head = {name: value for name, value in found.items() if "classifier" in name}
+    assert {name.rpartition(".")[2]: value for name, value in head.items()} == {
+        "weight": (1.0, 0.05),
+        "bias": (1.0, 0.0),
+    }
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_backbone_inside_a_model_of_transformers_has_the_rates_of_its_layers(is_ours):
+    values = TINY | POSITIONS["per layer"] | {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+    model = transformers.UperNetForSemanticSegmentation(
+        transformers.UperNetConfig(
+            backbone_config=transformers.BeitConfig(**values), hidden_size=16, pool_scales=[1, 2], num_labels=3,
+            use_auxiliary_head=False,
+        )
+    )  # fmt: skip
+    if is_ours:
+        model.backbone = beit_fast.BeitBackbone(beit_fast.BeitConfig(**values))
+    found = by_name(model)
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    layers = {name: rate for name, (rate, _) in found.items() if name.startswith("backbone.")}
+    numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in layers}
+    embedded = {rate for name, rate in layers.items() if "embeddings." in name}
+    assert embedded == {0.5**5}
+    in_blocks = {(number, layers[name]) for name, number in numbers.items() if "layer" in name and number is not None}
+    assert in_blocks >= {(layer, 0.5 ** (4 - layer)) for layer in range(4)}
+    assert {rate for name, (rate, _) in found.items() if not name.startswith("backbone.")} == {1.0}
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "compile", "compiled ddp"])
+def test_model_under_ddp_and_compile_has_the_groups_of_the_model(wrap, process_group):
+    model = make("BeitForImageClassification", "beit_fast")
+    wrapped = nn.parallel.DistributedDataParallel(model) if "ddp" in wrap else model
+    wrapped = torch.compile(wrapped) if "compile" in wrap else wrapped
+    assert next(iter(wrapped.state_dict())).split(".")[0] in ("module", "_orig_mod")
+    assert list(by_name(wrapped).values()) == list(by_name(model).values())
 
 
 def test_groups_step_each_layer_by_its_rate():

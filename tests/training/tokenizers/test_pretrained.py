@@ -19,6 +19,8 @@ from beit_fast.training.tokenizers import (
 
 from .build import BUILDERS, dalle, random_pixels, tokenizers, vqkd
 
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
 
 @pytest.fixture(params=BUILDERS)
 def tokenizer(request: pytest.FixtureRequest) -> PretrainedTokenizer:
@@ -192,3 +194,62 @@ def test_grid_sizes_are_those_of_the_papers():
     assert published.grid_size(224) == (14, 14)
     with pytest.raises(ValueError, match=r"256x256 pixels are not supported \(expected 224x224"):
         published.grid_size(256)
+
+
+def hub_cache(folder, tokenizer, subfolder=""):
+    """Create a cache of `huggingface_hub` that holds the tokenizer: blobs, links to them, a ref."""
+    repository = folder / "models--someone--tokens"
+    snapshot = repository / "snapshots" / REVISION / subfolder
+    snapshot.mkdir(parents=True)
+    tokenizer.save_pretrained(repository / "blobs")
+    for file in (repository / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    return folder
+
+
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+@pytest.mark.parametrize("revision", [None, "main", REVISION])
+def test_load_visual_tokenizer_reads_the_hub_cache_without_a_network(revision, subfolder, tokenizer, tmp_path):
+    options = {"cache_dir": hub_cache(tmp_path, tokenizer, subfolder), "revision": revision, "subfolder": subfolder}
+    again = load_visual_tokenizer("someone/tokens", local_files_only=True, **options)
+    assert type(again) is type(tokenizer)
+    pixels = random_pixels(2, 3, 32, 32)
+    assert torch.equal(again(pixels), tokenizer(pixels))
+
+
+@pytest.mark.parametrize("read", [load_visual_tokenizer, DalleTokenizer.from_pretrained])
+def test_repository_without_a_tokenizer_names_file_cache_and_revision(read, tmp_path):
+    cache = hub_cache(tmp_path, dalle())
+    with pytest.raises(FileNotFoundError) as raised:
+        read("someone/other", cache_dir=cache, local_files_only=True, revision="v2")
+    for part in (
+        "'someone/other'",
+        "visual_tokenizer.json",
+        "revision 'v2'",
+        repr(str(cache)),
+        "local_files_only=True",
+    ):
+        assert part in str(raised.value)
+    (cache / "models--someone--tokens" / "snapshots" / REVISION / "visual_tokenizer.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"does not have visual_tokenizer\.safetensors"):
+        read("someone/tokens", cache_dir=cache, local_files_only=True)
+
+
+def test_load_visual_tokenizer_passes_its_options_to_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, file, **options):
+        asked.append((name, file, options))
+        return str(tmp_path / file)
+
+    dalle().save_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    options = {"revision": "v2", "cache_dir": tmp_path, "token": "secret", "force_download": True, "subfolder": "inner"}
+    load_visual_tokenizer("someone/tokens", **options)
+    assert {(name, file) for name, file, _ in asked} == {
+        ("someone/tokens", "visual_tokenizer.json"),
+        ("someone/tokens", "visual_tokenizer.safetensors"),
+    }
+    assert all(given.items() >= options.items() for _, _, given in asked)
