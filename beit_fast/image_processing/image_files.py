@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 _PREFIX_SIZE = 16  # bytes that Pillow's formats look at
 
 
-def open_image_file(path: str | os.PathLike[str], name: str) -> PillowImage:
-    """Open an image file or a pipe; the pixels are decoded later.
+def open_image_file(path: str | os.PathLike[str] | io.BytesIO, name: str) -> PillowImage:
+    """Open an image file, a pipe or encoded bytes; the pixels are decoded later.
 
     Args:
-        path: The file. A pipe, such as that of `<(command)` in a shell, is read to its end.
+        path: The file, or its bytes. A pipe, such as that of `<(command)` in a shell, is read to its end.
         name: The image, for errors.
 
     Raises:
@@ -50,7 +50,9 @@ def error_without_path(error: Exception, file: str | os.PathLike[str]) -> str:
     return text or type(error).__name__
 
 
-def _source(path: str | os.PathLike[str], name: str) -> Path | io.BytesIO:
+def _source(path: str | os.PathLike[str] | io.BytesIO, name: str) -> Path | io.BytesIO:
+    if isinstance(path, io.BytesIO):
+        return path
     file = Path(path)
     if not file.exists():
         is_address = isinstance(path, str) and path.startswith(("http://", "https://"))

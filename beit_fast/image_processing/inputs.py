@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -68,7 +69,7 @@ def read_rgb(image: Any, name: str) -> PillowImage:
     """Read an upright RGB image of Pillow.
 
     Args:
-        image: A path, or a Pillow image.
+        image: A path, the encoded bytes of a file, or a Pillow image.
         name: The image, for errors.
 
     Raises:
@@ -161,7 +162,7 @@ def _open(image: Any, name: str) -> PillowImage:
 
     if isinstance(image, Image.Image):
         return _decoded(image, name)
-    if not isinstance(image, (str, os.PathLike)):
+    if not isinstance(image, (str, os.PathLike, io.BytesIO)):
         raise TypeError(f"{name} is of type {type(image).__name__} (expected {_EXPECTED})")
     with open_image_file(image, name) as opened:
         return _decoded(opened, name)

@@ -11,6 +11,7 @@ from .folders import ClassFolder, ImageFolder, SegmentationFolder
 from .opening import open_source
 from .sampler import EpochSampler, EvaluationSampler, Key
 from .source import Example, ImageSource
+from .tables import TableSource
 
 __all__ = [
     "ClassFolder",
@@ -22,6 +23,7 @@ __all__ = [
     "ImageSource",
     "Key",
     "SegmentationFolder",
+    "TableSource",
     "TrainingDataset",
     "build_loader",
     "collate_evaluation",
