@@ -158,9 +158,13 @@ def test_auto_class_from_pretrained_takes_ordinary_arguments(registered, tmp_pat
         low_cpu_mem_usage=True,
         force_download=True,
         weights_only=True,
+        from_tf=False,
+        from_flax=False,
     )
     assert isinstance(model, beit_fast.BeitForImageClassification)
     assert torch.equal(model.classifier.weight, theirs.classifier.weight)
+    with pytest.raises(ValueError, match=r"from_tf=True and from_flax=True is not supported \(expected .*safetensors"):
+        load(tmp_path, subfolder="small", from_tf=True, from_flax=True)
     assert load(tmp_path, subfolder="small", attn_implementation="sdpa").config._attn_implementation == "sdpa"
 
 

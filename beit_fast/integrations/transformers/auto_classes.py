@@ -28,6 +28,8 @@ except ImportError:  # 4.57
 
 # Arguments of Auto classes and pipelines that do not change what is loaded.
 _UNUSED = ("_from_auto", "_from_pipeline", "_commit_hash", "code_revision")
+# Formats that Transformers 4 read; its scripts pass False.
+_OTHER_FORMATS = ("from_tf", "from_flax")
 
 
 class BeitFastConfig(transformers.BeitConfig):
@@ -67,9 +69,14 @@ class TransformersConventions(beit_fast.BeitPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *, config: Any = None, **kwargs: Any
     ) -> Any:
-        """See `beit_fast.BeitPreTrainedModel.from_pretrained`; arguments of Transformers that are None are ignored."""
+        """See `beit_fast.BeitPreTrainedModel.from_pretrained`; arguments of Transformers that are None are ignored.
+
+        So are `from_tf=False` and `from_flax=False`.
+        """
         _raise_on_adapter(kwargs.pop("adapter_kwargs", None))
-        given = {name: value for name, value in kwargs.items() if name not in _UNUSED and value is not None}
+        _raise_on_other_formats(kwargs)
+        unused = (*_UNUSED, *_OTHER_FORMATS)
+        given = {name: value for name, value in kwargs.items() if name not in unused and value is not None}
         config = own_config(config) if isinstance(config, transformers.PretrainedConfig) else config
         return super().from_pretrained(pretrained_model_name_or_path, config=config, **given)
 
@@ -81,6 +88,12 @@ def _raise_on_adapter(adapter_kwargs: Mapping[str, Any] | None) -> None:
             f"{os.fspath(path)!r} holds a PEFT adapter: load the model that it was trained on, then call "
             "peft.PeftModel.from_pretrained(model, path)"
         )
+
+
+def _raise_on_other_formats(kwargs: Mapping[str, Any]) -> None:
+    asked = [f"{name}=True" for name in _OTHER_FORMATS if kwargs.get(name)]
+    if asked:
+        raise ValueError(f"{' and '.join(asked)} is not supported (expected a checkpoint in safetensors or of PyTorch)")
 
 
 def _returning(output_class: type, forward: Callable[..., Any]) -> Callable[..., Any]:
