@@ -13,6 +13,7 @@ from typing import Any, get_args
 from ..utils.names import ATTENTION_IMPLEMENTATIONS, POSITION_INTERPOLATIONS, dtype_name
 from ..utils.paths import as_path
 from ..utils.version import __version__
+from .finetune_parser import add_finetune
 from .options import (
     TASKS,
     ClassifyOptions,
@@ -38,6 +39,7 @@ _COMMANDS: dict[str, tuple[str, type]] = {
     "selftest": (".selftest", SelftestOptions),
     "tune": (".tune", TuneOptions),
     "pretrain": (".training", dict),
+    "finetune": (".training", dict),
 }
 
 
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_selftest(commands)
     _add_tune(commands)
     add_pretrain(commands)
+    add_finetune(commands)
     return parser
 
 

@@ -6,9 +6,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ..training.recipes.finetune import FinetuneOptions
+from ..training.recipes.finetune import finetune as run_finetuning
 from ..training.recipes.pretrain import PretrainOptions
 from ..training.recipes.pretrain import pretrain as run_pretraining
 from .collect_env import environment
+from .finetune_parser import DEFAULT_EMA_DECAY, NO_POLICY
 from .options import ExitCode
 from .unilm_flags import Command
 from .unilm_parser import take_flags
@@ -21,6 +24,27 @@ def pretrain(fields: Mapping[str, Any]) -> int:
     options = PretrainOptions(**option_fields(fields, "pretrain"))
     report(options, run_pretraining(options, environment()))
     return ExitCode.DONE
+
+
+def finetune(fields: Mapping[str, Any]) -> int:
+    """Fine-tune, print where the model is, and return the exit code."""
+    options = FinetuneOptions(**finetuning_fields(fields))
+    report(options, run_finetuning(options, environment()))
+    return ExitCode.DONE
+
+
+def finetuning_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `FinetuneOptions` from those of the parser.
+
+    Raises:
+        ValueError: If flags of unilm are refused or contradict options.
+    """
+    values = option_fields(fields, "finetune")
+    if values.pop("model_ema", False):
+        values.setdefault("model_ema_decay", DEFAULT_EMA_DECAY)
+    if str(values.get("aa", "")).lower() in NO_POLICY:
+        values["aa"] = None
+    return values
 
 
 def option_fields(fields: Mapping[str, Any], command: Command) -> dict[str, Any]:

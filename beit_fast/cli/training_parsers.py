@@ -56,8 +56,6 @@ ENGINE_OPTIONS = (
     Option("keep_checkpoints", int, "checkpoints to keep", "2"),
     Option("log_every", int, "steps between rows of the log", "10"),
     Option("tensorboard", None, "also write TensorBoard's files to OUT/tensorboard"),
-    Option("image_mean", float, "mean of the normalization", values=3, metavar="X", default="0.5 0.5 0.5"),
-    Option("image_std", float, "standard deviation of the normalization", values=3, metavar="X", default="0.5 0.5 0.5"),
 )
 """Options of both training commands."""
 
@@ -89,6 +87,8 @@ PRETRAIN_OPTIONS = (
     Option("opt_betas", float, "betas of AdamW", "0.9 0.98", metavar="X", values=2),
     Option("clip_grad", float, "largest norm of the gradients", "3.0"),
     Option("model_ema_decay", float, "decay of an average of the weights, which is also saved"),
+    Option("image_mean", float, "mean of the normalization", values=3, metavar="X", default="0.5 0.5 0.5"),
+    Option("image_std", float, "standard deviation of the normalization", values=3, metavar="X", default="0.5 0.5 0.5"),
 )
 """Options of `beit-fast pretrain`."""
 
