@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ..training.recipes.finetune import FinetuneOptions
 from ..training.recipes.finetune import finetune as run_finetuning
+from ..training.recipes.finetune_options import FinetuneOptions
 from ..training.recipes.pretrain import PretrainOptions
 from ..training.recipes.pretrain import pretrain as run_pretraining
 from .collect_env import environment

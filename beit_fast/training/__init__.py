@@ -1,8 +1,44 @@
-"""Parts of BEiT's recipe for a training loop: masks, views, batches, parameter groups."""
+"""BEiT's recipe: masks, views, batches and parameter groups, and whole training runs."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .block_masks import BlockMaskGenerator
 from .collator import MaskedImageCollator
 from .parameter_groups import layer_decay_parameter_groups
 from .two_views import TwoViewTransform
 
-__all__ = ["BlockMaskGenerator", "MaskedImageCollator", "TwoViewTransform", "layer_decay_parameter_groups"]
+if TYPE_CHECKING:
+    from .recipes.finetune import finetune
+    from .recipes.finetune_options import FinetuneOptions
+    from .recipes.pretrain import PretrainOptions, pretrain
+
+_IMPORTED_AT_FIRST_USE = {
+    "FinetuneOptions": ".recipes.finetune_options",
+    "PretrainOptions": ".recipes.pretrain",
+    "finetune": ".recipes.finetune",
+    "pretrain": ".recipes.pretrain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a training run at its first use."""
+    if name not in _IMPORTED_AT_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_IMPORTED_AT_FIRST_USE[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+__all__ = [
+    "BlockMaskGenerator",
+    "FinetuneOptions",
+    "MaskedImageCollator",
+    "PretrainOptions",
+    "TwoViewTransform",
+    "finetune",
+    "layer_decay_parameter_groups",
+    "pretrain",
+]

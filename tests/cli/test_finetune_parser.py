@@ -10,7 +10,7 @@ import pytest
 
 from beit_fast.cli.finetune_parser import FINETUNE_OPTIONS, add_finetune
 from beit_fast.cli.training import finetuning_fields
-from beit_fast.training.recipes.finetune import FinetuneOptions
+from beit_fast.training import FinetuneOptions
 
 COMMAND_OF_UNILM = """
     --model beit_base_patch16_224 --data_path data --finetune pretrained.pth --output_dir out --batch_size 64 --lr 4e-3

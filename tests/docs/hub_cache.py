@@ -64,5 +64,16 @@ def build_workspace(folder: Path) -> None:
     for name in names:
         Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(folder / name)
     (folder / "examples").symlink_to(ROOT / "examples")
+    for split in ("train", "val"):
+        for name in ("daisy", "rose", "tulip"):
+            (folder / "flowers" / split / name).mkdir(parents=True)
+            for index in range(2):
+                pixels = generator.integers(0, 256, (64, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "flowers" / split / name / f"{index}.jpg")
+    for part, shape in (("images", (64, 80, 3)), ("annotations", (64, 80))):
+        (folder / "rooms" / part).mkdir(parents=True)
+        for index in range(2):
+            pixels = generator.integers(0, 256 if part == "images" else 2, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "rooms" / part / f"{index}.png")
     timm_model = timm_reference.build(img_size=224, patch_size=16, use_rel_pos_bias=True)
     torch.save(timm_model.state_dict(), folder / "timm_or_unilm.pth")

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
 
 from ...utils.messages import count_of, join_some, raise_value_error
 from ..data.source import ImageSource
+from .finetune_options import FinetuneOptions
 
 
-class ClassOptions(Protocol):
-    """The options that decide the classes."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def nb_classes(self) -> int | None: ...
-    @property
-    def class_names(self) -> Path | None: ...
-
-
-def class_names_of(options: ClassOptions, source: ImageSource, evaluation: ImageSource | None) -> list[str] | None:
+def class_names_of(options: FinetuneOptions, source: ImageSource, evaluation: ImageSource | None) -> list[str] | None:
     """Return the names of the classes by id.
 
     Args:
@@ -68,7 +56,7 @@ def _difference(source: ImageSource, evaluation: ImageSource) -> str:
     return f"training and evaluation have different classes: {'; '.join(texts)}"
 
 
-def _names_of_file(options: ClassOptions) -> list[str] | None:
+def _names_of_file(options: FinetuneOptions) -> list[str] | None:
     if options.class_names is None:
         return None if options.nb_classes is None else _numbered(_checked(options.nb_classes, "nb_classes"))
     path = os.fspath(options.class_names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,8 @@ from ..data.dataset import EvaluationDataset, build_loader, collate_evaluation
 from ..data.sampler import EvaluationSampler
 from ..data.source import Example, ImageSource
 from ..engine.processes import Processes
-
-if TYPE_CHECKING:
-    from .finetune import FinetuneOptions
-    from .finetune_model import FinetunedModel
+from .finetune_model import FinetunedModel
+from .finetune_options import FinetuneOptions
 
 _TOP = 5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,9 +20,7 @@ from ...utils.messages import join_some
 from ..arguments import three_numbers
 from ..seeding import INITIALIZATION, derived_seed
 from ..transforms import evaluation_processor
-
-if TYPE_CHECKING:
-    from .finetune import FinetuneOptions
+from .finetune_options import FinetuneOptions
 
 FinetunedModel: TypeAlias = "BeitForImageClassification | BeitForSemanticSegmentation"
 

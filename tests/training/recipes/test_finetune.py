@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from beit_fast import BeitForImageClassification, BeitForSemanticSegmentation, BeitImageProcessor
-from beit_fast.training.recipes.finetune import FinetuneOptions, finetune
+from beit_fast.training import FinetuneOptions, finetune
 
 from .finetune_data import SIZE, write_classes, write_pretrained, write_segmentation
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_fast.training.recipes.finetune import FinetuneOptions, finetune
+from beit_fast.training import FinetuneOptions, finetune
 
 from .finetune_data import write_classes, write_pretrained, write_segmentation
 from .test_finetune import SMALL
