@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -17,7 +18,17 @@ Size = tuple[int, int]
 Pixels = TypeVar("Pixels", Tensor, np.ndarray)
 NEAREST = RESAMPLING_NAMES.index("nearest")
 
-_INTERPOLATE_MODES = {RESAMPLING_NAMES.index(mode): mode for mode in ("bilinear", "bicubic")}
+
+@functools.cache
+def _interpolate_modes() -> frozenset[int]:
+    """Filters of torch's antialiased `interpolate`; torch 2.13 has Lanczos too."""
+    modes = ["bilinear", "bicubic"]
+    try:
+        F.interpolate(torch.zeros(1, 3, 2, 2), size=(1, 1), mode="lanczos", antialias=True)
+        modes.append("lanczos")
+    except (NotImplementedError, RuntimeError, ValueError):
+        pass
+    return frozenset(map(RESAMPLING_NAMES.index, modes))
 
 
 def resized_size(height: int, width: int, size: Mapping[str, int]) -> Size:
@@ -76,6 +87,19 @@ def resize_array(pixels: np.ndarray, size: Size, resample: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(plane).resize((size[1], size[0]), filter_)) for plane in planes], -1)
 
 
+def resize_pixels(pixels: np.ndarray, size: Size, resample: int) -> np.ndarray:
+    """Resize uint8 `[H, W, 3]` to `[*size, 3]` on a CPU.
+
+    torch's vectorized kernel is several times faster than Pillow, and its values are within 2 levels of Pillow's.
+    Filters that torch lacks are Pillow's.
+    """
+    if resample not in _interpolate_modes():
+        return resize_array(pixels, size, resample)
+    can_share = pixels.flags.writeable and min(pixels.strides) >= 0
+    image = torch.from_numpy(pixels if can_share else pixels.copy(order="C"))
+    return resize_tensor(image.permute(2, 0, 1)[None], size, resample)[0].permute(1, 2, 0).numpy()
+
+
 def resize_tensor(images: Tensor, size: Size, resample: int) -> Tensor:
     """Resize uint8 `[B, C, H, W]` to `[B, C, *size]`.
 
@@ -85,7 +109,7 @@ def resize_tensor(images: Tensor, size: Size, resample: int) -> Tensor:
         return images
     if resample == NEAREST:
         return resize_nearest(images, size)
-    if images.device.type != "cpu" or resample not in _INTERPOLATE_MODES:
+    if images.device.type != "cpu" or resample not in _interpolate_modes():
         return resize_by_matrices(images, size, resample)
     if is_resized_vertically_first(images.shape[-2], images.shape[-1], size):
         images = _interpolate(images, (size[0], images.shape[-1]), resample)
@@ -93,7 +117,7 @@ def resize_tensor(images: Tensor, size: Size, resample: int) -> Tensor:
 
 
 def _interpolate(images: Tensor, size: Size, resample: int) -> Tensor:
-    return F.interpolate(images, size=size, mode=_INTERPOLATE_MODES[resample], antialias=True)
+    return F.interpolate(images, size=size, mode=RESAMPLING_NAMES[resample], antialias=True)
 
 
 def is_resized_vertically_first(height: int, width: int, size: Size) -> bool:

@@ -34,8 +34,8 @@ class TwoViewTransform:
     """Crop and flip an image once, then resize it to two views.
 
     One view is for the model, one for the tokenizer (section 2.1 of the paper). Names and defaults are those of unilm's
-    pre-training. Pillow resizes both, also for tensors, so a uint8 tensor and a Pillow image of the same pixels have
-    the same views.
+    pre-training. A uint8 tensor and a Pillow image of the same pixels have the same views. Values are within 2 levels
+    of Pillow's.
 
     Args:
         input_size, second_input_size: Sizes of the model's and the tokenizer's view: an int or (height, width).
