@@ -282,3 +282,12 @@ def test_auto_class_of_other_models_is_that_of_transformers():
     unregister()
     with pytest.raises(ValueError, match="BeitConfig"):
         transformers.AutoModelForMaskedImageModeling.from_config(transformers.BeitConfig(**OPTIONS))
+
+
+def test_compiled_model_makes_labels(tokenizer, tmp_path):
+    model = build(tmp_path).eval()
+    images, mask = pixels_and_mask()
+    expected = model(normalized(images), mask).loss
+    torch.testing.assert_close(torch.compile(model, backend="eager")(normalized(images), mask).loss, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(normalized(images).bfloat16(), mask).loss, expected, rtol=2e-2, atol=2e-2)
