@@ -14,7 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast import BeitForImageClassification, BeitForSemanticSegmentation, BeitImageProcessor
+from beit_fast import (
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
+    BeitImageProcessor,
+)
+from beit_fast.checkpoint.key_mapping import to_timm_names
 from beit_fast.training import FinetuneOptions, finetune
 
 from .finetune_data import SIZE, write_classes, write_pretrained, write_segmentation
@@ -92,6 +98,35 @@ def test_each_layer_starts_from_a_copy_of_the_shared_table(folder, tmp_path):
     config = BeitForImageClassification.from_pretrained(tmp_path / "run/model").config
     assert config.use_mean_pooling
     assert config.drop_path_rate == 0.1
+
+
+@pytest.mark.parametrize("kind", ["transformers", "unilm"])
+def test_run_starts_from_files_of_other_projects(kind, folder, tmp_path):
+    pretrained = BeitForMaskedImageModeling.from_pretrained(folder / "pretrained")
+    if kind == "transformers":
+        transformers = pytest.importorskip("transformers")
+        model = tmp_path / "theirs"
+        transformers.BeitForMaskedImageModeling.from_pretrained(folder / "pretrained").save_pretrained(model)
+    else:
+        model = tmp_path / "unilm.pth"
+        trunk = {f"beit.{name}": tensor for name, tensor in pretrained.beit.state_dict().items()}
+        del trunk["beit.embeddings.mask_token"]
+        torch.save({"model": to_timm_names(trunk)}, model)
+    still = {"max_steps": 1, "lr": 1e-12, "min_lr": 0.0, "weight_decay": 0.0}
+    finetune(options(folder, tmp_path / "run", model=str(model), **still))
+    weights = BeitForImageClassification.from_pretrained(tmp_path / "run/model").state_dict()
+    for layer in range(4):
+        torch.testing.assert_close(weights[OF_LAYER.format(layer)], pretrained.state_dict()[SHARED])
+    query = "beit.encoder.layer.1.attention.attention.query.weight"
+    torch.testing.assert_close(weights[query], pretrained.state_dict()[query])
+
+
+def test_larger_images_resize_the_tables(folder, tmp_path):
+    finetune(options(folder, tmp_path / "run", input_size=48, max_steps=1, precision="bfloat16"))
+    model = BeitForImageClassification.from_pretrained(tmp_path / "run/model")
+    assert model.config.image_size == 48
+    assert len(model.state_dict()[OF_LAYER.format(0)]) == (2 * 6 - 1) ** 2 + 3
+    assert BeitImageProcessor.from_pretrained(tmp_path / "run/model").crop_size == {"height": 48, "width": 48}
 
 
 def test_segmentation_learns_two_sides_and_saves_what_transformers_loads(folder, tmp_path):

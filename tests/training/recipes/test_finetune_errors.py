@@ -44,6 +44,10 @@ def test_options_that_do_not_fit_are_one_error(folder, tmp_path):
         assert text in message
 
 
+def test_policy_of_the_augmentation_that_does_not_exist_is_an_error(folder, tmp_path):
+    assert "'x9'" in error_of(folder, tmp_path / "run", aa="rand-x9")
+
+
 def test_segmentation_options_without_that_task_are_an_error(folder, tmp_path):
     message = error_of(folder, tmp_path / "run", reduce_labels=True, class_names=Path("names.txt"))
     assert "2 errors" in message
