@@ -111,8 +111,7 @@ class EpochSampler(Sampler[list[Key]]):
         """Yield indices window by window; the images of a window are shuffled."""
         first_rows = [0, *accumulate(groups)]
         shuffled = _permutation(len(groups), self.seed, epoch).tolist()
-        # NumPy pads entropy by zeros, so a window 0 would repeat the stream of the groups.
-        for number, at in enumerate(range(0, len(groups), WINDOW), start=1):
+        for number, at in enumerate(range(0, len(groups), WINDOW)):
             window = shuffled[at : at + WINDOW]
             rows = sum(groups[group] for group in window)
             if start < rows:
