@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,6 +54,7 @@ class Evaluator:
 
         `unreadable_images` counts images that were left out, if there are any.
         """
+        self._share_buffers(model)
         classes = model.config.num_labels
         shape = (classes, classes) if self.is_segmentation else (2,)
         sums = torch.zeros(shape, dtype=torch.float64)
@@ -65,6 +67,12 @@ class Evaluator:
         sums, totals = self._total(sums), self._total(totals)
         found = _segmentation_scores(sums) if self.is_segmentation else _accuracies(sums, totals[0])
         return found | ({"unreadable_images": totals[1].item()} if totals[1] else {})
+
+    def _share_buffers(self, model: FinetunedModel) -> None:
+        """Copy statistics of batch norms from the process that saves."""
+        if self.processes.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
     def _equal_batches(self) -> Iterator[dict[str, Any]]:
         """Yield batches; the last ones may be empty, so that all processes call a sharded model equally often."""

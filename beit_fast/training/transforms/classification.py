@@ -89,7 +89,7 @@ class ClassificationTransform:
         red, green, blue = (min(255, max(0, round(255 * mean))) for mean in self.image_mean)
         fill = (red, green, blue)
         self.augment = None if aa is None else RandAugment(aa, fill=fill, interpolation=train_interpolation)
-        self.color_jitter = color_jitter if aa is None else None
+        self.color_jitter = color_jitter
         self.erase = RandomErasing(reprob, remode, recount)
         self.scale, self.ratio, self.flip_probability = scale, ratio, flip_probability
 

@@ -22,6 +22,9 @@ from beit_fast import (
 )
 from beit_fast.checkpoint.key_mapping import to_timm_names
 from beit_fast.training import FinetuneOptions, finetune
+from beit_fast.training.data import open_source
+from beit_fast.training.engine.processes import Processes
+from beit_fast.training.recipes.finetune import FinetuneRecipe
 
 from .finetune_data import SIZE, write_classes, write_pretrained, write_segmentation
 
@@ -35,6 +38,7 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
 }
 SHARED = "beit.encoder.relative_position_bias.relative_position_bias_table"
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 OF_LAYER = "beit.encoder.layer.{}.attention.attention.relative_position_bias.relative_position_bias_table"
 
 
@@ -244,10 +248,24 @@ def test_two_processes_train_and_evaluate_as_one_does(fsdp, folder, tmp_path):
     changes["eval_data_path"] = held_out
     rows = finetune(options(folder, tmp_path / "one", **changes))
     command = command_of(folder, tmp_path / "two", **(changes | {"batch_size": 3} | ({"fsdp": True} if fsdp else {})))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    subprocess.run([*torchrun, *command], check=True, capture_output=True, timeout=300)
+    subprocess.run([*TWO_PROCESSES, *command], check=True, capture_output=True, timeout=300)
     both = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in both] == [row["step"] for row in rows]
     for ours, expected in zip(both, rows, strict=True):
         for name in ("loss", "top1", "top5"):
             assert ours.get(name, -1) == pytest.approx(expected.get(name, -1), rel=1e-3), name
+
+
+def test_two_processes_train_segmentation_whose_last_block_has_no_gradient(folder, tmp_path):
+    changes: dict[str, Any] = {"task": "segmentation", "nb_classes": 2, "batch_size": 2, "epochs": 1}
+    command = command_of(folder, tmp_path / "run", **(changes | {"eval_data_path": folder / "segments"}))
+    command[2] = str(folder / "segments")
+    subprocess.run([*TWO_PROCESSES, *command], check=True, capture_output=True, timeout=300)
+    row = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    again = options(folder, tmp_path / "again", **changes, data=folder / "segments").resolved(1)
+    source = open_source(folder / "segments", "segmentation")
+    recipe = FinetuneRecipe(again, source, source, ["sea", "land"], Processes(torch.device("cpu")), {})
+    recipe.model.load_state_dict(BeitForSemanticSegmentation.from_pretrained(tmp_path / "run/model").state_dict())
+    recipe.model.eval()
+    scores = recipe.evaluate()
+    assert {name: row[name] for name in scores} == pytest.approx(scores)

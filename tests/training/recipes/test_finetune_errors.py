@@ -119,6 +119,23 @@ def test_annotation_with_ids_outside_the_classes_is_an_error_that_names_the_imag
     assert any("3.png" in note for note in error.value.__notes__)
 
 
+def test_other_names_in_the_same_file_are_another_run(folder, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("sea\nland\n", encoding="utf-8")
+    changes = {"data": folder / "segments", "class_names": names, "output": tmp_path / "run", "max_steps": 1}
+    values = SMALL | SEGMENTATION | {"model": str(folder / "pretrained"), "batch_size": 3} | changes
+    finetune(FinetuneOptions(**values))
+    names.write_text("sea\nsky\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"classes: \['sea', 'land'\] before, \['sea', 'sky'\] now"):
+        finetune(FinetuneOptions(**values))
+
+
+def test_evaluation_images_may_differ_when_a_run_is_resumed(folder, tmp_path):
+    values = SMALL | {"data": folder / "classes", "model": str(folder / "pretrained"), "output": tmp_path / "run"}
+    assert "top1" not in finetune(FinetuneOptions(**values, max_steps=1))[-1]
+    assert "top1" in finetune(FinetuneOptions(**values, eval_data_path=folder / "classes"))[-1]
+
+
 def test_another_run_in_the_output_is_kept(folder, tmp_path):
     values = {"data": folder / "classes", "model": str(folder / "pretrained"), "output": tmp_path / "run"}
     finetune(FinetuneOptions(**(values | SMALL | {"epochs": 1})))

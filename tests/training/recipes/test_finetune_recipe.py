@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from beit_fast.training import FinetuneOptions
 from beit_fast.training.data import open_source
@@ -77,6 +79,13 @@ def test_options_of_segmentation_reach_the_transform_and_the_model(folder):
     assert (transform.flip_probability, transform.color_jitter, transform.size) == (0.2, False, (32, 32))
     assert (config.semantic_loss_ignore_index, config.drop_path_rate, config.out_indices) == (9, 0.3, [1, 2, 3, 4])
     assert recipe_of(folder, task="segmentation").dataset.transform.color_jitter
+
+
+def test_classifier_pools_the_mean_of_the_patches_whatever_the_checkpoint_does(folder, tmp_path):
+    write_pretrained(tmp_path / "cls", use_mean_pooling=False)
+    model = recipe_of(folder, model=str(tmp_path / "cls")).model
+    assert model.config.use_mean_pooling
+    assert "beit.pooler.layernorm.weight" in model.state_dict()
 
 
 def test_learning_rates_decay_by_layer(folder):
@@ -151,7 +160,11 @@ def test_segmentation_scores_are_those_of_the_definition():
 def test_segmentation_is_evaluated_at_the_size_of_each_annotation(folder, tmp_path):
     recipe = recipe_of(folder, task="segmentation")
     transform = recipe.dataset.transform
-    source = open_source(folder / "segments", "segmentation")
+    source = open_source(write_segmentation(tmp_path / "partly"), "segmentation")
+    for file in (tmp_path / "partly/annotations").iterdir():
+        ignored = np.array(Image.open(file))
+        ignored[:7] = 255
+        Image.fromarray(ignored).save(file)
     evaluator = Evaluator(recipe.options, source, recipe.processor, transform.labels_of, CPU)
     scores = evaluator(recipe.model.eval())
     confusion = torch.zeros(2, 2)

@@ -107,6 +107,14 @@ def test_crop_avoids_a_class_with_too_many_pixels():
     assert mixed[1.0] >= mixed[0.75]
 
 
+def test_ignored_pixels_do_not_count_in_the_choice_of_a_crop():
+    labels = torch.full((10, 10), 255)
+    labels[0, :4], labels[1, :4] = 1, 2
+    transform = SegmentationTransform(10)
+    assert transform._is_mixed(labels)  # half and half of the labeled pixels
+    assert not transform._is_mixed(torch.where(labels == 2, 255, labels))
+
+
 def test_reduced_labels_start_at_the_second_class_and_ignore_the_first():
     labels = np.array([[0, 1], [2, 255]], dtype=np.uint8)
     example = Example(Image.new("RGB", (2, 2)), Image.fromarray(labels))
