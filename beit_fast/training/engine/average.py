@@ -14,7 +14,8 @@ class WeightAverage:
     """Average the parameters of a model after each step: `average = decay * average + (1 - decay) * weights`.
 
     Args:
-        model: The model; its parameters may be DTensors of FSDP2. Buffers are not averaged: BEiT's are constants.
+        model: The model; its parameters may be DTensors of FSDP2. Buffers are not averaged:
+            the statistics of batch norms stay the present ones.
         decay: Share of the old average that is kept.
     """
 

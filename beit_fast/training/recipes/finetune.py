@@ -75,6 +75,7 @@ class FinetuneRecipe:
     """
 
     dataset_groups: tuple[int, ...] | None
+    has_unused_parameters = False
 
     def __init__(
         self,
@@ -100,8 +101,6 @@ class FinetuneRecipe:
             transform = _segmentation_transform(options, size, mean, std, count)
             self.collate = AnnotatedCollate(options.ignore_index)
         self.dataset = TrainingDataset(source, transform, options.seed)
-        # A segmentation model does not use its last blocks if `out_indices` does not name them.
-        self.has_unused_parameters = options.task == "segmentation"
         self.evaluator: Evaluator | None = None
         if evaluation is not None:
             labels_of = None if isinstance(transform, ClassificationTransform) else transform.labels_of

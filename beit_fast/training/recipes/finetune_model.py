@@ -73,7 +73,20 @@ def load_finetuned_model(options: FinetuneOptions, names: Sequence[str] | None) 
         )
     if model.config.num_channels != 3:
         raise ValueError(f"{options.model!r} has num_channels={model.config.num_channels} (expected 3: images are RGB)")
+    if isinstance(model, BeitForSemanticSegmentation):
+        _freeze_unused(model)
     return model
+
+
+def _freeze_unused(model: BeitForSemanticSegmentation) -> None:
+    """Freeze what no stage of a segmentation model reads: blocks after the last one, and the final norm.
+
+    They have no gradient, so an optimizer has no state for them, which a checkpoint would lack.
+    """
+    used = max(model.config.out_indices) - 1  # stage i is the output of i - 1 blocks
+    for block in model.beit.encoder.layer[used:]:
+        block.requires_grad_(False)
+    model.beit.layernorm.requires_grad_(False)
 
 
 def _changes(

@@ -239,6 +239,20 @@ def test_killed_run_resumes_to_the_same_numbers(folder, tmp_path):
     assert ours.read_bytes() == expected.read_bytes()
 
 
+def test_interrupted_segmentation_resumes_to_the_same_weights_and_statistics(folder, tmp_path):
+    changes = {"task": "segmentation", "nb_classes": 2, "batch_size": 3, "data": folder / "segments"}
+    changes |= {"save_every_steps": 1, "model_ema_decay": 0.9, "eval_data_path": folder / "segments"}
+    whole = finetune(options(folder, tmp_path / "whole", **changes))
+    for steps in (1, 3, None):  # the second epoch begins after step 2
+        rows = finetune(options(folder, tmp_path / "parts", **changes, max_steps=steps))
+    assert without_speed([row for row in rows if row["step"] == 4]) == without_speed(
+        [row for row in whole if row["step"] == 4]
+    )
+    for name in ("model", "model_ema"):
+        ours, expected = (tmp_path / run / name / "model.safetensors" for run in ("parts", "whole"))
+        assert ours.read_bytes() == expected.read_bytes()
+
+
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_train_and_evaluate_as_one_does(fsdp, folder, tmp_path):
     changes: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "epochs": 1}

@@ -141,6 +141,16 @@ def test_batch_of_ignored_pixels_has_no_loss_and_others_have_that_of_the_model(f
     assert not any(gradient.any() for gradient in gradients)
 
 
+def test_trainable_parameters_of_segmentation_are_those_with_a_gradient(folder):
+    recipe = recipe_of(folder, task="segmentation")
+    loss, _ = recipe.loss(recipe.model, recipe.collate([recipe.dataset[0, index] for index in range(2)]))
+    loss.backward()
+    named = dict(recipe.model.named_parameters())
+    assert {name for name, p in named.items() if p.requires_grad} == {n for n, p in named.items() if p.grad is not None}
+    frozen = {name.split(".")[3] for name, p in named.items() if not p.requires_grad and ".layer." in name}
+    assert frozen == {"3"}  # of the stages 1, 2, 3 and 4 the last is the output of three blocks
+
+
 def test_hits_are_those_of_the_first_and_of_five_classes():
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7]])
     assert _hits(logits, torch.tensor([0, 1])).tolist() == [1, 1]
