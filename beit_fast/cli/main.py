@@ -13,6 +13,7 @@ from typing import Any, get_args
 from ..utils.names import ATTENTION_IMPLEMENTATIONS, POSITION_INTERPOLATIONS, dtype_name
 from ..utils.paths import as_path
 from ..utils.version import __version__
+from .evaluate_parser import add_eval
 from .finetune_parser import add_finetune
 from .options import (
     TASKS,
@@ -40,6 +41,7 @@ _COMMANDS: dict[str, tuple[str, type]] = {
     "tune": (".tune", TuneOptions),
     "pretrain": (".training", dict),
     "finetune": (".training", dict),
+    "eval": (".evaluate", dict),
 }
 
 
@@ -68,7 +70,8 @@ def _run(arguments: Sequence[str], prepare: Callable[[], object] | None) -> int:
     if prepare is not None:
         prepare()
     module, options_class = _COMMANDS[name]
-    command = getattr(importlib.import_module(module, __package__), name)
+    function = "evaluate" if name == "eval" else name  # `eval` is a builtin
+    command = getattr(importlib.import_module(module, __package__), function)
     return command(options_class(**fields))
 
 
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     add_pretrain(commands)
     add_finetune(commands)
+    add_eval(commands, _add_model_options)
     return parser
 
 

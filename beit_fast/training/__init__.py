@@ -9,13 +9,17 @@ from .parameter_groups import layer_decay_parameter_groups
 from .two_views import TwoViewTransform
 
 if TYPE_CHECKING:
+    from .recipes.evaluate import evaluate
+    from .recipes.evaluate_options import EvaluateOptions
     from .recipes.finetune import finetune
     from .recipes.finetune_options import FinetuneOptions
     from .recipes.pretrain import PretrainOptions, pretrain
 
 _IMPORTED_AT_FIRST_USE = {
+    "EvaluateOptions": ".recipes.evaluate_options",
     "FinetuneOptions": ".recipes.finetune_options",
     "PretrainOptions": ".recipes.pretrain",
+    "evaluate": ".recipes.evaluate",
     "finetune": ".recipes.finetune",
     "pretrain": ".recipes.pretrain",
 }
@@ -34,10 +38,12 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BlockMaskGenerator",
+    "EvaluateOptions",
     "FinetuneOptions",
     "MaskedImageCollator",
     "PretrainOptions",
     "TwoViewTransform",
+    "evaluate",
     "finetune",
     "layer_decay_parameter_groups",
     "pretrain",

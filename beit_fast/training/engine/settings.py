@@ -150,7 +150,8 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _one_of(choices: tuple[str, ...], optional: bool = False) -> Rule:
+def one_of(choices: tuple[str, ...], optional: bool = False) -> Rule:
+    """Return the rule of a string among choices."""
     return Rule(lambda value: isinstance(value, str), lambda value: value in choices, join_choices(choices), optional)
 
 
@@ -188,13 +189,13 @@ RULES = {
     ),
     "opt_eps": POSITIVE,
     "clip_grad": POSITIVE._replace(optional=True),
-    "precision": _one_of(get_args(Precision)),
+    "precision": one_of(get_args(Precision)),
     "compile": FLAG,
     "gradient_checkpointing": FLAG,
     "model_ema_decay": BELOW_ONE._replace(optional=True),
     "fsdp": FLAG,
-    "attn_implementation": _one_of(tuple(ATTENTION_IMPLEMENTATIONS), optional=True),
-    "device": _one_of(get_args(TrainingDevice)),
+    "attn_implementation": one_of(tuple(ATTENTION_IMPLEMENTATIONS), optional=True),
+    "device": one_of(get_args(TrainingDevice)),
     "num_workers": NATURAL,
     "save_every_epochs": COUNT,
     "save_every_steps": OPTIONAL_COUNT,
