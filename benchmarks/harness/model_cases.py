@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast import BeitConfig, BeitForImageClassification
+from beit_fast import BeitConfig, BeitForImageClassification, BeitPreTrainedModel
 from beit_fast.tuning.reference import error_budgets
 
 from .cases import DTYPE_NAMES, Reference
@@ -79,11 +79,7 @@ class ModelCase:
     @property
     def flops(self) -> int:
         """Floating-point operations of the forward, and twice as many for the backward."""
-        size, tokens = self.size, self.tokens
-        linears = 2 * tokens * size.width * (4 * size.width + 2 * size.mlp)
-        attention = 4 * tokens**2 * size.width
-        patches = 2 * (tokens - 1) * size.width * 3 * PATCH**2
-        forward = patches + size.layers * (linears + attention) + 2 * size.width * size.labels
+        forward = trunk_flops(self.size, self.tokens) + 2 * self.size.width * self.size.labels
         return self.batch * forward * (3 if self.trains else 1)
 
     @property
@@ -101,16 +97,27 @@ class ModelCase:
 LAYER_NORM_EPS = 1e-12
 
 
+def trunk_flops(size: Size, tokens: int) -> int:
+    """Floating-point operations of embeddings and blocks in the forward of one image."""
+    linears = 2 * tokens * size.width * (4 * size.width + 2 * size.mlp)
+    attention = 4 * tokens**2 * size.width
+    patches = 2 * (tokens - 1) * size.width * 3 * PATCH**2
+    return patches + size.layers * (linears + attention)
+
+
 def parameters(case: ModelCase) -> dict[str, Tensor]:
-    """Draw fp32 weights by hub name from a fixed seed.
+    """Draw fp32 weights by hub name from a fixed seed."""
+    return draw_parameters(BeitForImageClassification, case.options, f"{case.model}-{case.image}")
+
+
+def draw_parameters(model_class: type[BeitPreTrainedModel], options: dict[str, Any], seed: str) -> dict[str, Tensor]:
+    """Draw fp32 weights by hub name from the seed of a text.
 
     Tables are N(0, 1), layer scales 0.1, LayerNorm weights around 1, all others N(0, 0.02).
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{case.model}-{case.image}".encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     with torch.device("meta"):
-        shapes = {
-            name: p.shape for name, p in BeitForImageClassification(BeitConfig(**case.options)).named_parameters()
-        }
+        shapes = {name: p.shape for name, p in model_class(BeitConfig(**options)).named_parameters()}
 
     def draw(name: str, shape: torch.Size) -> Tensor:
         if "lambda" in name:

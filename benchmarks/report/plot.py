@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..harness.hf_docs_cases import BENCHES
+from ..harness import hf_docs_cases, pretraining_cases
 from ..harness.results import Row, by_bench, file_name, read_results, write_results
 from .hf_docs_tables import write_tables
 from .plot_image_size import draw_image_sizes, has_image_sizes
@@ -110,8 +110,8 @@ def draw(results: dict[str, Any], path: Path) -> Path:
 
 _DRAW = {
     "cpu patch embedding": draw_patches,
-    **dict.fromkeys(("cpu models", "models"), draw_models),
-    **dict.fromkeys(BENCHES.values(), write_tables),
+    **dict.fromkeys(("cpu models", "models", *pretraining_cases.BENCHES.values()), draw_models),
+    **dict.fromkeys(hf_docs_cases.BENCHES.values(), write_tables),
 }
 
 

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from ..harness.pretraining_cases import PRETRAINING
 from ..harness.results import Row
 
 COLORS = {  # by baseline
@@ -27,6 +28,15 @@ COLORS = {  # by baseline
 }
 _BAR_HEIGHT = 0.2  # inches of one baseline
 _GIB = 2**30
+_TRAINING_STEP = "A training step is forward, cross-entropy and all gradients."
+_PRETRAINING_MODEL = (
+    "One bias table for all layers, drop path 0.1, blocks of masked patches. "
+    "The same weights, masks and labels for all."
+)
+_PRETRAINING_STEP = (
+    "A pre-training step is forward, cross-entropy of masked patches, backward, clipping and fused AdamW; bf16 is "
+    "autocast of fp32 weights."
+)
 
 
 def draw_models(results: dict[str, Any], path: Path) -> Path:
@@ -178,10 +188,12 @@ def model_caption(results: dict[str, Any], width: int) -> str:
         f"{results['date']}",
         f"{min(row['rounds'] for row in rows)} rounds",
     ]
+    pretraining = rows[0]["mode"] == PRETRAINING
     meanings = (
-        "A bias table in each layer and the same weights for all. Results are checked before they are timed. "
+        f"{_PRETRAINING_MODEL if pretraining else 'A bias table in each layer and the same weights for all.'} "
+        "Results are checked before they are timed. "
         "Each baseline runs in its own process, in turns. Bars are medians, lines show the slowest and the fastest "
-        "round. A training step is forward, cross-entropy and all gradients. Memory: what the process holds between "
+        f"round. {_PRETRAINING_STEP if pretraining else _TRAINING_STEP} Memory: what the process holds between "
         "calls, including libraries, plus the peak of one call; runtimes that keep their buffers add little."
     )
     left_out = [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..harness import pretraining_cases
 from ..harness.results import ATTENTION, Row
 
 OURS = "beit_fast triton"
@@ -294,4 +295,18 @@ _OF_MODELS = (
     ),
 )
 
-TARGETS = (*_OF_OPERATORS, *_OF_MODELS)
+_OF_PRETRAINING = tuple(
+    Target(
+        f"pre-training step of base 224 fp32 1.45x {baseline}, where oneDNN or AMX serve",
+        pretraining_cases.PRETRAINING,
+        1.45,
+        _named(baseline),
+        where=_model("base", 224, "fp32"),
+        baseline=baseline,
+        device="cpu",
+        bench=pretraining_cases.BENCHES["cpu"],
+    )
+    for baseline in (_GATHERED, "transformers eager")
+)
+
+TARGETS = (*_OF_OPERATORS, *_OF_MODELS, *_OF_PRETRAINING)

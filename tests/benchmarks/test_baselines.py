@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from benchmarks import bench_cpu_attention, bench_model, bench_patch_embed, conftest
-from benchmarks.baselines import attention, exported, hf_docs, models, transformers_model
-from benchmarks.harness import cases, hf_docs_cases, model_cases, patch_cases
+from benchmarks.baselines import attention, exported, hf_docs, models, pretraining, transformers_model
+from benchmarks.harness import cases, hf_docs_cases, model_cases, patch_cases, pretraining_cases
 from benchmarks.harness.cases import Case, Reference
 from benchmarks.harness.processes import Prepared, Unavailable
 
@@ -97,6 +97,17 @@ def hf_docs_contract(mode: str, dtype: str, folder: Path) -> Contract:
     )
 
 
+def pretraining_contract(mode: str, dtype: str, folder: Path) -> Contract:
+    case = pretraining_cases.PretrainingCase("tiny", 48, 2, dtype)
+    return Contract(
+        [one.name for one in pretraining.BASELINES if one.missing_reason() is None],
+        {"beit_fast triton", "transformers sdpa", "transformers eager"},
+        lambda name: pretraining_cases.pretraining_reference(case),
+        lambda name, file: pretraining.prepare(name, file, **dataclasses.asdict(case)),
+        (),
+    )
+
+
 @pytest.mark.parametrize(
     ("contract", "mode", "dtype"),
     [
@@ -105,6 +116,7 @@ def hf_docs_contract(mode: str, dtype: str, folder: Path) -> Contract:
         *((patch_contract, mode, dtype) for mode in (FLOAT, BYTES) for dtype in ("fp32", "bf16")),
         *((model_contract, mode, dtype) for mode, dtype in (("inference", "bf16"), ("training", "fp32"))),
         pytest.param(model_contract, "inference", "fp32"),
+        *((pretraining_contract, pretraining_cases.PRETRAINING, dtype) for dtype in ("fp32", "bf16")),
         *((hf_docs_contract, mode, dtype) for mode, dtype in (("inference", "fp16"), ("training", "fp32"))),
     ],
 )
