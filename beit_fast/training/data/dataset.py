@@ -25,6 +25,16 @@ Item = dict[str, Any]
 Transform = Callable[[Example, torch.Generator], dict[str, Tensor]]
 
 
+class ExampleError(ValueError):
+    """An example that can be read but does not fit; the message names the image.
+
+    A DataLoader passes on the whole traceback of a worker as the message; only its last line is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{ExampleError.__name__}: ")[2].strip())
+
+
 class TrainingDataset(Dataset[Item]):
     """Transformed examples by keys of epoch and index.
 
@@ -176,6 +186,8 @@ def _transformed(transform: Callable[[], dict[str, Any]], name: str) -> dict[str
     """Call a transform; its errors are not those of a file, and name the image."""
     try:
         return transform()
+    except ValueError as error:
+        raise ExampleError(f"image {name!r}: {error}") from error
     except Exception as error:
         error.add_note(f"in the transform of image {name!r}")
         raise
