@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from beit_fast import BeitConfig
+from beit_fast.cli import main
+from beit_fast.cli.training import finetuning_fields, option_fields
 from beit_fast.cli.unilm_flags import FLAGS, PRETRAINING_MODELS, flags_of
 from beit_fast.cli.unilm_parser import add_flags, take_flags
+from beit_fast.training import FinetuneOptions, PretrainOptions
 
 COMMANDS = ("pretrain", "finetune")
 # The options of both scripts in microsoft/unilm, folder beit, at 806a6fd and eda5963.
@@ -200,3 +203,44 @@ def test_help_lists_options_once():
     text = parser_of("finetune").format_help()
     assert "--weight-decay" in text
     assert "--weight_decay" not in text
+
+
+def options_of(line: str) -> Any:
+    """The options of a whole command line, from the parser of `beit-fast`."""
+    fields = vars(main._parser().parse_args(line.split()))
+    if fields.pop("command") == "pretrain":
+        return PretrainOptions(**option_fields(fields, "pretrain"))
+    return FinetuneOptions(**finetuning_fields(fields))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_parser_of_beit_fast_takes_every_flag(command):
+    commands = next(each for each in main._parser()._actions if isinstance(each, argparse._SubParsersAction))
+    assert {flag.flag for flag in flags_of(command).values()} <= set(commands.choices[command]._option_string_actions)
+
+
+def test_command_of_unilm_pretrains_the_same_model_here(capsys):
+    options = options_of(
+        "pretrain --data_path images --output_dir run --model beit_large_patch16_224_8k_vocab --num_mask_patches 75 "
+        "--discrete_vae_weight_path vae --discrete_vae_type dall-e --batch_size 64 --lr 1.5e-3 --opt_betas 0.9 0.98 "
+        "--clip_grad 3.0 --drop_path 0.1 --layer_scale_init_value 1e-5 --min_mask_patches_per_block 16 --pin_mem "
+        "--warmup_epochs 10 --epochs 800 --imagenet_default_mean_and_std --save_ckpt_freq 20"
+    )
+    assert (options.data, options.output, options.tokenizer) == (Path("images"), Path("run"), "vae")
+    assert (options.lr, options.opt_betas, options.clip_grad, options.batch_size) == (1.5e-3, (0.9, 0.98), 3.0, 64)
+    assert (options.num_mask_patches, options.epochs, options.save_every_epochs) == (75, 800, 20)
+    assert options.configuration["hidden_size"] == 1024
+    assert options.image_mean == (0.485, 0.456, 0.406)
+    assert "--pin_mem has no effect" in capsys.readouterr().err
+
+
+def test_command_of_unilm_finetunes_the_same_way_here():
+    options = options_of(
+        "finetune --model beit_base_patch16_224 --finetune checkpoint.pth --data_path train --eval_data_path val "
+        "--data_set image_folder --nb_classes 10 --output_dir run --update_freq 2 --layer_decay 0.65 --mixup 0.8 "
+        "--cutmix 1.0 --smoothing 0.1 --model_ema --model_ema_decay 0.999 --reprob 0.25 --aa none --attn_drop_rate 0.1"
+    )
+    assert (str(options.model), options.input_size, options.nb_classes) == ("checkpoint.pth", 224, 10)
+    assert (options.gradient_accumulation, options.layer_decay, options.model_ema_decay) == (2, 0.65, 0.999)
+    assert (options.eval_data_path, options.aa) == (Path("val"), None)
+    assert options.configuration == {"attention_probs_dropout_prob": 0.1}
