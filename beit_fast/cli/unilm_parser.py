@@ -127,6 +127,8 @@ def take_flags(fields: Fields, command: Command) -> list[str]:
         elif flag.effect == "refused" and value not in flag.accepted:
             shown = "" if flag.parse is None else f" {value}"
             errors.append(f"{flag.flag}{shown} is not supported: {flag.note}")
+    if fields.get("warmup_steps") == -1:  # how unilm spells none
+        fields["warmup_steps"] = None
     if "log_dir" in given:
         fields["tensorboard"] = True
     _take_architecture(fields, command, given, configuration, errors)

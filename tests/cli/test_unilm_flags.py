@@ -244,3 +244,8 @@ def test_command_of_unilm_finetunes_the_same_way_here():
     assert (options.gradient_accumulation, options.layer_decay, options.model_ema_decay) == (2, 0.65, 0.999)
     assert (options.eval_data_path, options.aa) == (Path("val"), None)
     assert options.configuration == {"attention_probs_dropout_prob": 0.1}
+
+
+def test_warmup_steps_of_minus_one_are_none():
+    assert options_of("pretrain images run --warmup_steps -1").warmup_steps is None
+    assert options_of("pretrain images run --warmup_steps 7").warmup_steps == 7
