@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -74,10 +75,10 @@ class Checkpoints:
         try:
             with _without_single_process_warning():
                 dcp.load(state, checkpoint_id=path)
-        except Exception as error:  # torch raises its own class, KeyError, EOFError and others
+        except (Exception, CheckpointException) as error:  # torch's own class is not an Exception
             raise ValueError(
-                f"the checkpoint {os.fspath(path)!r} cannot be read ({type(error).__name__}: {error}); delete it to "
-                "resume from the one before"
+                f"the checkpoint {os.fspath(path)!r} cannot be read ({_reason(error)}); delete it to resume from the "
+                "one before"
             ) from error
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return step
@@ -96,6 +97,12 @@ def _state_of(model: nn.Module, optimizer: Optimizer, average: WeightAverage | N
     weights, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": optimizer_state, "step": torch.tensor(step)}
     return state if average is None else state | {"average": average.weights}
+
+
+def _reason(error: BaseException) -> str:
+    """Return the cause of an error in one line, without the tracebacks of torch's own class."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return f"{type(causes[0]).__name__}: {causes[0]}".removesuffix(": ")
 
 
 def _make_empty(folder: Path) -> None:

@@ -33,11 +33,9 @@ class RunLog:
     def __init__(self, file: Path, tensorboard: Path | None, step: int, total: int) -> None:
         self.file = file
         self._writer = None if tensorboard is None else _summary_writer(tensorboard, step)
-        rows = read_rows(file)
-        kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows):
-            atomic_write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
-        self.rows = kept
+        self.rows = [row for row in read_rows(file) if row["step"] <= step]
+        if file.exists():  # its last line may be incomplete
+            atomic_write_text(file, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._bar = tqdm(total=total, initial=step, unit="step", disable=None)
 
     def add(self, row: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ...configuration.beit_config import BeitConfig
 from ...image_processing.options import Resampling
 from ...image_processing.processor import BeitImageProcessor
 from ...models.beit import BeitForMaskedImageModeling
-from ...utils.messages import FieldError, raise_value_error
+from ...utils.messages import FieldError
 from ..block_masks import BlockMaskGenerator
 from ..data.dataset import TrainingDataset, collate_items
 from ..data.opening import open_source
@@ -245,12 +245,8 @@ def config_of(options: PretrainOptions) -> BeitConfig:
     else:
         defaults = {"use_shared_relative_position_bias": True, "layer_scale_init_value": 0.1, "drop_path_rate": 0.1}
         config = BeitConfig(**(_ARCHITECTURES[options.model] | defaults | changes))
-    errors = []
     if config.num_channels != 3:
-        errors.append(f"num_channels={config.num_channels} (expected 3: the images are RGB)")
-    if 0 in config.window:
-        errors.append(f"input_size={options.input_size} (expected at least patch_size={config.patch_size})")
-    raise_value_error(f"the model {source!r} cannot be pre-trained", errors)
+        raise ValueError(f"the model {source!r} has num_channels={config.num_channels} (expected 3: images are RGB)")
     return config
 
 
