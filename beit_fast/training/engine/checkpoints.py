@@ -56,7 +56,12 @@ class Checkpoints:
         unfinished = self.folder / f"{_UNFINISHED}-{target.name}"
         self.processes.on_main(lambda: _make_empty(unfinished))
         with writing("a checkpoint", self.folder), _without_single_process_warning():
-            dcp.save(_state_of(model, optimizer, average, step), checkpoint_id=unfinished)
+            try:
+                dcp.save(_state_of(model, optimizer, average, step), checkpoint_id=unfinished)
+            except CheckpointException as error:  # not an Exception, so nobody else reports it
+                raise OSError(
+                    f"a checkpoint cannot be written to {os.fspath(self.folder)!r}: {_reason(error)}"
+                ) from error
         self.processes.on_main(lambda: self._finish(unfinished, target))
 
     def restore(self, model: nn.Module, optimizer: Optimizer, average: WeightAverage | None) -> int:
@@ -100,7 +105,7 @@ def _state_of(model: nn.Module, optimizer: Optimizer, average: WeightAverage | N
 
 
 def _reason(error: BaseException) -> str:
-    """Return the cause of an error in one line, without the tracebacks of torch's own class."""
+    """Return the cause of an error without the tracebacks of torch's own class."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     return f"{type(causes[0]).__name__}: {causes[0]}".removesuffix(": ")
 

@@ -128,6 +128,20 @@ def test_checkpoints_ignore_and_remove_what_a_killed_process_left(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000003"]
 
 
+def test_checkpoints_that_cannot_be_written_are_one_error_and_keep_the_others(tmp_path, monkeypatch):
+    model, optimizer = model_and_optimizer()
+    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    checkpoints.save(1, model, optimizer, None)
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"a checkpoint cannot be written to .*No space left on device"):
+        checkpoints.save(2, model, optimizer, None)
+    assert checkpoints.steps() == [1]
+
+
 def test_checkpoints_that_cannot_be_read_are_one_error_with_the_path(tmp_path):
     model, optimizer = model_and_optimizer()
     Checkpoints(tmp_path, 2, ALONE).save(1, model, optimizer, None)
