@@ -105,7 +105,7 @@ def _state_of(model: nn.Module, optimizer: Optimizer, average: WeightAverage | N
 
 
 def _reason(error: BaseException) -> str:
-    """Return the cause of an error without the tracebacks of torch's own class."""
+    """Return the cause of an error, without tracebacks in it."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     return f"{type(causes[0]).__name__}: {causes[0]}".removesuffix(": ")
 

@@ -174,7 +174,12 @@ def test_two_processes_print_what_one_returns(classifier, data, tmp_path):
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     wanted = run(data, classifier, knn=train, linear_probe=train)
-    assert {name: facts[name] for name in wanted} == wanted
+    # Batches of other sizes round features differently, so a probe may differ in one of the 18 images.
+    close = {
+        name: pytest.approx(value, abs=1.01 / 18) if isinstance(value, float) else value
+        for name, value in wanted.items()
+    }
+    assert {name: facts[name] for name in wanted} == close
 
 
 @pytest.mark.parametrize(
