@@ -123,6 +123,17 @@ def test_pretrain_in_bfloat16_or_recomputed_stays_near_float32(folder, tmp_path)
     assert saved.dtype == torch.float32
 
 
+@pytest.mark.slow
+def test_pretrain_compiled_stays_near_eager(folder, tmp_path):
+    changes = {"drop_path": 0.0, "epochs": 1, "warmup_epochs": 0}
+    pretrain(options_of(folder, tmp_path / "eager", **changes))
+    torch._dynamo.utils.counters.clear()
+    pretrain(options_of(folder, tmp_path / "compiled", **changes, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    losses, expected = ([row["loss"] for row in rows_of(tmp_path / name)] for name in ("compiled", "eager"))
+    assert losses == pytest.approx(expected, rel=1e-3)
+
+
 def test_pretrain_starts_as_the_paper_says(folder, tmp_path):
     pretrain(options_of(folder, tmp_path, epochs=1, max_steps=1, warmup_epochs=2, weight_decay=0.0))
     model = BeitForMaskedImageModeling.from_pretrained(tmp_path / "model").requires_grad_(False)
