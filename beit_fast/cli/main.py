@@ -43,6 +43,7 @@ _COMMANDS: dict[str, tuple[str, type]] = {
     "finetune": (".training", dict),
     "eval": (".evaluate", dict),
 }
+_FUNCTIONS = {"eval": "evaluate"}  # `eval` is a builtin
 
 
 def main(arguments: Sequence[str] | None = None, prepare: Callable[[], object] | None = None) -> int:
@@ -70,8 +71,7 @@ def _run(arguments: Sequence[str], prepare: Callable[[], object] | None) -> int:
     if prepare is not None:
         prepare()
     module, options_class = _COMMANDS[name]
-    function = "evaluate" if name == "eval" else name  # `eval` is a builtin
-    command = getattr(importlib.import_module(module, __package__), function)
+    command = getattr(importlib.import_module(module, __package__), _FUNCTIONS.get(name, name))
     return command(options_class(**fields))
 
 

@@ -25,12 +25,20 @@ LINES = {
     "convert": "convert MODEL converted",
     "selftest": "selftest --device cpu",
     "tune": "tune --show",
+    "pretrain": "pretrain IMAGES run",
+    "finetune": "finetune IMAGES run --model MODEL",
+    "eval": "eval IMAGES --model MODEL",
 }
 
 
 @pytest.fixture
 def image(tmp_path):
     return save_image(tmp_path / "images" / "写真.png", 0)
+
+
+def function_of(command):
+    module, _ = main._COMMANDS[command]
+    return f"beit_fast.cli{module}.{main._FUNCTIONS.get(command, command)}"
 
 
 def arguments_of(command, model, image):
@@ -40,12 +48,10 @@ def arguments_of(command, model, image):
 
 @pytest.mark.parametrize("command", main._COMMANDS)
 def test_command_interrupted_exits_with_130_and_one_line(command, model, image, monkeypatch, capsys):
-    module, _ = main._COMMANDS[command]
-
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"beit_fast.cli{module}.{command}", interrupt)
+    monkeypatch.setattr(function_of(command), interrupt)
     assert main.main(arguments_of(command, model, image)) == 130
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"beit-fast {command}: interrupted\n")
@@ -53,12 +59,10 @@ def test_command_interrupted_exits_with_130_and_one_line(command, model, image, 
 
 @pytest.mark.parametrize("command", main._COMMANDS)
 def test_command_with_a_closed_pipe_exits_with_141_in_silence(command, model, image, monkeypatch, capsys):
-    module, _ = main._COMMANDS[command]
-
     def close(options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(f"beit_fast.cli{module}.{command}", close)
+    monkeypatch.setattr(function_of(command), close)
     assert main.main(arguments_of(command, model, image)) == 141
     assert capsys.readouterr() == ("", "")
 

@@ -36,11 +36,6 @@ class Processes:
         """Whether this process writes files and messages."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        if self.count > 1:
-            dist.barrier()
-
     def on_main(self, action: Callable[[], Result]) -> Result:
         """Run `action` in the main process; every process gets its result.
 

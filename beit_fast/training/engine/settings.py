@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 from ...configuration.fields import is_integer, is_number
 from ...utils.messages import FieldError, describe, join_choices, raise_errors
 from ...utils.names import ATTENTION_IMPLEMENTATIONS, AttentionImplementation
+from ...utils.paths import as_path
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 TrainingDevice: TypeAlias = Literal["auto", "cpu", "cuda"]
@@ -89,6 +90,7 @@ class EngineSettings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", as_path("the output", self.output))
         raise_errors(type(self).__name__, self.errors())
 
     def errors(self) -> list[FieldError]:

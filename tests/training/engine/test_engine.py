@@ -44,6 +44,12 @@ def test_settings_list_every_value_that_does_not_fit():
         EngineSettings(output=Path("x"), lr=0.01, min_lr=0.1)
 
 
+def test_settings_take_strings_as_paths():
+    assert EngineSettings(output="runs/a").output == Path("runs/a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the path of the output is empty"):
+        EngineSettings(output="")  # type: ignore[arg-type]
+
+
 def test_learning_rates_are_in_proportion_to_the_images_of_a_step():
     settings = EngineSettings(output=Path("x"), batch_size=32, gradient_accumulation=2)
     resolved = settings.resolved(processes=4)
