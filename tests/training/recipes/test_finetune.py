@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -227,7 +228,8 @@ def test_killed_run_resumes_to_the_same_numbers(folder, tmp_path):
     whole = finetune(values)
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", *command_of(folder, killed, epochs=6, num_workers=2)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums of several threads round differently
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
     log, deadline = killed / "log.jsonl", time.monotonic() + 240
     while not log.exists() or len(log.read_text().splitlines()) < 5:
         assert process.poll() is None
@@ -236,7 +238,7 @@ def test_killed_run_resumes_to_the_same_numbers(folder, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert len(log.read_text().splitlines()) < len(whole)
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=one_thread)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert without_speed(rows) == without_speed(whole)
     ours, expected = (path / "model/model.safetensors" for path in (killed, tmp_path / "whole"))
