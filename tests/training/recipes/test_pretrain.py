@@ -101,6 +101,24 @@ def test_pretrain_in_two_processes_has_the_losses_of_one(fsdp, folder, tmp_path)
     assert (tmp_path / "two/model_ema/model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_pretrain_sharded_resumes_to_the_same_numbers(folder, tmp_path):
+    changes = {"fsdp": True, "batch_size": 2, "save_every_steps": 1, "model_ema_decay": 0.5}
+    for name, steps in (("whole", 6), ("parts", 2), ("parts", 6)):
+        command = command_of(folder, tmp_path / name, 2, **changes, max_steps=steps)
+        subprocess.run(command, check=True, capture_output=True, timeout=300, env=CPU_ALONE)
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    for name in ("model", "model_ema"):
+        assert weights_of(tmp_path / "parts", name) == weights_of(tmp_path / "whole", name)
+
+
+def test_pretrain_resumed_by_other_processes_trains_on_the_same_images(folder, tmp_path):
+    pretrain(options_of(folder, tmp_path, max_steps=2, save_every_steps=1))
+    command = command_of(folder, tmp_path, 2, batch_size=2, save_every_steps=1)
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=CPU_ALONE)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_pretrain_accumulates_gradients_to_those_of_a_larger_batch(folder, tmp_path):
     changes = {"drop_path": 0.0, "epochs": 1, "warmup_epochs": 0, "opt_betas": (0.9, 0.98)}
     pretrain(options_of(folder, tmp_path / "large", **changes, batch_size=4))
