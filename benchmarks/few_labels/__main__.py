@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     conditions = environment("cpu") | {
         "mlxtend": importlib.metadata.version("mlxtend"),
         "scikit-learn": importlib.metadata.version("scikit-learn"),
-        "command": f"python -m benchmarks.few_labels --seeds {options.seeds} --out {options.out}",
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.few_labels", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
     }
     for seed in range(options.seeds):
         run_seed(split_digits(pixels, labels, seed), recipe, seed, file, options.work)
