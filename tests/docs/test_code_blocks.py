@@ -14,6 +14,7 @@ from .pages import PAGES, Block, blocks_of
 
 NOT_RUN = {
     "pip install *": "installs into the environment of the tests",
+    "torchrun --nnodes 8 *": "starts eight machines",
 }
 """Patterns of shell lines that do not run (installation, CUDA or network), each with its reason."""
 
