@@ -32,7 +32,7 @@ OUT ?= demo.png
 BENCH_OPTIONS ?=
 
 .PHONY: demo test test-fallback test-full test-transformers-suite test-dalle
-.PHONY: sanitize verify-compiled verify-compiled-quick count-kernels bench lint docs wheel format clean
+.PHONY: sanitize verify-compiled verify-compiled-quick count-kernels bench lint docs notebooks wheel format clean
 .PHONY: gpu gpu-library gpu-selftest gpu-tune gpu-test gpu-test-kernels gpu-test-device
 .PHONY: gpu-bench gpu-bench-models gpu-bench-parts
 
@@ -286,6 +286,10 @@ wheel: $(VENV)/.base .venvs/wheel/.done
 docs: .venvs/docs/.done
 	NO_MKDOCS_2_WARNING=1 $(<D)/bin/mkdocs build --quiet --strict
 	@echo build/site/index.html
+
+# Execute examples/notebooks and write their outputs back: about a minute each. Look at the pictures before a commit.
+notebooks: $(VENV)/.test $(NATIVE)
+	$(BIN)/python examples/notebooks/run.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -15,6 +15,7 @@ PUBLIC = {
     "beit_fast",
     *(f"beit_fast.{name}" for name in ("checkpoint", "configuration", "image_processing", "inference", "kernels")),
     *(f"beit_fast.{name}" for name in ("layers", "ops", "parallel", "position_bias", "testing")),
+    *("beit_fast.training", "beit_fast.training.tokenizers"),
     *(f"beit_fast.integrations.{name}" for name in ("mmseg", "timm", "transformers")),
 }
 

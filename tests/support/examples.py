@@ -1,8 +1,11 @@
 """Run the scripts in examples/."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 from beit_fast import BeitImageProcessor
 
@@ -17,6 +20,16 @@ def run(script, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def import_script(path: Path) -> ModuleType:
+    """Import a script by its path."""
+    spec = importlib.util.spec_from_file_location(f"beit_fast_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def assert_has_the_digits_processor(folder):
