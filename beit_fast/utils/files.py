@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -88,6 +88,18 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def try_lock(stream: IO[bytes]) -> bool:
+    """Lock a file opened for appending, until it is closed; return whether no other process has it."""
+    import fcntl  # Windows has none
+
+    # A lock by record: DataLoader's workers do not inherit it, so it ends with this process.
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # both mean that another process has it
+        return False
+    return True
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
-from ...utils.files import atomic_write_text, json_text, read_json_object, replace_files, writing
+from ...utils.files import atomic_write_text, json_text, read_json_object, replace_files, try_lock, writing
 
 Record: TypeAlias = dict[str, Any]
 Writer: TypeAlias = Callable[[Path, Iterator[Sequence[Record]]], None]
@@ -54,7 +54,7 @@ class Share:
         self.done = done
         self._batches = batches
         self._lock = lock.open("ab")
-        if not _try_lock(self._lock):
+        if not try_lock(self._lock):
             self._lock.close()
             raise BlockingIOError(f"another process holds {os.fspath(lock)!r}: is this command already running?")
 
@@ -220,7 +220,7 @@ class Run:
     def _check_not_running(self, locks: Sequence[Path]) -> None:
         for lock in locks:
             with lock.open("ab") as stream:
-                if not _try_lock(stream):
+                if not try_lock(stream):
                     raise BlockingIOError(
                         f"another process holds {os.fspath(lock)!r}; wait until it has ended, or stop it"
                     )
@@ -278,12 +278,3 @@ class Run:
 
 def _batch_file(folder: Path, number: int) -> Path:
     return folder / f"{number:08}.json"
-
-
-def _try_lock(stream: IO[bytes]) -> bool:
-    # A lock by record: DataLoader's workers do not inherit it, so it ends with this process.
-    try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # both mean that another process has it
-        return False
-    return True

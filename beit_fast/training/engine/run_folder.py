@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ...utils.files import atomic_write_text, json_text, read_json_object, writing
+from ...utils.files import atomic_write_text, json_text, read_json_object, try_lock, writing
 from ...utils.messages import join_some
 
 SETTINGS_NAME, LOG_NAME, LOCK_NAME = "run.json", "log.jsonl", ".lock"
@@ -117,14 +117,10 @@ class RunFolder:
             self._lock = None
 
     def _take_lock(self) -> None:
-        import fcntl
-
         stream = (self.path / LOCK_NAME).open("ab")
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system when the process ends
-        except (BlockingIOError, PermissionError) as error:
+        if not try_lock(stream):
             stream.close()
             raise BlockingIOError(
                 f"another process trains in {os.fspath(self.path)!r}; wait until it has ended, or choose another output"
-            ) from error
+            )
         self._lock = stream
