@@ -3,7 +3,6 @@
 The model is described in arXiv 2106.08254.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import ops as ops
@@ -15,6 +14,7 @@ from .models.outputs import BeitModelOutputWithPooling
 from .models.segmentation import BeitForSemanticSegmentation
 from .ops.attention import rel_pos_attention
 from .ops.patch_embed import patch_embed
+from .utils.first_use import import_at_first_use
 from .utils.version import __version__
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ _IMPORTED_AT_FIRST_USE = {
 
 def __getattr__(name: str) -> Any:
     """Import a name that models do not need, at its first use."""
-    if name not in _IMPORTED_AT_FIRST_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_IMPORTED_AT_FIRST_USE[name], __name__), name)
+    return import_at_first_use(__name__, _IMPORTED_AT_FIRST_USE, name)
 
 
 def __dir__() -> list[str]:

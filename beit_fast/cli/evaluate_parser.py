@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .training_parsers import add_labeled_data
+
 
 def add_eval(commands: Any, add_model_options: Callable[[argparse.ArgumentParser], Any]) -> None:
     """Add the parser of `beit-fast eval`."""
@@ -16,12 +18,7 @@ def add_eval(commands: Any, add_model_options: Callable[[argparse.ArgumentParser
         description="Evaluate a checkpoint on labeled images: top-1 and top-5, or mean IoU of segmentation, and k-NN "
         "and linear probe on its features. `torchrun --nproc-per-node N -m beit_fast eval ...` shares the images.",
     )
-    parser.add_argument(
-        "data",
-        type=Path,
-        metavar="DATA",
-        help="a folder with one folder for each class; for segmentation with images/ and annotations/; or Parquet",
-    )
+    add_labeled_data(parser)
     parser.add_argument(
         "--task",
         choices=("classification", "segmentation", "features"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .training_parsers import Option, add_training_arguments
+from .training_parsers import Option, add_labeled_data, add_training_arguments
 from .unilm_parser import add_flags
 
 DEFAULT_EMA_DECAY = 0.9999
@@ -59,12 +59,7 @@ def add_finetune(commands: Any) -> None:
         "log.jsonl and run.json. Rerun the same command to resume. `torchrun --nproc-per-node N -m beit_fast finetune "
         "...` trains in N processes. The flags of unilm's run_class_finetuning.py are accepted.",
     )
-    parser.add_argument(
-        "data",
-        type=Path,
-        metavar="DATA",
-        help="a folder with one folder for each class; for segmentation with images/ and annotations/; or Parquet",
-    )
+    add_labeled_data(parser)
     parser.add_argument(
         "--model", required=True, metavar="CHECKPOINT", help="the checkpoint to start from: a folder, file or hub name"
     )

@@ -107,6 +107,16 @@ def add_pretrain(commands: Any) -> None:
     add_flags(parser, "pretrain")
 
 
+def add_labeled_data(parser: argparse.ArgumentParser) -> None:
+    """Add DATA of a command that takes labeled images."""
+    parser.add_argument(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="a folder with one folder for each class; for segmentation with images/ and annotations/; or Parquet",
+    )
+
+
 def add_training_arguments(parser: argparse.ArgumentParser, options: tuple[Option, ...]) -> None:
     """Add OUT, the options of a command, and the common ones.
 

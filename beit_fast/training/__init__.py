@@ -1,8 +1,8 @@
 """BEiT's recipe: masks, views, batches and parameter groups, and whole training runs."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from ..utils.first_use import import_at_first_use
 from .block_masks import BlockMaskGenerator
 from .collator import MaskedImageCollator
 from .parameter_groups import layer_decay_parameter_groups
@@ -27,9 +27,7 @@ _IMPORTED_AT_FIRST_USE = {
 
 def __getattr__(name: str) -> Any:
     """Import a training run at its first use."""
-    if name not in _IMPORTED_AT_FIRST_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_IMPORTED_AT_FIRST_USE[name], __name__), name)
+    return import_at_first_use(__name__, _IMPORTED_AT_FIRST_USE, name)
 
 
 def __dir__() -> list[str]:

@@ -70,7 +70,7 @@ class TrainingDataset(Dataset[Item]):
         epoch, index = key
         unreadable: list[str] = []
         for at in range(index, index + min(len(self.source), MOST_UNREADABLE)):
-            example = _read(self.source, at % len(self.source))
+            example = read_example(self.source, at % len(self.source))
             if not isinstance(example, str):
                 name = self.source.name_of(at % len(self.source))
                 generator = derived_generator(self.seed, VIEWS, epoch, index)
@@ -102,7 +102,7 @@ class EvaluationDataset(Dataset[Item]):
             The fields of `preprocess`, `index`, and `unreadable`, an empty list. If the image cannot be read:
             `unreadable` alone, a list of its "name: reason".
         """
-        example = _read(self.source, index)
+        example = read_example(self.source, index)
         if isinstance(example, str):
             return {"unreadable": [example]}
         fields = _transformed(lambda: self.preprocess(example), self.source.name_of(index))
@@ -171,7 +171,7 @@ def build_loader(
     )
 
 
-def _read(source: ImageSource, index: int) -> Example | str:
+def read_example(source: ImageSource, index: int) -> Example | str:
     """Read an example, or return "name: reason"."""
     try:
         return source.read(index)

@@ -205,7 +205,8 @@ class _Run:
     def _log(self, step: int) -> None:
         """Write the means since the last row."""
         row = self.window.row(self.processes)
-        new = [text for text in self.processes.gather(self.window.unreadable) if text not in self.known_unreadable]
+        gathered = dict.fromkeys(self.processes.gather(self.window.unreadable))
+        new = [text for text in gathered if text not in self.known_unreadable]
         self.known_unreadable.update(new)
         self.window = _Window()
         if not math.isfinite(row["loss"]):
@@ -213,17 +214,17 @@ class _Run:
                 f"the loss is {row['loss']} before step {step}; the last checkpoint is whole (expected a smaller lr, a "
                 "longer warmup, or clip_grad; rerun with --overwrite or another output)"
             )
-        for text in dict.fromkeys(new):
+        for text in new:
             self._note(f"unreadable, skipped: {text}")
         rate = self.schedule.peak * self.schedule.factor(step - 1)
         row = {"step": step, "epoch": step / self.plan.steps_per_epoch, **row, "lr": rate}
         if self.log is not None:
-            self.log.add({**row, "unreadable": list(dict.fromkeys(new))} if new else row)
+            self.log.add({**row, "unreadable": new} if new else row)
 
     def _evaluate(self, step: int) -> None:
         """Evaluate the weights, and their averages."""
         numbers = self._evaluated()
-        if self.average is not None:
+        if numbers and self.average is not None:
             with self.average.applied():
                 numbers |= {f"ema_{name}": value for name, value in self._evaluated().items()}
         if numbers and self.log is not None:
@@ -247,7 +248,11 @@ class _Run:
     def _save(self, folder: Path) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Any] = get_model_state_dict(self.recipe.model, options=options)
-        self.processes.on_main(lambda: self.recipe.save(folder, weights))
+        self.processes.on_main(lambda: self._write(folder, weights))
+
+    def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        self.recipe.model.save_pretrained(folder, state_dict=weights)
+        self.recipe.processor.save_pretrained(folder)
 
     def _note(self, text: str) -> None:
         if self.log is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from ...image_processing.processor import BeitImageProcessor
 
 Batch = dict[str, Any]
 
@@ -17,6 +18,7 @@ class Recipe(Protocol):
 
     Attributes:
         model: The model on the CPU or on the device, with float32 weights.
+        processor: The image processor that is saved beside the model.
         dataset: The images, by keys (epoch, index).
         dataset_groups: Rows of each block of the data that is read together, or None.
         collate: Makes a batch of items; it runs in the workers. The batch has `unreadable`, a list of strings.
@@ -25,6 +27,7 @@ class Recipe(Protocol):
     """
 
     model: Any
+    processor: BeitImageProcessor
     dataset_groups: tuple[int, ...] | None
     has_unused_parameters: bool
 
@@ -55,13 +58,4 @@ class Recipe(Protocol):
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate `model`, in all processes; an empty result if there is nothing to evaluate."""
-        ...
-
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the model and its image processor as `from_pretrained` reads them; the main process calls it.
-
-        Args:
-            folder: The folder to write.
-            weights: The whole state dict of the model, on the CPU.
-        """
         ...

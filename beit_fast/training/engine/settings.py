@@ -95,19 +95,9 @@ class EngineSettings:
 
     def errors(self) -> list[FieldError]:
         """Return every value that does not fit; a subclass adds its own."""
-        errors = self.rule_errors(RULES)
+        errors = rule_errors(self, RULES)
         if not errors and self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             errors.append(FieldError(f"min_lr={self.min_lr} (expected at most lr={self.lr})"))
-        return errors
-
-    def rule_errors(self, rules: Mapping[str, Rule]) -> list[FieldError]:
-        """Return the values that break a rule."""
-        errors = []
-        for name, rule in rules.items():
-            value = getattr(self, name)
-            if not (rule.optional and value is None) and not rule.fits(value):
-                expected = f"{rule.expected}, or None" if rule.optional else rule.expected
-                errors.append(FieldError(f"{describe(name, value)} (expected {expected})", not rule.has_type(value)))
         return errors
 
     def images_per_step(self, processes: int) -> int:
@@ -146,6 +136,17 @@ class Rule(NamedTuple):
     def fits(self, value: Any) -> bool:
         """Whether type and range are right."""
         return self.has_type(value) and self.is_in_range(value)
+
+
+def rule_errors(options: object, rules: Mapping[str, Rule]) -> list[FieldError]:
+    """Return the attributes of options that break a rule."""
+    errors = []
+    for name, rule in rules.items():
+        value = getattr(options, name)
+        if not (rule.optional and value is None) and not rule.fits(value):
+            expected = f"{rule.expected}, or None" if rule.optional else rule.expected
+            errors.append(FieldError(f"{describe(name, value)} (expected {expected})", not rule.has_type(value)))
+    return errors
 
 
 def _is_flag(value: Any) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from ...utils.messages import FieldError, describe, raise_errors
-from ..engine.settings import COUNT, FLAG, NATURAL, POSITIVE, Rule, one_of
+from ...utils.messages import FieldError, raise_errors
+from ..engine.settings import COUNT, FLAG, NATURAL, POSITIVE, Rule, one_of, rule_errors
 from ..evaluation.features import Pooling
 
 EvaluationTask: TypeAlias = Literal["classification", "segmentation", "features"]
@@ -62,13 +62,7 @@ class EvaluateOptions:
     local_files_only: bool = False
 
     def __post_init__(self) -> None:
-        errors = []
-        for name, rule in _RULES.items():
-            value = getattr(self, name)
-            if not (rule.optional and value is None) and not rule.fits(value):
-                errors.append(
-                    FieldError(f"{describe(name, value)} (expected {rule.expected})", not rule.has_type(value))
-                )
+        errors = rule_errors(self, _RULES)
         has_probe = self.knn is not None or self.linear_probe is not None
         if self.task == "segmentation" and has_probe:
             errors.append(FieldError("knn and linear_probe need images with classes (expected another task)"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,11 +122,6 @@ class FinetuneRecipe:
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the evaluation images; nothing without them."""
         return {} if self.evaluator is None else self.evaluator(self.model)
-
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the model and its image processor."""
-        self.model.save_pretrained(folder, state_dict=weights)
-        self.processor.save_pretrained(folder)
 
 
 class MixedCollate:

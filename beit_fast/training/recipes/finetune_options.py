@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 from ...image_processing.processor import IGNORED_LABEL
 from ...utils.messages import FieldError, describe, join_choices
 from ..data.source import SourceKind
-from ..engine.settings import COUNT, FLAG, FRACTION, NOT_NEGATIVE, OPTIONAL_COUNT, EngineSettings, Rule
+from ..engine.settings import COUNT, FLAG, FRACTION, NOT_NEGATIVE, OPTIONAL_COUNT, EngineSettings, Rule, rule_errors
 from ..transforms.mixup import MixupMode
 from ..transforms.random_erasing import ErasingMode
 
@@ -110,7 +110,7 @@ class FinetuneOptions(EngineSettings):
             "hflip": FRACTION,
             "color_jitter": FRACTION._replace(optional=True),
         }
-        errors = super().errors() + self.rule_errors(rules)
+        errors = super().errors() + rule_errors(self, rules)
         if self.task not in TASKS:
             errors.append(FieldError(f"{describe('task', self.task)} (expected {join_choices(TASKS)})"))
         elif self.task == "classification":

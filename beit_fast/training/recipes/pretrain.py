@@ -24,7 +24,7 @@ from ..engine.loop import recorded_settings, train
 from ..engine.processes import Processes, processes_of_run
 from ..engine.recipe import Batch
 from ..engine.run_folder import RunFolder
-from ..engine.settings import COUNT, FRACTION, NOT_NEGATIVE, OPTIONAL_COUNT, EngineSettings, Rule
+from ..engine.settings import COUNT, FRACTION, NOT_NEGATIVE, OPTIONAL_COUNT, EngineSettings, Rule, rule_errors
 from ..parameter_groups import layer_decay_parameter_groups
 from ..seeding import INITIALIZATION, MASKS, derived_generator, derived_seed
 from ..tokenizers import PretrainedTokenizer
@@ -105,7 +105,7 @@ class PretrainOptions(EngineSettings):
             "layer_scale_init_value": NOT_NEGATIVE._replace(optional=True),
             "drop_path": FRACTION._replace(optional=True),
         }
-        return super().errors() + self.rule_errors(rules)
+        return super().errors() + rule_errors(self, rules)
 
 
 def pretrain(options: PretrainOptions, conditions: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -165,6 +165,7 @@ class PretrainRecipe:
         self.model = _model(options, config, tokenizer.vocab_size)
         size = second_size(config, tokenizer, options.second_input_size)
         self.dataset = TrainingDataset(source, ViewsOf(_transform(options, config, size)), options.seed)
+        self.processor = processor_of(options, self.model.config)
         self.dataset_groups = source.groups
         self.collate = PretrainCollate(masks, tokenizer, options.seed)
 
@@ -186,11 +187,6 @@ class PretrainRecipe:
     def evaluate(self) -> dict[str, float]:
         """Return nothing: the log has the loss of the training images."""
         return {}
-
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the model and its image processor."""
-        self.model.save_pretrained(folder, state_dict=weights)
-        processor_of(self.options, self.model.config).save_pretrained(folder)
 
 
 class ViewsOf:

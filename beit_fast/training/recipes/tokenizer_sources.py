@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...configuration.beit_config import BeitConfig
 from ...utils.messages import raise_value_error
+from ..data.dataset import read_example
 from ..data.source import ImageSource
 from ..seeding import SAMPLES, derived_generator, derived_seed
 from ..tokenizers import (
@@ -69,13 +70,10 @@ def _views(source: ImageSource, transform: TwoViewTransform, order: list[int], s
 
 
 def _view(source: ImageSource, transform: TwoViewTransform, index: int, seed: int) -> Tensor | None:
-    try:
-        image = source.read(index).image
-    except MemoryError:
-        raise
-    except Exception:  # Pillow raises nearly any exception for a damaged file; the training counts it
+    example = read_example(source, index)
+    if isinstance(example, str):  # the training counts it
         return None
-    return transform(image, derived_generator(seed, SAMPLES, index))["tokenizer_pixels"]
+    return transform(example.image, derived_generator(seed, SAMPLES, index))["tokenizer_pixels"]
 
 
 def second_size(config: BeitConfig, tokenizer: PretrainedTokenizer | None, given: int | None) -> tuple[int, int]:
